@@ -1,0 +1,82 @@
+package rundir
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+)
+
+// ErrExists says that there is an exit record already. The first one stays.
+var ErrExists = errors.New("an exit record exists")
+
+// ExitFile is an exit record to come. Its room on the file system is taken when
+// it is prepared, so that a full one cannot lose the record later.
+type ExitFile struct {
+	dir  string
+	f    *os.File
+	sync bool
+}
+
+// exitRoom is more than an encoded Exit takes; Commit cuts the file to size.
+const exitRoom = 4096
+
+// PrepareExit takes the room for an exit record in dir. With sync, Commit also
+// puts it on the disk. Close or Commit it.
+func PrepareExit(dir string, sync bool) (*ExitFile, error) {
+	f, err := os.CreateTemp(dir, "."+ExitName+".*")
+	if err != nil {
+		return nil, fmt.Errorf("cannot prepare the exit record in %s: %w", dir, err)
+	}
+	e := &ExitFile{dir: dir, f: f, sync: sync}
+	err = syscall.Fallocate(int(f.Fd()), 0, 0, exitRoom)
+	if err != nil && !errors.Is(err, syscall.EOPNOTSUPP) {
+		e.Close()
+		return nil, fmt.Errorf("cannot take room for the exit record in %s: %w", dir, err)
+	}
+	return e, nil
+}
+
+// Commit writes the record under its final name, once: if there is one already,
+// it stays and the error is ErrExists. The ExitFile is closed in any case.
+//
+// Nobody but the holder of the run directory's lock may commit.
+func (e *ExitFile) Commit(r Exit) error {
+	defer e.Close()
+	const keep = exitRoom / 4 // of a message; JSON may double its length
+	if len(r.Message) > keep {
+		r.Message = r.Message[:keep]
+	}
+	b, err := Encode(r)
+	if err == nil {
+		_, err = e.f.WriteAt(b, 0)
+	}
+	if err == nil {
+		err = e.f.Truncate(int64(len(b)))
+	}
+	if err == nil && e.sync {
+		err = e.f.Sync()
+	}
+	path := filepath.Join(e.dir, ExitName)
+	if err == nil {
+		// A link fails where a rename would replace: write-once by the kernel.
+		if err = os.Link(e.f.Name(), path); errors.Is(err, fs.ErrExist) {
+			err = ErrExists
+		}
+	}
+	if err == nil && e.sync {
+		err = SyncDir(e.dir)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot write %s: %w", path, err)
+	}
+	return nil
+}
+
+// Close gives the room back if Commit was not called. It may be called twice.
+func (e *ExitFile) Close() {
+	os.Remove(e.f.Name())
+	e.f.Close()
+}

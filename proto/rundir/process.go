@@ -1,0 +1,69 @@
+package rundir
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+)
+
+// Process is an identity that is not reused before the next boot: the pid and
+// when it started, in clock ticks since boot (field 22 of /proc/PID/stat).
+type Process struct {
+	PID       int    `json:"pid"`
+	StartTime uint64 `json:"startTime"`
+}
+
+// ErrNoProcess says that there is no such process, or that it is a zombie.
+var ErrNoProcess = errors.New("no such process")
+
+// FindProcess gives the identity of the process that has the pid now.
+func FindProcess(pid int) (Process, error) {
+	start, state, err := procStat(pid)
+	if err != nil {
+		return Process{}, err
+	}
+	if state == 'Z' || state == 'X' {
+		return Process{}, fmt.Errorf("process %d is a zombie: %w", pid, ErrNoProcess)
+	}
+	return Process{PID: pid, StartTime: start}, nil
+}
+
+// Alive says whether this very process runs. A zombie does not.
+func (p Process) Alive() bool {
+	if p.PID <= 0 {
+		return false
+	}
+	q, err := FindProcess(p.PID)
+	return err == nil && p == q
+}
+
+func procStat(pid int) (start uint64, state byte, err error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, 0, fmt.Errorf("process %d: %w", pid, ErrNoProcess)
+	}
+	// The second field is the name in parentheses and may hold anything.
+	i := bytes.LastIndexByte(b, ')')
+	fields := strings.Fields(string(b[i+1:]))
+	if i < 0 || len(fields) < 20 {
+		return 0, 0, fmt.Errorf("cannot read /proc/%d/stat: %q", pid, b)
+	}
+	if start, err = strconv.ParseUint(fields[19], 10, 64); err != nil {
+		return 0, 0, fmt.Errorf("cannot read /proc/%d/stat: %w", pid, err)
+	}
+	return start, fields[0][0], nil
+}
+
+// BootID is the kernel's name for this boot. It cannot fail on a Linux with
+// /proc; where it does, it is empty, and nothing recorded matches.
+var BootID = sync.OnceValue(func() string {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
+})

@@ -1,0 +1,133 @@
+package rundir
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// ErrDamaged is wrapped by every error about a record that is there but cannot
+// be trusted: torn, empty, of a later format, or edited by hand.
+var ErrDamaged = errors.New("damaged record")
+
+// Format is the version of the record envelope. Unknown fields inside the body
+// are ignored, so this rises only when an older reader would be misled.
+const Format = 1
+
+type envelope struct {
+	Version  int             `json:"version"`
+	Checksum string          `json:"checksum"` // crc32c of body, as it stands in the file
+	Body     json.RawMessage `json:"body"`
+}
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+func checksum(body []byte) string {
+	return fmt.Sprintf("crc32c:%08x", crc32.Checksum(body, castagnoli))
+}
+
+// Encode turns v into a record: JSON with a version and a checksum, one line.
+func Encode(v any) ([]byte, error) {
+	body, err := json.Marshal(v)
+	if err != nil {
+		return nil, fmt.Errorf("cannot encode %T: %w", v, err)
+	}
+	b, err := json.Marshal(envelope{Version: Format, Checksum: checksum(body), Body: body})
+	if err != nil {
+		return nil, fmt.Errorf("cannot encode %T: %w", v, err)
+	}
+	return append(b, '\n'), nil
+}
+
+// Decode reads a record into v. Every failure wraps ErrDamaged.
+func Decode(b []byte, v any) error {
+	var e envelope
+	if err := json.Unmarshal(b, &e); err != nil {
+		return fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	if e.Version != Format {
+		return fmt.Errorf("%w: version %d, want %d", ErrDamaged, e.Version, Format)
+	}
+	body := bytes.TrimSpace(e.Body)
+	if got := checksum(body); got != e.Checksum {
+		return fmt.Errorf("%w: checksum %s, want %s", ErrDamaged, got, e.Checksum)
+	}
+	if err := json.Unmarshal(body, v); err != nil {
+		return fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
+	return nil
+}
+
+// WriteRecord replaces the record at path atomically: written to a temporary
+// name beside it, then renamed. With sync it is also on the disk, name
+// included, before WriteRecord returns. Mode 0600: environments hold secrets.
+func WriteRecord(path string, v any, sync bool) error {
+	b, err := Encode(v)
+	if err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return fmt.Errorf("cannot write %s: %w", path, err)
+	}
+	defer os.Remove(f.Name()) // gone already if the rename worked
+	_, err = f.Write(b)
+	if err == nil && sync {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err == nil && sync {
+		err = SyncDir(filepath.Dir(path))
+	}
+	if err != nil {
+		return fmt.Errorf("cannot write %s: %w", path, err)
+	}
+	return nil
+}
+
+// maxRecord bounds what a reader takes in: a record holds a CRI request at the
+// most, and those are at most 16 MiB.
+const maxRecord = 64 << 20
+
+// ReadRecord reads the record at path into v. A missing file is fs.ErrNotExist;
+// a file that is there and cannot be used, for whatever reason, is ErrDamaged.
+func ReadRecord(path string, v any) error {
+	st, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("cannot read %s: %w", path, err)
+	}
+	if err == nil && (!st.Mode().IsRegular() || st.Size() > maxRecord) {
+		err = fmt.Errorf("mode %s, size %d", st.Mode(), st.Size())
+	}
+	var b []byte
+	if err == nil {
+		b, err = os.ReadFile(path)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot read %s: %w: %w", path, ErrDamaged, err)
+	}
+	if err := Decode(b, v); err != nil {
+		return fmt.Errorf("cannot read %s: %w", path, err)
+	}
+	return nil
+}
+
+// SyncDir makes the names in a directory durable.
+func SyncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}

@@ -1,0 +1,279 @@
+// Package rundir is the agreement between daemon and shim as files: what lies
+// in the run directory of a container, who writes it, and how it is read.
+//
+// The directory is STATE/containers/ID, on a tmpfs:
+//
+//	shim.lock    held by the shim for life; the proof that it lives (Lock, Held)
+//	shim.sock    its ttrpc service (Listen, Dial)
+//	shim.json    Identity, written by the shim before it says that it is ready
+//	create.json  Launch: what Create was given, kept for a daemon that lost it
+//	config.json  the OCI spec; the directory is also the OCI bundle
+//	state.json   Status, replaced at each change
+//	exit.json    Exit, written once, before the process is reaped
+//	shim.log     the shim's own log; runc.log: the OCI runtime's
+//	init.pid     written by the OCI runtime
+//	rootfs       where the daemon mounts the container's root
+//
+// Every .json but config.json is a record (Encode). A reader takes a missing
+// file for "not yet" and a damaged one for "unknown", never for a reason to
+// kill. All that means nothing after a reboot; the shim puts a synced copy of
+// exit.json into the durable directory that Create names.
+package rundir
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+	"unsafe"
+)
+
+// Names in a run directory.
+const (
+	LockName     = "shim.lock"
+	SocketName   = "shim.sock"
+	IdentityName = "shim.json"
+	LaunchName   = "create.json"
+	SpecName     = "config.json"
+	StatusName   = "state.json"
+	ExitName     = "exit.json"
+	ShimLogName  = "shim.log"
+	RuncLogName  = "runc.log"
+	PidfileName  = "init.pid"
+	RootfsName   = "rootfs"
+)
+
+// Dir is a run directory. Its base name is the container's id.
+type Dir string
+
+// ID is the container's id.
+func (d Dir) ID() string { return filepath.Base(string(d)) }
+
+// Path is the path of a name in the directory.
+func (d Dir) Path(name string) string { return filepath.Join(string(d), name) }
+
+// Identity is shim.json.
+type Identity struct {
+	Shim    Process `json:"shim"`
+	BootID  string  `json:"bootId"`
+	Nonce   string  `json:"nonce"`
+	Version string  `json:"version"`
+}
+
+// Opaque is something the shim keeps for the daemon without looking inside.
+type Opaque struct {
+	TypeURL string `json:"typeUrl"`
+	Value   []byte `json:"value"`
+}
+
+// Runtime says how the OCI runtime of this container is called.
+type Runtime struct {
+	Path          string `json:"path"`
+	Root          string `json:"root"`
+	SystemdCgroup bool   `json:"systemdCgroup,omitempty"`
+}
+
+// Launch is create.json: all that Create was given but the spec, which is config.json.
+type Launch struct {
+	RequestID    string  `json:"requestId"`
+	Runtime      Runtime `json:"runtime"`
+	Stdin        bool    `json:"stdin,omitempty"`
+	StdinOnce    bool    `json:"stdinOnce,omitempty"`
+	LogDirectory string  `json:"logDirectory,omitempty"`
+	LogPath      string  `json:"logPath,omitempty"`
+	DurableDir   string  `json:"durableDir,omitempty"`
+	Container    Opaque  `json:"container"`
+	Sandbox      Opaque  `json:"sandbox"`
+}
+
+// Phase is where a container is in its life, as the shim sees it.
+type Phase string
+
+// The phases, in order. A container goes from any of them to PhaseExited.
+const (
+	PhaseEmpty    Phase = "empty"
+	PhaseCreating Phase = "creating"
+	PhaseCreated  Phase = "created"
+	PhaseRunning  Phase = "running"
+	PhaseExited   Phase = "exited"
+)
+
+// Stop is a stop that was asked for. KillAt counts on CLOCK_BOOTTIME.
+type Stop struct {
+	Signal      int           `json:"signal"`
+	RequestedAt time.Time     `json:"requestedAt"`
+	KillAt      time.Duration `json:"killAt"`
+}
+
+// Status is state.json.
+type Status struct {
+	Phase     Phase     `json:"phase"`
+	Init      Process   `json:"init"`
+	BootID    string    `json:"bootId"`
+	CreatedAt time.Time `json:"createdAt"`
+	StartedAt time.Time `json:"startedAt"`
+	Stop      *Stop     `json:"stop,omitempty"`
+	// Cgroups of the container, by controller, as /proc/PID/cgroup has them;
+	// "" is cgroup v2. They outlive the shim: whoever buries a dead one kills by them.
+	Cgroups map[string]string `json:"cgroups,omitempty"`
+	Seq     uint64            `json:"seq"` // of the last event
+	// Error is why create failed; the phase is exited then.
+	Error string `json:"error,omitempty"`
+}
+
+// Where an exit record comes from.
+const (
+	SourceWaited   = "waited"   // the kernel told the parent
+	SourceInferred = "inferred" // nobody could wait; Message says what is known
+)
+
+// Reasons of an exit. Kubernetes shows them.
+const (
+	ReasonCompleted  = "Completed"
+	ReasonError      = "Error"
+	ReasonOOMKilled  = "OOMKilled"
+	ReasonShimDied   = "ShimDied"           // the shim was killed, the container with it
+	ReasonNeverRan   = "ContainerCannotRun" // create or start failed, or it was deleted before
+	ReasonUnknown    = "Unknown"            // the machine went down and no record was durable
+	CodeUnknown      = 255                  // with SourceInferred
+	CodeSignalOffset = 128
+)
+
+// Exit is exit.json.
+type Exit struct {
+	Code      int       `json:"code"` // 128 + signal for a death by signal
+	Signal    int       `json:"signal,omitempty"`
+	StartedAt time.Time `json:"startedAt"` // zero: never started
+	ExitedAt  time.Time `json:"exitedAt"`
+	OOMKilled bool      `json:"oomKilled,omitempty"`
+	Source    string    `json:"source"`
+	Reason    string    `json:"reason"`
+	Message   string    `json:"message,omitempty"`
+}
+
+// ErrLocked says that another process holds the lock.
+var ErrLocked = errors.New("the lock is held")
+
+// Lock takes shim.lock for as long as the returned file is open. It is an open
+// file description lock (fcntl(2), F_OFD_SETLK): no child inherits it, because
+// the descriptor is close-on-exec, and a probe does not disturb it.
+func (d Dir) Lock() (*os.File, error) {
+	f, err := os.OpenFile(d.Path(LockName), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("cannot lock %s: %w", d, err)
+	}
+	lk := syscall.Flock_t{Type: syscall.F_WRLCK}
+	if err := ofdLock(f, fOFDSetLk, &lk); err != nil {
+		f.Close()
+		if errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.EACCES) {
+			err = ErrLocked
+		}
+		return nil, fmt.Errorf("cannot lock %s: %w", d.Path(LockName), err)
+	}
+	return f, nil
+}
+
+// Held says whether somebody holds the lock, without taking it. A missing lock
+// file is not held.
+func (d Dir) Held() (bool, error) {
+	f, err := os.OpenFile(d.Path(LockName), os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("cannot probe the lock of %s: %w", d, err)
+	}
+	defer f.Close()
+	lk := syscall.Flock_t{Type: syscall.F_WRLCK}
+	if err := ofdLock(f, fOFDGetLk, &lk); err != nil {
+		return false, fmt.Errorf("cannot probe %s: %w", d.Path(LockName), err)
+	}
+	return lk.Type != syscall.F_UNLCK, nil
+}
+
+// fcntl(2); package syscall does not name them.
+const (
+	fOFDGetLk = 36
+	fOFDSetLk = 37
+)
+
+func ofdLock(f *os.File, cmd int, lk *syscall.Flock_t) error {
+	_, _, errno := syscall.Syscall(syscall.SYS_FCNTL, f.Fd(), uintptr(cmd), uintptr(unsafe.Pointer(lk)))
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// throughFD calls f with a short path of the socket: a Unix address holds 107
+// bytes, a run directory may be longer.
+func (d Dir) throughFD(f func(path string) error) error {
+	dir, err := os.Open(string(d))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return f(fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), SocketName))
+}
+
+// Listen listens on shim.sock. Only the holder of the lock may call it: a
+// socket that a dead shim left is replaced.
+func (d Dir) Listen() (*net.UnixListener, error) {
+	if err := os.Remove(d.Path(SocketName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("cannot listen in %s: %w", d, err)
+	}
+	var l *net.UnixListener
+	err := d.throughFD(func(path string) (err error) {
+		if l, err = net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"}); err != nil {
+			return err
+		}
+		// The short path means nothing later, so nobody may unlink by it.
+		l.SetUnlinkOnClose(false)
+		return os.Chmod(d.Path(SocketName), 0o600)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("cannot listen on %s: %w", d.Path(SocketName), err)
+	}
+	return l, nil
+}
+
+// Dial connects to shim.sock. A shim that is stopped (SIGSTOP) still takes the
+// connection; only its answers stay out.
+func (d Dir) Dial(ctx context.Context) (net.Conn, error) {
+	var c net.Conn
+	err := d.throughFD(func(path string) (err error) {
+		c, err = (&net.Dialer{}).DialContext(ctx, "unix", path)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("cannot connect to the shim at %s: %w", d.Path(SocketName), err)
+	}
+	return c, nil
+}
+
+// ReadIdentity, ReadLaunch, ReadStatus and ReadExit read one record each.
+// Errors are those of ReadRecord.
+func (d Dir) ReadIdentity() (r Identity, err error) {
+	err = ReadRecord(d.Path(IdentityName), &r)
+	return
+}
+func (d Dir) ReadLaunch() (r Launch, err error) { err = ReadRecord(d.Path(LaunchName), &r); return }
+func (d Dir) ReadStatus() (r Status, err error) { err = ReadRecord(d.Path(StatusName), &r); return }
+func (d Dir) ReadExit() (r Exit, err error)     { return ReadExitIn(string(d)) }
+
+// ReadExitIn reads the exit record in any directory, such as the durable one.
+func ReadExitIn(dir string) (r Exit, err error) {
+	err = ReadRecord(filepath.Join(dir, ExitName), &r)
+	return
+}
+
+// WriteIdentity, WriteLaunch and WriteStatus replace one record each. None is
+// synced: after a power cut they mean nothing.
+func (d Dir) WriteIdentity(r Identity) error { return WriteRecord(d.Path(IdentityName), r, false) }
+func (d Dir) WriteLaunch(r Launch) error     { return WriteRecord(d.Path(LaunchName), r, false) }
+func (d Dir) WriteStatus(r Status) error     { return WriteRecord(d.Path(StatusName), r, false) }
