@@ -1,0 +1,225 @@
+package rundir
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+func TestRecordSurvivesNoDamage(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "r.json")
+	want := Exit{Code: 3, ExitedAt: time.Now().UTC(), Source: SourceWaited, Message: "a \"quoted\" <line>\n"}
+	if err := WriteRecord(path, want, true); err != nil {
+		t.Fatal(err)
+	}
+	var got Exit
+	if err := ReadRecord(path, &got); err != nil || got != want {
+		t.Fatalf("got %+v, %v", got, err)
+	}
+	whole, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func(what string, b []byte) {
+		t.Helper()
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var e Exit
+		err := ReadRecord(path, &e)
+		if err == nil && e == want {
+			return // white space, or a digit of the checksum in the other case
+		}
+		if !errors.Is(err, ErrDamaged) {
+			t.Errorf("%s: %+v, %v", what, e, err)
+		}
+	}
+	for n := range len(whole) - 1 { // the last byte is a newline
+		check("cut", whole[:n])
+		flipped := append([]byte(nil), whole...)
+		flipped[n] ^= 0x10
+		check("flipped", flipped)
+	}
+	check("zeroes", make([]byte, len(whole)))
+	check("two", append(append([]byte(nil), whole...), whole...))
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	if err := ReadRecord(path, &got); !errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrDamaged) {
+		t.Errorf("missing: %v", err)
+	}
+	if err := os.Mkdir(path, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := ReadRecord(path, &got); !errors.Is(err, ErrDamaged) {
+		t.Errorf("a directory: %v", err)
+	}
+}
+
+func TestWriteRecordLeavesNothingBehind(t *testing.T) {
+	dir := t.TempDir()
+	if err := WriteRecord(filepath.Join(dir, "r.json"), func() {}, false); err == nil {
+		t.Error("a function was encoded")
+	}
+	if err := os.Mkdir(filepath.Join(dir, "taken"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := WriteRecord(filepath.Join(dir, "taken"), 1, false); err == nil {
+		t.Error("a directory was replaced")
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) != 1 {
+		t.Errorf("left: %v, %v", entries, err)
+	}
+}
+
+func TestExitIsWrittenOnce(t *testing.T) {
+	dir := t.TempDir()
+	first, err := PrepareExit(dir, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := PrepareExit(dir, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := first.Commit(Exit{Code: 1, Message: strings.Repeat("\x00", 10000)}); err != nil {
+		t.Fatal(err)
+	}
+	if err := second.Commit(Exit{Code: 2}); !errors.Is(err, ErrExists) {
+		t.Errorf("second commit: %v", err)
+	}
+	if e, err := ReadExitIn(dir); err != nil || e.Code != 1 {
+		t.Errorf("got %+v, %v", e, err)
+	}
+	entries, _ := os.ReadDir(dir)
+	if len(entries) != 1 {
+		t.Errorf("left: %v", entries)
+	}
+}
+
+// The room for the record is taken beforehand, so a file system that fills up
+// while the container runs does not lose its end.
+func TestExitOnAFullFileSystem(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	dir := t.TempDir()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Unmount(dir, 0)
+	e, err := PrepareExit(dir, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = os.WriteFile(filepath.Join(dir, "fill"), make([]byte, 1<<20), 0o600)
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("filling: %v", err)
+	}
+	if err := WriteRecord(filepath.Join(dir, "other.json"), 1, false); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("another record: %v", err)
+	}
+	if err := e.Commit(Exit{Code: 42}); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := ReadExitIn(dir); err != nil || got.Code != 42 {
+		t.Errorf("got %+v, %v", got, err)
+	}
+}
+
+func TestLock(t *testing.T) {
+	d := Dir(t.TempDir())
+	held := func(want bool) {
+		t.Helper()
+		if got, err := d.Held(); err != nil || got != want {
+			t.Errorf("held: %v, %v, want %v", got, err, want)
+		}
+	}
+	held(false)
+	f, err := d.Lock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	held(true)
+	if _, err := d.Lock(); !errors.Is(err, ErrLocked) {
+		t.Errorf("second lock: %v", err)
+	}
+	// A probe, and a child that got all that children get, change nothing.
+	if err := exec.Command("true").Run(); err != nil {
+		t.Fatal(err)
+	}
+	held(true)
+	child := exec.Command("sleep", "60")
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { child.Process.Kill(); child.Wait() }()
+	f.Close()
+	held(false)
+}
+
+// A socket address holds 107 bytes; a run directory may be much deeper.
+func TestDialFromADeepDirectory(t *testing.T) {
+	deep := filepath.Join(t.TempDir(), strings.Repeat("d/", 60), strings.Repeat("x", 64))
+	if err := os.MkdirAll(deep, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	d := Dir(deep)
+	if err := os.WriteFile(d.Path(SocketName), nil, 0o600); err != nil { // of a dead shim
+		t.Fatal(err)
+	}
+	l, err := d.Listen()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	c, err := d.Dial(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	l.Close()
+	if _, err := d.Dial(context.Background()); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("nobody listens: %v", err)
+	}
+}
+
+func TestProcess(t *testing.T) {
+	cmd := exec.Command("sleep", "60")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	p, err := FindProcess(cmd.Process.Pid)
+	if err != nil || !p.Alive() {
+		t.Fatalf("%+v, %v", p, err)
+	}
+	other := p
+	other.StartTime++
+	if other.Alive() {
+		t.Error("a process of the same pid passes for another")
+	}
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	// It is a zombie until it is waited for: dead, though its pid is taken.
+	for end := time.Now().Add(10 * time.Second); p.Alive(); {
+		if time.Now().After(end) {
+			t.Fatal("a killed process stays alive")
+		}
+	}
+	cmd.Wait()
+	if _, err := FindProcess(cmd.Process.Pid); !errors.Is(err, ErrNoProcess) {
+		t.Errorf("after the end: %v", err)
+	}
+	if (Process{}).Alive() {
+		t.Error("nobody is alive")
+	}
+}
