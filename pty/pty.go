@@ -1,0 +1,149 @@
+// Package pty receives the terminal that an OCI runtime opened for a container.
+package pty
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+const socketName = "console.sock"
+
+// Socket is where the OCI runtime sends the master of a terminal
+// (--console-socket).
+type Socket struct {
+	dir  *os.File // open, because Path leads through it; Close closes it
+	l    *net.UnixListener
+	path string
+}
+
+// Listen makes a console socket in a directory. Close it.
+func Listen(directory string) (*Socket, error) {
+	dir, err := os.Open(directory)
+	if err != nil {
+		return nil, fmt.Errorf("cannot make a console socket: %w", err)
+	}
+	// A Unix address holds 107 bytes and the directory's path may be longer.
+	// The runtime is another process, so /proc/self would not do.
+	raw, err := dir.SyscallConn()
+	s := &Socket{dir: dir}
+	if err == nil {
+		err = raw.Control(func(fd uintptr) {
+			s.path = fmt.Sprintf("/proc/%d/fd/%d/%s", os.Getpid(), fd, socketName)
+		})
+	}
+	if err == nil {
+		os.Remove(s.path)
+		s.l, err = net.ListenUnix("unix", &net.UnixAddr{Name: s.path, Net: "unix"})
+	}
+	if err != nil {
+		dir.Close()
+		return nil, fmt.Errorf("cannot make a console socket in %s: %w", directory, err)
+	}
+	return s, nil
+}
+
+// Path is what the OCI runtime is told.
+func (s *Socket) Path() string { return s.path }
+
+// Close removes the socket. A Receive under way returns.
+func (s *Socket) Close() {
+	s.l.Close()
+	os.Remove(filepath.Join(s.dir.Name(), socketName))
+	s.dir.Close()
+}
+
+// Receive waits for the runtime to send the master. The file is the caller's;
+// its reads end with EIO when no process has the terminal open any more.
+func (s *Socket) Receive(ctx context.Context) (*os.File, error) {
+	if d, ok := ctx.Deadline(); ok {
+		s.l.SetDeadline(d)
+	}
+	defer context.AfterFunc(ctx, s.Close)()
+	c, err := s.l.AcceptUnix()
+	if err != nil {
+		return nil, fmt.Errorf("cannot receive the terminal: %w", err)
+	}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.Close() })()
+	name, oob := make([]byte, 4096), make([]byte, unix.CmsgSpace(4))
+	_, n, _, _, err := c.ReadMsgUnix(name, oob)
+	if err != nil {
+		return nil, fmt.Errorf("cannot receive the terminal: %w", err)
+	}
+	fd, err := parseRights(oob[:n])
+	if err != nil {
+		return nil, fmt.Errorf("cannot receive the terminal: %w", err)
+	}
+	unix.CloseOnExec(fd)
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("cannot receive the terminal: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "pty")
+	if err := ioctl(f, func(fd int) error { _, err := unix.IoctlGetWinsize(fd, unix.TIOCGWINSZ); return err }); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("cannot receive the terminal: what came is none: %w", err)
+	}
+	return f, nil
+}
+
+func parseRights(oob []byte) (int, error) {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return -1, err
+	}
+	if len(msgs) != 1 {
+		return -1, errors.New("the message carries no descriptor")
+	}
+	fds, err := unix.ParseUnixRights(&msgs[0])
+	if err != nil {
+		return -1, err
+	}
+	if len(fds) != 1 {
+		return -1, fmt.Errorf("the message carries %d descriptors", len(fds))
+	}
+	return fds[0], nil
+}
+
+// Resize sets the size of a terminal by its master, in characters.
+func Resize(master *os.File, width, height uint16) error {
+	size := unix.Winsize{Col: width, Row: height}
+	if err := ioctl(master, func(fd int) error { return unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &size) }); err != nil {
+		return fmt.Errorf("cannot resize the terminal to %dx%d: %w", width, height, err)
+	}
+	return nil
+}
+
+// ioctl keeps the file non-blocking, which os.File.Fd, and with it the Setsize of
+// creack/pty and the Resize of containerd/console, would not: a blocking read of
+// the master could not be ended by closing it.
+func ioctl(f *os.File, call func(fd int) error) error {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var cerr error
+	if err := raw.Control(func(fd uintptr) { cerr = call(int(fd)) }); err != nil {
+		return err
+	}
+	return cerr
+}
+
+// Dup gives a second file of the same terminal, close-on-exec.
+func Dup(master *os.File) (*os.File, error) {
+	var fd int
+	err := ioctl(master, func(old int) (err error) {
+		fd, err = unix.FcntlInt(uintptr(old), unix.F_DUPFD_CLOEXEC, 0)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("cannot duplicate the terminal: %w", err)
+	}
+	return os.NewFile(uintptr(fd), master.Name()), nil
+}

@@ -1,0 +1,119 @@
+package pty
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	creack "github.com/creack/pty"
+	"golang.org/x/sys/unix"
+)
+
+// open makes a terminal.
+func open(t *testing.T) (master, slave *os.File) {
+	t.Helper()
+	master, slave, err := creack.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { master.Close(); slave.Close() })
+	return master, slave
+}
+
+// send does what an OCI runtime does with --console-socket.
+func send(t *testing.T, path string, f *os.File) {
+	t.Helper()
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, _, err := c.(*net.UnixConn).WriteMsgUnix([]byte(f.Name()), unix.UnixRights(int(f.Fd())), nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestReceive(t *testing.T) {
+	// Longer than a Unix address may be.
+	dir := filepath.Join(t.TempDir(), strings.Repeat("x", 120))
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s, err := Listen(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	m, slave := open(t)
+	send(t, s.Path(), m)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	master, err := s.Receive(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer master.Close()
+	m.Close()
+	second, err := Dup(master)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Close()
+	if err := Resize(second, 91, 37); err != nil {
+		t.Fatal(err)
+	}
+	size, err := unix.IoctlGetWinsize(int(slave.Fd()), unix.TIOCGWINSZ)
+	if err != nil || size.Col != 91 || size.Row != 37 {
+		t.Errorf("size %+v, %v", size, err)
+	}
+	slave.WriteString("hello")
+	b := make([]byte, 16)
+	if n, err := master.Read(b); err != nil || string(b[:n]) != "hello" {
+		t.Errorf("read %q, %v", b[:n], err)
+	}
+	// The end of the other side ends a read, and so does closing the master.
+	slave.Close()
+	if _, err := master.Read(b); !errors.Is(err, unix.EIO) {
+		t.Errorf("read after the end: %v", err)
+	}
+}
+
+func TestReceiveSomethingElse(t *testing.T) {
+	s, err := Listen(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	send(t, s.Path(), null)
+	if f, err := s.Receive(t.Context()); err == nil {
+		f.Close()
+		t.Error("/dev/null was taken for a terminal")
+	}
+}
+
+func TestReceiveCancelled(t *testing.T) {
+	dir := t.TempDir()
+	s, err := Listen(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := s.Receive(ctx); err == nil {
+		t.Error("no error")
+	}
+	s.Close()
+	if left, _ := os.ReadDir(dir); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+}

@@ -1,0 +1,172 @@
+package reaper
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrGone says that the child has been reaped.
+var ErrGone = errors.New("the process has ended")
+
+// Status says how a process ended.
+type Status struct {
+	Code   int         // exit code, or 128 + signal
+	Signal unix.Signal // 0: it exited
+}
+
+// Child is an adopted process. Signals reach this very process or nothing.
+type Child struct {
+	PID int
+
+	r     *Reaper
+	pidfd *os.File // non-blocking, known to the runtime's poller; Reap closes it
+
+	mu     sync.Mutex
+	reaped bool
+}
+
+// Adopt takes over a process that is a child of this one already, dead or
+// alive, and not owned. Call it under the Hold under which the child came.
+func (r *Reaper) Adopt(pid int) (*Child, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.owned[pid] {
+		return nil, fmt.Errorf("cannot adopt process %d: it has an owner", pid)
+	}
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil, fmt.Errorf("cannot adopt process %d: pidfd_open: %w", pid, err)
+	}
+	// ECHILD tells a stranger from a child before anything relies on it.
+	if _, err := waitid(unix.P_PIDFD, fd, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("cannot adopt process %d: not a child: %w", pid, err)
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		unix.Close(fd)
+		return nil, fmt.Errorf("cannot adopt process %d: %w", pid, err)
+	}
+	r.owned[pid] = true
+	return &Child{PID: pid, r: r, pidfd: os.NewFile(uintptr(fd), "pidfd")}, nil
+}
+
+// Wait waits until the child has ended and leaves it as a zombie, so that its
+// pid, its /proc entry and its cgroup stay its own until Reap. One goroutine
+// may wait.
+func (c *Child) Wait() (Status, error) {
+	raw, err := c.pidfd.SyscallConn()
+	if err != nil {
+		return Status{}, fmt.Errorf("cannot wait for process %d: %w", c.PID, err)
+	}
+	var st waitStatus
+	var werr error
+	err = raw.Read(func(fd uintptr) bool {
+		st, werr = waitid(unix.P_PIDFD, int(fd), unix.WEXITED|unix.WNOHANG|unix.WNOWAIT)
+		return werr != nil || st.pid != 0
+	})
+	if err = errors.Join(err, werr); err != nil {
+		return Status{}, fmt.Errorf("cannot wait for process %d: %w", c.PID, err)
+	}
+	return st.status(), nil
+}
+
+// Reap lets the kernel forget a child that Wait has returned for.
+func (c *Child) Reap() {
+	c.mu.Lock()
+	if c.reaped {
+		c.mu.Unlock()
+		return
+	}
+	c.reaped = true
+	waitid(unix.P_PID, c.PID, unix.WEXITED|unix.WNOHANG)
+	c.pidfd.Close()
+	c.mu.Unlock()
+	c.r.disown(c.PID)
+}
+
+// Signal sends a signal. ErrGone once the child has ended.
+func (c *Child) Signal(sig unix.Signal) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.reaped {
+		return fmt.Errorf("cannot signal process %d: %w", c.PID, ErrGone)
+	}
+	err := c.Control(func(fd int) error { return unix.PidfdSendSignal(fd, sig, nil, 0) })
+	if errors.Is(err, unix.ESRCH) {
+		err = ErrGone
+	}
+	if err != nil {
+		return fmt.Errorf("cannot signal process %d: %w", c.PID, err)
+	}
+	return nil
+}
+
+// Control lends the pidfd to f, which may only look at it. It becomes readable
+// when the child ends.
+func (c *Child) Control(f func(pidfd int) error) error {
+	raw, err := c.pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var ferr error
+	if err := raw.Control(func(fd uintptr) { ferr = f(int(fd)) }); err != nil {
+		return fmt.Errorf("process %d: %w: %w", c.PID, ErrGone, err)
+	}
+	return ferr
+}
+
+// Ended says whether the child has ended, reaped or not.
+func (c *Child) Ended() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.reaped {
+		return true
+	}
+	st, err := waitid(unix.P_PID, c.PID, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT)
+	return err != nil || st.pid != 0
+}
+
+// waitStatus is the part of siginfo_t that waitid(2) fills.
+type waitStatus struct {
+	pid    int // 0: nobody has ended
+	code   int32
+	detail int32
+}
+
+func (w waitStatus) status() Status {
+	const cldExited = 1
+	if w.code == cldExited {
+		return Status{Code: int(w.detail)}
+	}
+	return Status{Code: 128 + int(w.detail), Signal: unix.Signal(w.detail)}
+}
+
+// siginfo mirrors siginfo_t of SIGCHLD: three ints, then a union aligned to a pointer.
+type siginfo struct {
+	_      [2]int32
+	code   int32
+	_      [unsafe.Sizeof(uintptr(0))/4 - 1]int32
+	pid    int32
+	_      uint32
+	status int32
+	_      [104]byte
+}
+
+func waitid(idtype, id, options int) (waitStatus, error) {
+	for {
+		var si siginfo
+		err := unix.Waitid(idtype, id, (*unix.Siginfo)(unsafe.Pointer(&si)), options, nil)
+		if err == unix.EINTR {
+			continue
+		}
+		if err == unix.EAGAIN { // a non-blocking pidfd whose process lives
+			return waitStatus{}, nil
+		}
+		return waitStatus{pid: int(si.pid), code: si.code, detail: si.status}, err
+	}
+}

@@ -1,0 +1,270 @@
+// Package runc runs the verbs of an OCI runtime (runc and those with its
+// command line), decodes its errors, and handles the cgroups of a container
+// where asking the runtime would be dearer or impossible.
+package runc
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// Runner starts a command and waits for it. A process that reaps its orphans
+// gives its reaper; anybody else leaves Runtime.Runner nil and gets os/exec.
+type Runner interface {
+	Start(*exec.Cmd) error
+	Wait(*exec.Cmd) error
+}
+
+type execRunner struct{}
+
+func (execRunner) Start(c *exec.Cmd) error { return c.Start() }
+func (execRunner) Wait(c *exec.Cmd) error  { return c.Wait() }
+
+// Runtime says how the OCI runtime is called. Every method takes its deadline
+// from its context; at its end the runtime and its process group are killed.
+type Runtime struct {
+	Path          string // of the binary
+	Root          string // --root: where it keeps its state
+	SystemdCgroup bool   // --systemd-cgroup
+	Log           string // --log, in JSON: where its error messages come from
+	Runner        Runner // nil: os/exec
+}
+
+// Error is a verb that failed, with the runtime's own words.
+type Error struct {
+	Verb    string
+	ID      string
+	Message string // the runtime's error, empty if it said nothing
+	Err     error  // how it ended: *exec.ExitError, context.DeadlineExceeded ...
+}
+
+func (e *Error) Error() string {
+	s := fmt.Sprintf("OCI runtime cannot %s %s: ", e.Verb, e.ID)
+	if e.Message == "" {
+		return s + e.Err.Error()
+	}
+	return s + e.Message
+}
+
+func (e *Error) Unwrap() error { return e.Err }
+
+// IO is what the container's process gets as its standard files. They stay the
+// caller's to close. A nil one is /dev/null.
+type IO struct{ Stdin, Stdout, Stderr *os.File }
+
+// CreateOptions are those of Create.
+type CreateOptions struct {
+	IO
+	Bundle        string
+	PidFile       string
+	ConsoleSocket string // with a terminal
+}
+
+// Create makes a container whose init waits for Start.
+func (r *Runtime) Create(ctx context.Context, id string, o CreateOptions) error {
+	args := []string{"create", "--bundle", o.Bundle, "--pid-file", o.PidFile}
+	if o.ConsoleSocket != "" {
+		args = append(args, "--console-socket", o.ConsoleSocket)
+	}
+	return r.run(ctx, id, o.IO, append(args, id)...)
+}
+
+// Start lets the init of a created container run the container's process.
+func (r *Runtime) Start(ctx context.Context, id string) error {
+	return r.run(ctx, id, IO{}, "start", id)
+}
+
+// ExecOptions are those of Exec.
+type ExecOptions struct {
+	IO
+	Process string // file with an OCI process as JSON
+	PidFile string
+	Cgroup  string // as Cgroups.Sub gives it; empty: the container's
+}
+
+// Exec starts a process in a running container and leaves it behind: the
+// nearest subreaper above becomes its parent.
+func (r *Runtime) Exec(ctx context.Context, id string, o ExecOptions) error {
+	args := []string{"exec", "--detach", "--process", o.Process, "--pid-file", o.PidFile}
+	if o.Cgroup != "" {
+		args = append(args, "--cgroup", o.Cgroup)
+	}
+	return r.run(ctx, id, o.IO, append(args, id)...)
+}
+
+// Delete removes what the runtime keeps of a container, its cgroups included.
+// With force it kills what lives, and a missing container is no error.
+func (r *Runtime) Delete(ctx context.Context, id string, force bool) error {
+	args := []string{"delete"}
+	if force {
+		args = append(args, "--force")
+	}
+	return r.run(ctx, id, IO{}, append(args, id)...)
+}
+
+// State asks the runtime.
+func (r *Runtime) State(ctx context.Context, id string) (*specs.State, error) {
+	out, err := r.output(ctx, id, "state", id)
+	if err != nil {
+		return nil, err
+	}
+	s := new(specs.State)
+	if err := json.Unmarshal(out, s); err != nil {
+		return nil, fmt.Errorf("cannot read the OCI runtime's state of %s: %w", id, err)
+	}
+	return s, nil
+}
+
+// Features asks what the runtime can do; the answer is features.Features of
+// the OCI runtime spec as JSON.
+func (r *Runtime) Features(ctx context.Context) (json.RawMessage, error) {
+	out, err := r.output(ctx, "", "features")
+	if err == nil && !json.Valid(out) {
+		err = fmt.Errorf("cannot read the OCI runtime's features: %.100q is not JSON", out)
+	}
+	return out, err
+}
+
+// StateDir is where runc keeps a container.
+func (r *Runtime) StateDir(id string) string { return filepath.Join(r.Root, id) }
+
+func (r *Runtime) output(ctx context.Context, id string, args ...string) ([]byte, error) {
+	pr, pw, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("cannot run %s: %w", r.Path, err)
+	}
+	defer pr.Close()
+	type result struct {
+		b   []byte
+		err error
+	}
+	done := make(chan result, 1)
+	go func() { // ends when pw is closed here and in the child
+		b, err := io.ReadAll(pr)
+		done <- result{b, err}
+	}()
+	err = r.run(ctx, id, IO{Stdout: pw}, args...)
+	pw.Close()
+	res := <-done
+	return res.b, errors.Join(err, res.err)
+}
+
+func (r *Runtime) run(ctx context.Context, id string, stdio IO, args ...string) error {
+	global := []string{"--root", r.Root}
+	var offset int64
+	if r.Log != "" {
+		global = append(global, "--log", r.Log, "--log-format", "json")
+		if st, err := os.Stat(r.Log); err == nil {
+			offset = st.Size()
+		}
+	}
+	if r.SystemdCgroup {
+		global = append(global, "--systemd-cgroup")
+	}
+	cmd := exec.Command(r.Path, append(global, args...)...)
+	cmd.Env = environ()
+	// A nil *os.File in the interface would not be nil.
+	if stdio.Stdin != nil {
+		cmd.Stdin = stdio.Stdin
+	}
+	if stdio.Stdout != nil {
+		cmd.Stdout = stdio.Stdout
+	}
+	if stdio.Stderr != nil {
+		cmd.Stderr = stdio.Stderr
+	}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := r.wait(ctx, cmd); err != nil {
+		return &Error{Verb: args[0], ID: id, Message: lastError(r.Log, offset), Err: err}
+	}
+	return nil
+}
+
+// wait runs the command and kills its process group when ctx ends first.
+func (r *Runtime) wait(ctx context.Context, cmd *exec.Cmd) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	runner := r.Runner
+	if runner == nil {
+		runner = execRunner{}
+	}
+	if err := runner.Start(cmd); err != nil {
+		return err
+	}
+	var mu sync.Mutex
+	over := false
+	stop := context.AfterFunc(ctx, func() {
+		mu.Lock()
+		defer mu.Unlock()
+		// The leader is not reaped before over, so the group is its own.
+		if !over {
+			unix.Kill(-cmd.Process.Pid, unix.SIGKILL)
+		}
+	})
+	defer stop()
+	peek(cmd.Process.Pid)
+	mu.Lock()
+	over = true
+	mu.Unlock()
+	err := runner.Wait(cmd)
+	if err != nil && ctx.Err() != nil {
+		return fmt.Errorf("killed after %w: %w", ctx.Err(), context.Cause(ctx))
+	}
+	return err
+}
+
+// peek waits until a child has ended, without reaping it.
+func peek(pid int) {
+	for unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
+	}
+}
+
+var notInherited = []string{
+	"NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES",
+	"GOMAXPROCS", "GOGC", "GOMEMLIMIT", "GODEBUG", "GOTRACEBACK",
+}
+
+// environ is ours without what would make the runtime talk to our own service
+// manager or bend its Go runtime.
+func environ() []string {
+	return slices.DeleteFunc(os.Environ(), func(kv string) bool {
+		k, _, _ := strings.Cut(kv, "=")
+		return slices.Contains(notInherited, k)
+	})
+}
+
+// lastError is the last error that the runtime logged after offset.
+func lastError(path string, offset int64) (msg string) {
+	f, err := os.Open(path)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	if _, err := f.Seek(offset, io.SeekStart); err != nil {
+		return ""
+	}
+	sc := bufio.NewScanner(f)
+	sc.Buffer(make([]byte, 0, 4096), 1<<20)
+	for sc.Scan() {
+		var line struct{ Level, Msg string }
+		if json.Unmarshal(sc.Bytes(), &line) == nil && (line.Level == "error" || line.Level == "fatal") && line.Msg != "" {
+			msg = line.Msg
+		}
+	}
+	return msg
+}

@@ -1,0 +1,99 @@
+package runc
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// script makes an OCI runtime that is a shell script.
+func script(t *testing.T, body string) *Runtime {
+	t.Helper()
+	dir := t.TempDir()
+	path := filepath.Join(dir, "runtime")
+	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+body), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	return &Runtime{Path: path, Root: filepath.Join(dir, "root"), Log: filepath.Join(dir, "log")}
+}
+
+func TestErrorIsTheRuntimes(t *testing.T) {
+	r := script(t, `echo '{"level":"error","msg":"it is broken"}' >> "$4"; echo no JSON >> "$4"; exit 3`)
+	if err := os.WriteFile(r.Log, []byte(`{"level":"error","msg":"an older error"}`+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	err := r.Start(t.Context(), "box")
+	var e *Error
+	if !errors.As(err, &e) || e.Message != "it is broken" || e.Verb != "start" || e.ID != "box" {
+		t.Errorf("got %#v", err)
+	}
+}
+
+func TestErrorWithoutWords(t *testing.T) {
+	err := script(t, "exit 3").Start(t.Context(), "box")
+	if err == nil || !strings.Contains(err.Error(), "exit status 3") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestArguments(t *testing.T) {
+	r := script(t, `echo "$@" > "$2.args"; env > "$2.env"`)
+	r.SystemdCgroup = true
+	t.Setenv("NOTIFY_SOCKET", "/run/x")
+	t.Setenv("GOMAXPROCS", "1")
+	if err := r.Create(t.Context(), "box", CreateOptions{Bundle: "/b", PidFile: "/p", ConsoleSocket: "/c"}); err != nil {
+		t.Fatal(err)
+	}
+	want := "--root " + r.Root + " --log " + r.Log + " --log-format json --systemd-cgroup create --bundle /b --pid-file /p --console-socket /c box\n"
+	if got, err := os.ReadFile(r.Root + ".args"); err != nil || string(got) != want {
+		t.Errorf("got %q, %v; want %q", got, err, want)
+	}
+	env, err := os.ReadFile(r.Root + ".env")
+	if err != nil || strings.Contains(string(env), "NOTIFY_SOCKET") || strings.Contains(string(env), "GOMAXPROCS") {
+		t.Errorf("environment %s, %v", env, err)
+	}
+}
+
+// The deadline kills what the runtime has started, too.
+func TestDeadlineKillsTheGroup(t *testing.T) {
+	fifo := filepath.Join(t.TempDir(), "alive")
+	r := script(t, `sh -c 'echo started > "`+fifo+`"; exec sleep 1000' & wait`)
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	pr, pw, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pr.Close()
+	err = r.Create(ctx, "box", CreateOptions{IO: IO{Stdout: pw}})
+	pw.Close()
+	if !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v", err)
+	}
+	// Both held the pipe open; its end says that both are gone.
+	pr.SetReadDeadline(time.Now().Add(30 * time.Second))
+	if n, err := pr.Read(make([]byte, 1)); n != 0 || err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("something still runs: %v", err)
+	}
+}
+
+func TestFeatures(t *testing.T) {
+	if out, err := script(t, `echo '{"ociVersionMin":"1.0.0"}'`).Features(t.Context()); err != nil || !strings.Contains(string(out), "1.0.0") {
+		t.Errorf("%s, %v", out, err)
+	}
+	if _, err := script(t, `echo nonsense`).Features(t.Context()); err == nil {
+		t.Error("no error for nonsense")
+	}
+}
+
+// A start of a container whose init is dead fails instead of waiting.
+func TestReleaseOfTheDead(t *testing.T) {
+	r := &Runtime{Root: t.TempDir()}
+	if err := r.Release(t.Context(), "box", 0); err == nil {
+		t.Error("no error without a FIFO")
+	}
+}

@@ -1,0 +1,85 @@
+package runc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrNotStartable says that the init of a container ended before it could run
+// the container's process.
+var ErrNotStartable = errors.New("the container's init has ended")
+
+// HasFifo says whether the runtime keeps the container as runc does: a
+// state.json, and an exec.fifo for as long as the container is created only.
+func (r *Runtime) HasFifo(id string) bool {
+	dir := r.StateDir(id)
+	_, err := os.Stat(filepath.Join(dir, "state.json"))
+	st, ferr := os.Stat(filepath.Join(dir, fifoName))
+	return err == nil && ferr == nil && st.Mode()&fs.ModeNamedPipe != 0
+}
+
+const fifoName = "exec.fifo"
+
+// Release does what "runc start" does, without the price of a process: init
+// waits for a reader of its exec.fifo, writes a byte and runs the container's
+// process. runc takes a container without exec.fifo for a running one.
+//
+// The pidfd is init's: its end is noticed. The deadline is that of ctx.
+func (r *Runtime) Release(ctx context.Context, id string, pidfd int) error {
+	path := filepath.Join(r.StateDir(id), fifoName)
+	// Without O_NONBLOCK, open would wait for an init that may be dead.
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("cannot start %s: open %s: %w", id, path, err)
+	}
+	defer unix.Close(fd)
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}, {Fd: int32(pidfd), Events: unix.POLLIN}}
+	for {
+		if err := poll(ctx, fds); err != nil {
+			return fmt.Errorf("cannot start %s: init does not answer on %s: %w", id, path, err)
+		}
+		var b [1]byte
+		n, err := unix.Read(fd, b[:])
+		if n == 1 {
+			break
+		}
+		if err != nil && err != unix.EAGAIN && err != unix.EINTR {
+			return fmt.Errorf("cannot start %s: read %s: %w", id, path, err)
+		}
+		if fds[1].Revents != 0 {
+			return fmt.Errorf("cannot start %s: %w", id, ErrNotStartable)
+		}
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("cannot mark %s as started: %w", id, err)
+	}
+	return nil
+}
+
+// poll waits until one of fds is ready, for at most as long as ctx has. Only
+// the deadline of ctx ends it early, not its cancellation.
+func poll(ctx context.Context, fds []unix.PollFd) error {
+	for {
+		timeout := -1
+		if d, ok := ctx.Deadline(); ok {
+			timeout = int(max(0, time.Until(d).Milliseconds()+1))
+		}
+		n, err := unix.Poll(fds, timeout)
+		switch {
+		case n > 0:
+			return nil
+		case err == unix.EINTR:
+		case err != nil:
+			return fmt.Errorf("poll: %w", err)
+		default:
+			return context.DeadlineExceeded
+		}
+	}
+}
