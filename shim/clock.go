@@ -1,0 +1,58 @@
+package shim
+
+import (
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// bootNow is CLOCK_BOOTTIME: unlike Go's monotonic clock it counts while the
+// machine sleeps, and means the same to every process until the next boot.
+func bootNow() time.Duration {
+	var ts unix.Timespec
+	unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts) // cannot fail on a Linux since 2.6.39
+	return time.Duration(ts.Nano())
+}
+
+// deadline is a timer on CLOCK_BOOTTIME that can be set again until it fires.
+type deadline struct{ timer *os.File }
+
+// newDeadline calls fire once, in a goroutine that close ends.
+func newDeadline(fire func()) (*deadline, error) {
+	fd, err := unix.TimerfdCreate(unix.CLOCK_BOOTTIME, unix.TFD_NONBLOCK|unix.TFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("cannot make a timer: %w", err)
+	}
+	d := &deadline{timer: os.NewFile(uintptr(fd), "stop deadline")}
+	go func() {
+		var b [8]byte
+		if _, err := d.timer.Read(b[:]); err == nil {
+			fire()
+		}
+	}()
+	return d, nil
+}
+
+// set moves the deadline to a time on CLOCK_BOOTTIME. One that has passed fires at once.
+func (d *deadline) set(at time.Duration) error {
+	raw, err := d.timer.SyscallConn()
+	if err != nil {
+		return err
+	}
+	spec := unix.ItimerSpec{Value: unix.NsecToTimespec(max(1, int64(at)))}
+	var serr error
+	err = raw.Control(func(fd uintptr) {
+		serr = unix.TimerfdSettime(int(fd), unix.TFD_TIMER_ABSTIME, &spec, nil)
+	})
+	if err == nil {
+		err = serr
+	}
+	if err != nil {
+		return fmt.Errorf("cannot set the stop deadline: %w", err)
+	}
+	return nil
+}
+
+func (d *deadline) close() { d.timer.Close() }

@@ -1,0 +1,151 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	pb "github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/reaper"
+)
+
+const (
+	// drainFirst is how long the end of a container may be held back until its
+	// output is in the log; drainTotal is when the rest is given up.
+	drainFirst = 2 * time.Second
+	drainTotal = 30 * time.Second
+	// execsTimeout is how long execs may take to notice that the container
+	// has gone before they are cut off.
+	execsTimeout = 2 * time.Second
+)
+
+// finish waits for init to end and does all that follows, in this order:
+// record, reap, drain, tell, clean up. It runs once, in its own goroutine.
+func (t *task) finish(c *container) {
+	end, err := c.init.Wait()
+	at := time.Now()
+	// A Start that is under way sees the same end on the pidfd and returns.
+	t.starting.Lock()
+	t.over = true
+	t.starting.Unlock()
+	t.mu.Lock()
+	started := t.status.StartedAt
+	t.mu.Unlock()
+
+	record := judge(end, err, started, c.oom.killedBy(end, at, c.killed.Load()))
+	record.ExitedAt = at
+	durable := t.conclude(c, record)
+	c.init.Reap()
+	t.log.Info("container exited", "code", record.Code, "signal", record.Signal, "reason", record.Reason)
+
+	if !c.privatePID {
+		// Others of the container outlive its init, and may keep its output open.
+		if err := c.signalAll(unix.SIGKILL); err != nil {
+			t.log.Error("processes left behind", "err", err)
+		}
+	}
+	given := time.After(drainTotal)
+	drained := c.stdio.Drained()
+	wait(drained, time.After(drainFirst))
+	t.exitNow(func(*rundir.Status) {})
+	t.mu.Lock()
+	if t.stopTimer != nil { // no Stop sets it any more
+		t.stopTimer.close()
+	}
+	t.mu.Unlock()
+	t.cleanUp(c)
+	if !wait(drained, given) {
+		t.log.Warn("output given up: something still keeps it open, or the log is too slow", "after", drainTotal.String())
+	}
+	c.stdio.Close()
+	c.close()
+	<-durable
+	close(t.ended)
+}
+
+func wait(done <-chan struct{}, limit <-chan time.Time) bool {
+	select {
+	case <-done:
+		return true
+	case <-limit:
+		return false
+	}
+}
+
+// judge turns the end of init into an exit record.
+func judge(end reaper.Status, err error, started time.Time, oom bool) rundir.Exit {
+	e := rundir.Exit{
+		Code: end.Code, Signal: int(end.Signal), StartedAt: started,
+		OOMKilled: oom, Source: rundir.SourceWaited,
+	}
+	switch {
+	case err != nil:
+		e.Code, e.Source = rundir.CodeUnknown, rundir.SourceInferred
+		e.Reason, e.Message = rundir.ReasonUnknown, err.Error()
+	case started.IsZero():
+		e.Reason, e.Message = rundir.ReasonNeverRan, "it was killed before it was started"
+	case oom:
+		e.Reason = rundir.ReasonOOMKilled
+	case e.Code == 0:
+		e.Reason = rundir.ReasonCompleted
+	default:
+		e.Reason = rundir.ReasonError
+	}
+	return e
+}
+
+// conclude writes the exit record: the one in the run directory before it
+// returns, the durable one behind it, because a disk may be slow. The channel
+// is closed when that is there too.
+func (t *task) conclude(c *container, record rundir.Exit) (durable <-chan struct{}) {
+	t.mu.Lock()
+	t.exit = &record
+	t.mu.Unlock()
+	if c.exit != nil {
+		if err := c.exit.Commit(record); err != nil {
+			t.log.Error("exit record not written", "err", err)
+		}
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if c.durableExit != nil {
+			if err := c.durableExit.Commit(record); err != nil {
+				t.log.Error("durable exit record not written", "err", err)
+			}
+		}
+	}()
+	return done
+}
+
+// exitNow tells the end: from here on Wait and Delete answer.
+func (t *task) exitNow(change func(*rundir.Status)) {
+	t.mu.Lock()
+	t.update(pb.EventType_EVENT_TYPE_EXITED, func(s *rundir.Status) {
+		s.Phase = rundir.PhaseExited
+		change(s)
+	})
+	t.mu.Unlock()
+	close(t.exited)
+}
+
+// cleanUp removes what the OCI runtime keeps of a container that has ended.
+func (t *task) cleanUp(c *container) {
+	ctx, cancel := context.WithTimeout(context.Background(), deleteTimeout)
+	defer cancel()
+	err := c.cgroups.Kill(ctx)
+	t.endExecs(c)
+	if c.cheapEnd {
+		err = errors.Join(err, c.cgroups.Remove(), os.RemoveAll(c.runtime.StateDir(t.dir.ID())))
+	} else {
+		err = errors.Join(err, c.runtime.Delete(ctx, t.dir.ID(), true))
+	}
+	if err != nil {
+		t.log.Error("container not cleaned up", "err", fmt.Errorf("cannot delete %s: %w", t.dir.ID(), err))
+	}
+}

@@ -1,0 +1,367 @@
+// Package logfile writes a container's log in the format of the CRI: one record
+// per line,
+//
+//	2006-01-02T15:04:05.000000000Z stdout F text
+//
+// with F for a line that ends here and P for one that goes on in the next record
+// of the same stream. The text is the container's bytes, unchanged.
+//
+// Who reads a log takes away the newline behind a P and keeps the one behind an
+// F. So the records of a stream put together are exactly its bytes, and output
+// that ends without a newline is a P. Some readers wait for the F that belongs
+// to a P; the kubelet doesn't, and an F would add a newline that never was.
+//
+// The log never stops the container's output: what cannot be written is counted
+// and dropped, and a record says so as soon as writing works again.
+package logfile
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// outSize is the most that goes out with one write. It takes what one read of
+// 64 KiB becomes, unless the lines are very short.
+const outSize = 128 << 10
+
+// trimSize is how much of a buffer stays in memory while nothing happens.
+const trimSize = 4 << 10
+
+// File is a log. Its methods may be called from several goroutines.
+type File struct {
+	directory, path string
+
+	// reopening orders calls of Reopen and Close, so that the file that was
+	// opened last is the one in use. It is taken before mu.
+	reopening sync.Mutex
+
+	// mu is held during writes: a disk that hangs keeps it.
+	mu   sync.Mutex
+	fd   int    // owned; -1 once closed
+	out  []byte // records to write, all of one stream; mapped on first use, unmapped by Close
+	used int    // the most of out that was in use since the last Trim
+	// Of the records in out.
+	outRecords, outPartials int
+	// open says that the stream's last record in the file is a P.
+	open [streams]bool
+	loss loss
+
+	// countersMu is never held during a call to the kernel.
+	countersMu          sync.Mutex
+	counters            Counters
+	writeErr, reopenErr error
+}
+
+// Counters say what became of the output.
+type Counters struct {
+	Bytes        uint64 // of output, newlines included, that are in the log
+	Lines        uint64 // records, full and partial, that are in the log
+	DroppedBytes uint64 // of output, that could not be written
+	Err          string // of the last write or Reopen; empty when it works
+}
+
+// Open opens directory/path, and creates the file (mode 0640) and the
+// directories between (0755) as needed. No name in path may be a symbolic link,
+// or be "..". What directory itself is made of is trusted: it is the kubelet's.
+func Open(directory, path string) (*File, error) {
+	o, err := open(directory, path, true)
+	if err != nil {
+		return nil, err
+	}
+	return &File{directory: directory, path: path, fd: o.fd}, nil
+}
+
+// Reopen opens the path anew and gives the new file's inode. Records go there
+// from the next one on: a line that is in the old file as a P ends in the new
+// one. On an error the old file stays in use, and no new one is left.
+func (f *File) Reopen() (inode uint64, err error) {
+	f.reopening.Lock()
+	defer f.reopening.Unlock()
+	inode, err = f.reopen()
+	f.countersMu.Lock()
+	f.reopenErr = err
+	f.countersMu.Unlock()
+	return inode, err
+}
+
+// reopen does it. The caller holds reopening, so that Close doesn't come between.
+func (f *File) reopen() (inode uint64, err error) {
+	f.mu.Lock()
+	closed := f.fd < 0
+	f.mu.Unlock()
+	if closed {
+		return 0, os.ErrClosed
+	}
+	o, err := open(f.directory, f.path, false)
+	if err != nil {
+		return 0, err
+	}
+	f.mu.Lock()
+	f.complete()
+	f.loss.pending = nil // of the old file, and no more to be helped
+	old := f.fd
+	f.fd = o.fd
+	f.mu.Unlock()
+	unix.Close(old)
+	return o.inode, nil
+}
+
+// Counters doesn't wait for a write that hangs.
+func (f *File) Counters() Counters {
+	f.countersMu.Lock()
+	defer f.countersMu.Unlock()
+	c := f.counters
+	if err := errors.Join(f.writeErr, f.reopenErr); err != nil {
+		c.Err = err.Error()
+	}
+	return c
+}
+
+// Close writes what there is to say about lost output, and closes the file.
+func (f *File) Close() error {
+	f.reopening.Lock()
+	defer f.reopening.Unlock()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fd < 0 {
+		return os.ErrClosed
+	}
+	f.mend(time.Now())
+	err := unix.Close(f.fd)
+	f.fd = -1
+	if f.out != nil {
+		unix.Munmap(f.out[:outSize])
+		f.out, f.used = nil, 0
+	}
+	if err != nil {
+		return fmt.Errorf("cannot close the log %s below %s: %w", f.path, f.directory, err)
+	}
+	return nil
+}
+
+// Append writes the lines in data, all with one time, and says how many bytes it
+// took. The rest is the begin of a line: at most MaxLine bytes, to be given again
+// in front of what follows. With end nothing follows, and there is no rest.
+//
+// Append never fails: see Counters.
+func (f *File) Append(s Stream, at time.Time, data []byte, end bool) (taken int) {
+	fullHeader := header(at, s, full)
+	partialHeader := fullHeader
+	partialHeader[tagAt] = partial
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fd < 0 {
+		f.count(0, 0, len(data), f.failed(os.ErrClosed))
+		return len(data)
+	}
+	if f.out == nil {
+		f.out = mapOut()
+	}
+	for {
+		rest := data[taken:]
+		i := bytes.IndexByte(rest[:min(len(rest), MaxLine+1)], '\n')
+		h, text, newline := &fullHeader, rest, 0
+		switch {
+		case i >= 0:
+			text, newline = rest[:i], 1
+		case len(rest) > MaxLine:
+			h, text = &partialHeader, rest[:MaxLine]
+		case end && len(rest) > 0:
+			h = &partialHeader
+		default:
+			f.flush(s, at)
+			return taken
+		}
+		n := headerLen + len(text) + len("\n")
+		if n > cap(f.out)-len(f.out) {
+			f.flush(s, at)
+		}
+		f.out = f.out[:len(f.out)+n]
+		r := f.out[len(f.out)-n:]
+		copy(r, h[:])
+		copy(r[headerLen:], text)
+		r[n-1] = '\n'
+		f.outRecords++
+		f.outPartials += 1 - newline
+		taken += len(text) + newline
+	}
+}
+
+// mapOut maps memory rather than taking it from the heap, because then Trim can
+// give it back at once.
+func mapOut() []byte {
+	b, err := unix.Mmap(-1, 0, outSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		panic(fmt.Sprintf("cannot map %d bytes: %v", outSize, err)) // as the heap does
+	}
+	return b[:0]
+}
+
+// Trim gives back memory that a busy time took. Append takes it again.
+func (f *File) Trim() {
+	if !f.mu.TryLock() {
+		return
+	}
+	defer f.mu.Unlock()
+	if f.used > trimSize {
+		unix.Madvise(f.out[trimSize:outSize], unix.MADV_DONTNEED)
+		f.used = 0
+	}
+}
+
+// flush empties out: into the file, or into the count of what was dropped. The
+// caller holds mu.
+func (f *File) flush(s Stream, at time.Time) {
+	b, records, partials := f.out, f.outRecords, f.outPartials
+	if len(b) == 0 {
+		return
+	}
+	f.out, f.outRecords, f.outPartials = b[:0], 0, 0
+	f.used = max(f.used, len(b))
+	total := outputLen(b, records, partials)
+
+	n, err := 0, f.mend(at)
+	if err == nil {
+		n, err = f.write(b)
+	}
+	if err == nil {
+		f.open[s] = partials > 0 && endsPartial(b)
+		f.count(records, total, 0, nil)
+		return
+	}
+	keep := bytes.LastIndexByte(b[:n], '\n') + 1
+	f.cut(b, keep, n)
+	records, written := 0, 0
+	for r := range bytes.Lines(b[:keep]) {
+		p := 0
+		if r[tagAt] == partial {
+			p = 1
+		}
+		f.open[s] = p > 0
+		records++
+		written += outputLen(r, 1, p)
+	}
+	if len(f.loss.pending) > 0 && n > keep {
+		f.open[s] = b[keep+tagAt] == partial
+	}
+	f.loss.add(s, total-written, err)
+	f.count(records, written, total-written, f.failed(err))
+}
+
+// endsPartial says whether the last of the records in b is a P.
+func endsPartial(b []byte) bool {
+	return b[bytes.LastIndexByte(b[:len(b)-1], '\n')+1+tagAt] == partial
+}
+
+func (f *File) count(records, written, dropped int, err error) {
+	f.countersMu.Lock()
+	defer f.countersMu.Unlock()
+	f.counters.Lines += uint64(records)
+	f.counters.Bytes += uint64(written)
+	f.counters.DroppedBytes += uint64(dropped)
+	f.writeErr = err
+}
+
+// write writes b as far as it can.
+func (f *File) write(b []byte) (n int, err error) {
+	for n < len(b) {
+		m, err := unix.Write(f.fd, b[n:])
+		switch {
+		case m > 0:
+			n += m
+		case err == nil:
+			return n, io.ErrShortWrite
+		case err != unix.EINTR:
+			return n, err
+		}
+	}
+	return n, nil
+}
+
+func (f *File) failed(err error) error {
+	return fmt.Errorf("cannot write the log %s below %s: %w", f.path, f.directory, err)
+}
+
+// loss is what went wrong since the log was last in order. The zero loss is none.
+type loss struct {
+	bytes   uint64        // of output, dropped
+	of      [streams]bool // whose
+	cause   error         // the first
+	pending []byte        // completes a torn record at the end of the file
+}
+
+func (l *loss) add(s Stream, n int, cause error) {
+	l.bytes += uint64(n)
+	l.of[s] = true
+	if l.cause == nil {
+		l.cause = cause
+	}
+}
+
+// cut takes b[keep:n] back from the end of the file. Where that can't be done,
+// it leaves a note of what makes whole records of it. The caller holds mu.
+func (f *File) cut(b []byte, keep, n int) {
+	if keep == n {
+		return
+	}
+	var st unix.Stat_t
+	err := unix.Fstat(f.fd, &st)
+	size := st.Size - int64(n-keep)
+	if err == nil && size >= 0 && unix.Ftruncate(f.fd, size) == nil {
+		return
+	}
+	begin := bytes.LastIndexByte(b[:n], '\n') + 1
+	if begin < n {
+		// At least the header, so that the record can be read.
+		f.loss.pending = append(slices.Clone(b[n:max(n, begin+headerLen)]), '\n')
+	}
+}
+
+// complete ends a torn record. The caller holds mu.
+func (f *File) complete() error {
+	n, err := f.write(f.loss.pending)
+	f.loss.pending = f.loss.pending[n:]
+	return err
+}
+
+// mend brings the log in order after a loss, if there was one: it ends the lines
+// that lost their rest, and says how much is missing. The caller holds mu.
+func (f *File) mend(at time.Time) error {
+	if f.loss.bytes == 0 {
+		return nil
+	}
+	if err := f.complete(); err != nil {
+		return err
+	}
+	var b []byte
+	add := func(s Stream, text string) {
+		h := header(at, s, full)
+		b = append(append(append(b, h[:]...), text...), '\n')
+	}
+	ends := f.loss.of
+	ends[Stderr] = true // or the line below would become part of it
+	for s := range streams {
+		if f.open[s] && ends[s] {
+			add(s, "")
+		}
+	}
+	add(Stderr, fmt.Sprintf("holdfast: %d bytes of output are missing here: %v", f.loss.bytes, f.loss.cause))
+	if n, err := f.write(b); err != nil {
+		f.cut(b, 0, n)
+		return err
+	}
+	for s := range streams {
+		f.open[s] = f.open[s] && !ends[s]
+	}
+	f.loss = loss{}
+	f.count(0, 0, 0, nil)
+	return nil
+}

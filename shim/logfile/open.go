@@ -1,0 +1,142 @@
+package logfile
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+var (
+	// ErrPath says that a log path is not one below its directory.
+	ErrPath = errors.New("not a path below the log directory")
+	// ErrNotRegular says that something else than a file has the log's name.
+	ErrNotRegular = errors.New("not a regular file")
+)
+
+const beneath = unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS
+
+// opened is an open log file, not yet in use.
+type opened struct {
+	fd    int
+	inode uint64
+}
+
+// open opens directory/path for appending, and creates it if it is missing.
+// With mkdirs it creates the directories below directory, too. If it fails it
+// leaves no file behind that it created.
+//
+// A pod can have /var/log mounted and put there what it likes while this runs.
+// So each name is looked up in the descriptor of the directory before it, and
+// nothing that is a symbolic link is followed.
+func open(directory, path string, mkdirs bool) (o opened, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("cannot open the log %s below %s: %w", path, directory, err)
+		}
+	}()
+	names, err := split(path)
+	if err != nil {
+		return opened{}, err
+	}
+	dir, err := retry(func() (int, error) {
+		return unix.Open(directory, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	})
+	if err != nil {
+		return opened{}, err
+	}
+	defer func() { unix.Close(dir) }()
+	last := len(names) - 1
+	for _, name := range names[:last] {
+		next, err := openDir(dir, name, mkdirs)
+		if err != nil {
+			return opened{}, fmt.Errorf("directory %s: %w", name, err)
+		}
+		unix.Close(dir)
+		dir = next
+	}
+	return openFile(dir, names[last])
+}
+
+// split gives the names that a path is made of.
+func split(path string) ([]string, error) {
+	names := strings.Split(path, "/")
+	for _, name := range names {
+		if !filepath.IsLocal(name) || name == "." || strings.ContainsRune(name, 0) {
+			return nil, ErrPath
+		}
+	}
+	return names, nil
+}
+
+func openDir(parent int, name string, mkdir bool) (int, error) {
+	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC | unix.O_NOFOLLOW, Resolve: beneath}
+	fd, err := openat(parent, name, how)
+	if !mkdir || !errors.Is(err, unix.ENOENT) {
+		return fd, err
+	}
+	if err := unix.Mkdirat(parent, name, 0o755); err != nil && !errors.Is(err, unix.EEXIST) {
+		return -1, err
+	}
+	return openat(parent, name, how)
+}
+
+func openFile(dir int, name string) (opened, error) {
+	// Without O_NONBLOCK a FIFO would hold up the open.
+	const flags = unix.O_WRONLY | unix.O_APPEND | unix.O_CLOEXEC | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_NOCTTY
+	const tries = 10 // for a file that comes and goes between the two opens
+	var fd int
+	var created bool
+	err := error(unix.ENOENT)
+	for i := 0; i < tries && errors.Is(err, unix.ENOENT); i++ {
+		fd, err = openat(dir, name, unix.OpenHow{Flags: flags, Resolve: beneath})
+		if !errors.Is(err, unix.ENOENT) {
+			break
+		}
+		fd, err = openat(dir, name, unix.OpenHow{Flags: flags | unix.O_CREAT | unix.O_EXCL, Mode: 0o640, Resolve: beneath})
+		created = err == nil
+		if errors.Is(err, unix.EEXIST) {
+			err = unix.ENOENT
+		}
+	}
+	if errors.Is(err, unix.ENXIO) {
+		err = ErrNotRegular // a FIFO without a reader, or a socket
+	}
+	if err != nil {
+		return opened{}, err
+	}
+	var st unix.Stat_t
+	err = unix.Fstat(fd, &st)
+	if err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG {
+		err = ErrNotRegular
+	}
+	if err == nil { // back to blocking: a FUSE file system is told of O_NONBLOCK
+		_, err = unix.FcntlInt(uintptr(fd), unix.F_SETFL, unix.O_APPEND)
+	}
+	if err != nil {
+		unix.Close(fd)
+		if created {
+			unix.Unlinkat(dir, name, 0)
+		}
+		return opened{}, err
+	}
+	return opened{fd: fd, inode: st.Ino}, nil
+}
+
+func openat(dir int, name string, how unix.OpenHow) (int, error) {
+	return retry(func() (int, error) { return unix.Openat2(dir, name, &how) })
+}
+
+// retry repeats what a signal broke off, and openat2's own "try again" of a
+// lookup that raced with a rename.
+func retry(f func() (int, error)) (int, error) {
+	for range 100 {
+		n, err := f()
+		if err != unix.EINTR && err != unix.EAGAIN {
+			return n, err
+		}
+	}
+	return f()
+}

@@ -1,0 +1,147 @@
+package shim
+
+import (
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	pb "github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/reaper"
+	"github.com/holdfast-cri/holdfast/runc"
+)
+
+// oomWatch keeps the last count of OOM kills that could be read: the cgroup
+// can vanish with the container's last process.
+//
+// With systemd it can vanish even before the kernel, which holds notifications
+// back for up to 10 ms, tells of the kill. The cgroup above counts it too, and
+// what rises there between the last look at both and the moment when ours has
+// gone was ours.
+type oomWatch struct {
+	cgroups runc.Cgroups
+	parent  runc.Cgroups // nil: there is none that counts
+	notify  *os.File     // nil where it could not be watched
+
+	mu    sync.Mutex
+	base  uint64 // at create
+	now   uint64
+	above uint64    // of the parent, when ours was last read
+	rise  time.Time // when the count was last seen to have risen
+	final bool      // the container has ended; what follows is not its
+}
+
+// oomFresh is how long before the end of init a kill may have been to be its
+// cause: a large process takes a while to die, and another one of the same
+// container that died yesterday is not the cause.
+const oomFresh = 10 * time.Second
+
+// watchOOM calls first at the first kill. Without a memory controller nothing
+// is counted. close ends it.
+func watchOOM(c runc.Cgroups, log *slog.Logger, first func()) *oomWatch {
+	w := &oomWatch{cgroups: c}
+	n, err := c.OOMKills()
+	early := false
+	if err == nil {
+		w.base, w.now = n, n
+		if p, ok := c.OOMParent(); ok {
+			w.parent = p
+			w.above, _ = p.OOMKills()
+		}
+		w.notify, early, err = c.WatchOOM()
+	}
+	if err != nil {
+		log.Warn("OOM kills will not be noticed", "err", err)
+		return w
+	}
+	go func() {
+		b := make([]byte, 512)
+		told := false
+		for {
+			if _, err := w.notify.Read(b); err != nil {
+				return // closed
+			}
+			if told {
+				w.count()
+			} else if told = w.settled(early) > 0; told {
+				first()
+			}
+		}
+	}()
+	return w
+}
+
+// settled is count, after the time that the kernel takes to pick a victim when
+// it tells of a shortage early. Nothing tells when it has.
+func (w *oomWatch) settled(early bool) uint64 {
+	n := w.count()
+	for wait := time.Millisecond; early && n == 0 && wait < time.Second; wait *= 2 {
+		time.Sleep(wait)
+		n = w.count()
+	}
+	return n
+}
+
+// count is the number of kills since create.
+func (w *oomWatch) count() uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.look()
+}
+
+// look is count for a caller that holds mu.
+func (w *oomWatch) look() uint64 {
+	if w.final {
+		return w.now - w.base
+	}
+	// The parent comes first: a kill between the two looks must not be missed.
+	above, aerr := uint64(0), runc.ErrNoCgroup
+	if w.parent != nil {
+		above, aerr = w.parent.OOMKills()
+	}
+	n, err := w.cgroups.OOMKills()
+	switch {
+	case err == nil && n > w.now:
+		w.now, w.rise = n, time.Now()
+		if w.parent != nil {
+			above, aerr = w.parent.OOMKills() // has it too, now or already
+		}
+	case err != nil && aerr == nil && above > w.above:
+		w.now, w.rise = w.now+1, time.Now()
+	}
+	if aerr == nil {
+		w.above = above
+	}
+	return w.now - w.base
+}
+
+// killedBy says whether the OOM killer ended init: it died as of SIGKILL (a
+// shell that ran the victim says 137), a kill was counted just now, and the
+// SIGKILL was not this shim's. It reads the counter, so it comes before Reap.
+func (w *oomWatch) killedBy(end reaper.Status, at time.Time, ours bool) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	n := w.look()
+	w.final = true
+	return n > 0 && !ours && end.Code == rundir.CodeSignalOffset+int(unix.SIGKILL) && at.Sub(w.rise) < oomFresh
+}
+
+func (w *oomWatch) close() {
+	if w.notify != nil {
+		w.notify.Close()
+	}
+}
+
+// oomKilled tells that a process of the container was killed for want of memory.
+func (t *task) oomKilled() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.status.Phase == rundir.PhaseExited {
+		return
+	}
+	t.update(pb.EventType_EVENT_TYPE_OOM, func(*rundir.Status) {})
+	t.log.Warn("process killed: out of memory")
+}

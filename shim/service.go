@@ -1,0 +1,302 @@
+package shim
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/containerd/ttrpc"
+	"github.com/containerd/typeurl/v2"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	pb "github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+// Capabilities tell a daemon what this build can do beyond the protocol's version.
+var Capabilities = []string{"pty", "exec-sync", "exec-cgroup", "oom", "stop-deadline", "events"}
+
+// longPoll is the longest that Wait and Events keep a caller, whatever it asked
+// for. A client's own deadline should be longer.
+const longPoll = time.Minute
+
+// service is the ttrpc face of a task: it checks requests and converts.
+type service struct {
+	task     *task
+	identity rundir.Identity
+}
+
+var _ pb.ShimService = (*service)(nil)
+
+// convertErrors gives every method's error its code.
+func convertErrors(ctx context.Context, u ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, m ttrpc.Method) (any, error) {
+	resp, err := m(ctx, u)
+	if err != nil {
+		return nil, toStatus(err)
+	}
+	return resp, nil
+}
+
+// mine says whether a request is meant for this shim's container.
+func (s *service) mine(id string) error {
+	switch id {
+	case s.task.dir.ID():
+		return nil
+	case "":
+		return fmt.Errorf("%w: id is empty", ErrInvalid)
+	}
+	return fmt.Errorf("%w: %q; this one keeps %q", ErrNotFound, id, s.task.dir.ID())
+}
+
+func (s *service) Hello(_ context.Context, req *pb.HelloRequest) (*pb.HelloResponse, error) {
+	if err := s.mine(req.Id); err != nil {
+		return nil, err
+	}
+	return &pb.HelloResponse{
+		Id:           req.Id,
+		Shim:         process(s.identity.Shim),
+		BootId:       s.identity.BootID,
+		Nonce:        s.identity.Nonce,
+		ProtocolMin:  pb.ProtocolMin,
+		ProtocolMax:  pb.ProtocolMax,
+		Version:      s.identity.Version,
+		Capabilities: Capabilities,
+	}, nil
+}
+
+func (s *service) Create(ctx context.Context, req *pb.CreateRequest) (*pb.CreateResponse, error) {
+	if err := s.mine(req.Id); err != nil {
+		return nil, err
+	}
+	launch, err := launchOf(req)
+	if err != nil {
+		return nil, err
+	}
+	if got, want := req.Spec.GetTypeUrl(), specTypeURL(); got != want {
+		return nil, fmt.Errorf("%w: spec is a %q, not a %q", ErrInvalid, got, want)
+	}
+	init, err := s.task.Create(ctx, launch, req.Spec.Value)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.CreateResponse{Init: process(init)}, nil
+}
+
+// specTypeURL is the type URL of an OCI spec.
+var specTypeURL = sync.OnceValue(func() string {
+	url, err := typeurl.TypeURL(&specs.Spec{})
+	if err != nil {
+		panic(err) // package proto registers it
+	}
+	return url
+})
+
+func launchOf(req *pb.CreateRequest) (rundir.Launch, error) {
+	l := rundir.Launch{
+		RequestID:    req.RequestId,
+		Runtime:      rundir.Runtime{Path: req.Runtime.GetPath(), Root: req.Runtime.GetRoot(), SystemdCgroup: req.Runtime.GetSystemdCgroup()},
+		Stdin:        req.Stdin,
+		StdinOnce:    req.StdinOnce,
+		LogDirectory: req.Log.GetDirectory(),
+		LogPath:      req.Log.GetPath(),
+		DurableDir:   req.DurableDir,
+		Container:    rundir.Opaque{TypeURL: req.ContainerRecord.GetTypeUrl(), Value: req.ContainerRecord.GetValue()},
+		Sandbox:      rundir.Opaque{TypeURL: req.SandboxRecord.GetTypeUrl(), Value: req.SandboxRecord.GetValue()},
+	}
+	if l.RequestID == "" {
+		return l, fmt.Errorf("%w: request_id is empty", ErrInvalid)
+	}
+	// The shim's working directory is /, so a relative path would mean nothing.
+	for field, path := range map[string]string{
+		"runtime.path": l.Runtime.Path, "runtime.root": l.Runtime.Root,
+		"log.directory": l.LogDirectory, "durable_dir": l.DurableDir,
+	} {
+		optional := path == "" && (field == "durable_dir" || field == "log.directory" && l.LogPath == "")
+		if !filepath.IsAbs(path) && !optional {
+			return l, fmt.Errorf("%w: %s %q is not absolute", ErrInvalid, field, path)
+		}
+	}
+	return l, nil
+}
+
+func (s *service) Start(_ context.Context, req *pb.StartRequest) (*pb.StartResponse, error) {
+	if err := s.mine(req.Id); err != nil {
+		return nil, err
+	}
+	init, at, err := s.task.Start()
+	if err != nil {
+		return nil, err
+	}
+	return &pb.StartResponse{Init: process(init), StartedAt: timestamp(at)}, nil
+}
+
+func (s *service) State(_ context.Context, req *pb.StateRequest) (*pb.StateResponse, error) {
+	if err := s.mine(req.Id); err != nil {
+		return nil, err
+	}
+	return s.task.state(s.identity.Shim), nil
+}
+
+func (t *task) state(shim rundir.Process) *pb.StateResponse {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	st := t.status
+	r := &pb.StateResponse{
+		Id:        t.dir.ID(),
+		Phase:     phases[st.Phase],
+		Shim:      process(shim),
+		Init:      process(st.Init),
+		CreatedAt: timestamp(st.CreatedAt),
+		StartedAt: timestamp(st.StartedAt),
+		Stop:      stopIntent(st.Stop),
+		LastEvent: st.Seq,
+		Execs:     uint32(t.execCount),
+		Cgroups:   st.Cgroups,
+	}
+	if st.Phase == rundir.PhaseExited {
+		r.Exit = exit(t.exit)
+	}
+	if c := t.container; c != nil {
+		r.Terminal = c.terminal
+		r.OomKills = c.oom.count()
+		if c.log != nil {
+			n := c.log.Counters()
+			r.Log = &pb.LogCounters{Bytes: n.Bytes, Lines: n.Lines, DroppedBytes: n.DroppedBytes, Error: n.Err}
+		}
+	}
+	return r
+}
+
+func (s *service) Wait(ctx context.Context, req *pb.WaitRequest) (*pb.WaitResponse, error) {
+	if err := s.mine(req.Id); err != nil {
+		return nil, err
+	}
+	limit := longPoll
+	if req.TimeoutMs > 0 {
+		limit = min(limit, milliseconds(uint64(req.TimeoutMs)))
+	}
+	e, err := s.task.Wait(ctx, limit)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.WaitResponse{Exited: e != nil, Exit: exit(e)}, nil
+}
+
+func (s *service) Kill(_ context.Context, req *pb.KillRequest) (*pb.KillResponse, error) {
+	if err := s.mine(req.Id); err != nil {
+		return nil, err
+	}
+	sig, err := signalOf(req.Signal)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.KillResponse{}, s.task.Kill(sig, req.All)
+}
+
+func signalOf(n uint32) (unix.Signal, error) {
+	if n < 1 || n > 64 {
+		return 0, fmt.Errorf("%w: signal %d is none of 1..64", ErrInvalid, n)
+	}
+	return unix.Signal(n), nil
+}
+
+func (s *service) Stop(_ context.Context, req *pb.StopRequest) (*pb.StopResponse, error) {
+	if err := s.mine(req.Id); err != nil {
+		return nil, err
+	}
+	sig := unix.SIGKILL
+	if req.GraceMs > 0 || req.Signal > 0 {
+		var err error
+		if sig, err = signalOf(req.Signal); err != nil {
+			return nil, err
+		}
+	}
+	at, err := s.task.Stop(sig, milliseconds(req.GraceMs))
+	if err != nil {
+		return nil, err
+	}
+	return &pb.StopResponse{KillAt: timestamp(wallTime(at))}, nil
+}
+
+// milliseconds bounds a duration so that adding it to a clock cannot overflow.
+func milliseconds(n uint64) time.Duration {
+	return time.Duration(min(n, math.MaxInt64/4/uint64(time.Millisecond))) * time.Millisecond
+}
+
+func (s *service) ExecSync(ctx context.Context, req *pb.ExecSyncRequest) (*pb.ExecSyncResponse, error) {
+	if err := s.mine(req.Id); err != nil {
+		return nil, err
+	}
+	p, err := pb.UnmarshalAny[specs.Process](req.Process)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%w: process: %w", ErrInvalid, err)
+	case len(p.Args) == 0:
+		return nil, fmt.Errorf("%w: process.args is empty", ErrInvalid)
+	case p.Terminal:
+		return nil, fmt.Errorf("%w: process.terminal: ExecSync has no terminal", ErrInvalid)
+	}
+	return s.task.ExecSync(ctx, p, req)
+}
+
+func (s *service) ResizePty(_ context.Context, req *pb.ResizePtyRequest) (*pb.ResizePtyResponse, error) {
+	if err := s.mine(req.Id); err != nil {
+		return nil, err
+	}
+	if req.Width > math.MaxUint16 || req.Height > math.MaxUint16 {
+		return nil, fmt.Errorf("%w: width and height are at most %d", ErrInvalid, math.MaxUint16)
+	}
+	return &pb.ResizePtyResponse{}, s.task.Resize(uint16(req.Width), uint16(req.Height))
+}
+
+func (s *service) ReopenLog(_ context.Context, req *pb.ReopenLogRequest) (*pb.ReopenLogResponse, error) {
+	if err := s.mine(req.Id); err != nil {
+		return nil, err
+	}
+	inode, err := s.task.ReopenLog()
+	if err != nil {
+		return nil, err
+	}
+	return &pb.ReopenLogResponse{Inode: inode}, nil
+}
+
+func (s *service) Pids(_ context.Context, req *pb.PidsRequest) (*pb.PidsResponse, error) {
+	if err := s.mine(req.Id); err != nil {
+		return nil, err
+	}
+	pids, err := s.task.Pids()
+	if err != nil {
+		return nil, err
+	}
+	r := &pb.PidsResponse{Pids: make([]int32, len(pids))}
+	for i, pid := range pids {
+		r.Pids[i] = int32(pid)
+	}
+	return r, nil
+}
+
+func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.DeleteResponse, error) {
+	if err := s.mine(req.Id); err != nil {
+		return nil, err
+	}
+	e, err := s.task.Delete(ctx, req.Force)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.DeleteResponse{Exit: exit(e)}, nil
+}
+
+func (s *service) Events(ctx context.Context, req *pb.EventsRequest) (*pb.EventsResponse, error) {
+	if err := s.mine(req.Id); err != nil {
+		return nil, err
+	}
+	events, err := s.task.Events(ctx, req.After, min(longPoll, milliseconds(uint64(req.WaitMs))))
+	if err != nil {
+		return nil, err
+	}
+	return &pb.EventsResponse{Events: events}, nil
+}

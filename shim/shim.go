@@ -1,0 +1,135 @@
+// Package shim keeps one container alive, heard and recorded, with or without
+// a daemon. It owns the container's standard files, its log, its stop deadline
+// and its exit record; all that it knows is its files and its descriptors.
+package shim
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/containerd/ttrpc"
+	"golang.org/x/sys/unix"
+
+	pb "github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/reaper"
+)
+
+// Config is what a shim is started with.
+type Config struct {
+	Dir           rundir.Dir    // absolute; its base name is the container's id
+	CreateTimeout time.Duration // without a Create for so long the shim ends
+	Version       string        // of the build
+	Log           *slog.Logger
+	// Stop tells an idle shim to end. One with a container goes on.
+	Stop <-chan os.Signal
+	// Ready is called once, when the shim can be called.
+	Ready func()
+}
+
+// lingerTimeout is how long a shim that has nothing left to do waits for the
+// answers under way to be sent.
+const lingerTimeout = time.Second
+
+// Run is a shim's whole life. It returns when the container has ended and all
+// that belonged to it is done, or when there never was one.
+func Run(cfg Config) error {
+	lock, err := cfg.Dir.Lock()
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	protectFromOOM(cfg.Log)
+	r, err := reaper.New()
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	l, err := cfg.Dir.Listen()
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	identity, err := identify(cfg)
+	if err != nil {
+		return errors.Join(err, removeSocket(cfg.Dir))
+	}
+	t := newTask(cfg.Dir, cfg.Log, r)
+	calls := new(calls)
+	server, err := ttrpc.NewServer(ttrpc.WithChainUnaryServerInterceptor(calls.count, convertErrors))
+	if err != nil {
+		return errors.Join(err, removeSocket(cfg.Dir))
+	}
+	pb.RegisterShimService(server, &service{task: t, identity: identity})
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(context.Background(), calls.listener(l)) }()
+	cfg.Log.Info("shim ready", "pid", os.Getpid(), "version", cfg.Version)
+	cfg.Ready()
+
+	err = t.until(cfg, served)
+	// From here on the files answer. New callers must find no socket rather
+	// than one that nobody serves.
+	err = errors.Join(err, removeSocket(cfg.Dir))
+	calls.wait(lingerTimeout)
+	server.Close()
+	cfg.Log.Info("shim ends")
+	return err
+}
+
+// until returns when the task has ended.
+func (t *task) until(cfg Config, served <-chan error) error {
+	idle := time.NewTimer(cfg.CreateTimeout)
+	defer idle.Stop()
+	for {
+		select {
+		case <-t.ended:
+			return nil
+		case <-idle.C:
+			if t.abandon() {
+				t.log.Warn("no Create came", "within", cfg.CreateTimeout.String())
+			}
+		case <-cfg.Stop:
+			t.abandon()
+		case err := <-served:
+			// The container goes on without a service: its end is still
+			// recorded, and a stop that was asked for still happens.
+			t.log.Error("service ended", "err", err)
+			served = nil
+		}
+	}
+}
+
+func identify(cfg Config) (rundir.Identity, error) {
+	self, err := rundir.FindProcess(os.Getpid())
+	if err != nil {
+		return rundir.Identity{}, err
+	}
+	id := rundir.Identity{Shim: self, BootID: rundir.BootID(), Nonce: rand.Text(), Version: cfg.Version}
+	return id, cfg.Dir.WriteIdentity(id)
+}
+
+func removeSocket(d rundir.Dir) error {
+	if err := os.Remove(d.Path(rundir.SocketName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("cannot remove the socket: %w", err)
+	}
+	return nil
+}
+
+// protectFromOOM lowers the shim's oom_score_adj: its death costs the container.
+// -999 and -1000 are left to the node's own agents. Lowering needs
+// CAP_SYS_RESOURCE.
+func protectFromOOM(log *slog.Logger) {
+	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-998"), 0); err != nil {
+		log.Debug("not protected from the OOM killer", "err", err)
+	}
+}
+
+// Signals are those that must not end a shim, though they end other processes.
+// They are caught rather than ignored, because children inherit what is ignored.
+var Signals = []os.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGTERM, unix.SIGPIPE}

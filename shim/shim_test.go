@@ -1,0 +1,847 @@
+package shim_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	pb "github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/runc"
+)
+
+func TestRunLogsAndExitCode(t *testing.T) {
+	b := newBox(t)
+	b.run("echo out; echo err >&2; exit 7")
+	e := b.wait()
+	if e.Code != 7 || e.Signal != 0 || e.Source != rundir.SourceWaited || e.Reason != rundir.ReasonError {
+		t.Errorf("exit %v", e)
+	}
+	b.gone()
+	if got := b.output(); got != "out\nerr\n" && got != "err\nout\n" {
+		t.Errorf("log %q", got)
+	}
+	for _, dir := range []string{string(b.dir), b.durable} {
+		if r, err := rundir.ReadExitIn(dir); err != nil || r.Code != 7 || r.StartedAt.IsZero() {
+			t.Errorf("%s: %+v, %v", dir, r, err)
+		}
+	}
+	if st, err := b.dir.ReadStatus(); err != nil || st.Phase != rundir.PhaseExited {
+		t.Errorf("state %+v, %v", st, err)
+	}
+}
+
+// A container that ends in its first millisecond still has its own exit code,
+// its whole output in the log, and events in order.
+func TestFirstMillisecond(t *testing.T) {
+	n := 200
+	if testing.Short() {
+		n = 10
+	}
+	for i := range n {
+		t.Run(strconv.Itoa(i), func(t *testing.T) {
+			b := newBox(t)
+			want := i%100 + 1
+			spec := b.spec("")
+			spec.Process.Args = []string{"/bin/sh", "-c", fmt.Sprintf("echo %d; exit %d", i, want)}
+			b.create(spec)
+			b.start()
+			if e := b.wait(); int(e.Code) != want {
+				t.Errorf("exit %v, want %d", e, want)
+			}
+			if got, want := b.output(), strconv.Itoa(i)+"\n"; got != want {
+				t.Errorf("log %q, want %q", got, want)
+			}
+		})
+	}
+}
+
+// While it runs, the OCI runtime sees a container like its own.
+func TestRuntimeAgrees(t *testing.T) {
+	b := newBox(t)
+	b.create(b.spec("exec sleep 1000"))
+	ask := func() specs.ContainerState {
+		s, err := b.runc.State(b.ctx(), b.id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s.Status
+	}
+	if s := ask(); s != specs.StateCreated {
+		t.Errorf("created, the runtime says %s", s)
+	}
+	b.start()
+	if s := ask(); s != specs.StateRunning {
+		t.Errorf("started, the runtime says %s", s)
+	}
+	out, err := exec.Command(b.runc.Path, "--root", b.runc.Root, "exec", b.id, "/bin/echo", "hello").CombinedOutput()
+	if err != nil || string(out) != "hello\n" {
+		t.Errorf("runc exec: %q, %v", out, err)
+	}
+}
+
+func TestLargeOutput(t *testing.T) {
+	b := newBox(t)
+	b.run("yes 0123456789abcdef | head -n 200000; echo end >&2")
+	if e := b.wait(); e.Code != 0 || e.Reason != rundir.ReasonCompleted {
+		t.Errorf("exit %v", e)
+	}
+	if got := strings.Count(b.output(), "0123456789abcdef\n"); got != 200000 {
+		t.Errorf("%d lines in the log", got)
+	}
+}
+
+func TestTerminal(t *testing.T) {
+	b := newBox(t)
+	spec := b.spec("stty size; trap 'stty size; exit 3' WINCH; echo ready; while :; do sleep 0.01; done")
+	spec.Process.Terminal = true
+	spec.Process.ConsoleSize = &specs.Box{Width: 80, Height: 25}
+	b.create(spec)
+	b.start()
+	b.says("ready")
+	if !b.state().Terminal {
+		t.Error("state: no terminal")
+	}
+	if _, err := b.client.ResizePty(b.ctx(), &pb.ResizePtyRequest{Id: b.id, Width: 132, Height: 43}); err != nil {
+		t.Fatal(err)
+	}
+	if e := b.wait(); e.Code != 3 {
+		t.Errorf("exit %v", e)
+	}
+	if got := strings.ReplaceAll(b.output(), "\r", ""); got != "25 80\nready\n43 132\n" {
+		t.Errorf("log %q", got)
+	}
+}
+
+func TestResizeWithoutTerminal(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	_, err := b.client.ResizePty(b.ctx(), &pb.ResizePtyRequest{Id: b.id, Width: 80, Height: 25})
+	if code(err) != codes.FailedPrecondition {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestStop(t *testing.T) {
+	t.Run("signal", func(t *testing.T) {
+		b := newBox(t)
+		b.run("trap 'exit 9' TERM; echo ready; while :; do sleep 0.01; done")
+		b.says("ready")
+		if _, err := b.client.Stop(b.ctx(), &pb.StopRequest{Id: b.id, Signal: 15, GraceMs: 600000}); err != nil {
+			t.Fatal(err)
+		}
+		if e := b.wait(); e.Code != 9 {
+			t.Errorf("exit %v", e)
+		}
+	})
+	t.Run("deadline", func(t *testing.T) {
+		b := newBox(t)
+		b.run("trap '' TERM; echo ready; while :; do sleep 0.01; done")
+		b.says("ready")
+		if _, err := b.client.Stop(b.ctx(), &pb.StopRequest{Id: b.id, Signal: 15, GraceMs: 50}); err != nil {
+			t.Fatal(err)
+		}
+		if e := b.wait(); e.Code != 137 || e.Signal != 9 || e.OomKilled {
+			t.Errorf("exit %v", e)
+		}
+	})
+	t.Run("at once", func(t *testing.T) {
+		b := newBox(t)
+		b.run("trap '' TERM; echo ready; while :; do sleep 0.01; done")
+		if _, err := b.client.Stop(b.ctx(), &pb.StopRequest{Id: b.id}); err != nil {
+			t.Fatal(err)
+		}
+		if e := b.wait(); e.Signal != 9 {
+			t.Errorf("exit %v", e)
+		}
+	})
+	t.Run("only sooner", func(t *testing.T) {
+		b := newBox(t)
+		b.run("trap '' TERM; echo ready; while :; do sleep 0.01; done")
+		stop := func(ms uint64) time.Time {
+			r, err := b.client.Stop(b.ctx(), &pb.StopRequest{Id: b.id, Signal: 15, GraceMs: ms})
+			if err != nil {
+				t.Fatal(err)
+			}
+			st, err := b.dir.ReadStatus()
+			if err != nil || st.Stop == nil {
+				t.Fatalf("the stop is not in the record: %+v, %v", st, err)
+			}
+			return r.KillAt.AsTime()
+		}
+		first := stop(600_000)
+		if later := stop(6_000_000); later.Sub(first).Abs() > time.Second {
+			t.Errorf("the deadline moved from %s to %s", first, later)
+		}
+		if sooner := stop(300_000); first.Sub(sooner) < 200*time.Second {
+			t.Errorf("the deadline did not move from %s: %s", first, sooner)
+		}
+		stop(0)
+		b.wait()
+	})
+	t.Run("paused", func(t *testing.T) {
+		b := newBox(t)
+		b.run("exec sleep 1000")
+		if out, err := exec.Command(b.runc.Path, "--root", b.runc.Root, "pause", b.id).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		if _, err := b.client.Stop(b.ctx(), &pb.StopRequest{Id: b.id, Signal: 15, GraceMs: 20}); err != nil {
+			t.Fatal(err)
+		}
+		if e := b.wait(); e.Signal != 9 {
+			t.Errorf("exit %v", e)
+		}
+	})
+}
+
+// The deadline belongs to the shim: its launcher is killed right after asking.
+func TestLauncherKilled(t *testing.T) {
+	b := newBox(t)
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), "HOLDFAST_TEST_LAUNCH="+string(b.dir), "HOLDFAST_TEST_SHIM="+shimBinary)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	answer := make([]byte, 512)
+	n, err := out.Read(answer)
+	if got := string(answer[:n]); err != nil || got != "\"\\x00\" <nil>\n" {
+		t.Fatalf("shim not ready: %s, %v", got, err)
+	}
+	b.connect()
+	if _, err := b.client.Create(b.ctx(), b.request(b.spec("trap '' TERM; echo ready; while :; do sleep 0.01; done"))); err != nil {
+		t.Fatal(err)
+	}
+	b.start()
+	b.says("ready")
+	if _, err := b.client.Stop(b.ctx(), &pb.StopRequest{Id: b.id, Signal: 15, GraceMs: 300}); err != nil {
+		t.Fatal(err)
+	}
+	cmd.Process.Kill()
+	cmd.Wait()
+	b.conn.Close()
+	b.gone()
+	r, err := rundir.ReadExitIn(b.durable)
+	if err != nil || r.Signal != 9 || r.Source != rundir.SourceWaited {
+		t.Errorf("exit %+v, %v", r, err)
+	}
+}
+
+func TestCreateTwice(t *testing.T) {
+	b := newBox(t)
+	spec := b.spec("exec sleep 1000")
+	init := b.create(spec)
+	again, err := b.client.Create(b.ctx(), b.request(spec))
+	if err != nil || again.Init.Pid != init.Pid {
+		t.Errorf("the same request: %v, %v", again, err)
+	}
+	other := b.request(spec)
+	other.RequestId = "r2"
+	if _, err := b.client.Create(b.ctx(), other); code(err) != codes.AlreadyExists {
+		t.Errorf("another request: %v", err)
+	}
+	b.start()
+	if again := b.start(); again.Pid != init.Pid {
+		t.Errorf("second start: %v", again)
+	}
+	if l, err := b.dir.ReadLaunch(); err != nil || l.RequestID != "r1" || l.DurableDir != b.durable {
+		t.Errorf("create record %+v, %v", l, err)
+	}
+}
+
+func TestCreateFails(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(*specs.Spec)
+		says   string
+	}{
+		"no such command": {func(s *specs.Spec) { s.Process.Args = []string{"/no/such"} }, "/no/such"},
+		"no such rootfs":  {func(s *specs.Spec) { s.Root.Path = "/no/such/rootfs" }, "/no/such/rootfs"},
+		"hook fails": {func(s *specs.Spec) {
+			s.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/bin/false", Args: []string{"false"}}}}
+		}, "hook"},
+		"with a terminal": {func(s *specs.Spec) { s.Process.Terminal, s.Process.Args = true, []string{"/no/such"} }, "/no/such"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBox(t)
+			b.launch()
+			spec := b.spec("")
+			c.change(spec)
+			_, err := b.client.Create(b.ctx(), b.request(spec))
+			if err == nil || !strings.Contains(err.Error(), c.says) {
+				t.Fatalf("got %v, want the runtime's message with %q", err, c.says)
+			}
+			b.gone()
+			for _, dir := range []string{string(b.dir), b.durable} {
+				r, err := rundir.ReadExitIn(dir)
+				if err != nil || r.Reason != rundir.ReasonNeverRan || r.Code == 0 || !strings.Contains(r.Message, c.says) {
+					t.Errorf("%s: %+v, %v", dir, r, err)
+				}
+			}
+			if mounts, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(mounts), b.id) {
+				t.Errorf("a mount is left, or %v", err)
+			}
+		})
+	}
+}
+
+// An OCI runtime that hangs is killed with what it has started.
+func TestDeleteWhileCreating(t *testing.T) {
+	b := newBox(t)
+	b.launch()
+	fifo := filepath.Join(filepath.Dir(b.logs), "fifo")
+	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	spec := b.spec("")
+	spec.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{
+		Path: "/bin/sh", Args: []string{"sh", "-c", "echo here > " + fifo + "; exec sleep 1000"},
+	}}}
+	failed := make(chan error, 1)
+	go func() {
+		_, err := b.client.Create(b.ctx(), b.request(spec))
+		failed <- err
+	}()
+	if _, err := os.ReadFile(fifo); err != nil { // the hook runs now
+		t.Fatal(err)
+	}
+	other, conn, _ := b.dial()
+	defer conn.Close()
+	if _, err := other.Delete(b.ctx(), &pb.DeleteRequest{Id: b.id}); code(err) != codes.FailedPrecondition {
+		t.Errorf("without force: %v", err)
+	}
+	r, err := other.Delete(b.ctx(), &pb.DeleteRequest{Id: b.id, Force: true})
+	if err != nil || r.Exit.GetReason() != rundir.ReasonNeverRan {
+		t.Errorf("delete: %v, %v", r, err)
+	}
+	if err := <-failed; code(err) != codes.Aborted {
+		t.Errorf("create: %v", err)
+	}
+	b.gone()
+}
+
+func TestBadRequests(t *testing.T) {
+	b := newBox(t)
+	b.launch()
+	check := func(what string, want codes.Code, err error) {
+		t.Helper()
+		if code(err) != want {
+			t.Errorf("%s: got %v, want %s", what, err, want)
+		}
+	}
+	_, err := b.client.State(b.ctx(), &pb.StateRequest{Id: "other"})
+	check("another id", codes.NotFound, err)
+	_, err = b.client.State(b.ctx(), &pb.StateRequest{})
+	check("no id", codes.InvalidArgument, err)
+	_, err = b.client.Start(b.ctx(), &pb.StartRequest{Id: b.id})
+	check("start of nothing", codes.FailedPrecondition, err)
+	_, err = b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id, Signal: 9})
+	check("kill of nothing", codes.FailedPrecondition, err)
+	for name, change := range map[string]func(*pb.CreateRequest){
+		"no spec":           func(r *pb.CreateRequest) { r.Spec = nil },
+		"a wrong spec":      func(r *pb.CreateRequest) { r.Spec = &anypb.Any{TypeUrl: r.Spec.TypeUrl, Value: []byte("{")} },
+		"no request id":     func(r *pb.CreateRequest) { r.RequestId = "" },
+		"no runtime":        func(r *pb.CreateRequest) { r.Runtime = nil },
+		"a relative log":    func(r *pb.CreateRequest) { r.Log.Directory = "logs" },
+		"a relative record": func(r *pb.CreateRequest) { r.DurableDir = "durable" },
+	} {
+		r := b.request(b.spec(""))
+		change(r)
+		_, err := b.client.Create(b.ctx(), r)
+		check("create with "+name, codes.InvalidArgument, err)
+	}
+	root := b.spec("")
+	root.Linux.CgroupsPath = "/"
+	_, err = b.client.Create(b.ctx(), b.request(root))
+	check("create in the root cgroup", codes.InvalidArgument, err)
+	if b.state().Phase != pb.Phase_PHASE_EMPTY {
+		t.Errorf("phase %s after refused creates", b.state().Phase)
+	}
+	if _, err := b.client.Create(b.ctx(), b.request(b.spec("exec sleep 1000"))); err != nil {
+		t.Fatal(err)
+	}
+	_, err = b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id, Signal: 65})
+	check("signal 65", codes.InvalidArgument, err)
+	_, err = b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id})
+	check("signal 0", codes.InvalidArgument, err)
+	_, err = b.exec(&specs.Process{Args: []string{"true"}}, &pb.ExecSyncRequest{})
+	check("exec before start", codes.FailedPrecondition, err)
+	b.start()
+	_, err = b.exec(&specs.Process{Args: []string{"true"}, Terminal: true}, &pb.ExecSyncRequest{})
+	check("exec with a terminal", codes.InvalidArgument, err)
+	_, err = b.exec(&specs.Process{}, &pb.ExecSyncRequest{})
+	check("exec of nothing", codes.InvalidArgument, err)
+	_, err = b.exec(&specs.Process{Args: []string{"true"}}, &pb.ExecSyncRequest{StdoutPath: "/no/such/file"})
+	check("exec to no file", codes.InvalidArgument, err)
+	_, err = b.client.Delete(b.ctx(), &pb.DeleteRequest{Id: b.id})
+	check("delete of a running one", codes.FailedPrecondition, err)
+}
+
+func TestDelete(t *testing.T) {
+	t.Run("created", func(t *testing.T) {
+		b := newBox(t)
+		init := b.create(b.spec("echo never"))
+		r, err := b.client.Delete(b.ctx(), &pb.DeleteRequest{Id: b.id})
+		if err != nil || r.Exit.GetReason() != rundir.ReasonNeverRan {
+			t.Fatalf("%v, %v", r, err)
+		}
+		b.gone()
+		if alive(int(init.Pid)) {
+			t.Error("init lives")
+		}
+		if b.output() != "" {
+			t.Errorf("log %q", b.output())
+		}
+	})
+	t.Run("running", func(t *testing.T) {
+		b := newBox(t)
+		b.run("exec sleep 1000")
+		r, err := b.client.Delete(b.ctx(), &pb.DeleteRequest{Id: b.id, Force: true})
+		if err != nil || r.Exit.GetSignal() != 9 {
+			t.Fatalf("%v, %v", r, err)
+		}
+		b.gone()
+	})
+	t.Run("empty", func(t *testing.T) {
+		b := newBox(t)
+		b.launch()
+		if r, err := b.client.Delete(b.ctx(), &pb.DeleteRequest{Id: b.id}); err != nil || r.Exit != nil {
+			t.Fatalf("%v, %v", r, err)
+		}
+		b.gone()
+		if _, err := b.dir.ReadExit(); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("exit record: %v", err)
+		}
+	})
+}
+
+func TestPoststopHook(t *testing.T) {
+	b := newBox(t)
+	mark := filepath.Join(b.logs, "poststop")
+	spec := b.spec("exit 5")
+	spec.Hooks = &specs.Hooks{Poststop: []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", "cat > " + mark}}}}
+	b.create(spec)
+	b.start()
+	b.wait()
+	b.gone()
+	if s, err := os.ReadFile(mark); err != nil || !strings.Contains(string(s), b.id) {
+		t.Errorf("the hook was not run: %q, %v", s, err)
+	}
+}
+
+func TestKill(t *testing.T) {
+	b := newBox(t)
+	b.run("trap 'echo got' USR1; (trap 'echo child' USR1; echo ready; while :; do sleep 0.01; done) & while :; do sleep 0.01; done")
+	b.says("ready")
+	if _, err := b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id, Signal: uint32(unix.SIGUSR1)}); err != nil {
+		t.Fatal(err)
+	}
+	b.says("got")
+	if strings.Contains(b.output(), "child") {
+		t.Error("a signal for init reached its child")
+	}
+	if _, err := b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id, Signal: uint32(unix.SIGKILL), All: true}); err != nil {
+		t.Fatal(err)
+	}
+	if e := b.wait(); e.Signal != 9 {
+		t.Errorf("exit %v", e)
+	}
+}
+
+func TestEvents(t *testing.T) {
+	b := newBox(t)
+	b.create(b.spec("exec sleep 1000"))
+	next := uint64(0)
+	want := func(typ pb.EventType) *pb.Event {
+		t.Helper()
+		r, err := b.client.Events(b.ctx(), &pb.EventsRequest{Id: b.id, After: next, WaitMs: uint32(limit.Milliseconds())})
+		if err != nil || len(r.Events) != 1 || r.Events[0].Seq != next+1 || r.Events[0].Type != typ {
+			t.Fatalf("after %d: %v, %v; want %s", next, r, err, typ)
+		}
+		next++
+		return r.Events[0]
+	}
+	want(pb.EventType_EVENT_TYPE_CREATED)
+	if r, err := b.client.Events(b.ctx(), &pb.EventsRequest{Id: b.id, After: next, WaitMs: 1}); err != nil || len(r.Events) != 0 {
+		t.Errorf("before anything happens: %v, %v", r, err)
+	}
+	b.start()
+	want(pb.EventType_EVENT_TYPE_STARTED)
+	b.client.Stop(b.ctx(), &pb.StopRequest{Id: b.id, Signal: 15, GraceMs: 1})
+	want(pb.EventType_EVENT_TYPE_STOPPING)
+	if e := want(pb.EventType_EVENT_TYPE_EXITED); e.Exit.GetSignal() == 0 && e.Exit.GetCode() == 0 {
+		t.Errorf("event without an exit: %v", e)
+	}
+}
+
+// oomSpec is a container that may use little memory.
+func (b *box) oomSpec(script string) *specs.Spec {
+	s := b.spec(script)
+	memory := int64(24 << 20)
+	s.Linux.Resources.Memory = &specs.LinuxMemory{Limit: &memory}
+	return s
+}
+
+const eat = "dd if=/dev/zero of=/dev/null bs=200M count=1"
+
+func TestOOM(t *testing.T) {
+	b := newBox(t)
+	spec := b.oomSpec("")
+	spec.Process.Args = strings.Fields("/bin/" + eat)
+	spec.Mounts = append(spec.Mounts, specs.Mount{Destination: "/dev/zero", Type: "bind", Source: "/dev/zero", Options: []string{"bind"}})
+	b.create(spec)
+	b.start()
+	e := b.wait()
+	if e.Signal != 9 || !e.OomKilled || e.Reason != rundir.ReasonOOMKilled {
+		t.Errorf("exit %v", e)
+	}
+}
+
+// A child that was killed earlier is not the reason of a container's end.
+func TestOOMOfAChild(t *testing.T) {
+	b := newBox(t)
+	b.create(b.oomSpec(eat + "; echo survived; exec sleep 1000"))
+	b.start()
+	b.says("survived")
+	if n := b.state().OomKills; n == 0 {
+		t.Error("the kill was not counted")
+	}
+	r, err := b.client.Events(b.ctx(), &pb.EventsRequest{Id: b.id, After: 2, WaitMs: uint32(limit.Milliseconds())})
+	if err != nil || len(r.Events) == 0 || r.Events[0].Type != pb.EventType_EVENT_TYPE_OOM {
+		t.Errorf("events %v, %v", r, err)
+	}
+	b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id, Signal: 9})
+	if e := b.wait(); e.Signal != 9 || e.OomKilled {
+		t.Errorf("exit %v", e)
+	}
+}
+
+// Orphans of a container that shares the host's pid namespace come to the shim.
+func TestOrphansReaped(t *testing.T) {
+	b := newBox(t)
+	spec := b.spec("for i in 1 2 3 4 5 6 7 8 9; do (setsid true &); done; (setsid sleep 1001 &); echo ready; exec sleep 1000")
+	spec.Linux.Namespaces = spec.Linux.Namespaces[1:]
+	b.create(spec)
+	b.start()
+	b.says("ready")
+	shim := int(b.state().Shim.Pid)
+	b.until("no zombies", func() bool {
+		zombies := 0
+		for _, pid := range children(t, shim) {
+			if !alive(pid) {
+				zombies++
+			}
+		}
+		return zombies == 0
+	})
+	pids, err := b.client.Pids(b.ctx(), &pb.PidsRequest{Id: b.id})
+	if err != nil || len(pids.Pids) < 2 {
+		t.Errorf("pids %v, %v", pids, err)
+	}
+	// The orphan that still runs ends with the container.
+	b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id, Signal: 9})
+	b.wait()
+	for _, pid := range pids.GetPids() {
+		if alive(int(pid)) {
+			t.Errorf("process %d is left", pid)
+		}
+	}
+}
+
+func children(t *testing.T, pid int) (all []int) {
+	files, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	for _, f := range files {
+		s, err := os.ReadFile(f)
+		if err != nil {
+			continue
+		}
+		for _, w := range strings.Fields(string(s)) {
+			n, err := strconv.Atoi(w)
+			if err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, n)
+		}
+	}
+	return all
+}
+
+func TestNoCreate(t *testing.T) {
+	t.Run("in time", func(t *testing.T) {
+		b := newBox(t)
+		cmd, handshake, err := start(string(b.dir), "--create-timeout", "1ms")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer handshake.Close()
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("got %v", err)
+		}
+		b.gone()
+	})
+	t.Run("terminated", func(t *testing.T) {
+		b := newBox(t)
+		cmd := b.launch()
+		cmd.Process.Signal(unix.SIGTERM)
+		b.gone()
+	})
+	t.Run("launcher gone before go", func(t *testing.T) {
+		b := newBox(t)
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ours, theirs := os.NewFile(uintptr(fds[0]), ""), os.NewFile(uintptr(fds[1]), "")
+		cmd := exec.Command(shimBinary, "--dir", string(b.dir))
+		cmd.ExtraFiles = []*os.File{theirs}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		theirs.Close()
+		ours.Close()
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("got %v", err)
+		}
+		if left, _ := os.ReadDir(string(b.dir)); len(left) > 0 {
+			t.Errorf("left: %v", left)
+		}
+	})
+}
+
+func TestSecondShimRefused(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	cmd, handshake, err := start(string(b.dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer handshake.Close()
+	answer, err := io.ReadAll(handshake)
+	if err != nil || len(answer) < 2 || answer[0] != 1 || !strings.Contains(string(answer), "lock") {
+		t.Errorf("answer %q, %v", answer, err)
+	}
+	if cmd.Wait() == nil {
+		t.Error("it ended without an error")
+	}
+	if b.state().Phase != pb.Phase_PHASE_RUNNING {
+		t.Error("the first one was disturbed")
+	}
+}
+
+// What a service manager sends to a group must not end a shim with a container.
+func TestSignalsIgnored(t *testing.T) {
+	b := newBox(t)
+	cmd := b.launch()
+	if _, err := b.client.Create(b.ctx(), b.request(b.spec("grep SigIgn /proc/self/status || busybox grep SigIgn /proc/self/status; exec sleep 1000"))); err != nil {
+		t.Fatal(err)
+	}
+	b.start()
+	for _, sig := range []unix.Signal{unix.SIGHUP, unix.SIGINT, unix.SIGTERM, unix.SIGPIPE} {
+		cmd.Process.Signal(sig)
+	}
+	b.says("SigIgn")
+	// Those that this test was started with and that a Go program leaves alone
+	// (32 and 33, the C library's) are passed on all the way.
+	own, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ignored := func(status string) uint64 {
+		_, rest, _ := strings.Cut(status, "SigIgn:\t")
+		mask, err := strconv.ParseUint(rest[:16], 16, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return mask
+	}
+	if got := ignored(b.output()) &^ (ignored(string(own)) & (3 << 31)); got != 0 {
+		t.Errorf("the container starts with ignored signals: %s", b.output())
+	}
+	if b.state().Phase != pb.Phase_PHASE_RUNNING {
+		t.Error("not running")
+	}
+}
+
+func TestReopenLog(t *testing.T) {
+	b := newBox(t)
+	b.run("echo one; while [ ! -e /tmp/go ]; do sleep 0.01; done; echo two; exec sleep 1000")
+	b.says("one")
+	old := filepath.Join(b.logs, "0.log.old")
+	if err := os.Rename(filepath.Join(b.logs, "0.log"), old); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.client.ReopenLog(b.ctx(), &pb.ReopenLogRequest{Id: b.id}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.exec(&specs.Process{Args: []string{"/bin/sh", "-c", "echo > /tmp/go"}}, &pb.ExecSyncRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	b.says("two")
+	if strings.Contains(b.output(), "one") {
+		t.Error("the new file holds the old line")
+	}
+	if n := b.state().Log; n.GetLines() != 2 || n.GetBytes() != 8 {
+		t.Errorf("counters %v", n)
+	}
+}
+
+func TestReopenWithoutLog(t *testing.T) {
+	b := newBox(t)
+	b.launch()
+	r := b.request(b.spec("echo dropped; exec sleep 1000"))
+	r.Log = nil
+	if _, err := b.client.Create(b.ctx(), r); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.client.ReopenLog(b.ctx(), &pb.ReopenLogRequest{Id: b.id}); code(err) != codes.FailedPrecondition {
+		t.Errorf("got %v", err)
+	}
+}
+
+// Two containers never share a cgroup, and a refused one does not harm the other.
+func TestCgroupInUse(t *testing.T) {
+	a, b := newBox(t), newBox(t)
+	a.run("exec sleep 1000")
+	b.launch()
+	spec := b.spec("")
+	spec.Linux.CgroupsPath = a.cgroup
+	if _, err := b.client.Create(b.ctx(), b.request(spec)); err == nil || !strings.Contains(err.Error(), a.cgroup) {
+		t.Errorf("got %v", err)
+	}
+	b.gone()
+	if a.state().Phase != pb.Phase_PHASE_RUNNING {
+		t.Error("the other container was harmed")
+	}
+}
+
+func TestHello(t *testing.T) {
+	b := newBox(t)
+	cmd := b.launch()
+	r, err := b.client.Hello(b.ctx(), &pb.HelloRequest{Id: b.id})
+	if err != nil || int(r.Shim.GetPid()) != cmd.Process.Pid || r.BootId != rundir.BootID() || r.ProtocolMax < 1 {
+		t.Errorf("%v, %v", r, err)
+	}
+	id, err := b.dir.ReadIdentity()
+	if err != nil || id.Nonce != r.GetNonce() || !id.Shim.Alive() {
+		t.Errorf("%+v, %v", id, err)
+	}
+}
+
+// The container's cgroups are in the record, so that it can be ended without a shim.
+func TestBuryWithoutShim(t *testing.T) {
+	b := newBox(t)
+	cmd := b.launch()
+	if _, err := b.client.Create(b.ctx(), b.request(b.spec("sleep 1001 & exec sleep 1000"))); err != nil {
+		t.Fatal(err)
+	}
+	init := b.start()
+	cmd.Process.Kill()
+	cmd.Wait()
+	st, err := b.dir.ReadStatus()
+	if err != nil || len(st.Cgroups) == 0 {
+		t.Fatalf("%+v, %v", st, err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	c := runc.Cgroups(st.Cgroups)
+	if err := c.Kill(ctx); err != nil {
+		t.Error(err)
+	}
+	if err := b.runc.Delete(ctx, b.id, true); err != nil {
+		t.Error(err)
+	}
+	if err := c.Remove(); err != nil {
+		t.Error(err)
+	}
+	b.until("init is dead", func() bool { return !alive(int(init.Pid)) })
+	for _, pattern := range []string{".*", rundir.SocketName} {
+		left, _ := filepath.Glob(b.dir.Path(pattern))
+		for _, f := range left {
+			os.Remove(f)
+		}
+	}
+}
+
+// With the systemd driver the container is a scope, which ends with it.
+func TestSystemdCgroup(t *testing.T) {
+	if _, err := os.Stat("/run/systemd/system"); err != nil {
+		t.Skip("systemd does not run here")
+	}
+	b := newBox(t)
+	b.launch()
+	scope := "holdfast-" + b.id + ".scope"
+	spec := b.oomSpec("echo ready; exec sleep 1000")
+	spec.Linux.CgroupsPath = "system.slice:holdfast:" + b.id
+	r := b.request(spec)
+	r.Runtime.SystemdCgroup = true
+	if _, err := b.client.Create(b.ctx(), r); err != nil {
+		t.Fatal(err)
+	}
+	b.start()
+	b.says("ready")
+	found := false
+	for _, path := range b.state().Cgroups {
+		found = found || filepath.Base(path) == scope
+	}
+	if !found {
+		t.Errorf("no %s in %v", scope, b.state().Cgroups)
+	}
+	if r, err := b.exec(sh("exit 6"), &pb.ExecSyncRequest{}); err != nil || r.ExitCode != 6 {
+		t.Errorf("exec: %v, %v", r, err)
+	}
+	if r, err := b.exec(sh("(setsid sleep 1234 &); exec sleep 1235"), &pb.ExecSyncRequest{TimeoutMs: 5000}); err != nil || !r.TimedOut {
+		t.Errorf("exec: %v, %v", r, err)
+	}
+	b.onlyInit()
+	b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id, Signal: 9})
+	if e := b.wait(); e.Signal != 9 || e.OomKilled {
+		t.Errorf("exit %v", e)
+	}
+	b.gone()
+	if dirs, _ := filepath.Glob("/sys/fs/cgroup/system.slice/" + scope); len(dirs) > 0 {
+		t.Errorf("left: %v", dirs)
+	}
+}
+
+// An OOM kill is told although systemd removes the cgroup with the last process.
+func TestSystemdOOM(t *testing.T) {
+	if _, err := os.Stat("/run/systemd/system"); err != nil {
+		t.Skip("systemd does not run here")
+	}
+	for range 5 {
+		b := newBox(t)
+		b.launch()
+		spec := b.oomSpec("")
+		spec.Process.Args = strings.Fields("/bin/" + eat)
+		spec.Mounts = append(spec.Mounts, specs.Mount{Destination: "/dev/zero", Type: "bind", Source: "/dev/zero", Options: []string{"bind"}})
+		spec.Linux.CgroupsPath = "system.slice:holdfast:" + b.id
+		r := b.request(spec)
+		r.Runtime.SystemdCgroup = true
+		if _, err := b.client.Create(b.ctx(), r); err != nil {
+			t.Fatal(err)
+		}
+		b.start()
+		if e := b.wait(); e.Signal != 9 || !e.OomKilled {
+			t.Errorf("exit %v", e)
+		}
+		b.gone()
+	}
+}

@@ -1,0 +1,566 @@
+package stdio
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/shim/logfile"
+)
+
+var headerFormat = regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z (stdout|stderr) ([PF]) $`)
+
+const headerLen = 40
+
+// outputs reads a log and gives each stream's bytes.
+func outputs(t testing.TB, log []byte) map[string]string {
+	t.Helper()
+	streams := map[string]*bytes.Buffer{"stdout": {}, "stderr": {}}
+	for line := range bytes.Lines(log) {
+		text, ended := bytes.CutSuffix(line, []byte("\n"))
+		m := headerFormat.FindSubmatch(text[:min(len(text), headerLen)])
+		if m == nil || !ended {
+			t.Fatalf("not a record: %.200q", line)
+		}
+		b := streams[string(m[1])]
+		b.Write(text[headerLen:])
+		if m[2][0] == 'F' {
+			b.WriteByte('\n')
+		}
+	}
+	return map[string]string{"stdout": streams["stdout"].String(), "stderr": streams["stderr"].String()}
+}
+
+func newLog(t testing.TB) (log *logfile.File, path string) {
+	t.Helper()
+	dir := t.TempDir()
+	log, err := logfile.Open(dir, "0.log")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { log.Close() })
+	return log, filepath.Join(dir, "0.log")
+}
+
+func contents(t testing.TB, path string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// pipe is one with a blocking read end, as a shim inherits it, or not.
+func pipe(t testing.TB, blocking bool) (r, w *os.File) {
+	t.Helper()
+	if !blocking {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { w.Close() })
+		return r, w
+	}
+	var p [2]int
+	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
+		t.Fatal(err)
+	}
+	r, w = os.NewFile(uintptr(p[0]), "r"), os.NewFile(uintptr(p[1]), "w")
+	t.Cleanup(func() { w.Close() })
+	return r, w
+}
+
+const patience = 30 * time.Second
+
+func wait(t testing.TB, what string, done <-chan struct{}) {
+	t.Helper()
+	select {
+	case <-done:
+	case <-time.After(patience):
+		b := make([]byte, 1<<16)
+		t.Fatalf("%s: not after %v\n%s", what, patience, b[:runtime.Stack(b, true)])
+	}
+}
+
+func until(t testing.TB, what string, done func() bool) {
+	t.Helper()
+	for end := time.Now().Add(patience); !done(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%s: not after %v", what, patience)
+		}
+	}
+}
+
+func isDone(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+// randomOutput is lines of all lengths with bytes of all values.
+func randomOutput(random *rand.Rand, size int) string {
+	b := make([]byte, size)
+	rand.NewChaCha8([32]byte{byte(random.Uint32())}).Read(b)
+	for i := 0; i < size; i += 1 + random.IntN(1<<random.IntN(17)) {
+		b[i] = '\n'
+	}
+	return string(b)
+}
+
+// checkOutput sends two outputs through pipes, in the pieces that seed makes of
+// them, and checks what is in the log.
+func checkOutput(t *testing.T, stdout, stderr string, seed uint64) {
+	log, path := newLog(t)
+	s := New(log)
+	want := map[string]string{"stdout": stdout, "stderr": stderr}
+	var wg sync.WaitGroup
+	for _, stream := range []logfile.Stream{logfile.Stdout, logfile.Stderr} {
+		r, w := pipe(t, seed%2 == 0)
+		data := want[stream.String()]
+		s.Add(stream, r)
+		chunks := rand.New(rand.NewPCG(seed, uint64(stream)))
+		wg.Go(func() {
+			defer w.Close()
+			for data != "" {
+				n := min(len(data), 1+chunks.IntN(1<<chunks.IntN(18)))
+				if _, err := io.WriteString(w, data[:n]); err != nil {
+					t.Error(err)
+					return
+				}
+				data = data[n:]
+			}
+		})
+	}
+	drained := s.Drained()
+	wg.Wait()
+	wait(t, "drained", drained)
+	got := outputs(t, contents(t, path))
+	for stream := range want {
+		if got[stream] != want[stream] {
+			t.Errorf("%s: %d bytes came out as %d, or others", stream, len(want[stream]), len(got[stream]))
+		}
+	}
+	if c := log.Counters(); int(c.Bytes) != len(stdout)+len(stderr) || c.DroppedBytes != 0 || c.Err != "" {
+		t.Errorf("%+v", c)
+	}
+}
+
+func TestOutputReachesTheLog(t *testing.T) {
+	for seed := range uint64(10) {
+		random := rand.New(rand.NewPCG(seed, 4))
+		checkOutput(t, randomOutput(random, 400_000), randomOutput(random, 400_000), seed)
+	}
+}
+
+func FuzzOutput(f *testing.F) {
+	f.Add("", "\n", uint64(0))
+	f.Add("a\x00b\r\n\r\n\rc", "\n\n\n", uint64(1))
+	f.Add(strings.Repeat("x", logfile.MaxLine)+"\n", strings.Repeat("y", 5*logfile.MaxLine), uint64(2))
+	f.Fuzz(checkOutput)
+}
+
+func TestDrained(t *testing.T) {
+	s := New(nil)
+	if !isDone(s.Drained()) {
+		t.Error("not drained without an output")
+	}
+	r1, w1 := pipe(t, false)
+	r2, w2 := pipe(t, true)
+	s.Add(logfile.Stdout, r1)
+	s.Add(logfile.Stderr, r2)
+	drained := s.Drained()
+	w1.Close()
+	if _, err := w2.Write([]byte("x\n")); err != nil {
+		t.Fatal(err)
+	}
+	if isDone(drained) {
+		t.Error("drained with one output open")
+	}
+	w2.Close()
+	wait(t, "drained", drained)
+	s.Close()
+	s.Close()
+}
+
+func TestWithoutLogOutputIsDropped(t *testing.T) {
+	s := New(nil)
+	r, w := pipe(t, true)
+	s.Add(logfile.Stdout, r)
+	for range 100 {
+		if _, err := w.Write(make([]byte, 100_000)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.Close()
+	wait(t, "drained", s.Drained())
+}
+
+func TestLinesAreVisibleAtOnce(t *testing.T) {
+	log, path := newLog(t)
+	s := New(log)
+	defer s.Close()
+	r, w := pipe(t, true)
+	s.Add(logfile.Stdout, r)
+	for i := range 10 {
+		fmt.Fprintf(w, "%d\nbegin of the next ", i)
+		until(t, "line", func() bool { return log.Counters().Lines == uint64(i+1) })
+		if got := outputs(t, contents(t, path))["stdout"]; !strings.HasSuffix(got, fmt.Sprintf("%d\n", i)) {
+			t.Errorf("got %q", got)
+		}
+	}
+}
+
+func TestTerminal(t *testing.T) {
+	var complaints bytes.Buffer
+	defer slog.SetDefault(slog.Default())
+	slog.SetDefault(slog.New(slog.NewTextHandler(&complaints, nil)))
+	for _, blocking := range []bool{true, false} {
+		flags := unix.O_RDWR | unix.O_NOCTTY | unix.O_CLOEXEC
+		if !blocking {
+			flags |= unix.O_NONBLOCK
+		}
+		fd, err := unix.Open("/dev/ptmx", flags, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0)
+		n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tty, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		log, path := newLog(t)
+		s := New(log)
+		s.Add(logfile.Stdout, os.NewFile(uintptr(fd), "ptmx"))
+		want := strings.Repeat("0123456789\r\n", 5000) + "$ "
+		if _, err := io.WriteString(tty, strings.ReplaceAll(want, "\r", "")); err != nil {
+			t.Fatal(err)
+		}
+		tty.Close()
+		wait(t, "drained", s.Drained())
+		if got := outputs(t, contents(t, path))["stdout"]; got != want {
+			t.Errorf("got %d bytes, want %d", len(got), len(want))
+		}
+	}
+	if complaints.Len() > 0 {
+		t.Errorf("the end of a terminal is no error: %s", &complaints)
+	}
+}
+
+func TestRegularFile(t *testing.T) {
+	log, path := newLog(t)
+	want := strings.Repeat("0123456789\n", 50_000)
+	name := filepath.Join(t.TempDir(), "f")
+	if err := os.WriteFile(name, []byte(want), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{name, os.DevNull} {
+		r, err := os.Open(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := New(log)
+		s.Add(logfile.Stdout, r)
+		wait(t, "drained", s.Drained())
+	}
+	if outputs(t, contents(t, path))["stdout"] != want {
+		t.Error("the log differs")
+	}
+}
+
+func TestCloseWithAHeldPipe(t *testing.T) {
+	for _, blocking := range []bool{true, false} {
+		log, path := newLog(t)
+		s := New(log)
+		r, w := pipe(t, blocking)
+		s.Add(logfile.Stdout, r)
+		if _, err := io.WriteString(w, "line\n$ "); err != nil {
+			t.Fatal(err)
+		}
+		drained := s.Drained()
+		s.Close()
+		if !isDone(drained) {
+			t.Error("not drained after Close")
+		}
+		if got := outputs(t, contents(t, path))["stdout"]; got != "line\n$ " {
+			t.Errorf("got %q", got)
+		}
+		if _, err := w.Write([]byte("x")); !errors.Is(err, unix.EPIPE) {
+			t.Errorf("the pipe is still open for reading: %v", err)
+		}
+		s.Close()
+		late, w := pipe(t, blocking)
+		s.Add(logfile.Stdout, late)
+		if _, err := w.Write([]byte("x")); !errors.Is(err, unix.EPIPE) {
+			t.Errorf("Add after Close: %v", err)
+		}
+	}
+}
+
+// A process that writes without end, and faster than the log takes it, doesn't
+// keep Close from ending. What was written before Close is in the log.
+func TestCloseWhileAProcessGoesOnWriting(t *testing.T) {
+	log, path := newLog(t)
+	s := New(log)
+	r, w := pipe(t, true)
+	s.Add(logfile.Stdout, r)
+	const before = 200_000
+	flood := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		b := []byte(strings.Repeat("\n", before))
+		if _, err := w.Write(b); err != nil {
+			t.Error(err)
+		}
+		close(flood)
+		for {
+			if _, err := w.Write(b); err != nil {
+				return
+			}
+		}
+	})
+	wait(t, "flood", flood)
+	closed := make(chan struct{})
+	go func() {
+		s.Close()
+		close(closed)
+	}()
+	wait(t, "Close", closed)
+	wg.Wait()
+	if got := outputs(t, contents(t, path))["stdout"]; len(got) < before {
+		t.Errorf("%d bytes", len(got))
+	}
+}
+
+func TestCloseOfAFileWithoutEnd(t *testing.T) {
+	r, err := os.Open("/dev/zero")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := New(nil)
+	s.Add(logfile.Stdout, r)
+	drained := s.Drained()
+	go s.Close()
+	wait(t, "drained", drained)
+}
+
+func TestReopenWhileWriting(t *testing.T) {
+	log, path := newLog(t)
+	s := New(log)
+	var wg sync.WaitGroup
+	var want strings.Builder
+	for i := range 100_000 {
+		fmt.Fprintf(&want, "%d %s\n", i, "..............................................."[:i%47])
+	}
+	for stream := logfile.Stdout; stream <= logfile.Stderr; stream++ {
+		r, w := pipe(t, true)
+		s.Add(stream, r)
+		wg.Go(func() {
+			defer w.Close()
+			if _, err := io.WriteString(w, want.String()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	drained := s.Drained()
+	var all []byte
+	for i := 0; !isDone(drained); i++ {
+		old := fmt.Sprintf("%s.%d", path, i)
+		if err := os.Rename(path, old); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := log.Reopen(); err != nil {
+			t.Fatal(err)
+		}
+		// No line goes to the old file any more.
+		all = append(all, contents(t, old)...)
+		os.Remove(old)
+	}
+	wg.Wait()
+	all = append(all, contents(t, path)...)
+	for stream, got := range outputs(t, all) {
+		if got != want.String() {
+			t.Errorf("%s: lines are lost, doubled or in another order", stream)
+		}
+	}
+}
+
+// The reader goes on while the log's disk is full, and says so afterwards.
+func TestFullDisk(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=256k,huge=never"); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	}()
+	log, err := logfile.Open(dir, "0.log")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := New(log)
+	r, w := pipe(t, true)
+	s.Add(logfile.Stdout, r)
+	for range 50_000 { // much more than disk and pipe hold
+		if _, err := io.WriteString(w, strings.Repeat("x", 79)+"\n"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	until(t, "the pipe is empty", func() bool {
+		c := log.Counters()
+		return c.Bytes+c.DroppedBytes == 50_000*80
+	})
+	if c := log.Counters(); c.Err == "" || c.DroppedBytes == 0 {
+		t.Fatalf("%+v", c)
+	}
+	if err := os.Rename(dir+"/0.log", dir+"/0.log.1"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := log.Reopen(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(dir + "/0.log.1"); err != nil {
+		t.Fatal(err)
+	}
+	io.WriteString(w, "again\n")
+	w.Close()
+	wait(t, "drained", s.Drained())
+	c := log.Counters()
+	if c.Err != "" {
+		t.Errorf("error %s", c.Err)
+	}
+	got := outputs(t, contents(t, dir+"/0.log"))
+	if !strings.HasPrefix(got["stderr"], fmt.Sprintf("holdfast: %d bytes of output are missing here", c.DroppedBytes)) ||
+		strings.Count(got["stderr"], "\n") != 1 || got["stdout"] != "again\n" {
+		t.Errorf("got %q, %+v", got, c)
+	}
+	log.Close()
+}
+
+// A busy time is paid for while it lasts only.
+func TestIdleGivesBack(t *testing.T) {
+	log, path := newLog(t)
+	r, w := pipe(t, true)
+	before, err := unix.FcntlInt(w.Fd(), unix.F_GETPIPE_SZ, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := New(log)
+	s.Add(logfile.Stdout, r)
+	size := func() int {
+		n, err := unix.FcntlInt(w.Fd(), unix.F_GETPIPE_SZ, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	var want strings.Builder
+	write := func(b string) {
+		if _, err := io.WriteString(w, b); err != nil {
+			t.Fatal(err)
+		}
+		want.WriteString(b)
+	}
+	until(t, "a larger pipe", func() bool {
+		write(strings.Repeat("0123456789\n", 20_000))
+		return size() > before
+	})
+	write("held, because it has no end")
+	until(t, "a small pipe again", func() bool { return size() == before })
+	write("\n")
+	w.Close()
+	wait(t, "drained", s.Drained())
+	if outputs(t, contents(t, path))["stdout"] != want.String() {
+		t.Error("the log differs")
+	}
+}
+
+func TestTrim(t *testing.T) {
+	r, w := pipe(t, false)
+	defer r.Close()
+	defer w.Close()
+	raw, err := r.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, held := range []int{0, 1, trimSize, 2*trimSize + 1, logfile.MaxLine} {
+		buffer, err := unix.Mmap(-1, 0, bufferSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range buffer {
+			buffer[i] = 'x'
+		}
+		c := &copier{raw: raw, buffer: buffer, held: held, used: bufferSize}
+		c.trim()
+		pages := make([]byte, bufferSize/os.Getpagesize())
+		_, _, e := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&buffer[0])), bufferSize, uintptr(unsafe.Pointer(&pages[0])))
+		if e != 0 {
+			t.Fatal(e)
+		}
+		resident := 0
+		for _, p := range pages {
+			resident += int(p&1) * os.Getpagesize()
+		}
+		if resident > held+trimSize {
+			t.Errorf("%d bytes in memory, and %d are held", resident, held)
+		}
+		if string(buffer[:held]) != strings.Repeat("x", held) {
+			t.Error("what was held is gone")
+		}
+		unix.Munmap(buffer)
+	}
+}
+
+func TestDescriptors(t *testing.T) {
+	count := func() int {
+		names, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(names)
+	}
+	before := 0
+	for i := range 20 {
+		if i == 1 {
+			before = count() // the poller has its own by now
+		}
+		s := New(nil)
+		r1, w1 := pipe(t, true)
+		r2, w2 := pipe(t, false)
+		s.Add(logfile.Stdout, r1)
+		s.Add(logfile.Stderr, r2)
+		w1.Close()
+		s.Close()
+		w2.Close()
+	}
+	if after := count(); after > before {
+		t.Errorf("%d descriptors, %d before", after, before)
+	}
+}
