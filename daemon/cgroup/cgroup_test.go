@@ -1,0 +1,274 @@
+package cgroup
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/moby/sys/mountinfo"
+)
+
+func TestDetect(t *testing.T) {
+	for _, c := range []struct {
+		setting         string
+		booted, unified bool
+		want            Driver
+		err             string
+	}{
+		{"auto", true, true, Systemd, ""},
+		{"auto", true, false, Cgroupfs, ""},
+		{"auto", false, true, Cgroupfs, ""},
+		{"cgroupfs", true, true, Cgroupfs, ""},
+		{"systemd", true, true, Systemd, ""},
+		{"systemd", true, false, Systemd, ""},
+		{"systemd", false, true, "", "not the init process"},
+		{"Systemd", true, true, "", "want auto, cgroupfs or systemd"},
+		{"", true, true, "", "want auto, cgroupfs or systemd"},
+	} {
+		got, err := detect(c.setting, c.booted, c.unified)
+		if got != c.want || (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
+			t.Errorf("detect(%q, %v, %v) = %q, %v; want %q, %q", c.setting, c.booted, c.unified, got, err, c.want, c.err)
+		}
+	}
+}
+
+func TestHierarchies(t *testing.T) {
+	const hybrid = `31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
+32 31 0:29 /docker/x /sys/fs/cgroup/cpu,cpuacct ro,relatime - cgroup cgroup rw,cpu,cpuacct
+33 31 0:29 / /mnt/with\040space rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct
+34 31 0:31 / /sys/fs/cgroup/cpuset rw,relatime - cgroup cgroup rw,cpuset,clone_children
+40 31 0:37 / /sys/fs/cgroup/systemd rw,relatime - cgroup cgroup rw,xattr,release_agent=/x,name=systemd
+41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw,nsdelegate
+42 31 0:38 / /elsewhere rw,relatime - cgroup2 cgroup2 rw,nsdelegate
+`
+	const v2 = `30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot
+`
+	const v2Named = v2 + `31 30 0:37 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd
+`
+	for _, c := range []struct {
+		name, table, want string
+		unified           bool
+	}{
+		{"hybrid", hybrid, "/mnt/with space [cpu cpuacct] false;/sys/fs/cgroup/cpuset [cpuset] false;/sys/fs/cgroup/systemd [] false;/sys/fs/cgroup/unified [] true", false},
+		{"v2", v2, "/sys/fs/cgroup [] true", true},
+		{"v2 and a named one", v2Named, "/sys/fs/cgroup [] true;/sys/fs/cgroup/systemd [] false", true},
+		{"none", "", "", false},
+	} {
+		mounts, err := mountinfo.GetMountsFromReader(strings.NewReader(c.table), mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		hs := fromMounts(mounts)
+		var got []string
+		for _, h := range hs {
+			got = append(got, fmt.Sprint(h.root, " ", h.controllers, " ", h.v2))
+		}
+		if strings.Join(got, ";") != c.want || unified(hs) != c.unified {
+			t.Errorf("%s: got %q, unified %v; want %q, %v", c.name, strings.Join(got, ";"), unified(hs), c.want, c.unified)
+		}
+	}
+}
+
+func TestContainerPath(t *testing.T) {
+	for _, c := range []struct {
+		driver      Driver
+		parent, id  string
+		want, error string
+	}{
+		{Cgroupfs, "", "c1", "/holdfast/pods/pod1/c1", ""},
+		{Cgroupfs, "/kubepods/burstable/podX", "c1", "/kubepods/burstable/podX/c1", ""},
+		{Cgroupfs, "kubepods//besteffort/./podX/", "c1", "/kubepods/besteffort/podX/c1", ""},
+		{Cgroupfs, "/kubepods/../../etc", "c1", "", `cgroup_parent "/kubepods/../../etc"`},
+		{Cgroupfs, "/a\n0::/b", "c1", "", "cgroup_parent"},
+		{Cgroupfs, "/kubepods.slice", "c1", "", "cgroup driver here is cgroupfs"},
+		{Cgroupfs, "/kubepods", "../c1", "", `id "../c1"`},
+		{Cgroupfs, "/kubepods", "", "", "id"},
+		{Systemd, "", "c1", "system.slice:holdfast:c1", ""},
+		{Systemd, "-.slice", "c1", "-.slice:holdfast:c1", ""},
+		{Systemd, "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podX_1.slice", "c1", "kubepods-burstable-podX_1.slice:holdfast:c1", ""},
+		{Systemd, "kubepods.slice/", "c1", "kubepods.slice:holdfast:c1", ""},
+		{Systemd, "/kubepods/burstable/podX", "c1", "", "cgroup driver here is systemd"},
+		{Systemd, "/x/../kubepods.slice", "c1", "", "cgroup_parent"},
+		{Systemd, "a:b.slice", "c1", "", "not the name of a slice"},
+		{Systemd, "a--b.slice", "c1", "", "not the name of a slice"},
+		{Systemd, "-a.slice", "c1", "", "not the name of a slice"},
+		{Systemd, ".slice", "c1", "", "not the name of a slice"},
+		{Systemd, "kubepods.slice", "a:b", "", `id "a:b"`},
+	} {
+		m := &Manager{driver: c.driver}
+		got, err := m.ContainerPath(c.parent, "pod1", c.id)
+		if got != c.want || (err == nil) != (c.error == "") || err != nil && !strings.Contains(err.Error(), c.error) {
+			t.Errorf("%s: ContainerPath(%q, %q) = %q, %v; want %q, error %q", c.driver, c.parent, c.id, got, err, c.want, c.error)
+		}
+		if wrong := strings.Contains(c.error, "id"); err != nil && errors.Is(err, ErrParent) == wrong && c.error != "cgroup_parent" {
+			t.Errorf("%s: ContainerPath(%q, %q): %v: wraps ErrParent: %v", c.driver, c.parent, c.id, err, !wrong)
+		}
+	}
+}
+
+// startSleep starts a process to be moved about. It ends with the test, or by
+// the function returned.
+func startSleep(t *testing.T) (pid int, end func()) {
+	t.Helper()
+	cmd := exec.Command("sleep", "600")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	end = sync.OnceFunc(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	t.Cleanup(end)
+	return cmd.Process.Pid, end
+}
+
+// newManager gives a cgroupfs manager. The cgroups above those of shims and pods
+// stay, as they do in production: other tests may be using them right now.
+func newManager(t *testing.T) *Manager {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	m, err := New(Cgroupfs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// shimID makes an id, whose cgroup goes with the test. Call it before
+// startSleep, so that the process goes first.
+func shimID(t *testing.T, m *Manager, name string) string {
+	id := fmt.Sprintf("%s-%d", name, os.Getpid())
+	t.Cleanup(func() {
+		if err := m.RemoveShim(context.Background(), id); err != nil {
+			t.Error(err)
+		}
+	})
+	return id
+}
+
+func cgroupsOf(t *testing.T, pid int) string {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func TestShim(t *testing.T) {
+	m := newManager(t)
+	id := shimID(t, m, "test")
+	pid, end := startSleep(t)
+	for range 2 {
+		if err := m.PlaceShim(t.Context(), id, pid); err != nil {
+			t.Fatal(err)
+		}
+	}
+	hs, err := hierarchies()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(cgroupsOf(t, pid), ":/holdfast/shims/"+id+"\n"); n != len(hs) {
+		t.Errorf("placed in %d of %d hierarchies:\n%s", n, len(hs), cgroupsOf(t, pid))
+	}
+	if ids, err := m.ListShims(); err != nil || !slices.Contains(ids, id) {
+		t.Errorf("ListShims() = %v, %v; want %s among them", ids, err, id)
+	}
+
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := m.RemoveShim(ctx, id); !errors.Is(err, ErrBusy) {
+		t.Errorf("RemoveShim of a live one: %v, want ErrBusy", err)
+	}
+	if !strings.Contains(cgroupsOf(t, pid), id) {
+		t.Error("the process has left its cgroup")
+	}
+	end()
+	for range 2 {
+		if err := m.RemoveShim(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if ids, err := m.ListShims(); err != nil || slices.Contains(ids, id) {
+		t.Errorf("ListShims() = %v, %v after the removal", ids, err)
+	}
+}
+
+// A process that is dying while its cgroup is removed is waited for.
+func TestRemoveWaits(t *testing.T) {
+	m := newManager(t)
+	id := shimID(t, m, "waits")
+	pid, end := startSleep(t)
+	if err := m.PlaceShim(t.Context(), id, pid); err != nil {
+		t.Fatal(err)
+	}
+	removed := make(chan error)
+	go func() { removed <- m.RemoveShim(t.Context(), id) }()
+	end()
+	if err := <-removed; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestPlaceDeadProcess(t *testing.T) {
+	m := newManager(t)
+	id := shimID(t, m, "dead")
+	pid, end := startSleep(t)
+	end()
+	if err := m.PlaceShim(t.Context(), id, pid); err == nil || !strings.Contains(err.Error(), id) {
+		t.Errorf("PlaceShim of a dead process: %v, want an error that names it", err)
+	}
+	if err := m.RemoveShim(t.Context(), id); err != nil {
+		t.Error(err)
+	}
+	if ids, err := m.ListShims(); err != nil || slices.Contains(ids, id) {
+		t.Errorf("ListShims() = %v, %v: something is left", ids, err)
+	}
+}
+
+func TestRemovePod(t *testing.T) {
+	m := newManager(t)
+	pod := fmt.Sprintf("pod-%d", os.Getpid())
+	path, err := m.ContainerPath("", pod, "c1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	hs, err := hierarchies()
+	if err != nil {
+		t.Fatal(err)
+	}
+	nested := filepath.Join(path, "made by the container")
+	for _, h := range hs {
+		if err := os.MkdirAll(filepath.Join(h.root, nested), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := m.RemovePod(t.Context(), "/kubepods/podX", pod); err != nil {
+		t.Fatal(err)
+	}
+	for _, h := range hs {
+		if _, err := os.Stat(filepath.Join(h.root, nested)); err != nil {
+			t.Errorf("removed though the pod has a parent of its own: %v", err)
+		}
+	}
+	for range 2 {
+		if err := m.RemovePod(t.Context(), "", pod); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, h := range hs {
+		if _, err := os.Stat(filepath.Join(h.root, podsPath, pod)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left: %v", filepath.Join(h.root, podsPath, pod), err)
+		}
+	}
+}

@@ -1,0 +1,254 @@
+// Package state owns the durable paths: where the records of pods and
+// containers lie, how they are written, and what happens to one that does not
+// read.
+//
+//	ROOT/pods/ID/record.json         a pod          STATE/pods/ID/record.json    its copy
+//	ROOT/containers/ID/record.json   a container    STATE/containers/ID/         its run directory (package rundir)
+//	ROOT/quarantine/                 what was damaged, under the time it was found
+//
+// One daemon uses a tree: it holds a flock(2) of ROOT and of STATE.
+//
+// A record is renamed into place, so a killed daemon loses nothing. It is synced
+// only where the caller says so: a power cut also ends what the record speaks of.
+package state
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/moby/sys/mountinfo"
+
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+// Kind is a kind of object with a directory of its own under root and state.
+type Kind string
+
+// The kinds of object.
+const (
+	Pods       Kind = "pods"
+	Containers Kind = "containers"
+)
+
+const (
+	recordName = "record.json"
+	delPrefix  = ".del-"
+)
+
+// ErrLocked says that another daemon uses the same root or state.
+var ErrLocked = errors.New("another holdfastd uses it")
+
+// Store is the two trees. Its methods may be called at the same time for
+// different objects; calls for one object are the caller's to put in order.
+type Store struct {
+	root, state string
+	log         *slog.Logger
+	locks       []*os.File // root and state; locked for the life of the daemon
+	quarantined atomic.Int64
+}
+
+// Open makes the trees where they are missing and takes them for this process.
+func Open(root, state string, log *slog.Logger) (*Store, error) {
+	s := &Store{root: root, state: state, log: log}
+	for _, k := range []Kind{Pods, Containers} {
+		for _, tree := range []string{root, state} {
+			if err := os.MkdirAll(filepath.Join(tree, string(k)), 0o711); err != nil {
+				return nil, fmt.Errorf("cannot use %s: %w", tree, err)
+			}
+		}
+	}
+	for _, tree := range []string{root, state} {
+		f, err := lock(tree)
+		if err != nil {
+			s.Close()
+			return nil, fmt.Errorf("cannot use %s: %w", tree, err)
+		}
+		s.locks = append(s.locks, f)
+	}
+	return s, nil
+}
+
+// lockPatience is how long a lock may stay after its daemon was killed: a child
+// that it was just starting has a copy of the descriptor until its execve(2).
+const lockPatience = 3 * time.Second
+
+// lock locks the directory itself: there is no file that could be in the way.
+func lock(tree string) (*os.File, error) {
+	f, err := os.Open(tree)
+	if err != nil {
+		return nil, err
+	}
+	for deadline := time.Now().Add(lockPatience); ; {
+		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if err == nil {
+			return f, nil
+		}
+		if !errors.Is(err, syscall.EWOULDBLOCK) || time.Now().After(deadline) {
+			break
+		}
+		// Nothing tells when it is free, but for a call that would wait for ever.
+		time.Sleep(10 * time.Millisecond)
+	}
+	f.Close()
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		err = ErrLocked
+	}
+	return nil, err
+}
+
+// Close gives the trees to the next daemon.
+func (s *Store) Close() error {
+	var errs []error
+	for _, f := range s.locks {
+		errs = append(errs, f.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Dir is the durable directory of an object.
+func (s *Store) Dir(k Kind, id string) string { return filepath.Join(s.root, string(k), id) }
+
+// RunDir is the directory of an object that lasts until the next boot.
+func (s *Store) RunDir(k Kind, id string) string { return filepath.Join(s.state, string(k), id) }
+
+// Create makes the durable directory of an object.
+func (s *Store) Create(k Kind, id string) error {
+	if err := os.MkdirAll(s.Dir(k, id), 0o711); err != nil {
+		return fmt.Errorf("cannot make a directory for %s: %w", id, err)
+	}
+	return nil
+}
+
+// Put replaces the record of an object whose directory exists.
+func (s *Store) Put(k Kind, id string, v any, sync bool) error {
+	return rundir.WriteRecord(filepath.Join(s.Dir(k, id), recordName), v, sync)
+}
+
+// PutCopy writes the record a second time, into the run directory, where it
+// stands in for a damaged first.
+func (s *Store) PutCopy(k Kind, id string, v any) error {
+	return rundir.WriteRecord(filepath.Join(s.RunDir(k, id), recordName), v, false)
+}
+
+// Get reads the record of an object. Errors are those of rundir.ReadRecord.
+func (s *Store) Get(k Kind, id string, v any) error {
+	return rundir.ReadRecord(filepath.Join(s.Dir(k, id), recordName), v)
+}
+
+// GetCopy reads what PutCopy wrote.
+func (s *Store) GetCopy(k Kind, id string, v any) error {
+	return rundir.ReadRecord(filepath.Join(s.RunDir(k, id), recordName), v)
+}
+
+// IDs lists the objects that have a directory in either tree.
+func (s *Store) IDs(k Kind) ([]string, error) {
+	seen := map[string]bool{}
+	var ids []string
+	for _, tree := range []string{s.root, s.state} {
+		entries, err := os.ReadDir(filepath.Join(tree, string(k)))
+		if err != nil {
+			return nil, fmt.Errorf("cannot list the %s: %w", k, err)
+		}
+		for _, e := range entries {
+			if e.IsDir() && !strings.HasPrefix(e.Name(), ".") && !seen[e.Name()] {
+				seen[e.Name()] = true
+				ids = append(ids, e.Name())
+			}
+		}
+	}
+	return ids, nil
+}
+
+// Sweep removes what Remove had renamed when its daemon ended. Errors are
+// logged: the next start tries again.
+func (s *Store) Sweep() {
+	for _, k := range []Kind{Pods, Containers} {
+		for _, tree := range []string{s.root, s.state} {
+			left, _ := filepath.Glob(filepath.Join(tree, string(k), delPrefix+"*"))
+			for _, path := range left {
+				if err := os.RemoveAll(path); err != nil {
+					s.log.Warn("cannot finish a removal", "path", path, "error", err)
+				}
+			}
+		}
+	}
+}
+
+// RemoveRunDir removes the run directory of an object. Nothing may be mounted
+// below it any more: a mount makes this fail, never follow.
+func (s *Store) RemoveRunDir(k Kind, id string) error {
+	path := s.RunDir(k, id)
+	real, err := filepath.EvalSymlinks(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	var mounts []*mountinfo.Info
+	if err == nil {
+		mounts, err = mountinfo.GetMounts(mountinfo.PrefixFilter(real))
+	}
+	if err == nil && len(mounts) > 0 {
+		err = fmt.Errorf("%s is still mounted", mounts[0].Mountpoint)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot remove %s: %w", path, err)
+	}
+	return remove(path)
+}
+
+// Remove removes the durable directory of an object, the record with it: the
+// last step of its life.
+func (s *Store) Remove(k Kind, id string) error { return remove(s.Dir(k, id)) }
+
+// remove renames first, so that no half-removed object is ever loaded.
+func remove(path string) error {
+	gone := filepath.Join(filepath.Dir(path), delPrefix+filepath.Base(path))
+	err := os.Rename(path, gone)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		err = nil
+	case errors.Is(err, syscall.ENOTEMPTY), errors.Is(err, fs.ErrExist):
+		// A removal of the same name was cut short.
+		err = os.RemoveAll(path)
+	}
+	if err == nil {
+		err = os.RemoveAll(gone)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot remove %s: %w", path, err)
+	}
+	return nil
+}
+
+// Quarantine moves a damaged record, or the whole directory of an object that
+// has none, out of the way and says so. What was moved is kept for a person to
+// look at; nothing reads it again.
+func (s *Store) Quarantine(path string, why error) {
+	to := filepath.Join(s.root, "quarantine")
+	err := os.MkdirAll(to, 0o700)
+	if err == nil {
+		name := fmt.Sprintf("%s-%d-%s-%s", time.Now().UTC().Format("20060102T150405"), s.quarantined.Add(1),
+			filepath.Base(filepath.Dir(path)), filepath.Base(path))
+		to = filepath.Join(to, name)
+		if err = os.Rename(path, to); errors.Is(err, syscall.EXDEV) {
+			err = os.RemoveAll(path) // of the run directory: means nothing after a boot anyway
+		}
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		s.log.Error("cannot quarantine", "path", path, "damage", why, "error", err)
+		return
+	}
+	s.log.Error("quarantined", "path", path, "to", to, "damage", why)
+}
+
+// QuarantineRecord is Quarantine for the record of an object.
+func (s *Store) QuarantineRecord(k Kind, id string, why error) {
+	s.Quarantine(filepath.Join(s.Dir(k, id), recordName), why)
+}

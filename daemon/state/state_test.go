@@ -1,0 +1,118 @@
+package state
+
+import (
+	"errors"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+func open(t *testing.T, root, state string) *Store {
+	t.Helper()
+	s, err := Open(root, state, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+// Two daemons may share neither tree.
+func TestOpenOnce(t *testing.T) {
+	root, state := t.TempDir(), t.TempDir()
+	s := open(t, root, state)
+	for _, trees := range [][2]string{{root, t.TempDir()}, {t.TempDir(), state}} {
+		if _, err := Open(trees[0], trees[1], slog.New(slog.DiscardHandler)); !errors.Is(err, ErrLocked) {
+			t.Errorf("a second Open: %v", err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	open(t, root, state)
+}
+
+// What is mounted below a run directory is not ours to delete.
+func TestRemoveRunDirWithMount(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	s := open(t, t.TempDir(), t.TempDir())
+	dir := s.RunDir(Containers, "a")
+	target, precious := filepath.Join(dir, "rootfs"), filepath.Join(t.TempDir(), "precious")
+	if err := errors.Join(os.MkdirAll(target, 0o700), os.WriteFile(precious, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount(filepath.Dir(precious), target, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(target, unix.MNT_DETACH) })
+	if err := s.RemoveRunDir(Containers, "a"); err == nil {
+		t.Error("a directory with a mount was removed")
+	}
+	if _, err := os.Stat(precious); err != nil {
+		t.Errorf("a file in the mount: %v", err)
+	}
+	if err := unix.Unmount(target, 0); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // the second time there is nothing to do
+		if err := s.RemoveRunDir(Containers, "a"); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the directory: %v", err)
+	}
+}
+
+// A daemon that was killed in the middle of a removal leaves a directory that
+// nobody loads. The next removal of the name, and Sweep, take it away.
+func TestRemovalCutShort(t *testing.T) {
+	root := t.TempDir()
+	s := open(t, root, t.TempDir())
+	left := filepath.Join(root, string(Pods), delPrefix+"a")
+	for _, finish := range []func() error{func() error { return s.Remove(Pods, "a") }, func() error { s.Sweep(); return nil }} {
+		if err := errors.Join(s.Create(Pods, "a"), os.MkdirAll(filepath.Join(left, "x"), 0o700)); err != nil {
+			t.Fatal(err)
+		}
+		if ids, err := s.IDs(Pods); err != nil || len(ids) != 1 || ids[0] != "a" {
+			t.Errorf("%v, %v", ids, err)
+		}
+		if err := finish(); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Stat(left); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: %v", left, err)
+		}
+	}
+}
+
+func TestQuarantine(t *testing.T) {
+	root := t.TempDir()
+	s := open(t, root, t.TempDir())
+	path := filepath.Join(s.Dir(Pods, "a"), recordName)
+	for range 2 { // a second one of the same name does not replace the first
+		if err := errors.Join(s.Create(Pods, "a"), os.WriteFile(path, []byte("torn"), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		err := s.Get(Pods, "a", new(struct{}))
+		if !errors.Is(err, rundir.ErrDamaged) {
+			t.Errorf("a torn record: %v", err)
+		}
+		s.QuarantineRecord(Pods, "a", err)
+		if err := s.Get(Pods, "a", new(struct{})); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("after the quarantine: %v", err)
+		}
+	}
+	kept, err := os.ReadDir(filepath.Join(root, "quarantine"))
+	if err != nil || len(kept) != 2 {
+		t.Errorf("%d files are kept, %v", len(kept), err)
+	}
+}
