@@ -1,0 +1,311 @@
+package network
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/types"
+	types100 "github.com/containernetworking/cni/pkg/types/100"
+)
+
+// ifName is the pod's interface; Kubernetes' tools expect this name.
+const ifName = "eth0"
+
+// undoTimeout bounds the DEL after a failed ADD, whose own deadline may have
+// passed by then.
+const undoTimeout = 30 * time.Second
+
+// Attachment is one pod's place in the pod network: all that plugins are told.
+// Del has to be given what Add was given, so the caller records it before Add.
+type Attachment struct {
+	ID        string `json:"id"`
+	Netns     string `json:"netns"` // path; Del takes one that is gone
+	Name      string `json:"name"`
+	Namespace string `json:"namespace"`
+	UID       string `json:"uid"`
+
+	PortMappings []PortMapping     `json:"portMappings,omitempty"`
+	Annotations  map[string]string `json:"annotations,omitempty"`
+
+	// Config is what Config returned when the attachment was recorded. Add
+	// takes the config in force if it is empty, Del the one in libcni's cache.
+	Config json.RawMessage `json:"config,omitempty"`
+}
+
+// PortMapping is a port of the node that leads to the pod. HostPort 0 is none.
+type PortMapping struct {
+	HostPort      int32  `json:"hostPort"`
+	ContainerPort int32  `json:"containerPort"`
+	Protocol      string `json:"protocol,omitempty"` // tcp (also if empty), udp, sctp; any case
+	HostIP        string `json:"hostIP,omitempty"`
+}
+
+// Result is what the plugins made.
+type Result struct {
+	IPs        []string        `json:"ips"` // of eth0, the primary one first
+	Interfaces []Interface     `json:"interfaces,omitempty"`
+	Raw        json.RawMessage `json:"raw"` // the CNI result
+}
+
+// Interface is one that the plugins report. Sandbox is empty for the node's.
+type Interface struct {
+	Name    string `json:"name"`
+	MAC     string `json:"mac,omitempty"`
+	Sandbox string `json:"sandbox,omitempty"`
+}
+
+// Add attaches a pod. When ctx ends, running plugins are killed. If it fails it
+// has run DEL already, detached from ctx; where that failed too, the error also
+// wraps ErrNotReleased. A pod that an earlier Add may have reached, before a
+// crash, needs Del first.
+func (n *Network) Add(ctx context.Context, a Attachment) (Result, error) {
+	r, err := n.add(ctx, &a)
+	if err == nil {
+		return r, nil
+	}
+	err = fmt.Errorf("cannot set up the network of pod %s/%s: %w", a.Namespace, a.Name, err)
+	if len(a.Config) == 0 {
+		return Result{}, err // no plugin was called
+	}
+	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
+	return Result{}, errors.Join(err, n.Del(undo, a))
+}
+
+// add sets a.Config once plugins may have been called, to what they were given.
+func (n *Network) add(ctx context.Context, a *Attachment) (Result, error) {
+	if err := checkID(a.ID); err != nil {
+		return Result{}, err
+	}
+	config := a.Config
+	a.Config = nil
+	if len(config) == 0 {
+		var err error
+		if config, err = n.Config(); err != nil {
+			return Result{}, err
+		}
+	}
+	list, err := libcni.NetworkConfFromBytes(config)
+	if err != nil {
+		return Result{}, fmt.Errorf("recorded CNI config: %w", err)
+	}
+	rt, err := runtimeConf(*a, list)
+	if err != nil {
+		return Result{}, err
+	}
+	if !isNamespace(a.Netns) {
+		return Result{}, fmt.Errorf("no network namespace is mounted at %q", a.Netns)
+	}
+
+	run, err := n.startRun(ctx, a.ID)
+	if err != nil {
+		return Result{}, err
+	}
+	defer run.end()
+	a.Config = config
+	res, err := n.cni(run).AddNetworkList(ctx, list, rt)
+	if err != nil {
+		return Result{}, err
+	}
+	return parseResult(res)
+}
+
+// Del detaches a pod: all that Add made, or a part of it made before a crash,
+// is given back. It works from a.Config, or from libcni's cache, never from the
+// config directory, and also when the namespace is gone. It succeeds when
+// nothing is attached. Errors wrap ErrNotReleased; call it again then.
+func (n *Network) Del(ctx context.Context, a Attachment) error {
+	if err := n.del(ctx, a); err != nil {
+		return fmt.Errorf("%w: pod %s/%s (%s): %w", ErrNotReleased, a.Namespace, a.Name, a.ID, err)
+	}
+	return nil
+}
+
+func (n *Network) del(ctx context.Context, a Attachment) error {
+	if err := checkID(a.ID); err != nil {
+		return err
+	}
+	run, err := n.startRun(ctx, a.ID)
+	if err != nil {
+		return err
+	}
+	defer run.end()
+	list, rt, err := n.recorded(run, a)
+	if err != nil {
+		return err
+	}
+	if list != nil {
+		if !isNamespace(rt.NetNS) {
+			// Some plugins fail on a path that is there but no namespace;
+			// the specification has the empty one for a namespace that is gone.
+			rt.NetNS = ""
+		}
+		if err := n.cni(run).DelNetworkList(ctx, list, rt); err != nil {
+			return err
+		}
+	}
+	return run.remove()
+}
+
+// recorded returns what a was added with; a nil list if it never was.
+func (n *Network) recorded(run *run, a Attachment) (*libcni.NetworkConfigList, *libcni.RuntimeConf, error) {
+	if len(a.Config) > 0 {
+		list, err := libcni.NetworkConfFromBytes(a.Config)
+		if err != nil {
+			return nil, nil, fmt.Errorf("recorded CNI config: %w", err)
+		}
+		rt, err := runtimeConf(a, list)
+		return list, rt, err
+	}
+	cached, err := n.cni(run).GetCachedAttachments(a.ID)
+	if err != nil {
+		return nil, nil, fmt.Errorf("cannot read the CNI cache: %w", err)
+	}
+	i := slices.IndexFunc(cached, func(c *libcni.NetworkAttachment) bool {
+		return c.ContainerID == a.ID && c.IfName == ifName
+	})
+	if i < 0 {
+		return nil, nil, nil
+	}
+	c := cached[i]
+	list, err := libcni.NetworkConfFromBytes(c.Config)
+	if err != nil {
+		return nil, nil, fmt.Errorf("cached CNI config of network %q: %w", c.Network, err)
+	}
+	return list, &libcni.RuntimeConf{
+		ContainerID: a.ID, NetNS: c.NetNS, IfName: ifName,
+		Args: c.CniArgs, CapabilityArgs: c.CapabilityArgs,
+	}, nil
+}
+
+// ListCached returns the ids of pods that libcni's cache holds an attachment
+// of, so that those no record knows can be given to Del.
+func (n *Network) ListCached() ([]string, error) {
+	cached, err := n.cni(nil).GetCachedAttachments("")
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the CNI cache: %w", err)
+	}
+	var ids []string
+	for _, c := range cached {
+		ids = append(ids, c.ContainerID)
+	}
+	slices.Sort(ids)
+	return slices.Compact(ids), nil
+}
+
+func (n *Network) cni(r *run) *libcni.CNIConfig {
+	return libcni.NewCNIConfigWithCacheDir(n.opts.BinDirs, n.opts.CacheDir, r)
+}
+
+// runtimeConf translates a for libcni. Arguments are those that Kubernetes'
+// plugins know; capabilities are those of CNI's CONVENTIONS.md, of which libcni
+// passes on what a plugin's config declares.
+func runtimeConf(a Attachment, list *libcni.NetworkConfigList) (*libcni.RuntimeConf, error) {
+	rt := &libcni.RuntimeConf{
+		ContainerID: a.ID,
+		NetNS:       a.Netns,
+		IfName:      ifName,
+		Args: [][2]string{
+			{"IgnoreUnknown", "1"},
+			{"K8S_POD_NAMESPACE", a.Namespace},
+			{"K8S_POD_NAME", a.Name},
+			{"K8S_POD_INFRA_CONTAINER_ID", a.ID},
+			{"K8S_POD_UID", a.UID},
+		},
+		CapabilityArgs: map[string]any{},
+	}
+	if ports := portMappings(a.PortMappings); len(ports) > 0 {
+		rt.CapabilityArgs["portMappings"] = ports
+	}
+	if hasCapability(list, "bandwidth") {
+		bw, err := bandwidth(a.Annotations)
+		if err != nil {
+			return nil, err
+		}
+		if len(bw) > 0 {
+			rt.CapabilityArgs["bandwidth"] = bw
+		}
+	}
+	return rt, nil
+}
+
+func hasCapability(list *libcni.NetworkConfigList, name string) bool {
+	return slices.ContainsFunc(list.Plugins, func(p *libcni.PluginConfig) bool {
+		return p.Network.Capabilities[name]
+	})
+}
+
+func portMappings(in []PortMapping) []PortMapping {
+	var out []PortMapping
+	for _, p := range in {
+		if p.HostPort <= 0 {
+			continue
+		}
+		p.Protocol = strings.ToLower(p.Protocol)
+		if p.Protocol == "" {
+			p.Protocol = "tcp"
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+// bandwidth reads the pod's limits in bits per second. The burst is what the
+// plugin takes for unlimited; it accepts no rate without one.
+func bandwidth(annotations map[string]string) (map[string]any, error) {
+	bw := map[string]any{}
+	for _, dir := range []string{"ingress", "egress"} {
+		key := "kubernetes.io/" + dir + "-bandwidth"
+		s, ok := annotations[key]
+		if !ok {
+			continue
+		}
+		rate, err := parseQuantity(s)
+		if err != nil {
+			return nil, fmt.Errorf("annotation %s: %w", key, err)
+		}
+		bw[dir+"Rate"] = rate
+		bw[dir+"Burst"] = math.MaxInt32
+	}
+	return bw, nil
+}
+
+func parseResult(res types.Result) (Result, error) {
+	raw, err := json.Marshal(res)
+	if err != nil {
+		return Result{}, fmt.Errorf("cannot encode the CNI result: %w", err)
+	}
+	r, err := types100.NewResultFromResult(res)
+	if err != nil {
+		return Result{}, fmt.Errorf("cannot read the CNI result: %w", err)
+	}
+	out := Result{Raw: raw}
+	for _, i := range r.Interfaces {
+		out.Interfaces = append(out.Interfaces, Interface{Name: i.Name, MAC: i.Mac, Sandbox: i.Sandbox})
+	}
+	for _, ip := range r.IPs {
+		// An address that names no interface is the pod's: plugins before
+		// CNI 0.3.0 had only that.
+		if i := ip.Interface; i != nil && *i >= 0 && *i < len(r.Interfaces) &&
+			(r.Interfaces[*i].Name != ifName || r.Interfaces[*i].Sandbox == "") {
+			continue
+		}
+		out.IPs = append(out.IPs, ip.Address.IP.String())
+	}
+	if len(out.IPs) == 0 {
+		return Result{}, fmt.Errorf("the CNI plugins gave %s no address: %s", ifName, raw)
+	}
+	return out, nil
+}
+
+func (n *Network) lockFile(id string) string {
+	return filepath.Join(n.opts.CacheDir, "running", id)
+}

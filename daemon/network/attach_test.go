@@ -1,0 +1,367 @@
+package network
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestPodsReachEachOther(t *testing.T) {
+	needRoot(t)
+	w := newWorld(t)
+	before := w.traces()
+	w.conf("10.conflist", "hf-reach", "10.230.10.0/24", portmap)
+
+	server, client := w.pod("server"), w.pod("client")
+	server.PortMappings = []PortMapping{
+		{HostPort: 18080, ContainerPort: 80, Protocol: "TCP"},
+		{ContainerPort: 81}, // no host port, none to be made
+	}
+	sr, cr := w.add(server), w.add(client)
+	for _, r := range []Result{sr, cr} {
+		if len(r.IPs) != 1 || !strings.HasPrefix(r.IPs[0], "10.230.10.") {
+			t.Fatalf("addresses %v", r.IPs)
+		}
+		if !json.Valid(r.Raw) || !strings.Contains(string(r.Raw), r.IPs[0]) {
+			t.Errorf("raw result %s", r.Raw)
+		}
+		if !slices.ContainsFunc(r.Interfaces, func(i Interface) bool { return i.Name == "eth0" && i.Sandbox != "" && i.MAC != "" }) {
+			t.Errorf("no eth0 in %+v", r.Interfaces)
+		}
+	}
+	if sr.IPs[0] == cr.IPs[0] {
+		t.Fatalf("both pods have %s", sr.IPs[0])
+	}
+	ids, err := w.ListCached()
+	if err != nil || !slices.Equal(ids, []string{"client", "server"}) {
+		t.Errorf("ListCached: %v, %v", ids, err)
+	}
+
+	serve(t, server.Netns, "0.0.0.0:80", "hello")
+	for _, c := range []struct{ what, netns, addr string }{
+		{"pod to pod", client.Netns, sr.IPs[0] + ":80"},
+		{"pod to itself", server.Netns, sr.IPs[0] + ":80"},
+		{"node to pod", "", sr.IPs[0] + ":80"},
+		{"host port on the bridge, from a pod", client.Netns, "10.230.10.1:18080"},
+		{"host port on the bridge, from the pod itself", server.Netns, "10.230.10.1:18080"},
+		{"host port on the node's loopback", "", "127.0.0.1:18080"},
+		{"loopback of the pod", server.Netns, "localhost:80"},
+	} {
+		if got, err := w.ask(c.netns, c.addr); got != "hello" || err != nil {
+			t.Errorf("%s: %q, %v", c.what, got, err)
+		}
+	}
+
+	w.del(server)
+	if _, err := w.ask("", "127.0.0.1:18080"); !errors.Is(err, unix.ECONNREFUSED) {
+		t.Errorf("host port after Del: %v, want connection refused", err)
+	}
+	w.del(server) // idempotent
+	w.del(client)
+	w.removeNamespaces("server")
+	w.removeNamespaces("client")
+	w.unchanged(before)
+}
+
+func TestBuiltinNetworkWorks(t *testing.T) {
+	needRoot(t)
+	w := newWorld(t, func(o *Options) { o.DefaultNetwork, o.Subnet = true, "10.230.11.0/24,fd00:230:11::/64" })
+	before := w.traces()
+	defer ipLinkDel(t, builtinBridge)
+	a, b := w.pod("a"), w.pod("b")
+	a.PortMappings = []PortMapping{{HostPort: 18081, ContainerPort: 80, Protocol: "tcp"}}
+	ra := w.add(a)
+	w.add(b)
+	if len(ra.IPs) != 2 {
+		t.Fatalf("addresses %v, want one of each family", ra.IPs)
+	}
+	serve(t, a.Netns, ":80", "hello")
+	for _, addr := range []string{ra.IPs[0] + ":80", "[" + ra.IPs[1] + "]:80", "10.230.11.1:18081"} {
+		// An IPv6 address is tentative at first.
+		waitFor(t, addr, func() error {
+			got, err := w.ask(b.Netns, addr)
+			if err == nil && got != "hello" {
+				err = fmt.Errorf("heard %q", got)
+			}
+			return err
+		})
+	}
+	for _, p := range []Attachment{a, b} {
+		w.del(p)
+		w.removeNamespaces(p.ID)
+	}
+	w.unchanged(before)
+}
+
+func TestDelWhenTheNamespaceIsGone(t *testing.T) {
+	needRoot(t)
+	for _, c := range []struct {
+		name   string
+		path   func(*world, Attachment) string
+		config bool
+	}{
+		{"path gone, from the record", func(w *world, a Attachment) string { return a.Netns }, true},
+		{"path empty, from the record", func(w *world, a Attachment) string { return "" }, true},
+		{"path gone, from the cache", func(w *world, a Attachment) string { return a.Netns }, false},
+		{"path is a stale file", func(w *world, a Attachment) string {
+			if err := os.WriteFile(a.Netns, nil, 0o600); err != nil {
+				w.t.Error(err)
+			}
+			return a.Netns
+		}, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := newWorld(t)
+			before := w.traces()
+			// Without ipMasq: bridge takes its rules away only while the
+			// interface is there.
+			w.write("10.conflist", fmt.Sprintf(`{"cniVersion": "1.0.0", "name": "gone", "plugins": [
+				{"type": "bridge", "bridge": "hf-gone", "isGateway": true,
+				 "ipam": {"type": "host-local", "dataDir": %q, "ranges": [[{"subnet": "10.230.12.0/24"}]]}}, %s]}`,
+				filepath.Join(w.dir, "leases"), portmap))
+			defer ipLinkDel(t, "hf-gone")
+			a := w.pod("a")
+			a.PortMappings = []PortMapping{{HostPort: 18082, ContainerPort: 80, Protocol: "UDP"}}
+			w.add(a)
+			w.removeNamespaces("a")
+			if err := os.RemoveAll(w.opts.ConfDir); err != nil {
+				t.Fatal(err) // Del needs none of it
+			}
+			a.Netns = c.path(w, a)
+			if !c.config {
+				a.Config = nil
+			}
+			w.del(a)
+			w.del(a)
+			w.removeNamespaces("a")
+			w.unchanged(before)
+		})
+	}
+}
+
+func TestDelOfWhatWasNeverAdded(t *testing.T) {
+	needRoot(t)
+	w := newWorld(t)
+	before := w.traces()
+	w.del(Attachment{ID: "nothing"})
+	w.conf("10.conflist", "hf-never", "10.230.13.0/24", portmap)
+	a := w.pod("recorded") // as if killed between the record and ADD
+	a.PortMappings = []PortMapping{{HostPort: 18083, ContainerPort: 80}}
+	w.del(a)
+	w.removeNamespaces("recorded")
+	w.unchanged(before)
+}
+
+func TestDelSaysWhatIsMissing(t *testing.T) {
+	needRoot(t)
+	w := newWorld(t)
+	w.conf("10.conflist", "hf-miss", "10.230.14.0/24")
+	a := w.pod("a")
+	w.add(a)
+	dirs := w.opts.BinDirs
+	w.opts.BinDirs = []string{w.scripts}
+	err := w.Del(t.Context(), a)
+	if !errors.Is(err, ErrNotReleased) || !strings.Contains(err.Error(), "bridge") || !strings.Contains(err.Error(), w.scripts) {
+		t.Errorf("Del without the plugin: %v", err)
+	}
+	w.opts.BinDirs = dirs
+	w.del(a)
+	w.removeNamespaces("a")
+}
+
+func TestAddFailureLeavesNothing(t *testing.T) {
+	needRoot(t)
+	w := newWorld(t)
+	before := w.traces()
+	w.conf("10.conflist", "hf-fail", "10.230.15.0/24", portmap, `{"type": "boom"}`)
+	w.script("boom", `
+[ "$CNI_COMMAND" = ADD ] || exit 0
+echo '{"cniVersion": "1.0.0", "code": 117, "msg": "out of paint", "details": "the can is empty"}'
+exit 1
+`)
+	a := w.pod("a")
+	a.PortMappings = []PortMapping{{HostPort: 18084, ContainerPort: 80}}
+	_, err := w.Add(t.Context(), a)
+	if err == nil || !strings.Contains(err.Error(), "boom") || !strings.Contains(err.Error(), "out of paint; the can is empty") {
+		t.Errorf("error %v", err)
+	}
+	if errors.Is(err, ErrNotReleased) {
+		t.Errorf("undone, but says it is not: %v", err)
+	}
+	w.removeNamespaces("a")
+	w.unchanged(before)
+
+	// DEL fails too: both are told, and a later DEL finishes.
+	w.script("boom", "echo no paint >&2; exit 1")
+	a = w.pod("a")
+	_, err = w.Add(t.Context(), a)
+	if !errors.Is(err, ErrNotReleased) || strings.Count(err.Error(), "no paint") != 2 {
+		t.Errorf("error %v, want ErrNotReleased and both failures", err)
+	}
+	w.script("boom", "exit 0")
+	w.del(a)
+	w.removeNamespaces("a")
+	w.unchanged(before)
+
+	// Without a namespace no plugin is called.
+	_, err = w.Add(t.Context(), a)
+	if err == nil || errors.Is(err, ErrNotReleased) {
+		t.Errorf("Add without a namespace: %v", err)
+	}
+	w.unchanged(before)
+}
+
+func TestAddWithoutAddressIsAnError(t *testing.T) {
+	needRoot(t)
+	w := newWorld(t)
+	before := w.traces()
+	w.write("10.conflist", `{"cniVersion": "1.0.0", "name": "l2", "plugins": [{"type": "bridge", "bridge": "hf-l2"}]}`)
+	defer ipLinkDel(t, "hf-l2")
+	a := w.pod("a")
+	if r, err := w.Add(t.Context(), a); err == nil || errors.Is(err, ErrNotReleased) {
+		t.Errorf("got %+v, %v", r, err)
+	}
+	w.removeNamespaces("a")
+	w.unchanged(before)
+}
+
+// What plugins are told, taken down by one.
+func TestPluginsAreTold(t *testing.T) {
+	needRoot(t)
+	w := newWorld(t)
+	told := filepath.Join(w.dir, "told")
+	w.script("give", `
+[ "$CNI_COMMAND" = ADD ] || exit 0
+echo '{"cniVersion": "1.0.0",
+ "interfaces": [{"name": "br9"}, {"name": "eth0", "sandbox": "/x", "mac": "02:00:00:00:00:01"}, {"name": "net1", "sandbox": "/x"}],
+ "ips": [{"address": "10.230.16.9/24", "interface": 0}, {"address": "fd00::9/64", "interface": 1},
+         {"address": "10.230.16.8/24", "interface": 1}, {"address": "10.230.17.8/24", "interface": 2}]}'
+`)
+	w.write("10.conflist", `{"cniVersion": "1.0.0", "name": "told", "plugins": [
+		{"type": "note", "capabilities": {"portMappings": true, "bandwidth": true}}, {"type": "give"}]}`)
+	a := w.pod("a")
+	a.PortMappings = []PortMapping{
+		{HostPort: 53, ContainerPort: 5353, Protocol: "UDP", HostIP: "127.0.0.1"},
+		{HostPort: 0, ContainerPort: 7},
+		{HostPort: 80, ContainerPort: 8080},
+	}
+	a.Annotations = map[string]string{
+		"kubernetes.io/ingress-bandwidth": "10M", "kubernetes.io/egress-bandwidth": "1Gi", "other": "x",
+	}
+	w.script("note", fmt.Sprintf(`
+{ echo "$CNI_CONTAINERID $CNI_IFNAME $CNI_NETNS"; echo "$CNI_ARGS"; cat; } >>%s.$CNI_COMMAND
+echo '{}'
+`, told))
+	r := w.add(a)
+	if want := []string{"fd00::9", "10.230.16.8"}; !slices.Equal(r.IPs, want) {
+		t.Errorf("addresses %v, want %v", r.IPs, want)
+	}
+	w.del(a)
+	for _, verb := range []string{"ADD", "DEL"} {
+		b, err := os.ReadFile(told + "." + verb)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines := strings.SplitN(string(b), "\n", 3)
+		if want := "a eth0 " + a.Netns; lines[0] != want {
+			t.Errorf("%s: %q, want %q", verb, lines[0], want)
+		}
+		if want := "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=a;K8S_POD_INFRA_CONTAINER_ID=a;K8S_POD_UID=uid-a"; lines[1] != want {
+			t.Errorf("%s: %q, want %q", verb, lines[1], want)
+		}
+		var conf struct {
+			RuntimeConfig struct {
+				PortMappings []PortMapping
+				Bandwidth    map[string]uint64
+			}
+		}
+		if err := json.Unmarshal([]byte(lines[2]), &conf); err != nil {
+			t.Fatal(err)
+		}
+		ports := []PortMapping{
+			{HostPort: 53, ContainerPort: 5353, Protocol: "udp", HostIP: "127.0.0.1"},
+			{HostPort: 80, ContainerPort: 8080, Protocol: "tcp"},
+		}
+		if got := conf.RuntimeConfig.PortMappings; !slices.Equal(got, ports) {
+			t.Errorf("%s: ports %+v, want %+v", verb, got, ports)
+		}
+		if bw := conf.RuntimeConfig.Bandwidth; bw["ingressRate"] != 10_000_000 || bw["egressRate"] != 1<<30 || bw["ingressBurst"] == 0 || bw["egressBurst"] == 0 {
+			t.Errorf("%s: bandwidth %v", verb, bw)
+		}
+	}
+	a.Annotations["kubernetes.io/egress-bandwidth"] = "lots"
+	if _, err := w.Add(t.Context(), a); err == nil || !strings.Contains(err.Error(), "kubernetes.io/egress-bandwidth") {
+		t.Errorf("bad bandwidth: %v", err)
+	}
+	w.removeNamespaces("a")
+}
+
+func TestManyPodsAtOnce(t *testing.T) {
+	needRoot(t)
+	w := newWorld(t)
+	before := w.traces()
+	w.conf("10.conflist", "hf-many", "10.230.18.0/24", portmap)
+	var (
+		wg  sync.WaitGroup
+		mu  sync.Mutex
+		ips = map[string]string{}
+	)
+	for i := range 12 {
+		id := fmt.Sprintf("pod-%d", i)
+		wg.Go(func() {
+			ns, err := w.CreateNamespaces(id, Want{Net: true})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			a := Attachment{ID: id, Netns: ns.Net, Name: id, Namespace: "default"}
+			if i%4 == 0 {
+				a.PortMappings = []PortMapping{{HostPort: int32(18100 + i), ContainerPort: 80}}
+			}
+			r, err := w.Add(t.Context(), a)
+			if err != nil {
+				t.Error(err)
+			} else {
+				mu.Lock()
+				if other, ok := ips[r.IPs[0]]; ok {
+					t.Errorf("%s and %s both have %s", id, other, r.IPs[0])
+				}
+				ips[r.IPs[0]] = id
+				mu.Unlock()
+			}
+			if err := errors.Join(w.Del(context.WithoutCancel(t.Context()), a), w.RemoveNamespaces(id)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	w.unchanged(before)
+}
+
+func TestDialEndsWithItsContext(t *testing.T) {
+	needRoot(t)
+	w := newWorld(t)
+	a := w.pod("a")
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if c, err := w.Dial(ctx, a.Netns, "tcp", "127.0.0.1:80"); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v, %v, want canceled", c, err)
+	}
+	if _, err := w.Dial(t.Context(), a.Netns+"-gone", "tcp", "127.0.0.1:80"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("namespace gone: %v", err)
+	}
+	var op *net.OpError
+	if _, err := w.Dial(t.Context(), a.Netns, "tcp", "127.0.0.1:80"); !errors.As(err, &op) {
+		t.Errorf("nobody listens: %v", err)
+	}
+}

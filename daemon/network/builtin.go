@@ -1,0 +1,149 @@
+package network
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+
+	"github.com/containernetworking/cni/libcni"
+)
+
+const (
+	builtinName   = "holdfast"
+	builtinBridge = "holdfast0"
+)
+
+// SetPodCIDR takes the CIDR that the kubelet sends with UpdateRuntimeConfig,
+// "a,b" for two families. It concerns the built-in network alone, for pods that
+// come later; with a CNI of the cluster's own it is ignored. The kubelet sends
+// it once, so it is stored and found again by New.
+func (n *Network) SetPodCIDR(cidr string) error {
+	if cidr == "" {
+		return nil // CRI: nothing to change
+	}
+	subnets, err := parseSubnets(cidr)
+	if err != nil {
+		return fmt.Errorf("cannot set the pod CIDR: %w", err)
+	}
+	if !n.opts.DefaultNetwork {
+		n.log.Debug("pod CIDR ignored, no built-in network", "cidr", cidr)
+		return nil
+	}
+	if err := replaceFile(n.podCIDRFile(), []byte(cidr+"\n")); err != nil {
+		return fmt.Errorf("cannot store the pod CIDR: %w", err)
+	}
+	n.mu.Lock()
+	n.subnets = subnets
+	n.mu.Unlock()
+	return nil
+}
+
+func (n *Network) podCIDRFile() string { return filepath.Join(n.opts.CacheDir, "pod-cidr") }
+
+// storedPodCIDR returns what SetPodCIDR stored, or fallback. A damaged file is
+// reported and passed over: it must not keep the daemon from starting.
+func (n *Network) storedPodCIDR(fallback []netip.Prefix) []netip.Prefix {
+	b, err := os.ReadFile(n.podCIDRFile())
+	if errors.Is(err, fs.ErrNotExist) {
+		return fallback
+	}
+	if err == nil {
+		var subnets []netip.Prefix
+		if subnets, err = parseSubnets(string(bytes.TrimSpace(b))); err == nil {
+			return subnets
+		}
+	}
+	n.log.Warn("stored pod CIDR cannot be used, taking the configured subnet", "file", n.podCIDRFile(), "err", err)
+	return fallback
+}
+
+func parseSubnets(s string) ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for part := range strings.SplitSeq(s, ",") {
+		p, err := netip.ParsePrefix(strings.TrimSpace(part))
+		if err != nil {
+			return nil, fmt.Errorf("subnet %q: %w", part, err)
+		}
+		out = append(out, p.Masked())
+	}
+	return out, nil
+}
+
+// builtin returns the network for a node without a CNI of its own: a bridge,
+// leases below CacheDir, host ports. n.mu is held.
+func (n *Network) builtin() (conf, error) {
+	masquerade := hasCommand("iptables") || hasCommand("nft")
+	if !masquerade {
+		n.noFilter.Do(func() {
+			n.log.Warn("built-in network without masquerading and host ports: neither iptables nor nft is in PATH")
+		})
+	}
+	var ranges [][]map[string]string
+	var routes []map[string]string
+	for _, p := range n.subnets {
+		ranges = append(ranges, []map[string]string{{"subnet": p.String()}})
+		dst := "0.0.0.0/0"
+		if p.Addr().Is6() {
+			dst = "::/0"
+		}
+		routes = append(routes, map[string]string{"dst": dst})
+	}
+	plugins := []any{map[string]any{
+		"type":        "bridge",
+		"bridge":      builtinBridge,
+		"isGateway":   true,
+		"ipMasq":      masquerade,
+		"hairpinMode": true,
+		"ipam": map[string]any{
+			"type":    "host-local",
+			"dataDir": filepath.Join(n.opts.CacheDir, "networks"),
+			"ranges":  ranges,
+			"routes":  routes,
+		},
+	}}
+	if masquerade {
+		plugins = append(plugins, map[string]any{
+			"type":         "portmap",
+			"capabilities": map[string]bool{"portMappings": true},
+		})
+	}
+	data, err := json.Marshal(map[string]any{
+		"cniVersion":             "1.0.0",
+		"name":                   builtinName,
+		"loadOnlyInlinedPlugins": true,
+		"plugins":                plugins,
+	})
+	if err != nil {
+		return conf{}, err
+	}
+	list, err := libcni.NetworkConfFromBytes(data)
+	if err != nil {
+		return conf{}, fmt.Errorf("%w: built-in network: %w", ErrNoNetwork, err)
+	}
+	return conf{source: "the built-in network", list: list}, nil
+}
+
+func hasCommand(name string) bool {
+	_, err := exec.LookPath(name)
+	return err == nil
+}
+
+// replaceFile writes data so that a reader finds the old content or the new
+// one. Not synced: after a power cut the kubelet starts anew and sends it again.
+func replaceFile(path string, data []byte) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	tmp := path + ".tmp"
+	if err := os.WriteFile(tmp, data, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(tmp, path)
+}

@@ -1,0 +1,258 @@
+package network
+
+import (
+	"encoding/json"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func (w *world) wantNetwork(name string) {
+	w.t.Helper()
+	b, err := w.Config()
+	if err != nil {
+		w.t.Errorf("want network %s: %v", name, err)
+		return
+	}
+	var got struct{ Name string }
+	if err := json.Unmarshal(b, &got); err != nil || got.Name != name {
+		w.t.Errorf("network in force is %q (%v), want %q", got.Name, err, name)
+	}
+	if err := w.Ready(); err != nil {
+		w.t.Errorf("Ready: %v", err)
+	}
+}
+
+func (w *world) wantNone(says ...string) {
+	w.t.Helper()
+	b, err := w.Config()
+	if !errors.Is(err, ErrNoNetwork) || b != nil {
+		w.t.Errorf("Config: %s, %v, want ErrNoNetwork", b, err)
+	}
+	err = w.Ready()
+	if !errors.Is(err, ErrNoNetwork) {
+		w.t.Errorf("Ready: %v, want ErrNoNetwork", err)
+		return
+	}
+	for _, s := range says {
+		if !strings.Contains(err.Error(), s) {
+			w.t.Errorf("%q does not mention %q", err, s)
+		}
+	}
+}
+
+func list(name string) string {
+	return `{"cniVersion": "1.0.0", "name": "` + name + `", "plugins": [{"type": "loopback"}]}`
+}
+
+func TestConfigFollowsTheDirectory(t *testing.T) {
+	w := newWorld(t)
+	dir := w.opts.ConfDir
+	remove := func(name string) {
+		if err := os.RemoveAll(filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.wantNone(dir)
+
+	w.write("50-b.conflist", list("b"))
+	w.wantNetwork("b")
+	w.write("50-b.conflist", list("c")) // same length, at once
+	w.wantNetwork("c")
+	w.write("10-a.conf", `{"cniVersion": "0.3.1", "name": "single", "type": "loopback"}`)
+	w.wantNetwork("single")
+	w.write("05-x.json", list("json"))
+	w.wantNetwork("json")
+	w.write("00-readme.txt", list("no"))
+	w.write("00-backup.conflist.bak", list("no"))
+	w.wantNetwork("json")
+
+	w.write("00-half.conflist", `{"cniVersion": "1.0.0", "name": "half", "plug`)
+	w.write("01-empty.conflist", `{"cniVersion": "1.0.0", "name": "empty", "plugins": []}`)
+	w.write("02-noname.conf", `{"cniVersion": "1.0.0", "plugins": [{"type": "loopback"}]}`)
+	for range 3 {
+		w.wantNetwork("json")
+	}
+	for _, name := range []string{"00-half.conflist", "01-empty.conflist", "02-noname.conf"} {
+		if got := strings.Count(w.log.String(), name); got != 1 {
+			t.Errorf("%s is in the log %d times, want once:\n%s", name, got, w.log)
+		}
+	}
+	w.write("00-half.conflist", list("whole"))
+	w.wantNetwork("whole")
+
+	remove("00-half.conflist")
+	remove("05-x.json")
+	remove("10-a.conf")
+	remove("50-b.conflist")
+	w.wantNone("2 CNI configs")
+	remove("01-empty.conflist")
+	remove("02-noname.conf")
+	w.wantNone(dir)
+	remove("")
+	w.wantNone(dir)
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	w.write("50-b.conflist", list("back"))
+	w.wantNetwork("back")
+}
+
+func TestConfigNamesMissingPlugins(t *testing.T) {
+	w := newWorld(t)
+	w.write("10.conflist", `{"cniVersion": "1.0.0", "name": "n", "plugins": [{"type": "loopback"}, {"type": "late", "ipam": {"type": "late-ipam"}}]}`)
+	w.wantNone("late", w.scripts, w.opts.BinDirs[1], "10.conflist")
+	w.script("late", "exit 0")
+	w.wantNone("late-ipam", w.scripts)
+	w.script("late-ipam", "exit 0")
+	w.wantNetwork("n")
+}
+
+// Plugins in a directory of the network's name belong to the list, and have to
+// be in what is recorded.
+func TestConfigStandsAlone(t *testing.T) {
+	w := newWorld(t)
+	sub := filepath.Join(w.opts.ConfDir, "n")
+	if err := os.Mkdir(sub, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	w.write("10.conflist", list("n"))
+	w.write("n/50-more.conf", `{"type": "portmap", "capabilities": {"portMappings": true}}`)
+	w.wantNetwork("n")
+	types := func() []string {
+		t.Helper()
+		b, err := w.Config()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var c struct {
+			LoadOnlyInlinedPlugins bool
+			Plugins                []struct{ Type string }
+		}
+		if err := json.Unmarshal(b, &c); err != nil {
+			t.Fatal(err)
+		}
+		var out []string
+		for _, p := range c.Plugins {
+			out = append(out, p.Type)
+		}
+		return out
+	}
+	if got := strings.Join(types(), " "); got != "loopback portmap" {
+		t.Errorf("plugins: %s", got)
+	}
+	w.write("n/60-more.conf", `{"type": "bridge"}`)
+	if got := strings.Join(types(), " "); got != "loopback portmap bridge" {
+		t.Errorf("plugins after one was added: %s", got)
+	}
+}
+
+func TestBuiltinNetwork(t *testing.T) {
+	builtin := func(o *Options) { o.DefaultNetwork, o.Subnet = true, "10.230.1.0/24" }
+	ranges := func(w *world) string {
+		t.Helper()
+		b, err := w.Config()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var c struct {
+			Plugins []struct {
+				IPAM struct {
+					DataDir string
+					Ranges  json.RawMessage
+				}
+			}
+		}
+		if err := json.Unmarshal(b, &c); err != nil {
+			t.Fatal(err)
+		}
+		if dir := c.Plugins[0].IPAM.DataDir; !strings.HasPrefix(dir, w.opts.CacheDir) {
+			t.Errorf("leases in %s", dir)
+		}
+		return string(c.Plugins[0].IPAM.Ranges)
+	}
+
+	w := newWorld(t, builtin)
+	w.wantNetwork(builtinName)
+	if got := ranges(w); got != `[[{"subnet":"10.230.1.0/24"}]]` {
+		t.Errorf("ranges %s", got)
+	}
+	if err := w.SetPodCIDR("10.230.2.0/33"); err == nil {
+		t.Error("bad CIDR taken")
+	}
+	if err := w.SetPodCIDR(""); err != nil {
+		t.Errorf("empty CIDR: %v", err)
+	}
+	if err := w.SetPodCIDR("10.230.2.0/24,fd00:230::/64"); err != nil {
+		t.Fatal(err)
+	}
+	const dual = `[[{"subnet":"10.230.2.0/24"}],[{"subnet":"fd00:230::/64"}]]`
+	if got := ranges(w); got != dual {
+		t.Errorf("ranges %s", got)
+	}
+	again, err := New(w.opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := ranges(&world{Network: again, t: t}); got != dual {
+		t.Errorf("ranges after a restart: %s", got)
+	}
+	if err := os.WriteFile(w.podCIDRFile(), []byte("torn"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	again, err = New(w.opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := ranges(&world{Network: again, t: t}); got != `[[{"subnet":"10.230.1.0/24"}]]` {
+		t.Errorf("ranges with a damaged file: %s", got)
+	}
+
+	w.write("10.conflist", list("real")) // the cluster's own CNI goes first
+	w.wantNetwork("real")
+	// And where it is broken the built-in one must not take its place.
+	w.write("10.conflist", "{")
+	w.wantNone()
+
+	t.Setenv("PATH", t.TempDir())
+	w = newWorld(t, builtin)
+	w.wantNetwork(builtinName)
+	b, err := w.Config()
+	if err != nil || strings.Contains(string(b), "portmap") || !strings.Contains(string(b), `"ipMasq":false`) {
+		t.Errorf("without iptables: %s, %v", b, err)
+	}
+	if got := strings.Count(w.log.String(), "without masquerading"); got != 1 {
+		t.Errorf("said %d times that masquerading is missing", got)
+	}
+
+	o := w.opts
+	o.Subnet = "10.230.1.0"
+	if _, err := New(o); err == nil {
+		t.Error("bad subnet taken")
+	}
+	o.DefaultNetwork = false
+	n, err := New(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.SetPodCIDR("10.230.9.0/24"); err != nil {
+		t.Error(err)
+	}
+	if err := n.Ready(); !errors.Is(err, ErrNoNetwork) {
+		t.Errorf("Ready without a config: %v", err)
+	}
+}
+
+func TestQuantity(t *testing.T) {
+	for s, want := range map[string]uint64{
+		"10M": 10_000_000, "1Gi": 1 << 30, "1.5k": 1500, "1000": 1000, "2000000m": 2000, "1e6": 1_000_000, "1P": 1e15,
+		"": 0, "M": 0, "10MB": 0, "-1M": 0, "999": 0, "2P": 0, "1/2k": 0, "0x10M": 0, "1e99999999999": 0, "1_000_000": 0, "10 M": 0,
+	} {
+		got, err := parseQuantity(s)
+		if got != want || (err == nil) != (want != 0) {
+			t.Errorf("%q: %d, %v, want %d", s, got, err, want)
+		}
+	}
+}

@@ -1,0 +1,288 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Want says which namespaces a pod has of its own, and what is set in them.
+type Want struct {
+	Net, IPC, UTS bool
+
+	Hostname string            // set if UTS; empty keeps the host's
+	Sysctls  map[string]string // namespaced ones only; see CheckSysctls
+}
+
+// Namespaces holds the paths of a pod's namespaces; "" is the host's.
+type Namespaces struct {
+	Net string `json:"net,omitempty"`
+	IPC string `json:"ipc,omitempty"`
+	UTS string `json:"uts,omitempty"`
+}
+
+func (s Namespaces) list() []string { return []string{s.Net, s.IPC, s.UTS} }
+
+// Paths returns where the namespaces of a pod are pinned, if it has them. It
+// derives from the id alone, so that a pin can be found without a record.
+func (n *Network) Paths(id string) Namespaces {
+	ns := n.pinDir(id)
+	return Namespaces{
+		Net: filepath.Join(n.opts.NetnsDir, pinPrefix+id),
+		IPC: filepath.Join(ns, "ipc"),
+		UTS: filepath.Join(ns, "uts"),
+	}
+}
+
+func (n *Network) pinDir(id string) string { return filepath.Join(n.opts.PinDir, id, "ns") }
+
+// Pinned returns the paths at which a namespace is really mounted. After a
+// reboot there is none, even where the files are left.
+func (n *Network) Pinned(id string) Namespaces {
+	p := n.Paths(id)
+	for _, path := range []*string{&p.Net, &p.IPC, &p.UTS} {
+		if !isNamespace(*path) {
+			*path = ""
+		}
+	}
+	return p
+}
+
+// ListPinned returns the ids of all pods that have a file in NetnsDir, mounted
+// or not, so that what no record knows can be removed.
+func (n *Network) ListPinned() []string {
+	entries, err := os.ReadDir(n.opts.NetnsDir)
+	if err != nil {
+		return nil // no directory: no `ip netns` and no pod was here since boot
+	}
+	var ids []string
+	for _, e := range entries {
+		if id, ok := strings.CutPrefix(e.Name(), pinPrefix); ok && checkID(id) == nil {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
+// CreateNamespaces makes the wanted namespaces and pins them at Paths(id). They
+// are always new ones: what an earlier attempt left at those paths is removed
+// first. On an error nothing is left.
+func (n *Network) CreateNamespaces(id string, w Want) (Namespaces, error) {
+	if err := checkID(id); err != nil {
+		return Namespaces{}, err
+	}
+	settings, err := resolveSysctls(w)
+	if err != nil {
+		return Namespaces{}, err
+	}
+	if err := n.RemoveNamespaces(id); err != nil {
+		return Namespaces{}, err
+	}
+
+	flags, pins := n.pins(id, w)
+	if flags == 0 {
+		return Namespaces{}, nil
+	}
+	err = n.createPinFiles(id, pins)
+	if err == nil {
+		err = onThread(func() error { return makeNamespaces(flags, w, settings, pins) })
+	}
+	if err != nil {
+		err = fmt.Errorf("cannot create namespaces of pod %s: %w", id, err)
+		return Namespaces{}, errors.Join(err, n.RemoveNamespaces(id))
+	}
+	return pins, nil
+}
+
+// pins returns the flags for unshare and the paths for what it makes.
+func (n *Network) pins(id string, w Want) (flags int, pins Namespaces) {
+	pins = n.Paths(id)
+	for _, c := range []struct {
+		wanted bool
+		flag   int
+		path   *string
+	}{
+		{w.Net, unix.CLONE_NEWNET, &pins.Net},
+		{w.IPC, unix.CLONE_NEWIPC, &pins.IPC},
+		{w.UTS, unix.CLONE_NEWUTS, &pins.UTS},
+	} {
+		if c.wanted {
+			flags |= c.flag
+		} else {
+			*c.path = ""
+		}
+	}
+	return flags, pins
+}
+
+func (n *Network) createPinFiles(id string, pins Namespaces) error {
+	if pins.Net != "" {
+		if err := shareDir(n.opts.NetnsDir); err != nil {
+			return err
+		}
+	}
+	if pins.IPC != "" || pins.UTS != "" {
+		if err := os.MkdirAll(n.pinDir(id), 0o700); err != nil {
+			return fmt.Errorf("cannot create their directory: %w", err)
+		}
+	}
+	for _, path := range pins.list() {
+		if path == "" {
+			continue
+		}
+		f, err := os.OpenFile(path, os.O_RDONLY|os.O_CREATE|os.O_EXCL|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("cannot create a file to pin a namespace at: %w", err)
+		}
+		f.Close()
+	}
+	return nil
+}
+
+// makeNamespaces runs on a thread that ends afterwards, so it leaves the thread
+// in the new namespaces. Mounting happens in the mount namespace that all
+// threads share.
+func makeNamespaces(flags int, w Want, settings []setting, pins Namespaces) error {
+	if err := unix.Unshare(flags); err != nil {
+		return fmt.Errorf("unshare: %w", err)
+	}
+	if pins.UTS != "" && w.Hostname != "" {
+		if err := unix.Sethostname([]byte(w.Hostname)); err != nil {
+			return fmt.Errorf("cannot set hostname %q: %w", w.Hostname, err)
+		}
+	}
+	for _, s := range settings {
+		if err := s.write(); err != nil {
+			return err
+		}
+	}
+	if pins.Net != "" {
+		if err := loopbackUp(); err != nil {
+			return err
+		}
+	}
+	for kind, path := range map[string]string{"net": pins.Net, "ipc": pins.IPC, "uts": pins.UTS} {
+		if path == "" {
+			continue
+		}
+		if err := unix.Mount("/proc/thread-self/ns/"+kind, path, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("cannot pin the %s namespace at %s: %w", kind, path, err)
+		}
+	}
+	return nil
+}
+
+// loopbackUp sets lo up in the calling thread's namespace; the kernel then adds
+// 127.0.0.1 and ::1 itself.
+func loopbackUp() error {
+	s, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("cannot bring loopback up: socket: %w", err)
+	}
+	defer unix.Close(s)
+	ifr, err := unix.NewIfreq("lo")
+	if err != nil {
+		return fmt.Errorf("cannot bring loopback up: %w", err)
+	}
+	if err := unix.IoctlIfreq(s, unix.SIOCGIFFLAGS, ifr); err != nil {
+		return fmt.Errorf("cannot bring loopback up: SIOCGIFFLAGS: %w", err)
+	}
+	ifr.SetUint16(ifr.Uint16() | unix.IFF_UP)
+	if err := unix.IoctlIfreq(s, unix.SIOCSIFFLAGS, ifr); err != nil {
+		return fmt.Errorf("cannot bring loopback up: SIOCSIFFLAGS: %w", err)
+	}
+	return nil
+}
+
+// RemoveNamespaces undoes CreateNamespaces, however far it came. It succeeds
+// when there is nothing to remove. PinDir/<id> itself stays: it is the caller's.
+func (n *Network) RemoveNamespaces(id string) error {
+	if err := checkID(id); err != nil {
+		return err
+	}
+	var errs []error
+	for _, path := range n.Paths(id).list() {
+		if err := unpin(path); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	if err := removeIfThere(n.pinDir(id)); err != nil {
+		errs = append(errs, fmt.Errorf("cannot remove the directory for namespaces of pod %s: %w", id, err))
+	}
+	return errors.Join(errs...)
+}
+
+// unpin takes away every mount at path, for a crash between two attempts can
+// have stacked them, and then the file.
+func unpin(path string) error {
+	for {
+		err := unix.Unmount(path, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+			break // no mount (any more), or no file
+		}
+		if err != nil {
+			return fmt.Errorf("cannot unmount namespace %s: %w", path, err)
+		}
+	}
+	if err := removeIfThere(path); err != nil {
+		return fmt.Errorf("cannot remove namespace file %s: %w", path, err)
+	}
+	return nil
+}
+
+func removeIfThere(path string) error {
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// shareDir makes dir a shared mount of its own, as `ip netns` does: an unmount
+// then also reaches mount namespaces that were made from ours in between, which
+// would otherwise keep a removed pod's namespace alive.
+func shareDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("cannot create the directory for network namespaces: %w", err)
+	}
+	// ip-netns(8) takes the same lock for the same steps, so that two do not
+	// both mount. Holders do two system calls and let go.
+	f, err := os.Open(dir)
+	if err != nil {
+		return fmt.Errorf("cannot open the directory for network namespaces: %w", err)
+	}
+	defer f.Close()
+	if err := ignoreEINTR(func() error { return unix.Flock(int(f.Fd()), unix.LOCK_EX) }); err != nil {
+		return fmt.Errorf("cannot lock %s: %w", dir, err)
+	}
+	err = unix.Mount("", dir, "", unix.MS_SHARED|unix.MS_REC, "")
+	if errors.Is(err, unix.EINVAL) { // not a mount yet
+		if err := unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+			return fmt.Errorf("cannot bind %s on itself: %w", dir, err)
+		}
+		err = unix.Mount("", dir, "", unix.MS_SHARED|unix.MS_REC, "")
+	}
+	if err != nil {
+		return fmt.Errorf("cannot make %s a shared mount: %w", dir, err)
+	}
+	return nil
+}
+
+// isNamespace tells whether a namespace is mounted at path.
+func isNamespace(path string) bool {
+	var st unix.Statfs_t
+	err := ignoreEINTR(func() error { return unix.Statfs(path, &st) })
+	return err == nil && st.Type == unix.NSFS_MAGIC
+}
+
+func ignoreEINTR(f func() error) error {
+	for {
+		if err := f(); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+}

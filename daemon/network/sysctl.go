@@ -1,0 +1,86 @@
+package network
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// setting is one sysctl that has been found to belong to a namespace of the pod.
+type setting struct {
+	name, path, value string
+}
+
+// write sets it for the namespaces of the calling thread: the kernel picks them
+// when the file is opened.
+func (s setting) write() error {
+	f, err := os.OpenFile(s.path, os.O_WRONLY, 0)
+	if err == nil {
+		_, err = f.WriteString(s.value)
+		if cerr := f.Close(); err == nil {
+			err = cerr
+		}
+	}
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ERANGE) {
+		err = fmt.Errorf("%w: %w", ErrSysctl, err) // the kernel does not take it
+	}
+	if err != nil {
+		return fmt.Errorf("cannot set sysctl %s to %q: %w", s.name, s.value, err)
+	}
+	return nil
+}
+
+// CheckSysctls tells whether a pod with these namespaces may set its sysctls.
+// The namespaced ones are net.*, kernel.shm*, kernel.msg*, kernel.sem and
+// fs.mqueue.* (sysctl(7), namespaces(7)); any other is the whole node's.
+func CheckSysctls(w Want) error {
+	_, err := resolveSysctls(w)
+	return err
+}
+
+// resolveSysctls returns the settings in the order of their names, so that a
+// pod always comes out the same.
+func resolveSysctls(w Want) ([]setting, error) {
+	var out []setting
+	for _, name := range slices.Sorted(maps.Keys(w.Sysctls)) {
+		rel, err := sysctlPath(name)
+		if err != nil {
+			return nil, err
+		}
+		own, kind := false, ""
+		switch {
+		case strings.HasPrefix(rel, "net/"):
+			own, kind = w.Net, "network"
+		case strings.HasPrefix(rel, "kernel/shm"), strings.HasPrefix(rel, "kernel/msg"),
+			rel == "kernel/sem", strings.HasPrefix(rel, "fs/mqueue/"):
+			own, kind = w.IPC, "IPC"
+		default:
+			return nil, fmt.Errorf("%w: %s is not namespaced, it would change the whole node; set it there", ErrSysctl, name)
+		}
+		if !own {
+			return nil, fmt.Errorf("%w: %s belongs to the %s namespace, and this pod uses the node's", ErrSysctl, name, kind)
+		}
+		out = append(out, setting{name: name, path: "/proc/sys/" + rel, value: w.Sysctls[name]})
+	}
+	return out, nil
+}
+
+// sysctlPath turns a name in either notation of sysctl(8) into a path below
+// /proc/sys. The first separator decides: after a dot, a slash stands for a dot
+// within a part (net.ipv4.conf.eth0/100.forwarding).
+func sysctlPath(name string) (string, error) {
+	rel := name
+	if i := strings.IndexAny(name, "./"); i >= 0 && name[i] == '.' {
+		rel = strings.NewReplacer(".", "/", "/", ".").Replace(name)
+	}
+	if rel == "" || path.IsAbs(rel) || path.Clean(rel) != rel || strings.HasPrefix(rel, "..") {
+		return "", fmt.Errorf("%w: %q is not the name of a sysctl", ErrSysctl, name)
+	}
+	return rel, nil
+}
