@@ -1,0 +1,251 @@
+package spec
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// ProbeHost looks at the machine as this process sees it. What depends on the
+// OCI runtime is the caller's to correct: RecursiveReadOnly, which is set if
+// the kernel has it, and SeccompSupported.
+func ProbeHost() (Host, error) {
+	h := Host{CgroupV2: isCgroupV2("/sys/fs/cgroup")}
+	status, err := procStatus()
+	if err != nil {
+		return h, err
+	}
+	bounding, err := strconv.ParseUint(status["CapBnd"], 16, 64)
+	if err != nil {
+		return h, fmt.Errorf("cannot read CapBnd of /proc/self/status: %w", err)
+	}
+	permitted, err := strconv.ParseUint(status["CapPrm"], 16, 64)
+	if err != nil {
+		return h, fmt.Errorf("cannot read CapPrm of /proc/self/status: %w", err)
+	}
+	h.KnownCaps = capNames(bounding & permitted)
+	_, h.SeccompSupported = status["Seccomp"]
+
+	if h.MinOOMScoreAdj, err = minOOMScoreAdj(permitted); err != nil {
+		return h, err
+	}
+	if h.NodeName, err = os.Hostname(); err != nil {
+		return h, fmt.Errorf("cannot learn the node's name: %w", err)
+	}
+	if h.CgroupV2 {
+		controllers, _ := os.ReadFile("/sys/fs/cgroup/cgroup.controllers")
+		h.HugetlbSupported = bytes.Contains(controllers, []byte("hugetlb"))
+		// The root of the hierarchy has no limits; any cgroup below tells.
+		found, _ := filepath.Glob("/sys/fs/cgroup/*/memory.swap.max")
+		h.SwapSupported = len(found) > 0
+	} else {
+		h.HugetlbSupported = exists("/sys/fs/cgroup/hugetlb")
+		h.SwapSupported = exists("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes")
+	}
+	enabled, _ := os.ReadFile("/sys/module/apparmor/parameters/enabled")
+	h.AppArmorEnabled = bytes.HasPrefix(enabled, []byte("Y")) && exists("/sys/kernel/security/apparmor")
+	h.SELinuxEnabled = exists("/sys/fs/selinux/enforce")
+	h.RecursiveReadOnly = kernelHasMountSetattr()
+	return h, nil
+}
+
+func exists(p string) bool { _, err := os.Stat(p); return err == nil }
+
+func isCgroupV2(mount string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(mount, &st) == nil && st.Type == unix.CGROUP2_SUPER_MAGIC
+}
+
+func procStatus() (map[string]string, error) {
+	b, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		return nil, fmt.Errorf("cannot learn the capabilities of this process: %w", err)
+	}
+	fields := map[string]string{}
+	for line := range strings.Lines(string(b)) {
+		key, value, _ := strings.Cut(line, ":")
+		fields[key] = strings.TrimSpace(value)
+	}
+	return fields, nil
+}
+
+func capNames(mask uint64) []string {
+	names := []string{}
+	for i, c := range allCaps {
+		if mask&(1<<i) != 0 {
+			names = append(names, c)
+		}
+	}
+	return names
+}
+
+// minOOMScoreAdj follows proc(5): without CAP_SYS_RESOURCE a process may not go
+// below what it has. The kernel's own floor for it is often lower and cannot
+// be read.
+func minOOMScoreAdj(permitted uint64) (int, error) {
+	if permitted&(1<<unix.CAP_SYS_RESOURCE) != 0 {
+		return -1000, nil
+	}
+	b, err := os.ReadFile("/proc/self/oom_score_adj")
+	if err != nil {
+		return 0, fmt.Errorf("cannot learn the oom_score_adj of this process: %w", err)
+	}
+	return strconv.Atoi(strings.TrimSpace(string(b)))
+}
+
+// kernelHasMountSetattr asks with arguments that cannot succeed.
+func kernelHasMountSetattr() bool {
+	err := unix.MountSetattr(-1, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+	return !errors.Is(err, unix.ENOSYS)
+}
+
+// ResolveDevices looks up the devices that the config asks for. A directory
+// stands for all devices in it.
+func ResolveDevices(c *runtimeapi.ContainerConfig) ([]Device, error) {
+	var list []Device
+	for i, d := range c.GetDevices() {
+		field := fmt.Sprintf("config.devices[%d].host_path", i)
+		access := d.GetPermissions()
+		if access == "" {
+			access = "rwm"
+		}
+		dst := d.GetContainerPath()
+		if dst == "" {
+			dst = d.GetHostPath()
+		}
+		src, err := filepath.EvalSymlinks(d.GetHostPath())
+		if err != nil {
+			return nil, invalid(field, "cannot find the device: %v", err)
+		}
+		found, err := devicesBelow(src, path.Clean(dst), access)
+		if err != nil {
+			return nil, invalid(field, "%v", err)
+		}
+		if len(found) == 0 {
+			return nil, invalid(field, "%s is no device and holds none", src)
+		}
+		list = append(list, found...)
+	}
+	return list, nil
+}
+
+// notDevices are directories of /dev that a container has of its own.
+var notDevices = map[string]bool{"/dev/pts": true, "/dev/shm": true, "/dev/fd": true, "/dev/mqueue": true}
+
+// HostDevices lists the devices in /dev, but for pseudo terminals and the
+// console: a container has its own.
+func HostDevices() ([]Device, error) { return devicesBelow("/dev", "/dev", "rwm") }
+
+func devicesBelow(src, dst, access string) ([]Device, error) {
+	var list []Device
+	err := filepath.WalkDir(src, func(p string, e fs.DirEntry, err error) error {
+		if err != nil {
+			if errors.Is(err, fs.ErrNotExist) && p != src {
+				return nil // unplugged meanwhile
+			}
+			return err
+		}
+		if e.IsDir() && notDevices[p] {
+			return fs.SkipDir
+		}
+		if e.Type()&fs.ModeDevice == 0 || p == "/dev/console" {
+			return nil
+		}
+		var st unix.Stat_t
+		if err := unix.Lstat(p, &st); err != nil {
+			if errors.Is(err, fs.ErrNotExist) && p != src {
+				return nil
+			}
+			return fmt.Errorf("cannot look at the device %s: %w", p, err)
+		}
+		kind := "c"
+		if st.Mode&unix.S_IFMT == unix.S_IFBLK {
+			kind = "b"
+		}
+		list = append(list, Device{
+			LinuxDevice: specs.LinuxDevice{
+				Path:     dst + strings.TrimPrefix(p, src),
+				Type:     kind,
+				Major:    int64(unix.Major(st.Rdev)),
+				Minor:    int64(unix.Minor(st.Rdev)),
+				FileMode: new(os.FileMode(st.Mode & 0o777)),
+				UID:      new(st.Uid),
+				GID:      new(st.Gid),
+			},
+			Access: access,
+		})
+		return nil
+	})
+	return list, err
+}
+
+// CheckMounts looks whether the host paths of the mounts exist, and whether what
+// shall be propagated lies on a mount that can be.
+func CheckMounts(c *runtimeapi.ContainerConfig) error {
+	for i, m := range c.GetMounts() {
+		if m.GetImage() != nil {
+			continue
+		}
+		src, field := m.GetHostPath(), fmt.Sprintf("config.mounts[%d].", i)
+		if _, err := os.Stat(src); err != nil {
+			return invalid(field+"host_path", "cannot mount it: %v", err)
+		}
+		var accepted []string
+		switch m.GetPropagation() {
+		case runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER:
+			accepted = []string{"shared:", "master:"}
+		case runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL:
+			accepted = []string{"shared:"}
+		default:
+			continue
+		}
+		on, ok, err := propagates(src, accepted)
+		if err != nil {
+			return fmt.Errorf("%spropagation: cannot look up the mount of %s: %w", field, src, err)
+		}
+		if !ok {
+			return invalid(field+"propagation", "%s needs a host mount that is shared: %s lies on %s, which is not (mount --make-rshared %s)",
+				m.GetPropagation(), src, on, on)
+		}
+	}
+	return nil
+}
+
+// propagates gives the mount point that src lies on and whether one of its
+// optional fields (proc_pid_mountinfo(5)) starts with what is accepted.
+func propagates(src string, accepted []string) (on string, ok bool, err error) {
+	if src, err = filepath.EvalSymlinks(src); err != nil {
+		return "", false, err
+	}
+	mounts, err := mountinfo.GetMounts(mountinfo.ParentsFilter(src))
+	if err != nil {
+		return "", false, err
+	}
+	var best *mountinfo.Info
+	for _, m := range mounts {
+		// Of two on the same point the later one is on top.
+		if best == nil || len(m.Mountpoint) >= len(best.Mountpoint) {
+			best = m
+		}
+	}
+	if best == nil {
+		return "", false, fmt.Errorf("no mount holds %s", src)
+	}
+	for f := range strings.FieldsSeq(best.Optional) {
+		for _, a := range accepted {
+			ok = ok || strings.HasPrefix(f, a)
+		}
+	}
+	return best.Mountpoint, ok, nil
+}

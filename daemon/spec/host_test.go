@@ -1,0 +1,152 @@
+package spec
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+func TestProbeHost(t *testing.T) {
+	h, err := ProbeHost()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h.KnownCaps == nil {
+		t.Error("KnownCaps is nil, which would stand for all")
+	}
+	if h.NodeName == "" || h.MinOOMScoreAdj < -1000 || h.MinOOMScoreAdj > 1000 {
+		t.Errorf("host %+v", h)
+	}
+	if want := isCgroupV2("/sys/fs/cgroup"); h.CgroupV2 != want || isCgroupV2("/proc") {
+		t.Errorf("CgroupV2 %v", h.CgroupV2)
+	}
+	if h.SELinuxEnabled && h.AppArmorEnabled {
+		t.Error("both AppArmor and SELinux are said to be on")
+	}
+}
+
+func TestCapNames(t *testing.T) {
+	got := capNames(1<<unix.CAP_CHOWN | 1<<unix.CAP_SYS_ADMIN | 1<<unix.CAP_CHECKPOINT_RESTORE)
+	if want := []string{"CAP_CHOWN", "CAP_SYS_ADMIN", "CAP_CHECKPOINT_RESTORE"}; !slices.Equal(got, want) {
+		t.Errorf("names %v, want %v", got, want)
+	}
+	if got := capNames(0); got == nil || len(got) != 0 {
+		t.Errorf("no capability at all gives %v", got)
+	}
+}
+
+func TestResolveDevices(t *testing.T) {
+	resolve := func(d *runtimeapi.Device) ([]Device, error) {
+		return ResolveDevices(&runtimeapi.ContainerConfig{Devices: []*runtimeapi.Device{d}})
+	}
+	dir := t.TempDir()
+	link := filepath.Join(dir, "link")
+	if err := os.Symlink("/dev/null", link); err != nil {
+		t.Fatal(err)
+	}
+	for _, host := range []string{"/dev/null", link} {
+		list, err := resolve(&runtimeapi.Device{HostPath: host, ContainerPath: "/dev/mine", Permissions: "r"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d := list[0]
+		if len(list) != 1 || d.Path != "/dev/mine" || d.Type != "c" || d.Major != 1 || d.Minor != 3 || d.Access != "r" || d.FileMode.Perm() == 0 {
+			t.Errorf("%s is %+v", host, list)
+		}
+	}
+	if list, err := resolve(&runtimeapi.Device{HostPath: "/dev/null"}); err != nil || list[0].Path != "/dev/null" || list[0].Access != "rwm" {
+		t.Errorf("defaults: %+v, %v", list, err)
+	}
+	list, err := resolve(&runtimeapi.Device{HostPath: "/dev", ContainerPath: "/all/"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.ContainsFunc(list, func(d Device) bool { return d.Path == "/all/null" && d.Minor == 3 }) {
+		t.Errorf("the devices of a directory lack null: %+v", list)
+	}
+	for _, bad := range []string{filepath.Join(dir, "none"), dir} {
+		_, err := resolve(&runtimeapi.Device{HostPath: bad})
+		wantField(t, err, ErrInvalid, "config.devices[0].host_path")
+	}
+}
+
+func TestHostDevices(t *testing.T) {
+	list, err := HostDevices()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.ContainsFunc(list, func(d Device) bool { return d.Path == "/dev/null" }) {
+		t.Error("/dev/null is missing")
+	}
+	for _, d := range list {
+		if strings.HasPrefix(d.Path, "/dev/pts/") || strings.HasPrefix(d.Path, "/dev/shm/") || d.Path == "/dev/console" {
+			t.Errorf("%s belongs to the node", d.Path)
+		}
+	}
+}
+
+func TestCheckMounts(t *testing.T) {
+	check := func(src string, p runtimeapi.MountPropagation) error {
+		return CheckMounts(&runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{{HostPath: src, ContainerPath: "/x", Propagation: p}}})
+	}
+	const (
+		private = runtimeapi.MountPropagation_PROPAGATION_PRIVATE
+		slave   = runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER
+		shared  = runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL
+	)
+	dir := t.TempDir()
+	if err := check(dir, private); err != nil {
+		t.Error(err)
+	}
+	wantField(t, check(filepath.Join(dir, "none"), private), ErrInvalid, "config.mounts[0].host_path")
+
+	if os.Geteuid() != 0 {
+		t.Skip("the rest makes mounts")
+	}
+	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	sub := filepath.Join(dir, "sub")
+	if err := os.Mkdir(sub, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name            string
+		kind            uintptr
+		toSlave, toBoth bool
+	}{
+		{"private", unix.MS_PRIVATE, false, false},
+		{"shared", unix.MS_SHARED, true, true},
+		{"slave", unix.MS_SLAVE, true, false}, // of the shared one before
+	} {
+		if tt.kind == unix.MS_SLAVE {
+			// A mount alone in its group would become private: give it a peer.
+			peer := filepath.Join(t.TempDir(), "peer")
+			if err := os.Mkdir(peer, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := unix.Mount(dir, peer, "", unix.MS_BIND, ""); err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Unmount(peer, unix.MNT_DETACH)
+		}
+		if err := unix.Mount("", dir, "", tt.kind, ""); err != nil {
+			t.Fatal(err)
+		}
+		for p, want := range map[runtimeapi.MountPropagation]bool{slave: tt.toSlave, shared: tt.toBoth} {
+			err := check(sub, p)
+			if want && err != nil {
+				t.Errorf("%s mount, %s: %v", tt.name, p, err)
+			}
+			if !want {
+				wantField(t, err, ErrInvalid, "config.mounts[0].propagation")
+			}
+		}
+	}
+}

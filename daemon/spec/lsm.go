@@ -1,0 +1,65 @@
+package spec
+
+import (
+	"cmp"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+const fieldApparmor = fieldContext + "apparmor"
+
+// lsm sets the labels of AppArmor and SELinux. Privileged containers get none.
+func (b *builder) lsm() error {
+	if b.sc.GetPrivileged() {
+		return nil
+	}
+	if b.SELinuxEnabled {
+		b.selinux()
+	}
+	return b.apparmor()
+}
+
+func apparmorProfile(sc *runtimeapi.LinuxContainerSecurityContext) *runtimeapi.SecurityProfile {
+	if p := sc.GetApparmor(); p != nil {
+		return p
+	}
+	return namedProfile(sc.GetApparmorProfile()) //nolint:staticcheck // clients still send it
+}
+
+// apparmor: a profile that was asked for by name is applied or is an error; the
+// default where there is no AppArmor is nothing, as on other runtimes.
+func (b *builder) apparmor() error {
+	p := apparmorProfile(b.sc)
+	if p == nil || p.GetProfileType() == profileUnconfined {
+		return nil
+	}
+	if p.GetProfileType() == profileLocalhost {
+		if !b.AppArmorEnabled {
+			return unsupported(fieldApparmor, "cannot apply profile %q: AppArmor is not enabled", p.GetLocalhostRef())
+		}
+		b.spec.Process.ApparmorProfile = p.GetLocalhostRef()
+		return nil
+	}
+	if b.AppArmorEnabled && b.AppArmorDefault == "" {
+		return unsupported(fieldApparmor, "no default AppArmor profile is loaded")
+	}
+	if b.AppArmorEnabled {
+		b.spec.Process.ApparmorProfile = b.AppArmorDefault
+	}
+	return nil
+}
+
+// selinux applies the container's options, else the pod's. Parts that are left
+// out are those of the reference policy for containers.
+func (b *builder) selinux() {
+	o := b.sc.GetSelinuxOptions()
+	if o == nil {
+		o = b.Sandbox.GetLinux().GetSecurityContext().GetSelinuxOptions()
+	}
+	if o == nil {
+		return
+	}
+	user, level := cmp.Or(o.GetUser(), "system_u"), cmp.Or(o.GetLevel(), "s0")
+	b.spec.Process.SelinuxLabel = user + ":" + cmp.Or(o.GetRole(), "system_r") + ":" + cmp.Or(o.GetType(), "container_t") + ":" + level
+	b.spec.Linux.MountLabel = user + ":object_r:container_file_t:" + level
+}

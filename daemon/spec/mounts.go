@@ -1,0 +1,185 @@
+package spec
+
+import (
+	"fmt"
+	"maps"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// mounts lists the kernel's file systems first, then everything that is bound,
+// parents before children. A CRI mount takes the place of any other at its
+// path; one over /dev or /sys takes the place of all default mounts below too.
+func (b *builder) mounts() error {
+	wanted, err := b.criMounts()
+	if err != nil {
+		return err
+	}
+	taken := func(dst string) bool {
+		return slices.ContainsFunc(wanted, func(m specs.Mount) bool { return m.Destination == dst })
+	}
+	covered := func(dst string) bool {
+		return taken(dst) || (strings.HasPrefix(dst, "/dev/") && taken("/dev")) ||
+			(strings.HasPrefix(dst, "/sys/") && taken("/sys"))
+	}
+	var list []specs.Mount
+	for _, m := range b.kernelMounts() {
+		if !covered(m.Destination) {
+			list = append(list, m)
+		}
+	}
+	var bound []specs.Mount
+	for _, m := range b.podMounts() {
+		if !taken(m.Destination) {
+			bound = append(bound, m)
+		}
+	}
+	bound = append(bound, wanted...)
+	slices.SortStableFunc(bound, func(x, y specs.Mount) int {
+		return strings.Count(x.Destination, "/") - strings.Count(y.Destination, "/")
+	})
+	b.spec.Mounts = append(list, bound...)
+	if !b.sc.GetPrivileged() {
+		// As given: an empty list is what the kubelet sends for an unmasked
+		// /proc, so it cannot stand for a default.
+		b.spec.Linux.MaskedPaths = b.sc.GetMaskedPaths()
+		b.spec.Linux.ReadonlyPaths = b.sc.GetReadonlyPaths()
+	}
+	return nil
+}
+
+func (b *builder) kernelMounts() []specs.Mount {
+	rw := "ro"
+	if b.sc.GetPrivileged() {
+		rw = "rw"
+	}
+	list := []specs.Mount{
+		procMount,
+		devMount,
+		{Destination: "/dev/pts", Type: "devpts", Source: "devpts",
+			Options: []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"}},
+		{Destination: "/dev/mqueue", Type: "mqueue", Source: "mqueue", Options: []string{"nosuid", "noexec", "nodev"}},
+		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", rw}},
+	}
+	cgroup := specs.Mount{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup",
+		Options: []string{"nosuid", "noexec", "nodev", "relatime", rw}}
+	if b.CgroupV2 && b.sc.GetPrivileged() {
+		// Without a cgroup namespace a fresh mount would be the node's own
+		// superblock and reset its options, nsdelegate among them. A bind
+		// mount shows the same and touches nothing.
+		cgroup = specs.Mount{Destination: "/sys/fs/cgroup", Type: "bind", Source: "/sys/fs/cgroup",
+			Options: []string{"rbind", "rprivate", "nosuid", "noexec", "nodev", rw}}
+	}
+	list = append(list, cgroup)
+	if b.shm() == "" {
+		list = append(list, specs.Mount{Destination: "/dev/shm", Type: "tmpfs", Source: "shm",
+			Options: []string{"nosuid", "noexec", "nodev", "mode=1777", "size=65536k"}})
+	}
+	return list
+}
+
+var (
+	procMount = specs.Mount{Destination: "/proc", Type: "proc", Source: "proc",
+		Options: []string{"nosuid", "noexec", "nodev"}}
+	devMount = specs.Mount{Destination: "/dev", Type: "tmpfs", Source: "tmpfs",
+		Options: []string{"nosuid", "strictatime", "mode=755", "size=65536k"}}
+)
+
+// shm is the host path of /dev/shm, which belongs to the IPC namespace.
+func (b *builder) shm() string {
+	if b.Shm == "" && b.Sandbox.GetLinux().GetSecurityContext().GetNamespaceOptions().GetIpc() == modeNode {
+		return "/dev/shm"
+	}
+	return b.Shm
+}
+
+// podMounts are the files of the pod and the volumes of the image.
+func (b *builder) podMounts() []specs.Mount {
+	var list []specs.Mount
+	if src := b.shm(); src != "" {
+		list = append(list, specs.Mount{Destination: "/dev/shm", Type: "bind", Source: src,
+			Options: []string{"rbind", "rprivate", "nosuid", "noexec", "nodev", "rw"}})
+	}
+	rw := "rw"
+	if b.sc.GetReadonlyRootfs() {
+		rw = "ro"
+	}
+	for _, f := range []struct{ dst, src string }{
+		{"/etc/hosts", b.Hosts},
+		{"/etc/resolv.conf", b.ResolvConf},
+		{"/etc/hostname", b.Hostname},
+	} {
+		if f.src != "" {
+			list = append(list, specs.Mount{Destination: f.dst, Type: "bind", Source: f.src,
+				Options: []string{"rbind", "rprivate", rw}})
+		}
+	}
+	for _, dst := range slices.Sorted(maps.Keys(b.Image.Volumes)) {
+		if src := b.ImageVolumes[dst]; src != "" {
+			list = append(list, specs.Mount{Destination: path.Join("/", dst), Type: "bind", Source: src,
+				Options: []string{"rbind", "rprivate", "rw"}})
+		}
+	}
+	return list
+}
+
+func (b *builder) criMounts() ([]specs.Mount, error) {
+	var list []specs.Mount
+	for i, m := range b.Container.GetMounts() {
+		field := fmt.Sprintf("config.mounts[%d].", i)
+		src := m.GetHostPath()
+		if m.GetImage() != nil {
+			if src = b.ImageMounts[i]; src == "" {
+				return nil, unsupported(field+"image", "image %q is not mounted on the host", m.GetImage().GetImage())
+			}
+		}
+		if m.GetRecursiveReadOnly() && !b.RecursiveReadOnly {
+			return nil, unsupported(field+"recursive_read_only", "needs Linux 5.12 and an OCI runtime that knows rro")
+		}
+		if m.GetSelinuxRelabel() && b.SELinuxEnabled && !b.sc.GetPrivileged() {
+			b.warn("%sselinux_relabel: %s keeps its label: relabelling is not supported", field, src)
+		}
+		list = append(list, specs.Mount{
+			Destination: path.Clean(m.GetContainerPath()),
+			Type:        "bind",
+			Source:      src,
+			Options:     bindOptions(m),
+		})
+		b.propagate(m.GetPropagation())
+	}
+	return list, nil
+}
+
+// bindOptions takes a mount that Validate has passed.
+func bindOptions(m *runtimeapi.Mount) []string {
+	opts := []string{"rbind", "rprivate", "rw"}
+	switch m.GetPropagation() {
+	case runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER:
+		opts[1] = "rslave"
+	case runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL:
+		opts[1] = "rshared"
+	}
+	switch {
+	case m.GetRecursiveReadOnly():
+		opts[2] = "rro"
+	case m.GetReadonly() || m.GetImage() != nil:
+		opts[2] = "ro"
+	}
+	return append(opts, m.GetMountOptions()...)
+}
+
+// propagate opens the container's root for what its mounts need: a mount below
+// a private root can neither receive nor send. The widest need counts.
+func (b *builder) propagate(p runtimeapi.MountPropagation) {
+	root := &b.spec.Linux.RootfsPropagation
+	switch {
+	case p == runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL:
+		*root = "rshared"
+	case p == runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER && *root == "":
+		*root = "rslave"
+	}
+}

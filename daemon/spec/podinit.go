@@ -1,0 +1,105 @@
+package spec
+
+import (
+	"cmp"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// PodInitInput is what the spec of a pod's init process is made of.
+type PodInitInput struct {
+	Host
+
+	ID      string
+	Sandbox *runtimeapi.PodSandboxConfig
+	// Rootfs is its own and read-only. The OCI runtime makes /proc and /dev in
+	// it where they are missing.
+	Rootfs string
+	Args   []string // default: /pause
+	// Namespaces to join. PID is not looked at: this process makes the one that
+	// the pod shares, unless the pod uses the node's.
+	Namespaces  Namespaces
+	CgroupsPath string
+}
+
+// podInitOOM makes the process the last of its pod that the kernel would pick:
+// with it the PID namespace of all containers ends.
+const podInitOOM = -998
+
+// nobody runs it where the pod names no user: it needs no rights at all.
+const nobody = 65535
+
+// PodInit makes the spec of the process that keeps the PID namespace of a pod
+// and reaps its orphans.
+func PodInit(in PodInitInput) (*specs.Spec, error) {
+	if err := ValidateSandbox(in.Sandbox); err != nil {
+		return nil, err
+	}
+	sc := in.Sandbox.GetLinux().GetSecurityContext()
+	b := &builder{Input: Input{Host: in.Host, Sandbox: in.Sandbox}, sc: &runtimeapi.LinuxContainerSecurityContext{}}
+	args := in.Args
+	if len(args) == 0 {
+		args = []string{"/pause"}
+	}
+	u := specs.User{UID: nobody, GID: nobody}
+	if v := sc.GetRunAsUser(); v != nil {
+		u.UID = uint32(v.GetValue())
+	}
+	if v := sc.GetRunAsGroup(); v != nil {
+		u.GID = uint32(v.GetValue())
+	}
+	in.Namespaces.PID = ""
+	opts := sc.GetNamespaceOptions()
+	pid := opts.GetPid()
+	if pid != modeNode {
+		pid = modePod
+	}
+	b.spec = &specs.Spec{
+		Version: specs.Version,
+		Root:    &specs.Root{Path: in.Rootfs, Readonly: true},
+		Process: &specs.Process{
+			Args:            args,
+			Cwd:             "/",
+			Env:             []string{"PATH=" + defaultPath},
+			User:            u,
+			Capabilities:    &specs.LinuxCapabilities{},
+			NoNewPrivileges: true,
+			OOMScoreAdj:     b.clampOOM(podInitOOM),
+		},
+		Mounts: []specs.Mount{procMount, devMount},
+		Linux: &specs.Linux{
+			CgroupsPath: in.CgroupsPath,
+			Namespaces:  joinOrMake(in.Namespaces, opts.GetNetwork(), opts.GetIpc(), pid),
+			// The least share of CPU: it sleeps.
+			Resources: &specs.LinuxResources{
+				CPU:     &specs.LinuxCPU{Shares: new(uint64(2))},
+				Devices: []specs.LinuxDeviceCgroup{{Allow: false, Access: "rwm"}},
+			},
+			MaskedPaths:   maskedPaths,
+			ReadonlyPaths: readonlyPaths,
+		},
+	}
+	if in.CgroupV2 {
+		b.spec.Linux.Namespaces = append(b.spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.CgroupNamespace})
+	}
+	if makesNew(b.spec, specs.UTSNamespace) {
+		b.spec.Hostname = cmp.Or(in.Sandbox.GetHostname(), in.NodeName)
+	}
+	if b.SeccompSupported {
+		if err := b.seccompDefault(); err != nil {
+			return nil, err
+		}
+	}
+	return b.spec, nil
+}
+
+// What the kubelet masks in containers by default.
+var (
+	maskedPaths = []string{
+		"/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
+		"/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware",
+		"/sys/devices/virtual/powercap",
+	}
+	readonlyPaths = []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"}
+)

@@ -1,0 +1,170 @@
+package spec
+
+import (
+	"fmt"
+	"maps"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+const fieldResources = "config.linux.resources"
+
+// Resources turns limits into what the OCI runtime's update takes. Only fields
+// that are set are in the result; neither oom_score_adj, which is no property
+// of a cgroup, nor the device rules are among them.
+func Resources(r *runtimeapi.LinuxContainerResources, h Host) (*specs.LinuxResources, error) {
+	if err := ValidateResources("linux", r); err != nil {
+		return nil, err
+	}
+	out := new(specs.LinuxResources)
+	err := (&builder{Input: Input{Host: h}}).fillResources("linux", r, out)
+	return out, err
+}
+
+func (b *builder) resources() error {
+	return b.fillResources(fieldResources, b.Container.GetLinux().GetResources(), b.spec.Linux.Resources)
+}
+
+func (b *builder) fillResources(field string, r *runtimeapi.LinuxContainerResources, out *specs.LinuxResources) error {
+	cpu := specs.LinuxCPU{Cpus: r.GetCpusetCpus(), Mems: r.GetCpusetMems()}
+	if n := r.GetCpuShares(); n != 0 {
+		cpu.Shares = new(uint64(n))
+	}
+	if n := r.GetCpuPeriod(); n != 0 {
+		cpu.Period = new(uint64(n))
+	}
+	if n := r.GetCpuQuota(); n != 0 {
+		cpu.Quota = new(n)
+	}
+	if cpu != (specs.LinuxCPU{}) {
+		out.CPU = &cpu
+	}
+
+	limit, swap := r.GetMemoryLimitInBytes(), r.GetMemorySwapLimitInBytes()
+	var memory specs.LinuxMemory
+	if limit != 0 {
+		memory.Limit = new(limit)
+	}
+	if swap == 0 {
+		// Both count memory and swap together: equal means no swap, which is
+		// what a memory limit in Kubernetes means unless it says otherwise.
+		swap = limit
+	}
+	if swap != 0 && b.SwapSupported {
+		memory.Swap = new(swap)
+	}
+	if memory != (specs.LinuxMemory{}) {
+		out.Memory = &memory
+	}
+
+	for _, l := range r.GetHugepageLimits() {
+		if !b.HugetlbSupported {
+			if l.GetLimit() != 0 {
+				b.warn("%s.hugepage_limits: there is no hugetlb controller: the limit of %s pages is not set", field, l.GetPageSize())
+			}
+			continue
+		}
+		out.HugepageLimits = append(out.HugepageLimits, specs.LinuxHugepageLimit{Pagesize: l.GetPageSize(), Limit: l.GetLimit()})
+	}
+	if len(r.GetUnified()) > 0 {
+		if !b.CgroupV2 {
+			return unsupported(field+".unified", "needs cgroup v2, and this machine has v1")
+		}
+		out.Unified = maps.Clone(r.GetUnified())
+	}
+	return nil
+}
+
+// The bounds that the kernel puts on the CFS, in microseconds.
+const (
+	minQuota, minPeriod = 1000, 1000
+	maxPeriod           = 1000000
+	maxShares           = 262144 // cgroup v1 clamps to it
+)
+
+var (
+	pageSize   = regexp.MustCompile(`^[1-9][0-9]*[KMG]B$`)
+	unifiedKey = regexp.MustCompile(`^[a-z0-9_]+(\.[A-Za-z0-9_]+)+$`)
+)
+
+// ValidateResources checks r, which the request has under the name field.
+func ValidateResources(field string, r *runtimeapi.LinuxContainerResources) error {
+	atLeast := func(name string, v, least int64) error {
+		if v < least {
+			return invalid(field+"."+name, "%d is less than %d", v, least)
+		}
+		return nil
+	}
+	quota, period := r.GetCpuQuota(), r.GetCpuPeriod()
+	limit, swap := r.GetMemoryLimitInBytes(), r.GetMemorySwapLimitInBytes()
+	err := first(
+		atLeast("cpu_shares", r.GetCpuShares(), 0),
+		atLeast("cpu_period", period, 0),
+		atLeast("cpu_quota", quota, -1),                 // -1: no limit
+		atLeast("memory_limit_in_bytes", limit, 0),      // the CRI has 0 for none
+		atLeast("memory_swap_limit_in_bytes", swap, -1), // -1: no limit
+		atLeast("oom_score_adj", r.GetOomScoreAdj(), -1000),
+		cpuset(field+".cpuset_cpus", r.GetCpusetCpus()),
+		cpuset(field+".cpuset_mems", r.GetCpusetMems()),
+	)
+	switch {
+	case err != nil:
+		return err
+	case r.GetCpuShares() > maxShares:
+		return invalid(field+".cpu_shares", "%d is more than %d, the kernel's most", r.GetCpuShares(), maxShares)
+	case quota > 0 && quota < minQuota:
+		return invalid(field+".cpu_quota", "%d is less than %d microseconds, the kernel's least", quota, minQuota)
+	case period != 0 && (period < minPeriod || period > maxPeriod):
+		return invalid(field+".cpu_period", "%d is not within %d..%d microseconds", period, minPeriod, maxPeriod)
+	case r.GetOomScoreAdj() > 1000:
+		return invalid(field+".oom_score_adj", "%d is more than 1000", r.GetOomScoreAdj())
+	case swap > 0 && limit <= 0:
+		return invalid(field+".memory_swap_limit_in_bytes", "is set without memory_limit_in_bytes")
+	case swap > 0 && swap < limit:
+		return invalid(field+".memory_swap_limit_in_bytes", "%d is less than memory_limit_in_bytes (%d): it counts both together", swap, limit)
+	}
+	for i, l := range r.GetHugepageLimits() {
+		if !pageSize.MatchString(l.GetPageSize()) {
+			return invalid(fmt.Sprintf("%s.hugepage_limits[%d].page_size", field, i), "%q is not of the form 2MB", l.GetPageSize())
+		}
+	}
+	for k := range r.GetUnified() {
+		// The key is the name of a file.
+		if !unifiedKey.MatchString(k) {
+			return invalid(field+".unified", "%q is not a file of a cgroup", k)
+		}
+	}
+	return nil
+}
+
+// cpuset checks a list like "0-3,8".
+func cpuset(field, list string) error {
+	if list == "" {
+		return nil
+	}
+	for part := range strings.SplitSeq(list, ",") {
+		from, to, isRange := strings.Cut(part, "-")
+		if !isRange {
+			to = from
+		}
+		a, err1 := strconv.ParseUint(from, 10, 31)
+		z, err2 := strconv.ParseUint(to, 10, 31)
+		if err1 != nil || err2 != nil || a > z {
+			return invalid(field, "%q is not a list like 0-3,8", list)
+		}
+	}
+	return nil
+}
+
+func first(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

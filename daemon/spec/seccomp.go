@@ -1,0 +1,91 @@
+package spec
+
+import (
+	"strings"
+
+	"github.com/moby/profiles/seccomp"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+const (
+	profileDefault    = runtimeapi.SecurityProfile_RuntimeDefault
+	profileUnconfined = runtimeapi.SecurityProfile_Unconfined
+	profileLocalhost  = runtimeapi.SecurityProfile_Localhost
+
+	fieldSeccomp = fieldContext + "seccomp"
+)
+
+// SeccompProfilePath gives the absolute path of the profile that the container
+// asks for, empty if it asks for no file. Read it into Input.SeccompProfile.
+func SeccompProfilePath(c *runtimeapi.ContainerConfig) string {
+	sc := c.GetLinux().GetSecurityContext()
+	if p := seccompProfile(sc); p.GetProfileType() == profileLocalhost && !sc.GetPrivileged() {
+		return p.GetLocalhostRef()
+	}
+	return ""
+}
+
+// seccompProfile gives what is asked for, nil for nothing. The CRI says that
+// the deprecated field's default is unconfined, and so is no field at all.
+func seccompProfile(sc *runtimeapi.LinuxContainerSecurityContext) *runtimeapi.SecurityProfile {
+	if p := sc.GetSeccomp(); p != nil {
+		return p
+	}
+	return namedProfile(sc.GetSeccompProfilePath()) //nolint:staticcheck // clients still send it
+}
+
+// namedProfile reads the deprecated form of a profile, of seccomp and AppArmor.
+// What it does not know becomes a type that validation rejects.
+func namedProfile(name string) *runtimeapi.SecurityProfile {
+	ref, localhost := strings.CutPrefix(name, "localhost/")
+	switch {
+	case name == "":
+		return nil
+	case name == "runtime/default", name == "docker/default":
+		return &runtimeapi.SecurityProfile{ProfileType: profileDefault}
+	case name == "unconfined":
+		return &runtimeapi.SecurityProfile{ProfileType: profileUnconfined}
+	case localhost:
+		return &runtimeapi.SecurityProfile{ProfileType: profileLocalhost, LocalhostRef: ref}
+	}
+	return &runtimeapi.SecurityProfile{ProfileType: -1, LocalhostRef: name}
+}
+
+func (b *builder) seccomp() error {
+	p := seccompProfile(b.sc)
+	if p == nil || p.GetProfileType() == profileUnconfined || b.sc.GetPrivileged() {
+		return nil
+	}
+	if !b.SeccompSupported {
+		return unsupported(fieldSeccomp, "this kernel or the OCI runtime has no seccomp")
+	}
+	if p.GetProfileType() == profileDefault {
+		return b.seccompDefault()
+	}
+	if len(b.SeccompProfile) == 0 {
+		return invalid(fieldSeccomp+".localhost_ref", "%s is missing or empty", p.GetLocalhostRef())
+	}
+	filter, err := seccomp.LoadProfile(string(b.SeccompProfile), b.spec)
+	if err != nil {
+		return invalid(fieldSeccomp+".localhost_ref", "cannot use %s: %v", p.GetLocalhostRef(), err)
+	}
+	if filter == nil || filter.DefaultAction == "" {
+		// The library takes an empty profile for "no filter", which is not
+		// what somebody who names a file wants.
+		return invalid(fieldSeccomp+".localhost_ref", "cannot use %s: it has no defaultAction", p.GetLocalhostRef())
+	}
+	b.spec.Linux.Seccomp = filter
+	return nil
+}
+
+// seccompDefault applies the profile that Docker keeps: an allow-list, with
+// rules that depend on the capabilities and the architecture. Some of its rules
+// name a least kernel, which the library asks the running one for.
+func (b *builder) seccompDefault() error {
+	filter, err := seccomp.GetDefaultProfile(b.spec)
+	if err != nil {
+		return unsupported(fieldSeccomp, "cannot make the default profile: %v", err)
+	}
+	b.spec.Linux.Seccomp = filter
+	return nil
+}

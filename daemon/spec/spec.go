@@ -1,0 +1,158 @@
+// Package spec turns what the kubelet asked for (a CRI config) and what the
+// image says (its OCI config) into an OCI runtime spec.
+//
+// Build, PodInit, Resources and the Validate functions are pure: the same input
+// gives the same output on every machine, with no file read and no system call.
+// All that they must know of the machine is in Host and Input. The functions
+// that do look at the machine are together in host.go.
+package spec
+
+import (
+	"fmt"
+	"maps"
+	"syscall"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/opencontainers/runtime-spec/specs-go"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// Host is what the rules must know of the machine. ProbeHost fills it, once.
+type Host struct {
+	// CgroupV2 says that the unified hierarchy is the only one.
+	CgroupV2 bool
+	// SwapSupported says that swap of a cgroup can be limited.
+	SwapSupported bool
+	// HugetlbSupported says that there is a hugetlb controller. Without one,
+	// hugepage limits are left out: the kubelet always sends some.
+	HugetlbSupported bool
+	// MinOOMScoreAdj is the least oom_score_adj that a process started from
+	// here may have. Lower values are raised to it.
+	MinOOMScoreAdj int
+	// KnownCaps are the capabilities that the kernel knows and that the daemon
+	// itself may give, named CAP_X; nil for all that have a name. Privileged
+	// containers get them all.
+	KnownCaps []string
+	// SeccompSupported says that the kernel filters system calls.
+	SeccompSupported bool
+	// AppArmorEnabled and SELinuxEnabled say which of them the kernel enforces.
+	AppArmorEnabled, SELinuxEnabled bool
+	// AppArmorDefault is the name of a loaded profile that stands for
+	// RuntimeDefault; empty if there is none.
+	AppArmorDefault string
+	// RecursiveReadOnly says that the kernel and the OCI runtime know "rro".
+	RecursiveReadOnly bool
+	// NodeName is HOSTNAME in containers of pods without a hostname.
+	NodeName string
+}
+
+// Namespaces are the files of namespaces to join. An empty one stands for the
+// host's if the config says NODE, otherwise for a new one of the container's
+// own. UTS follows the network: the CRI has no mode for it.
+type Namespaces struct{ Net, IPC, UTS, PID string }
+
+// Input is all that the spec of one container is made of.
+type Input struct {
+	Host
+
+	ID        string // of the container
+	Container *runtimeapi.ContainerConfig
+	Sandbox   *runtimeapi.PodSandboxConfig
+	Image     ocispec.ImageConfig
+	// Rootfs is the absolute path of the prepared root file system.
+	Rootfs string
+	// Passwd and Group are the image's /etc/passwd and /etc/group; nil if none.
+	Passwd, Group []byte
+
+	Namespaces Namespaces
+	// CgroupsPath is the OCI cgroupsPath: /a/b for cgroupfs, slice:prefix:name
+	// for systemd.
+	CgroupsPath string
+
+	// Shm, Hosts, ResolvConf and Hostname are host paths to bind over /dev/shm,
+	// /etc/hosts, /etc/resolv.conf and /etc/hostname; empty for none. A CRI
+	// mount of the same path wins.
+	Shm, Hosts, ResolvConf, Hostname string
+
+	// ImageMounts gives the host path of each CRI mount that names an image, by
+	// its index in Container.Mounts, sub path included.
+	ImageMounts map[int]string
+	// ImageVolumes gives the host directory for each path in Image.Volumes. One
+	// that is missing here, or that a CRI mount covers, is not mounted.
+	ImageVolumes map[string]string
+	// Devices come from ResolveDevices.
+	Devices []Device
+	// HostDevices come from the function of this name; only privileged
+	// containers get them.
+	HostDevices []Device
+	// SeccompProfile is the content of the file that SeccompProfilePath names.
+	SeccompProfile []byte
+}
+
+// Result is the spec and what was decided on the way to it.
+type Result struct {
+	Spec *specs.Spec
+	// User is who the first process runs as, for ContainerStatus.
+	User *runtimeapi.LinuxContainerUser
+	// Signal is what stops the container; StopSignal is the same as the CRI
+	// names it.
+	Signal     syscall.Signal
+	StopSignal runtimeapi.Signal
+	// Warnings are deviations from the letter of the request that the machine
+	// forces, each worth one line of log.
+	Warnings []string
+}
+
+// Build makes the spec. Errors are of kind ErrInvalid or ErrUnsupported and
+// name the field.
+func Build(in Input) (*Result, error) {
+	if err := Validate(in.Container, in.Sandbox); err != nil {
+		return nil, err
+	}
+	c := in.Container
+	sc := c.GetLinux().GetSecurityContext()
+	b := &builder{Input: in, sc: sc}
+	b.spec = &specs.Spec{
+		Version:     specs.Version,
+		Root:        &specs.Root{Path: in.Rootfs, Readonly: sc.GetReadonlyRootfs()},
+		Process:     &specs.Process{Terminal: c.GetTty(), NoNewPrivileges: sc.GetNoNewPrivs()},
+		Annotations: maps.Clone(c.GetAnnotations()),
+		Linux:       &specs.Linux{CgroupsPath: in.CgroupsPath, Resources: &specs.LinuxResources{}},
+	}
+	// Only the annotations of the container: those of the pod come from whoever
+	// may create pods, and OCI runtimes take orders from annotations.
+
+	number, signal, err := StopSignal(c, in.Image)
+	if err != nil {
+		return nil, err
+	}
+	// Seccomp rules depend on the capabilities; devices are rules within the
+	// resources.
+	for _, step := range []func() error{
+		b.process, b.user, b.capabilities, b.lsm, b.seccomp,
+		b.namespaces, b.resources, b.devices, b.mounts,
+	} {
+		if err := step(); err != nil {
+			return nil, err
+		}
+	}
+	u := b.spec.Process.User
+	user := &runtimeapi.LinuxContainerUser{Uid: int64(u.UID), Gid: int64(u.GID)}
+	for _, g := range u.AdditionalGids {
+		user.SupplementalGroups = append(user.SupplementalGroups, int64(g))
+	}
+	return &Result{Spec: b.spec, User: user, Signal: number, StopSignal: signal, Warnings: b.warnings}, nil
+}
+
+// builder is what the steps of Build share. Each step owns some fields of the
+// spec and no other step writes them.
+type builder struct {
+	Input
+	sc       *runtimeapi.LinuxContainerSecurityContext
+	spec     *specs.Spec
+	warnings []string
+}
+
+func (b *builder) warn(format string, args ...any) {
+	b.warnings = append(b.warnings, fmt.Sprintf(format, args...))
+}
