@@ -1,0 +1,431 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// download is one blob on its way into the store, shared by all pulls that want
+// it. It writes a file in ingest/, which readers follow as it grows, so that
+// unpacking neither waits for the end nor slows the transfer down.
+//
+//	started -> verified -> done     readers see the end of the blob at verified,
+//	        \-> failed     pulls go on at done: the blob is on the disk and has its name
+type download struct {
+	desc   ocispec.Descriptor
+	cancel context.CancelFunc
+	ended  chan struct{} // closed after the last change
+
+	users int // guarded by Store.mu; at 0 it is cancelled, and nobody may join
+
+	mu       sync.Mutex
+	change   sync.Cond
+	f        *os.File // open while there are users
+	n        int64    // bytes in f that may be read
+	verified bool
+	err      error
+	resumed  bool // f had content from an earlier attempt
+	mirrored bool // a mirror is asked, whose content another host may correct
+	started  bool // it has its turn
+}
+
+// Waiting in both of these ends with ctx, which broadcasts through wake.
+func (d *download) wake() {
+	d.mu.Lock()
+	d.change.Broadcast()
+	d.mu.Unlock()
+}
+
+func (d *download) update(f func()) {
+	d.mu.Lock()
+	f()
+	d.change.Broadcast()
+	d.mu.Unlock()
+}
+
+// turn waits until the download has begun in earnest, or is over.
+func (d *download) turn(ctx context.Context) {
+	defer context.AfterFunc(ctx, d.wake)()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for !d.started && d.err == nil && ctx.Err() == nil {
+		d.change.Wait()
+	}
+}
+
+// follower reads a download from its beginning to its verified end.
+type follower struct {
+	ctx context.Context
+	d   *download
+	off int64
+}
+
+func (r *follower) Read(p []byte) (int, error) {
+	d := r.d
+	d.mu.Lock()
+	if r.off >= d.n || d.err != nil {
+		stop := context.AfterFunc(r.ctx, d.wake)
+		for r.off >= d.n && d.err == nil && !d.verified && r.ctx.Err() == nil {
+			d.change.Wait()
+		}
+		stop()
+	}
+	n, err, f := d.n, d.err, d.f
+	d.mu.Unlock()
+	switch {
+	case r.ctx.Err() != nil:
+		return 0, r.ctx.Err()
+	case err != nil:
+		return 0, err
+	case r.off >= n:
+		return 0, io.EOF
+	}
+	m, err := f.ReadAt(p[:min(int64(len(p)), n-r.off)], r.off)
+	r.off += int64(m)
+	if m > 0 {
+		err = nil
+	}
+	return m, err
+}
+
+// wait waits until the blob is in the store for good.
+func (d *download) wait(ctx context.Context) error {
+	select {
+	case <-d.ended:
+		return d.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// join gives the download of a blob, starting it if there is none, or nil if
+// the blob is in the store. joined says that somebody else started it. The
+// caller leaves it in the end.
+func (s *Store) join(ctx context.Context, r *registry, desc ocispec.Descriptor) (d *download, joined bool, err error) {
+	for {
+		s.mu.Lock()
+		if s.closed {
+			s.mu.Unlock()
+			return nil, false, errClosed
+		}
+		d := s.downloads[desc.Digest]
+		if d == nil {
+			if s.hasBlob(desc) {
+				s.mu.Unlock()
+				return nil, false, nil
+			}
+			d = s.start(r, desc)
+			s.mu.Unlock()
+			return d, false, nil
+		}
+		if d.users > 0 {
+			d.users++
+			s.mu.Unlock()
+			return d, true, nil
+		}
+		s.mu.Unlock()
+		select {
+		case <-d.ended:
+		case <-ctx.Done():
+			return nil, false, ctx.Err()
+		}
+	}
+}
+
+func (s *Store) leave(d *download) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if d.users--; d.users == 0 {
+		d.cancel()
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if d.f != nil && d.over() {
+			d.f.Close()
+			d.f = nil
+		}
+	}
+}
+
+// over says whether run has ended; then the last user closes f, else run does.
+func (d *download) over() bool {
+	select {
+	case <-d.ended:
+		return true
+	default:
+		return false
+	}
+}
+
+// start is called with mu held. The download belongs to no single pull: it
+// ends when all have left, or with the store.
+func (s *Store) start(r *registry, desc ocispec.Descriptor) *download {
+	ctx, cancel := context.WithCancel(s.ctx)
+	d := &download{desc: desc, cancel: cancel, ended: make(chan struct{}), users: 1}
+	d.change.L = &d.mu
+	s.downloads[desc.Digest] = d
+	s.work.Go(func() {
+		err := s.run(ctx, r, d)
+		cancel()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.downloads, desc.Digest)
+		s.kick() // those who wanted the blob may have gone
+		d.update(func() {
+			d.err = err
+			if d.users == 0 && d.f != nil {
+				d.f.Close()
+				d.f = nil
+			}
+			close(d.ended)
+		})
+	})
+	return d
+}
+
+func (s *Store) ingestPath(d digest.Digest) string {
+	return filepath.Join(s.o.Root, ingestName, d.Algorithm().String()+"-"+d.Encoded())
+}
+
+func (s *Store) run(ctx context.Context, r *registry, d *download) error {
+	select {
+	case s.slots <- struct{}{}:
+		defer func() { <-s.slots }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	path := s.ingestPath(d.desc.Digest)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return fmt.Errorf("cannot store a blob: %w", err)
+	}
+	h := d.desc.Digest.Algorithm().Hash()
+	n, err := io.Copy(h, io.LimitReader(f, d.desc.Size))
+	if err == nil {
+		err = f.Truncate(n) // to the size at most; a partial blob is never longer
+	}
+	if err != nil {
+		f.Close()
+		return fmt.Errorf("cannot resume %s: %w", path, err)
+	}
+	d.update(func() { d.f, d.n, d.resumed, d.started = f, n, n > 0, true })
+	w := &blobWriter{d: d, f: f, hash: h, off: n, count: &s.count}
+	s.count.resumed.Add(uint64(n))
+	err = s.transfer(ctx, r, w)
+	if err == nil {
+		err = s.finish(w, path)
+	}
+	if errors.Is(err, ErrCorrupt) {
+		for _, host := range w.mirrors {
+			r.down.Store(host, true) // at least one of them lied
+		}
+	}
+	switch {
+	case err == nil:
+	case errors.Is(err, ErrCorrupt), errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		// Resuming would not help, or the room is needed by others.
+		os.Remove(path)
+	}
+	return err
+}
+
+// finish verifies the blob, puts it on the disk and gives it its name.
+func (s *Store) finish(w *blobWriter, path string) error {
+	d := w.d
+	if got := digest.NewDigest(d.desc.Digest.Algorithm(), w.hash); got != d.desc.Digest {
+		return fmt.Errorf("%w: %d bytes with digest %s came for %s", ErrCorrupt, w.off, got, d.desc.Digest)
+	}
+	d.update(func() { d.verified = true })
+	// Synced before it has a name, as the name says that it is verified; this
+	// goes on beside other downloads and the unpacking.
+	if err := w.f.Sync(); err != nil {
+		return fmt.Errorf("cannot sync a blob: %w", err)
+	}
+	return s.adopt(path, d.desc.Digest, d.desc.Size)
+}
+
+// blobWriter appends to a download's file.
+type blobWriter struct {
+	d     *download
+	f     *os.File
+	hash  hash.Hash
+	off   int64
+	count *counters
+	// mirrors are the hosts asked, without the registry itself.
+	mirrors []string
+}
+
+func (w *blobWriter) Write(b []byte) (int, error) {
+	n, err := w.f.WriteAt(b, w.off)
+	w.hash.Write(b[:n])
+	w.off += int64(n)
+	w.count.bytes.Add(uint64(n))
+	w.d.update(func() { w.d.n = w.off })
+	if err != nil {
+		err = &diskError{err}
+	}
+	return n, err
+}
+
+// diskError is a failure of this machine's disk, which no other host helps.
+type diskError struct{ err error }
+
+func (e *diskError) Error() string { return "cannot store a blob: " + e.err.Error() }
+func (e *diskError) Unwrap() error { return e.err }
+
+// enough is the progress after which a broken connection is not counted.
+const enough = 16 << 10
+
+// transfer brings the rest of the blob, from wherever it is to be had.
+func (s *Store) transfer(ctx context.Context, r *registry, w *blobWriter) error {
+	var errs []error
+	candidates := r.candidates(docker.HostCapabilityPull)
+	for i, h := range candidates {
+		if i < len(candidates)-1 && w.off < w.d.desc.Size {
+			w.mirrors = append(w.mirrors, h.Host)
+			w.d.update(func() { w.d.mirrored = true })
+		}
+		for failures := 0; w.off < w.d.desc.Size; {
+			before := w.off
+			err := s.attempt(ctx, r, h, w)
+			if err == nil {
+				continue // the loop's condition decides
+			}
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			s.count.retries.Add(1)
+			if _, ok := errors.AsType[*diskError](err); ok {
+				return err
+			}
+			if w.off-before >= enough {
+				failures = 0
+				continue
+			}
+			failures++
+			wait, ok := r.again(h, err, failures)
+			if !ok || errors.Is(err, errTooSlow) {
+				errs = append(errs, err)
+				break
+			}
+			if err := pause(ctx, wait); err != nil {
+				return err
+			}
+		}
+		if w.off == w.d.desc.Size {
+			return nil
+		}
+	}
+	return lastOf(errs, r.domain)
+}
+
+var errTooSlow = errors.New("too slow")
+
+// attempt is one request for the rest of the blob.
+func (s *Store) attempt(ctx context.Context, r *registry, h docker.RegistryHost, w *blobWriter) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	size := w.d.desc.Size
+	header := http.Header{"Accept-Encoding": {"identity"}} // the bytes as they are
+	if w.off > 0 {
+		// With its end: some registries do not know the open form.
+		header.Set("Range", fmt.Sprintf("bytes=%d-%d", w.off, size-1))
+	}
+	defer s.watch(w.d, cancel)()
+	resp, err := r.do(ctx, h, http.MethodGet, header, "blobs", w.d.desc.Digest.String())
+	if err != nil {
+		if cause := context.Cause(ctx); errors.Is(cause, errTooSlow) {
+			return cause
+		}
+		if e, ok := errors.AsType[*statusError](err); ok && e.status == http.StatusRequestedRangeNotSatisfiable {
+			err = fmt.Errorf("%w: %s is shorter than the manifest says: %w", ErrCorrupt, w.d.desc.Digest, err)
+		}
+		return err
+	}
+	defer resp.Body.Close()
+	body := io.Reader(resp.Body)
+	switch resp.StatusCode {
+	case http.StatusPartialContent:
+		if !strings.HasPrefix(resp.Header.Get("Content-Range"), fmt.Sprintf("bytes %d-", w.off)) {
+			return fmt.Errorf("%w: %s sent the range %q, asked for %d-", ErrCorrupt, h.Host, resp.Header.Get("Content-Range"), w.off)
+		}
+	case http.StatusOK:
+		if resp.ContentLength >= 0 && resp.ContentLength != size {
+			return fmt.Errorf("%w: %s has %d bytes for %s, the manifest says %d", ErrCorrupt, h.Host, resp.ContentLength, w.d.desc.Digest, size)
+		}
+		// It does not know ranges: what is here already comes again.
+		if _, err := io.CopyN(io.Discard, body, w.off); err != nil {
+			return fmt.Errorf("%w: %s: %w", ErrUnavailable, h.Host, err)
+		}
+	default:
+		return fmt.Errorf("%w: %s answered %s", ErrUnavailable, h.Host, resp.Status)
+	}
+	if _, err = io.CopyBuffer(w, struct{ io.Reader }{io.LimitReader(body, size-w.off)}, make([]byte, 128<<10)); err == nil && w.off < size {
+		err = io.ErrUnexpectedEOF
+	}
+	if cause := context.Cause(ctx); errors.Is(cause, errTooSlow) {
+		return cause
+	}
+	if _, ok := errors.AsType[*diskError](err); err == nil || ok {
+		return err
+	}
+	return fmt.Errorf("%w: %s broke off at %d of %d bytes: %w", ErrUnavailable, h.Host, w.off, size, err)
+}
+
+// watch cancels an attempt that is not fast enough; call what it returns in
+// the end. A transfer that stands still is noticed after one to two periods.
+func (s *Store) watch(d *download, cancel context.CancelCauseFunc) (stop func()) {
+	period := s.o.ProgressTimeout
+	least := max(1, int64(period.Seconds()*float64(s.o.MinRate)))
+	quit := make(chan struct{})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(period)
+		defer tick.Stop()
+		for last := d.bytes(); ; {
+			select {
+			case <-quit:
+				return
+			case <-tick.C:
+			}
+			now := d.bytes()
+			if now-last < least {
+				cancel(fmt.Errorf("%w: %w: %d bytes of %s in %s", ErrUnavailable, errTooSlow, now-last, d.desc.Digest, period))
+				return
+			}
+			last = now
+		}
+	}()
+	return func() {
+		close(quit)
+		<-done
+	}
+}
+
+// doubtful says whether what came may be wrong and another attempt right: a
+// partial blob may have been damaged on the disk, a mirror may have lied.
+func (d *download) doubtful() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.resumed || d.mirrored
+}
+
+func (d *download) bytes() int64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.n
+}

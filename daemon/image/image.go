@@ -1,0 +1,127 @@
+// Package image keeps images: it pulls them from registries, stores their blobs
+// and remembers which reference names which image.
+//
+// Under its root lies an OCI image layout, so crane, skopeo and oras read it:
+//
+//	oci-layout, index.json   the layout; index.json is derived, never read
+//	blobs/ALGORITHM/HEX      verified and on the disk before anything names them
+//	refs/HASH.json           one record per reference: the truth
+//	ingest/                  partial downloads, resumed by the next pull
+//	pending/HASH.json        pulls that were interrupted: their blobs are kept
+//	quarantine/              records that could not be used
+//
+// The package knows nothing of unpacked layers: a pull hands each layer's
+// uncompressed stream to its caller.
+package image
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// The errors of this package wrap one of these where it applies.
+var (
+	// ErrNotFound: the registry, or the store, has no such image.
+	ErrNotFound = errors.New("image not found")
+	// ErrInvalidReference: the name of the image cannot be parsed.
+	ErrInvalidReference = errors.New("invalid image reference")
+	// ErrUnauthorized: the registry refused the credentials, or the lack of them.
+	ErrUnauthorized = errors.New("not authorized by the registry")
+	// ErrUnavailable: the registry cannot be reached, is overloaded or too slow.
+	ErrUnavailable = errors.New("registry unavailable")
+	// ErrUnsupported: the image is there but of a kind that cannot be run here:
+	// another platform, an unknown media type, a foreign layer.
+	ErrUnsupported = errors.New("unsupported image")
+	// ErrRejected: a verifier does not let the image in.
+	ErrRejected = errors.New("image rejected")
+	// ErrCorrupt: what the registry sent is not what its digest or size says.
+	ErrCorrupt = errors.New("corrupt image")
+)
+
+// Image is one image, known by its config's digest. It is a value that the
+// store shares between callers: nobody changes what its fields point to.
+type Image struct {
+	// ID is the digest of the config, "sha256:..."; CRI: Image.id.
+	ID string
+	// RepoTags and RepoDigests are full names, sorted. An image whose tag has
+	// moved on has no tag, but still its digest.
+	RepoTags    []string
+	RepoDigests []string
+	// Size in bytes: the compressed layers and the config, as pulled.
+	Size uint64
+	// Config is the part that says how to run it.
+	Config ocispec.ImageConfig
+	// Platform and Created are informational.
+	Platform ocispec.Platform
+	Created  time.Time
+	// DiffIDs are the digests of the uncompressed layers, the lowest first.
+	DiffIDs []digest.Digest
+	// Pinned images are not to be collected by the kubelet.
+	Pinned bool
+}
+
+// Auth is CRI's AuthConfig. ServerAddress, where given, limits the rest to that
+// host. Order of use: RegistryToken, IdentityToken, Username and Password, Auth
+// (base64 of "user:password").
+type Auth struct {
+	Username, Password, Auth, ServerAddress, IdentityToken, RegistryToken string
+}
+
+// PullRequest says what to pull and where its layers go.
+type PullRequest struct {
+	// Ref is a name as users write it: "busybox", "quay.io/a/b:c@sha256:...".
+	Ref  string
+	Auth *Auth // nil: anonymous
+	// Have says whether a layer is unpacked already; nil: none is.
+	Have func(diffID digest.Digest) bool
+	// Unpack consumes the tar stream of one layer to its end and verifies it
+	// against the diff id. It is called concurrently, for several layers and
+	// (by concurrent pulls) for the same one. nil: nothing is unpacked.
+	Unpack func(ctx context.Context, diffID digest.Digest, uncompressed io.Reader) error
+}
+
+// Options configure a Store. Zero values mean the stated defaults.
+type Options struct {
+	Root string // made if missing
+	// RegistryConfigDir has a directory per registry host, or _default, with a
+	// hosts.toml as containerd's users have it. Empty: none.
+	RegistryConfigDir string
+	Log               *slog.Logger // slog.Default()
+	// Pinned says whether an image with this reference is pinned. nil: none is.
+	Pinned func(ref string) bool
+	// Platform to choose from an index; the machine's own.
+	Platform *ocispec.Platform
+	// Downloads at a time, over all pulls; 6.
+	Downloads int
+	// ProgressTimeout ends an attempt when no byte came for so long; 5 minutes.
+	ProgressTimeout time.Duration
+	// MinRate, in bytes per second over one ProgressTimeout, ends a trickle; 1024.
+	MinRate int64
+	// ProgressDir gets a record per running pull, see rundir.Pull. It is emptied
+	// by Open. Empty: none.
+	ProgressDir string
+	// ProgressEvery is how often the record is replaced, and a tenth of how often
+	// the log tells about it; 1 second.
+	ProgressEvery time.Duration
+	// DropLayers removes the blobs of layers once they are unpacked. It saves
+	// their size, and costs a layout that other tools can copy images from, and
+	// a download where an unpacked layer was lost.
+	DropLayers bool
+	// VerifierDir has the programs that decide which images may be pulled.
+	// Empty: all may.
+	VerifierDir string
+	// VerifierTimeout is for each of them; 10 seconds.
+	VerifierTimeout time.Duration
+	// StaleIngest is the age at which what an interrupted pull left is removed;
+	// 24 hours.
+	StaleIngest time.Duration
+}
+
+// Usage is what the store takes on its file system.
+type Usage struct{ Bytes, Inodes uint64 }

@@ -1,0 +1,188 @@
+package image
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// Media types of Docker's image manifest, schema 2.
+const (
+	typeDockerList     = "application/vnd.docker.distribution.manifest.list.v2+json"
+	typeDockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
+	typeDockerConfig   = "application/vnd.docker.container.image.v1+json"
+	typeDockerLayer    = "application/vnd.docker.image.rootfs.diff.tar"
+	typeDockerForeign  = "application/vnd.docker.image.rootfs.foreign.diff.tar"
+	typeDockerSchema1  = "application/vnd.docker.distribution.manifest.v1+"
+	typeOCIForeign     = "application/vnd.oci.image.layer.nondistributable.v1.tar"
+	typeOctets         = "application/octet-stream" // configs of old pushers
+)
+
+// document is a manifest or an index, as JSON tells.
+type document struct {
+	index    *ocispec.Index    // one of the two is set
+	manifest *ocispec.Manifest // checked by checkManifest
+}
+
+// parseDocument decides by the content: what a registry says about it is not
+// covered by the digest.
+func parseDocument(b []byte, said string) (d document, err error) {
+	var probe struct {
+		SchemaVersion int             `json:"schemaVersion"`
+		MediaType     string          `json:"mediaType"`
+		Manifests     json.RawMessage `json:"manifests"`
+		Layers        json.RawMessage `json:"layers"`
+		Config        json.RawMessage `json:"config"`
+		FSLayers      json.RawMessage `json:"fsLayers"`
+	}
+	if err := json.Unmarshal(b, &probe); err != nil {
+		return d, fmt.Errorf("%w: the manifest is not JSON: %w", ErrCorrupt, err)
+	}
+	index, manifest := probe.Manifests != nil, probe.Layers != nil || probe.Config != nil
+	switch {
+	case probe.SchemaVersion == 1 || probe.FSLayers != nil || strings.HasPrefix(said, typeDockerSchema1):
+		return d, fmt.Errorf("%w: a manifest of schema version 1; the image has to be pushed again by a newer tool", ErrUnsupported)
+	case index == manifest:
+		return d, fmt.Errorf("%w: neither a manifest nor an index (%s)", ErrUnsupported, said)
+	case index:
+		if t := probe.MediaType; t != "" && t != ocispec.MediaTypeImageIndex && t != typeDockerList {
+			return d, fmt.Errorf("%w: an index of type %q", ErrUnsupported, t)
+		}
+		err = json.Unmarshal(b, &d.index)
+	default:
+		if t := probe.MediaType; t != "" && t != ocispec.MediaTypeImageManifest && t != typeDockerManifest {
+			return d, fmt.Errorf("%w: a manifest of type %q", ErrUnsupported, t)
+		}
+		if err = json.Unmarshal(b, &d.manifest); err == nil {
+			return d, checkManifest(d.manifest)
+		}
+	}
+	if err != nil {
+		return d, fmt.Errorf("%w: %w", ErrCorrupt, err)
+	}
+	return d, nil
+}
+
+// mediaType is the type of a document for a descriptor in index.json.
+func mediaType(b []byte, said string) string {
+	var probe struct {
+		MediaType string `json:"mediaType"`
+	}
+	if json.Unmarshal(b, &probe) == nil && probe.MediaType != "" {
+		return probe.MediaType
+	}
+	if slices.Contains(manifestTypes, said) {
+		return said
+	}
+	return ocispec.MediaTypeImageManifest
+}
+
+func checkManifest(m *ocispec.Manifest) error {
+	switch m.Config.MediaType {
+	case ocispec.MediaTypeImageConfig, typeDockerConfig, typeOctets:
+	default:
+		return fmt.Errorf("%w: its config is of type %q, it is not a container image", ErrUnsupported, m.Config.MediaType)
+	}
+	for _, d := range append([]ocispec.Descriptor{m.Config}, m.Layers...) {
+		if err := checkDescriptor(d); err != nil {
+			return err
+		}
+	}
+	for _, l := range m.Layers {
+		if err := checkLayerType(l.MediaType); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func checkDescriptor(d ocispec.Descriptor) error {
+	if err := d.Digest.Validate(); err != nil {
+		return fmt.Errorf("%w: digest %q: %w", ErrCorrupt, d.Digest, err)
+	}
+	if d.Size < 0 {
+		return fmt.Errorf("%w: %s of %d bytes", ErrCorrupt, d.Digest, d.Size)
+	}
+	return nil
+}
+
+// checkLayerType refuses what cannot be unpacked. Which of the known
+// compressions it is, the content tells.
+func checkLayerType(t string) error {
+	if strings.HasPrefix(t, typeDockerForeign) || strings.HasPrefix(t, typeOCIForeign) {
+		return fmt.Errorf("%w: a foreign layer (%s), which is not to be had from the registry", ErrUnsupported, t)
+	}
+	for _, base := range []string{ocispec.MediaTypeImageLayer, typeDockerLayer} {
+		rest, ok := strings.CutPrefix(t, base)
+		if ok && (rest == "" || rest == ".gzip" || rest == ".zstd" || rest == "+gzip" || rest == "+zstd") {
+			return nil
+		}
+	}
+	return fmt.Errorf("%w: a layer of unknown type %q", ErrUnsupported, t)
+}
+
+// choose gives the best manifest of an index for a platform. One without a
+// platform is taken if none has one.
+func choose(x *ocispec.Index, p ocispec.Platform) (ocispec.Descriptor, error) {
+	match := platforms.Only(p)
+	var best *ocispec.Descriptor
+	var offers []string
+	for i := range x.Manifests {
+		d := &x.Manifests[i]
+		if err := checkDescriptor(*d); err != nil {
+			return *d, err
+		}
+		if d.Platform == nil {
+			continue
+		}
+		if d.Platform.OS != "unknown" { // attestations
+			offers = append(offers, platforms.Format(*d.Platform))
+		}
+		if match.Match(*d.Platform) && (best == nil || match.Less(*d.Platform, *best.Platform)) {
+			best = d
+		}
+	}
+	if best == nil && len(offers) == 0 {
+		if i := slices.IndexFunc(x.Manifests, func(d ocispec.Descriptor) bool { return d.Platform == nil }); i >= 0 {
+			best = &x.Manifests[i]
+		}
+	}
+	if best == nil {
+		return ocispec.Descriptor{}, fmt.Errorf("%w: no image for %s, there are: %s", ErrUnsupported, platforms.Format(p), strings.Join(offers, ", "))
+	}
+	return *best, nil
+}
+
+// parseConfig reads an image's config and compares it with the manifest.
+func parseConfig(b []byte, m *ocispec.Manifest) (c ocispec.Image, err error) {
+	if err := json.Unmarshal(b, &c); err != nil {
+		return c, fmt.Errorf("%w: the config is not JSON: %w", ErrCorrupt, err)
+	}
+	if c.OS != "" && c.OS != "linux" {
+		return c, fmt.Errorf("%w: an image for %s", ErrUnsupported, c.OS)
+	}
+	if len(c.RootFS.DiffIDs) != len(m.Layers) {
+		return c, fmt.Errorf("%w: %d layers and %d diff ids", ErrCorrupt, len(m.Layers), len(c.RootFS.DiffIDs))
+	}
+	for _, d := range c.RootFS.DiffIDs {
+		if err := d.Validate(); err != nil {
+			return c, fmt.Errorf("%w: diff id %q: %w", ErrCorrupt, d, err)
+		}
+	}
+	return c, nil
+}
+
+// blobsOf are the blobs that an image consists of, without repetition.
+func blobsOf(target, manifest digest.Digest, m *ocispec.Manifest) []digest.Digest {
+	l := []digest.Digest{target, manifest, m.Config.Digest}
+	for _, d := range m.Layers {
+		l = append(l, d.Digest)
+	}
+	slices.Sort(l)
+	return slices.Compact(l)
+}

@@ -1,0 +1,468 @@
+package image
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/distribution/reference"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+// unpackers is how many layers of one pull are unpacked at a time.
+const unpackers = 4
+
+// maxDepth of indexes within indexes.
+const maxDepth = 4
+
+// Pull makes an image present under a reference: the manifest is always
+// resolved with this caller's credentials, the blobs that are missing are
+// downloaded, layers that Have does not know are unpacked. Blobs are kept also
+// for layers that Have knows: the layout is complete, and a layer lost can be
+// unpacked again.
+func (s *Store) Pull(ctx context.Context, r PullRequest) (Image, error) {
+	name, err := parse(r.Ref)
+	if err != nil {
+		return Image{}, err
+	}
+	began := time.Now()
+	s.count.running.Add(1)
+	defer s.count.running.Add(-1)
+	p := &pull{s: s, req: r, name: name}
+	img, err := p.run(ctx)
+	if err != nil {
+		s.count.failed.Add(1)
+		if ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
+			err = fmt.Errorf("%w: %w", ctx.Err(), err)
+		}
+		s.o.Log.Warn("cannot pull image", "image", name.String(), "after", time.Since(began).Round(time.Millisecond), "error", err)
+		return Image{}, fmt.Errorf("cannot pull %s: %w", name, err)
+	}
+	s.count.pulls.Add(1)
+	s.o.Log.Info("image pulled", "image", name.String(), "id", img.ID, "size", img.Size, "took", time.Since(began).Round(time.Millisecond))
+	return img, nil
+}
+
+// pull is one call of Pull.
+type pull struct {
+	s    *Store
+	req  PullRequest
+	name reference.Named
+	reg  *registry
+	how  *progress       // nil: nobody is told
+	held []digest.Digest // blobs and diff ids kept from the collector; see hold
+}
+
+func (p *pull) run(ctx context.Context) (img Image, err error) {
+	if p.reg, err = p.s.newRegistry(ctx, p.name, p.req.Auth); err != nil {
+		return img, err
+	}
+	defer p.reg.close()
+	defer func() { p.s.release(p.held) }()
+
+	target, b, err := p.resolve(ctx)
+	if err != nil {
+		return img, err
+	}
+	if err := p.s.verify(ctx, p.name.String(), target); err != nil {
+		return img, err
+	}
+	manifest, m, err := p.choose(ctx, target, b, 0)
+	if err != nil {
+		return img, err
+	}
+	blobs := blobsOf(target.Digest, manifest.Digest, m)
+	p.hold(blobs...)
+	if err := p.s.beginPending(p.name.String(), blobs); err != nil {
+		return img, err
+	}
+	defer func() { p.s.endPending(p.name.String(), err) }()
+	p.how = newProgress(p.req.Ref, p.name.String(), m.Layers)
+	defer p.s.report(p.how)()
+	if err := p.blobs(ctx, m); err != nil {
+		return img, err
+	}
+	if err := p.s.syncBlobNames(); err != nil {
+		return img, err
+	}
+	return p.s.commit(p.name, target, manifest)
+}
+
+// hold keeps blobs or layers from the collector until the pull has ended.
+func (p *pull) hold(l ...digest.Digest) {
+	p.s.hold(l)
+	p.held = append(p.held, l...)
+}
+
+// resolve finds out what the name stands for now. If that is in the store, only
+// its digest is asked for, which registries do not count as a pull.
+func (p *pull) resolve(ctx context.Context) (ocispec.Descriptor, []byte, error) {
+	known, have := p.s.target(p.name)
+	object := ""
+	switch n := p.name.(type) {
+	case reference.Digested:
+		object = n.Digest().String()
+	case reference.Tagged:
+		object = n.Tag()
+	}
+	if have {
+		d, err := p.reg.head(ctx, object)
+		if errors.Is(err, ErrUnauthorized) || errors.Is(err, ErrUnavailable) || ctx.Err() != nil {
+			return ocispec.Descriptor{}, nil, err
+		} // any other error: some registries do not know HEAD
+		if d == known.Digest {
+			p.hold(d)
+			if b, err := p.s.readBlob(known, maxManifest); err == nil {
+				return known, b, nil
+			}
+		}
+	}
+	desc, b, err := p.reg.manifest(ctx, object)
+	if err != nil {
+		return desc, nil, err
+	}
+	return desc, b, p.keep(&desc, b)
+}
+
+// keep stores a manifest or index.
+func (p *pull) keep(desc *ocispec.Descriptor, b []byte) error {
+	desc.MediaType = mediaType(b, desc.MediaType)
+	p.hold(desc.Digest)
+	return p.s.addBlob(*desc, b)
+}
+
+// choose goes from what the name stands for to the manifest of this platform.
+func (p *pull) choose(ctx context.Context, desc ocispec.Descriptor, b []byte, depth int) (ocispec.Descriptor, *ocispec.Manifest, error) {
+	doc, err := parseDocument(b, desc.MediaType)
+	if err != nil || doc.manifest != nil {
+		return desc, doc.manifest, err
+	}
+	if depth == maxDepth {
+		return desc, nil, fmt.Errorf("%w: indexes within indexes", ErrUnsupported)
+	}
+	child, err := choose(doc.index, *p.s.o.Platform)
+	if err != nil {
+		return desc, nil, err
+	}
+	p.hold(child.Digest)
+	b, err = p.s.readBlob(child, maxManifest)
+	if err != nil {
+		var got ocispec.Descriptor
+		if got, b, err = p.reg.manifest(ctx, child.Digest.String()); err != nil {
+			return desc, nil, err
+		}
+		got.Platform = child.Platform
+		child = got
+		if err := p.keep(&child, b); err != nil {
+			return desc, nil, err
+		}
+	}
+	return p.choose(ctx, child, b, depth+1)
+}
+
+// config gives the image's config, from the store or the registry.
+func (p *pull) config(ctx context.Context, m *ocispec.Manifest) (ocispec.Image, error) {
+	b, err := p.s.readBlob(m.Config, maxConfig)
+	if err != nil {
+		if b, err = p.reg.blob(ctx, m.Config, maxConfig); err != nil {
+			return ocispec.Image{}, err
+		}
+		if err := p.s.addBlob(m.Config, b); err != nil {
+			return ocispec.Image{}, err
+		}
+	}
+	return parseConfig(b, m)
+}
+
+// blobs brings the config and all layers. The layers begin to flow before the
+// config is known, which says what they have to be once uncompressed.
+func (p *pull) blobs(ctx context.Context, m *ocispec.Manifest) error {
+	g, ctx := errgroup.WithContext(ctx)
+	var diffIDs []digest.Digest
+	known := make(chan struct{}) // closed when diffIDs is set
+	slots := make(chan struct{}, unpackers)
+	g.Go(func() error {
+		c, err := p.config(ctx, m)
+		if err != nil {
+			return err
+		}
+		p.hold(c.RootFS.DiffIDs...)
+		diffIDs = c.RootFS.DiffIDs
+		close(known)
+		return nil
+	})
+	seen := map[digest.Digest]bool{}
+	for i, desc := range m.Layers {
+		// A layer that an image has twice is one: the diff ids are compared by
+		// the other one's digest, so they cannot differ.
+		if seen[desc.Digest] {
+			continue
+		}
+		seen[desc.Digest] = true
+		g.Go(func() error {
+			l := &layer{p: p, desc: desc, slots: slots, diffID: func() (digest.Digest, error) {
+				select {
+				case <-known:
+					return diffIDs[i], nil
+				case <-ctx.Done():
+					return "", ctx.Err()
+				}
+			}}
+			if err := l.bring(ctx); err != nil {
+				return fmt.Errorf("layer %s: %w", desc.Digest, err)
+			}
+			return nil
+		})
+	}
+	return g.Wait()
+}
+
+// layer is one layer on its way through a pull.
+type layer struct {
+	p      *pull
+	desc   ocispec.Descriptor
+	diffID func() (digest.Digest, error) // waits for the config
+	slots  chan struct{}
+}
+
+func (l *layer) bring(ctx context.Context) (err error) {
+	defer func() { l.p.how.ended(l.desc, err == nil) }()
+	if l.p.s.o.DropLayers && l.p.req.Have != nil {
+		diffID, err := l.diffID()
+		if err != nil || l.p.req.Have(diffID) {
+			return err // its blob is not kept, so it is not fetched either
+		}
+	}
+	for try := 1; ; try++ {
+		d, joined, err := l.p.s.join(ctx, l.p.reg, l.desc)
+		if err != nil {
+			return err
+		}
+		if d == nil {
+			if err = l.unpackBlob(ctx); err == nil || try == 3 || !errors.Is(err, errBlobLost) {
+				return err
+			}
+			continue
+		}
+		l.p.how.flows(d)
+		err = l.follow(ctx, d)
+		failed := d.over() && d.err != nil
+		doubtful := d.doubtful()
+		l.p.s.leave(d)
+		// Somebody else's download failed for reasons that may be theirs, their
+		// credentials for one.
+		retry := failed && ctx.Err() == nil && (joined || doubtful && errors.Is(err, ErrCorrupt))
+		if err == nil || !retry || try == 3 {
+			return err
+		}
+	}
+}
+
+// follow unpacks the layer while it is downloaded.
+func (l *layer) follow(ctx context.Context, d *download) error {
+	// A slot is for work, not for waiting.
+	d.turn(ctx)
+	err := l.unpack(ctx, &follower{ctx: ctx, d: d})
+	// A download that failed is the cause of err. What is wrong with the
+	// content of a doubtful one shows at its end only.
+	if err == nil || d.over() || d.doubtful() || errors.Is(err, ErrCorrupt) {
+		if derr := d.wait(ctx); derr != nil {
+			return derr
+		}
+	}
+	return err
+}
+
+// errBlobLost says that a blob of the store was not what its name says, and is
+// gone now.
+var errBlobLost = errors.New("the blob was damaged on the disk")
+
+func (l *layer) unpackBlob(ctx context.Context) error {
+	f, err := os.Open(l.p.s.blobPath(l.desc.Digest))
+	if err != nil {
+		return fmt.Errorf("%w: %w", errBlobLost, err)
+	}
+	defer f.Close()
+	err = l.unpack(ctx, &ctxReader{ctx, f})
+	if err != nil && ctx.Err() == nil && l.p.s.dropIfDamaged(l.desc) {
+		err = fmt.Errorf("%w: %w", errBlobLost, err)
+	}
+	return err
+}
+
+// unpack hands the layer to the caller of Pull if it wants it.
+func (l *layer) unpack(ctx context.Context, r io.Reader) error {
+	diffID, err := l.diffID()
+	if err != nil {
+		return err
+	}
+	if l.p.req.Unpack == nil || l.p.req.Have != nil && l.p.req.Have(diffID) {
+		return nil
+	}
+	select {
+	case l.slots <- struct{}{}:
+		defer func() { <-l.slots }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	u, err := decompress(r)
+	if err != nil {
+		return err
+	}
+	defer u.Close()
+	if err := l.p.req.Unpack(ctx, diffID, u); err != nil {
+		return err
+	}
+	l.p.s.count.unpacked.Add(1)
+	return nil
+}
+
+// Unpack hands the layers that r.Have does not know to r.Unpack, from the
+// store's own blobs; r.Ref is anything Get takes. It is for layers that went
+// missing: after a power cut, or removed by mistake. A blob that is missing as
+// well is fetched, with r.Auth or as the node. Where that fails the error is
+// ErrNotFound, and the image has to be pulled by somebody who may.
+func (s *Store) Unpack(ctx context.Context, r PullRequest) error {
+	img, m, held, err := s.holdImage(r.Ref)
+	if err != nil {
+		return fmt.Errorf("cannot unpack %s: %w", r.Ref, err)
+	}
+	defer s.release(held)
+	diffIDs := img.DiffIDs
+	p := &pull{s: s, req: r}
+	if p.name, err = parse(slices.Concat(img.RepoDigests, img.RepoTags)[0]); err == nil {
+		p.reg, err = s.newRegistry(ctx, p.name, r.Auth)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot unpack %s: %w", r.Ref, err)
+	}
+	defer p.reg.close()
+	slots := make(chan struct{}, unpackers)
+	g, ctx := errgroup.WithContext(ctx)
+	for i, desc := range m.Layers {
+		if slices.Contains(diffIDs[:i], diffIDs[i]) {
+			continue
+		}
+		g.Go(func() error {
+			if r.Have != nil && r.Have(diffIDs[i]) {
+				return nil // nor is its blob of interest
+			}
+			l := &layer{p: p, desc: desc, slots: slots, diffID: func() (digest.Digest, error) { return diffIDs[i], nil }}
+			err := l.bring(ctx)
+			registry := errors.Is(err, ErrNotFound) || errors.Is(err, ErrUnauthorized) || errors.Is(err, ErrUnavailable) || errors.Is(err, ErrCorrupt)
+			if registry && ctx.Err() == nil && !s.hasBlob(desc) {
+				err = fmt.Errorf("%w: pull it again: its layer %s is neither here nor to be had: %w", ErrNotFound, desc.Digest, err)
+			}
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return fmt.Errorf("cannot unpack %s: %w", r.Ref, err)
+	}
+	return nil
+}
+
+// ctxReader ends with its context. A file is always ready, so nothing blocks.
+type ctxReader struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (r *ctxReader) Read(p []byte) (int, error) {
+	if err := r.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return r.r.Read(p)
+}
+
+var (
+	magicGzip = []byte{0x1f, 0x8b}
+	magicZstd = []byte{0x28, 0xb5, 0x2f, 0xfd}
+)
+
+// maxWindow bounds the memory that a zstd stream may ask for.
+const maxWindow = 128 << 20
+
+// source notes whether reading failed, as opposed to what was read.
+type source struct {
+	r      io.Reader
+	failed atomic.Bool // zstd reads on its own
+}
+
+func (s *source) Read(p []byte) (int, error) {
+	n, err := s.r.Read(p)
+	if err != nil && err != io.EOF {
+		s.failed.Store(true)
+	}
+	return n, err
+}
+
+// decompressor gives errors of the format their kind.
+type decompressor struct {
+	io.ReadCloser
+	source *source
+}
+
+func (d decompressor) Read(p []byte) (int, error) {
+	n, err := d.ReadCloser.Read(p)
+	if err != nil && err != io.EOF && !d.source.failed.Load() {
+		err = fmt.Errorf("%w: cannot decompress it: %w", ErrCorrupt, err)
+	}
+	return n, err
+}
+
+// decompress decides by the content, as media types are known to be wrong.
+func decompress(r io.Reader) (io.ReadCloser, error) {
+	src := &source{r: r}
+	br := bufio.NewReaderSize(src, 128<<10)
+	magic, err := br.Peek(4)
+	if err != nil && err != io.EOF {
+		return nil, err
+	}
+	switch {
+	case bytes.HasPrefix(magic, magicGzip):
+		z, err := gzip.NewReader(br)
+		if err != nil && !src.failed.Load() {
+			err = fmt.Errorf("%w: cannot decompress it: %w", ErrCorrupt, err)
+		}
+		if err != nil {
+			return nil, err
+		}
+		return decompressor{z, src}, nil
+	case bytes.HasPrefix(magic, magicZstd):
+		z, err := zstd.NewReader(br, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderConcurrency(2))
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
+		}
+		return decompressor{z.IOReadCloser(), src}, nil
+	}
+	return io.NopCloser(br), nil
+}
+
+// syncBlobNames puts the names of blobs on the disk; their content is.
+func (s *Store) syncBlobNames() error {
+	algorithms, err := os.ReadDir(filepath.Join(s.o.Root, blobsName))
+	if err != nil {
+		return err
+	}
+	for _, a := range algorithms {
+		if err := rundir.SyncDir(filepath.Join(s.o.Root, blobsName, a.Name())); err != nil {
+			return fmt.Errorf("cannot sync the blobs: %w", err)
+		}
+	}
+	return nil
+}

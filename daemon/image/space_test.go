@@ -1,0 +1,247 @@
+package image
+
+import (
+	"errors"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-containerregistry/pkg/v1/types"
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+func dropping(o *Options) { o.DropLayers = true }
+
+// Without the blobs of its layers an image is listed, pulled again for nothing,
+// and what was lost of it is fetched.
+func TestLayersDropped(t *testing.T) {
+	t.Parallel()
+	f := newFaulty(t, 100_000, 50_000)
+	root := t.TempDir()
+	s := openAt(t, root, dropping)
+	var k sink
+	img := mustPull(t, s, k.request(f.ref))
+	dropped := func(s *Store) func() bool {
+		return func() bool {
+			return !s.hasBlob(descOf(f.layers[0])) && !s.hasBlob(descOf(f.layers[1])) && s.Usage().Inodes == 2
+		}
+	}
+	eventually(t, "layers are dropped", dropped(s))
+	f.reset()
+	mustPull(t, s, k.request(f.ref))
+	if hits, sent := f.reset(); sent != 0 || count(hits, "GET blobs") != 0 {
+		t.Errorf("came again: %v", hits)
+	}
+	s.Close()
+	// The other setting, and back: an image is whole under both.
+	s = openAt(t, root)
+	if l := s.List(); len(l) != 1 || l[0].ID != img.ID || l[0].Size != img.Size {
+		t.Fatalf("after a restart: %+v", l)
+	}
+	mustPull(t, s, k.request(f.ref)) // the layout is made complete
+	if !s.hasBlob(descOf(f.layers[0])) || !s.hasBlob(descOf(f.layers[1])) {
+		t.Error("the blobs did not come back")
+	}
+	verify(t, s)
+	s.Close()
+	s = openAt(t, root, dropping)
+	eventually(t, "layers are dropped", dropped(s))
+	// One layer was lost.
+	lost := img.DiffIDs[0]
+	k.mu.Lock()
+	delete(k.layers, lost)
+	k.mu.Unlock()
+	f.reset()
+	if err := s.Unpack(t.Context(), k.request(img.ID)); err != nil || !k.have(lost) {
+		t.Errorf("unpack: %v", err)
+	}
+	if hits, _ := f.reset(); count(hits, "GET blobs") != 1 {
+		t.Errorf("more than the lost one came: %v", hits)
+	}
+	eventually(t, "layers are dropped", dropped(s))
+	// It cannot be had: somebody has to pull the image.
+	f.set(basicAuth("me", "secret"))
+	var k2 sink
+	if err := s.Unpack(t.Context(), k2.request(img.ID)); !errors.Is(err, ErrNotFound) {
+		t.Errorf("unpack without credentials: %v", err)
+	}
+	r := k2.request(img.ID)
+	r.Auth = &Auth{Username: "me", Password: "secret"}
+	if err := s.Unpack(t.Context(), r); err != nil {
+		t.Errorf("unpack with credentials: %v", err)
+	}
+	if free, err := s.Remove(t.Context(), f.ref); err != nil || len(free) != 2 {
+		t.Errorf("removed: %v %v", free, err)
+	}
+	eventually(t, "all is collected", func() bool { return s.Usage() == Usage{} })
+}
+
+// small mounts a file system of that size.
+func small(t testing.TB, size string) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	dir := t.TempDir()
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size="+size); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// A full disk fails the pull, not the store.
+func TestFullDisk(t *testing.T) {
+	t.Parallel()
+	f := newFaulty(t, 3<<20, 3<<20)
+	fits := f.push(t, "team/small:1", imageOf(t, "x", layerOf(t, "s", 1<<20, 9, types.OCILayer)))
+	root := small(t, "5m")
+	s := openAt(t, root)
+	// An interrupted pull left something.
+	f.set(func(w http.ResponseWriter, r *http.Request) bool {
+		if f.isLayer(r, 0) && r.Header.Get("Range") == "" {
+			f.sentSome(w, f.layers[0].packed, 2<<20)
+		}
+		return !f.anyLayer(r) || func() bool { w.WriteHeader(http.StatusServiceUnavailable); return false }()
+	})
+	var k sink
+	if _, err := s.Pull(t.Context(), k.request(f.ref)); !errors.Is(err, ErrUnavailable) {
+		t.Fatal(err)
+	}
+	f.set(nil)
+	for range 2 {
+		if _, err := s.Pull(t.Context(), k.request(f.ref)); !errors.Is(err, syscall.ENOSPC) {
+			t.Fatalf("got %v", err)
+		}
+		half(t, s)
+	}
+	eventually(t, "nothing is left", func() bool {
+		l, err := filepath.Glob(filepath.Join(root, ingestName, "*"))
+		return err == nil && len(l) == 0 && s.Usage() == Usage{}
+	})
+	mustPull(t, s, k.request(fits))
+	verify(t, s)
+	// Full to the last byte, and with an image: it can be listed and removed.
+	fill, err := os.Create(filepath.Join(root, "fill"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for b := make([]byte, 4096); err == nil; {
+		_, err = fill.Write(b)
+	}
+	if _, err := s.Pull(t.Context(), k.request(f.ref)); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("got %v", err)
+	}
+	s.Close()
+	s = openAt(t, root)
+	if len(s.List()) != 1 {
+		t.Fatalf("images %+v", s.List())
+	}
+	verify(t, s)
+	if _, err := s.Remove(t.Context(), fits); err != nil {
+		t.Errorf("remove on a full disk: %v", err)
+	}
+	noRefs(t, s)
+	eventually(t, "its room is free", func() bool { return s.Usage() == Usage{} })
+	if err := errors.Join(fill.Close(), os.Remove(fill.Name())); err != nil {
+		t.Fatal(err)
+	}
+	mustPull(t, s, k.request(fits))
+	verify(t, s)
+}
+
+// Whoever looks sees how far a pull is.
+func TestProgress(t *testing.T) {
+	t.Parallel()
+	f := newFaulty(t, 200_000, 100_000)
+	gate := make(chan struct{})
+	f.set(func(w http.ResponseWriter, r *http.Request) bool {
+		if f.isLayer(r, 0) {
+			b := f.layers[0].packed
+			w.Write(b[:100_000])
+			http.NewResponseController(w).Flush()
+			<-gate
+			w.Write(b[100_000:])
+			return false
+		}
+		return true
+	})
+	dir := filepath.Join(t.TempDir(), "pulls")
+	if err := errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(filepath.Join(dir, "1-1.json"), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	var log lines
+	s := openAt(t, t.TempDir(), func(o *Options) { o.ProgressDir, o.ProgressEvery, o.Log = dir, 1e6, log.logger() })
+	records := func() (l []rundir.Pull) {
+		files, _ := filepath.Glob(filepath.Join(dir, "[^.]*"))
+		for _, name := range files {
+			var p rundir.Pull
+			if rundir.ReadRecord(name, &p) == nil {
+				l = append(l, p)
+			}
+		}
+		return l
+	}
+	if l, _ := os.ReadDir(dir); len(l) != 0 {
+		t.Errorf("left of another process: %v", l)
+	}
+	var k sink
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if _, err := s.Pull(t.Context(), k.request(f.ref)); err != nil {
+			t.Error(err)
+		}
+	})
+	total := int64(len(f.layers[0].packed) + len(f.layers[1].packed))
+	eventually(t, "it is half way", func() bool {
+		l := records()
+		return len(l) == 1 && l[0].Asked == f.ref && l[0].Ref == f.ref && l[0].TotalBytes == total && l[0].TotalLayers == 2 &&
+			l[0].Layers == 1 && l[0].Bytes == total-int64(len(f.layers[0].packed))+100_000
+	})
+	eventually(t, "the log tells", func() bool { return strings.Contains(log.String(), "ofLayers=2") })
+	if st := s.Stats(); st.RunningPulls != 1 || st.Downloads != 1 || st.Bytes < 100_000 || st.Pulls != 0 {
+		t.Errorf("%+v", st)
+	}
+	close(gate)
+	wg.Wait()
+	if l, _ := os.ReadDir(dir); len(l) != 0 {
+		t.Errorf("left: %v", l)
+	}
+	if st := s.Stats(); st != (Stats{Pulls: 1, Bytes: uint64(total), Unpacked: 2}) {
+		t.Errorf("%+v", st)
+	}
+	if _, err := s.Pull(t.Context(), k.request(f.host+"/none:1")); err == nil || s.Stats().FailedPulls != 1 {
+		t.Errorf("%v %+v", err, s.Stats())
+	}
+}
+
+// lines is a log to look at.
+type lines struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+func (l *lines) logger() *slog.Logger { return slog.New(slog.NewTextHandler(l, nil)) }

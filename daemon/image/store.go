@@ -1,0 +1,543 @@
+package image
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/platforms"
+	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+// Names under the root; blobsName and the two files are the image layout's.
+const (
+	blobsName      = "blobs"
+	refsName       = "refs"
+	ingestName     = "ingest"
+	pendingName    = "pending"
+	quarantineName = "quarantine"
+)
+
+var errClosed = errors.New("the image store is closed")
+
+// record is the truth about one reference: refs/HASH.json.
+type record struct {
+	Ref string `json:"ref"` // name:tag or name@digest, in full
+	// Target is what the registry has under the name; Manifest is the one of
+	// this platform. They are the same if the target is no index.
+	Target   ocispec.Descriptor `json:"target"`
+	Manifest ocispec.Descriptor `json:"manifest"`
+	PulledAt time.Time          `json:"pulledAt"`
+	// LayersDropped says that the blobs of the layers are not kept.
+	LayersDropped bool `json:"layersDropped,omitempty"`
+}
+
+// tagged says whether it is name:tag.
+func (r record) tagged() bool { return !strings.Contains(r.Ref, "@") }
+
+// loaded is a record with what its blobs say.
+type loaded struct {
+	record
+	manifest *ocispec.Manifest
+	config   ocispec.Image
+	blobs    []digest.Digest // all that the reference needs
+}
+
+func (l *loaded) id() string { return l.manifest.Config.Digest.String() }
+
+// Store is an image store. It is safe for concurrent use. Close ends it.
+type Store struct {
+	o      Options
+	ctx    context.Context // of all downloads; ended by Close
+	cancel context.CancelFunc
+	work   sync.WaitGroup // downloads and the collector
+	wake   chan struct{}  // of the collector
+	slots  chan struct{}  // one per download at a time
+	count  counters
+	serial atomic.Uint64 // of records about running pulls
+
+	mu        sync.Mutex
+	closed    bool
+	refs      map[string]*loaded // by record.Ref
+	images    []Image            // derived from refs by rebuild; sorted by id
+	byID      map[string]int     // index into images
+	byRef     map[string]int
+	held      map[digest.Digest]int // blobs and layers that running calls need
+	downloads map[digest.Digest]*download
+	pending   map[string]pending // by name; see pending.go
+	hungry    bool               // the disk was full: partial downloads go at once
+	usage     Usage
+}
+
+// Open loads the store at o.Root, making it if needed. It fails only if the
+// directories cannot be made or read: a record that cannot be used is
+// quarantined. One process at a time may have a root open.
+func Open(o Options) (*Store, error) {
+	if o.Platform == nil {
+		p := platforms.DefaultSpec()
+		o.Platform = &p
+	}
+	o.Log = cmp.Or(o.Log, slog.Default())
+	o.Downloads = cmp.Or(o.Downloads, 6)
+	o.ProgressTimeout = cmp.Or(o.ProgressTimeout, 5*time.Minute)
+	o.MinRate = cmp.Or(o.MinRate, 1024)
+	o.StaleIngest = cmp.Or(o.StaleIngest, 24*time.Hour)
+	o.ProgressEvery = cmp.Or(o.ProgressEvery, time.Second)
+	o.VerifierTimeout = cmp.Or(o.VerifierTimeout, 10*time.Second)
+	s := &Store{
+		o:         o,
+		wake:      make(chan struct{}, 1),
+		slots:     make(chan struct{}, o.Downloads),
+		refs:      map[string]*loaded{},
+		held:      map[digest.Digest]int{},
+		downloads: map[digest.Digest]*download{},
+		pending:   map[string]pending{},
+	}
+	for _, name := range []string{filepath.Join(blobsName, string(digest.Canonical)), refsName, ingestName, pendingName, quarantineName} {
+		if err := os.MkdirAll(filepath.Join(o.Root, name), 0o700); err != nil {
+			return nil, fmt.Errorf("cannot open the images: %w", err)
+		}
+	}
+	if err := errors.Join(s.openProgressDir(), s.load()); err != nil {
+		return nil, fmt.Errorf("cannot open the images: %w", err)
+	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.work.Go(s.collector)
+	s.kick()
+	return s, nil
+}
+
+// Close cancels what runs and waits for it.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.cancel()
+	s.work.Wait()
+	return nil
+}
+
+func (s *Store) load() error {
+	files, err := os.ReadDir(filepath.Join(s.o.Root, refsName))
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		path := filepath.Join(s.o.Root, refsName, f.Name())
+		if strings.HasPrefix(f.Name(), ".") {
+			os.Remove(path) // of a record that was being written
+			continue
+		}
+		l, err := s.loadRecord(path)
+		if err != nil {
+			s.quarantine(path, err)
+			continue
+		}
+		s.refs[l.Ref] = l
+	}
+	s.loadPending()
+	if err := s.dropKept(); err != nil {
+		return err
+	}
+	small, err := filepath.Glob(filepath.Join(s.o.Root, ingestName, smallPrefix+"*"))
+	for _, path := range small {
+		os.Remove(path) // nobody resumes these
+	}
+	if err = errors.Join(err, s.measure()); err != nil {
+		return err
+	}
+	s.derive(ocispec.ImageLayoutFile, ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion})
+	s.rebuild()
+	return nil
+}
+
+func (s *Store) loadRecord(path string) (*loaded, error) {
+	var r record
+	if err := rundir.ReadRecord(path, &r); err != nil {
+		return nil, err
+	}
+	if want := s.recordPath(r.Ref); path != want {
+		return nil, fmt.Errorf("the record of %s belongs at %s", r.Ref, want)
+	}
+	return s.loadBlobs(r)
+}
+
+// loadBlobs reads what a record points to and checks that all of it is there.
+func (s *Store) loadBlobs(r record) (*loaded, error) {
+	b, err := s.readBlob(r.Manifest, maxManifest)
+	if err != nil {
+		return nil, err
+	}
+	doc, err := parseDocument(b, r.Manifest.MediaType)
+	if err != nil {
+		return nil, err
+	}
+	if doc.manifest == nil {
+		return nil, fmt.Errorf("%w: %s is an index", ErrCorrupt, r.Manifest.Digest)
+	}
+	l := &loaded{record: r, manifest: doc.manifest, blobs: blobsOf(r.Target.Digest, r.Manifest.Digest, doc.manifest)}
+	if b, err = s.readBlob(l.manifest.Config, maxConfig); err != nil {
+		return nil, err
+	}
+	if l.config, err = parseConfig(b, l.manifest); err != nil {
+		return nil, err
+	}
+	needed := append([]ocispec.Descriptor{r.Target}, l.manifest.Layers...)
+	if r.LayersDropped {
+		needed = needed[:1]
+		l.blobs = blobsOf(r.Target.Digest, r.Manifest.Digest, &ocispec.Manifest{Config: l.manifest.Config})
+	}
+	for _, d := range needed {
+		if !s.hasBlob(d) {
+			return nil, fmt.Errorf("%w: blob %s is missing or has another size", ErrCorrupt, d.Digest)
+		}
+	}
+	return l, nil
+}
+
+// dropKept lets go of layers that were kept when the setting was another.
+func (s *Store) dropKept() error {
+	for ref, l := range s.refs {
+		if !s.o.DropLayers || l.LayersDropped {
+			continue
+		}
+		r := l.record
+		r.LayersDropped = true
+		// On the disk before a blob goes, or the record would miss it.
+		if err := rundir.WriteRecord(s.recordPath(ref), r, true); err != nil {
+			return err
+		}
+		fresh, err := s.loadBlobs(r)
+		if err != nil {
+			return err
+		}
+		s.refs[ref] = fresh
+	}
+	return nil
+}
+
+// quarantine takes a record away so that it can be looked at, and never harms.
+func (s *Store) quarantine(path string, cause error) {
+	to := filepath.Join(s.o.Root, quarantineName, fmt.Sprintf("%s.%d", filepath.Base(path), time.Now().UnixNano()))
+	err := os.Rename(path, to)
+	s.o.Log.Error("image reference quarantined, the image has to be pulled again", "record", path, "moved", to, "moveError", err, "error", cause)
+}
+
+func (s *Store) recordPath(ref string) string {
+	sum := sha256.Sum256([]byte(ref))
+	return filepath.Join(s.o.Root, refsName, hex.EncodeToString(sum[:])+".json")
+}
+
+// commit makes a reference point to an image whose blobs are all on the disk.
+// The digest goes first, so that a tag that moved never leaves an image that
+// has no name at all.
+func (s *Store) commit(name reference.Named, target, manifest ocispec.Descriptor) (Image, error) {
+	names := []string{reference.TrimNamed(name).Name() + "@" + target.Digest.String()}
+	if t, ok := name.(reference.Tagged); ok {
+		names = append(names, reference.TrimNamed(name).Name()+":"+t.Tag())
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return Image{}, errClosed
+	}
+	for _, ref := range names {
+		l, err := s.loadBlobs(record{Ref: ref, Target: target, Manifest: manifest, PulledAt: time.Now().UTC(), LayersDropped: s.o.DropLayers})
+		if err != nil {
+			return Image{}, err
+		}
+		if old := s.refs[ref]; old != nil && old.Target.Digest == target.Digest && old.Manifest.Digest == manifest.Digest && old.LayersDropped == l.LayersDropped {
+			continue
+		}
+		if err := rundir.WriteRecord(s.recordPath(ref), l.record, true); err != nil {
+			return Image{}, err
+		}
+		s.refs[ref] = l
+	}
+	s.rebuild()
+	return s.images[s.byRef[names[len(names)-1]]], nil
+}
+
+// rebuild derives the images and index.json from the records. mu is held.
+func (s *Store) rebuild() {
+	byID := map[string][]*loaded{}
+	for _, l := range s.refs {
+		byID[l.id()] = append(byID[l.id()], l)
+	}
+	s.images = make([]Image, 0, len(byID))
+	s.byID, s.byRef = map[string]int{}, map[string]int{}
+	for id, refs := range byID {
+		slices.SortFunc(refs, func(a, b *loaded) int { return strings.Compare(a.Ref, b.Ref) })
+		c := refs[0].config
+		img := Image{ID: id, Config: c.Config, Platform: c.Platform, DiffIDs: c.RootFS.DiffIDs, Size: uint64(refs[0].manifest.Config.Size)}
+		if c.Created != nil {
+			img.Created = *c.Created
+		}
+		for _, d := range refs[0].manifest.Layers {
+			img.Size += uint64(d.Size)
+		}
+		for _, l := range refs {
+			if l.tagged() {
+				img.RepoTags = append(img.RepoTags, l.Ref)
+			} else {
+				img.RepoDigests = append(img.RepoDigests, l.Ref)
+			}
+			img.Pinned = img.Pinned || s.o.Pinned != nil && s.o.Pinned(l.Ref)
+		}
+		s.images = append(s.images, img)
+	}
+	slices.SortFunc(s.images, func(a, b Image) int { return strings.Compare(a.ID, b.ID) })
+	for i, img := range s.images {
+		s.byID[img.ID] = i
+		for _, l := range byID[img.ID] {
+			s.byRef[l.Ref] = i
+		}
+	}
+	s.writeIndex()
+}
+
+// writeIndex writes index.json for tools that read image layouts. It names the
+// manifests of this platform, as the others of an index are not here.
+func (s *Store) writeIndex() {
+	x := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{}}
+	named := map[digest.Digest]bool{}
+	refs := make([]*loaded, 0, len(s.refs))
+	for _, l := range s.refs {
+		refs = append(refs, l)
+	}
+	slices.SortFunc(refs, func(a, b *loaded) int { return strings.Compare(a.Ref, b.Ref) })
+	for _, l := range refs {
+		if l.tagged() {
+			d := l.Manifest
+			d.Annotations = map[string]string{ocispec.AnnotationRefName: l.Ref}
+			x.Manifests = append(x.Manifests, d)
+			named[d.Digest] = true
+		}
+	}
+	for _, l := range refs {
+		if !named[l.Manifest.Digest] {
+			x.Manifests = append(x.Manifests, l.Manifest)
+			named[l.Manifest.Digest] = true
+		}
+	}
+	s.derive(ocispec.ImageIndexFile, x)
+}
+
+// derive writes a derived file atomically, if it differs. It is not synced:
+// Open writes it again. Nothing here reads it, so a failure, of a full disk for
+// one, is said and stops neither a start nor the removal of an image.
+func (s *Store) derive(name string, v any) {
+	path := filepath.Join(s.o.Root, name)
+	b, err := json.Marshal(v)
+	if err == nil {
+		err = replace(path, b)
+	}
+	if err != nil {
+		s.o.Log.Warn("a file for tools that read image layouts is out of date", "path", path, "error", err)
+	}
+}
+
+func replace(path string, b []byte) error {
+	if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
+		if err := os.RemoveAll(path); err != nil { // a rename would not replace a directory
+			return err
+		}
+	}
+	if old, err := os.ReadFile(path); err == nil && string(old) == string(b) {
+		return nil
+	}
+	tmp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
+	if err := os.WriteFile(tmp, b, 0o644); err != nil {
+		return err
+	}
+	return os.Rename(tmp, path)
+}
+
+// target is what a name stands for in the store.
+func (s *Store) target(name reference.Named) (ocispec.Descriptor, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l, ok := s.refs[name.String()]
+	if !ok {
+		return ocispec.Descriptor{}, false
+	}
+	return l.Target, true
+}
+
+// List gives all images, sorted by id.
+func (s *Store) List() []Image {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.images)
+}
+
+// Get finds an image by "name", "name:tag", "name@digest", "sha256:id", the id
+// alone, or an unambiguous prefix of it. A name wins over a prefix.
+func (s *Store) Get(ref string) (Image, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i, ok := s.find(ref)
+	if !ok {
+		return Image{}, false
+	}
+	return s.images[i], true
+}
+
+// find is Get with mu held; it gives an index into images.
+func (s *Store) find(ref string) (int, bool) {
+	if i, ok := s.byID[ref]; ok {
+		return i, true
+	}
+	if !strings.HasPrefix(ref, "sha256:") {
+		if n, err := parse(ref); err == nil {
+			if i, ok := s.byRef[n.String()]; ok {
+				return i, true
+			}
+		}
+		ref = "sha256:" + ref
+	}
+	if len(ref) == len("sha256:") {
+		return 0, false
+	}
+	match := func(img Image) bool { return strings.HasPrefix(img.ID, ref) }
+	i := slices.IndexFunc(s.images, match)
+	if i < 0 || slices.ContainsFunc(s.images[i+1:], match) {
+		return 0, false
+	}
+	return i, true
+}
+
+// Remove removes an image, found as by Get, with all its references. It returns
+// the diff ids that no other image of the store has and no running pull wants.
+// Removing what is not there is no error.
+func (s *Store) Remove(ctx context.Context, ref string) ([]digest.Digest, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i, ok := s.find(ref)
+	if !ok {
+		return nil, nil
+	}
+	img := s.images[i]
+	var err error
+	// Tags first: an image that is half removed has lost its name, not its
+	// digest, and is still listed, so it can be removed again.
+	for _, r := range slices.Concat(img.RepoTags, img.RepoDigests) {
+		if err = os.Remove(s.recordPath(r)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			break
+		}
+		err = nil
+		delete(s.refs, r)
+	}
+	s.rebuild()
+	if err != nil {
+		return nil, fmt.Errorf("cannot remove image %s: %w", img.ID, err)
+	}
+	s.o.Log.Info("image removed", "id", img.ID, "tags", img.RepoTags)
+	s.kick()
+	var free []digest.Digest
+	for _, d := range img.DiffIDs {
+		if !s.wants(d) && !slices.Contains(free, d) {
+			free = append(free, d)
+		}
+	}
+	return free, nil
+}
+
+// Wants says whether an image of the store, or a running pull, has this layer.
+func (s *Store) Wants(diffID digest.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.wants(diffID)
+}
+
+func (s *Store) wants(diffID digest.Digest) bool {
+	return s.held[diffID] > 0 || slices.ContainsFunc(s.images, func(img Image) bool { return slices.Contains(img.DiffIDs, diffID) })
+}
+
+// Usage is cheap: it is kept up to date, not computed.
+func (s *Store) Usage() Usage {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.usage
+}
+
+// hold keeps blobs and layers from being collected until release.
+func (s *Store) hold(l []digest.Digest) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, d := range l {
+		s.held[d]++
+	}
+}
+
+func (s *Store) release(l []digest.Digest) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, d := range l {
+		if s.held[d]--; s.held[d] == 0 {
+			delete(s.held, d)
+		}
+	}
+	if len(l) > 0 {
+		s.kick() // a pull that failed leaves blobs that nothing names
+	}
+}
+
+// holdImage finds an image and holds all of it.
+func (s *Store) holdImage(ref string) (img Image, m *ocispec.Manifest, held []digest.Digest, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i, ok := s.find(ref)
+	if !ok {
+		return img, nil, nil, ErrNotFound
+	}
+	img = s.images[i]
+	l := s.refs[slices.Concat(img.RepoDigests, img.RepoTags)[0]]
+	held = slices.Concat(blobsOf(l.Target.Digest, l.Manifest.Digest, l.manifest), img.DiffIDs)
+	for _, d := range held {
+		s.held[d]++
+	}
+	return img, l.manifest, held, nil
+}
+
+// readBlob reads a small blob of the store and verifies it.
+func (s *Store) readBlob(d ocispec.Descriptor, limit int64) ([]byte, error) {
+	if err := checkDescriptor(d); err != nil {
+		return nil, err
+	}
+	path := s.blobPath(d.Digest)
+	if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
+		return nil, fmt.Errorf("%w: blob %s is not a file", ErrCorrupt, d.Digest) // a FIFO would block the open
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read a blob: %w", err)
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, limit))
+	if err != nil {
+		return nil, fmt.Errorf("cannot read a blob: %w", err)
+	}
+	if d.Digest.Algorithm().FromBytes(b) != d.Digest {
+		return nil, fmt.Errorf("%w: blob %s has another content", ErrCorrupt, d.Digest)
+	}
+	return b, nil
+}

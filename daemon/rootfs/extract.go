@@ -1,0 +1,580 @@
+package rootfs
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+// Names with a meaning in a layer; OCI image-spec, layer.md, "Whiteouts".
+const (
+	whiteoutPrefix = ".wh."
+	whiteoutMeta   = ".wh..wh." // of aufs; only the next one means something here
+	whiteoutOpaque = ".wh..wh..opq"
+
+	opaqueXattr = "trusted.overlay.opaque"
+)
+
+// extractor writes the entries of one archive below root.
+//
+// The archive is hostile. Nothing is ever reached by a path: a parent directory
+// is opened with openat2 confined to root, and the last component is created
+// exclusively in it, replaced, or not followed. Nobody else writes below root
+// meanwhile.
+type extractor struct {
+	root   int // fd of the layer's root
+	trash  int // fd of a directory for what later entries replace
+	limits Limits
+	buf    []byte
+
+	// The parent of the last entry: archives go directory by directory.
+	// parent is root, or owned and closed by the extractor.
+	parentName string
+	parent     int
+
+	times   map[string]time.Time // of directories; set last, writing changes them
+	implied map[uint64]string    // by inode number; see record.Implied
+	trashed int
+	bytes   uint64 // taken on the file system
+	inodes  uint64
+	logical int64 // sizes as the headers have them
+}
+
+// extract reads stream to its end, writes its entries below diff, and compares
+// its digest.
+func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stream io.Reader, limits Limits) (record, error) {
+	const dirFlags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	root, err := unix.Open(diff, dirFlags, 0)
+	if err != nil {
+		return record{}, fmt.Errorf("cannot open %s: %w", diff, err)
+	}
+	defer unix.Close(root)
+	trashFd, err := unix.Open(trash, dirFlags, 0)
+	if err != nil {
+		return record{}, fmt.Errorf("cannot open %s: %w", trash, err)
+	}
+	defer unix.Close(trashFd)
+	x := &extractor{
+		root: root, trash: trashFd, limits: limits,
+		buf:        make([]byte, 256<<10),
+		parentName: ".", parent: root,
+		times:   map[string]time.Time{},
+		implied: map[uint64]string{},
+		inodes:  1,
+	}
+	defer x.forgetParent()
+	if err := x.imply(root, "."); err != nil {
+		return record{}, err
+	}
+
+	hash := diffID.Algorithm().Hash()
+	ahead := readAhead(ctx, stream, hash, limits.Bytes)
+	defer ahead.stop()
+	if err := x.run(ahead); err != nil {
+		return record{}, err
+	}
+	// The archive may be padded; the digest covers that too.
+	if _, err := io.CopyBuffer(io.Discard, ahead, x.buf); err != nil {
+		return record{}, err
+	}
+	if got := digest.NewDigest(diffID.Algorithm(), hash); got != diffID {
+		return record{}, fmt.Errorf("%w: its digest is %s", ErrBadLayer, got)
+	}
+	if err := x.finish(); err != nil {
+		return record{}, err
+	}
+	return record{
+		DiffID: diffID, Bytes: x.bytes, Inodes: x.inodes, BootID: rundir.BootID(),
+		Implied: slices.Sorted(maps.Values(x.implied)),
+	}, nil
+}
+
+func (x *extractor) run(r io.Reader) error {
+	tr := tar.NewReader(r)
+	for n := int64(0); ; n++ {
+		h, err := tr.Next()
+		if err == io.EOF {
+			return nil
+		}
+		if errors.Is(err, tar.ErrHeader) || errors.Is(err, tar.ErrFieldTooLong) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return fmt.Errorf("%w: %w", ErrBadLayer, err)
+		}
+		if err != nil {
+			return err
+		}
+		if n >= x.limits.Entries {
+			return fmt.Errorf("%w: more than %d entries", ErrBadLayer, x.limits.Entries)
+		}
+		if err := x.entry(h, tr); err != nil {
+			return fmt.Errorf("entry %q: %w", h.Name, err)
+		}
+	}
+}
+
+// clean turns a name of an archive into a path relative to the root, "." being
+// the root itself. A leading slash means the root, as tar(1) has it.
+func clean(name string) (string, error) {
+	p := path.Clean(strings.TrimLeft(name, "/"))
+	if p == ".." || strings.HasPrefix(p, "../") {
+		return "", fmt.Errorf("%w: %q leaves the root", ErrBadLayer, name)
+	}
+	if strings.IndexByte(p, 0) >= 0 {
+		return "", fmt.Errorf("%w: a NUL in the name", ErrBadLayer)
+	}
+	return p, nil
+}
+
+func (x *extractor) entry(h *tar.Header, r io.Reader) error {
+	if h.Typeflag == tar.TypeXGlobalHeader {
+		return nil
+	}
+	name, err := clean(h.Name)
+	if err != nil {
+		return err
+	}
+	if h.Uid < 0 || h.Gid < 0 || int64(h.Uid) >= 1<<32-1 || int64(h.Gid) >= 1<<32-1 {
+		return fmt.Errorf("%w: owner %d:%d", ErrBadLayer, h.Uid, h.Gid)
+	}
+	if name == "." {
+		if h.Typeflag != tar.TypeDir {
+			return fmt.Errorf("%w: the root is not a directory but type %q", ErrBadLayer, h.Typeflag)
+		}
+		return x.setDir(x.root, name, h)
+	}
+	dir, base := path.Split(name)
+	if strings.Contains("/"+name, "/"+whiteoutMeta) && base != whiteoutOpaque {
+		return nil
+	}
+	parent, err := x.openParent(path.Clean(dir))
+	if err != nil {
+		return err
+	}
+	switch {
+	case base == whiteoutOpaque:
+		return x.setOpaque(parent, ".")
+	case strings.HasPrefix(base, whiteoutPrefix):
+		return x.whiteout(parent, base[len(whiteoutPrefix):])
+	}
+	switch h.Typeflag {
+	case tar.TypeDir:
+		return x.mkdir(parent, base, name, h)
+	case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:
+		return x.file(parent, base, h, r)
+	case tar.TypeLink:
+		return x.hardLink(parent, base, h.Linkname)
+	case tar.TypeSymlink:
+		err = x.create(parent, base, func() error { return unix.Symlinkat(h.Linkname, parent, base) })
+	case tar.TypeChar:
+		err = x.mknod(parent, base, unix.S_IFCHR, h)
+	case tar.TypeBlock:
+		err = x.mknod(parent, base, unix.S_IFBLK, h)
+	case tar.TypeFifo:
+		err = x.mknod(parent, base, unix.S_IFIFO, h)
+	default:
+		err = fmt.Errorf("%w: unknown type %q", ErrBadLayer, h.Typeflag)
+	}
+	if err != nil {
+		return err
+	}
+	return x.setNode(parent, base, h)
+}
+
+// create makes a name in a directory with make, taking away what is there.
+func (x *extractor) create(parent int, base string, make func() error) error {
+	err := make()
+	if errors.Is(err, unix.EEXIST) {
+		if err := x.takeAway(parent, base); err != nil {
+			return err
+		}
+		err = make()
+	}
+	if err != nil {
+		return fmt.Errorf("cannot create it: %w", err)
+	}
+	x.inodes++
+	return nil
+}
+
+// takeAway moves what an earlier entry made out of the layer.
+func (x *extractor) takeAway(parent int, base string) error {
+	// The parent that is remembered may be below it. It is used right now,
+	// though, so only its name is forgotten if it is a directory above.
+	x.trashed++
+	if err := unix.Renameat(parent, base, x.trash, fmt.Sprint(x.trashed)); err != nil {
+		return fmt.Errorf("cannot replace it: %w", err)
+	}
+	x.parentName = ""
+	x.inodes--
+	return nil
+}
+
+func (x *extractor) mknod(parent int, base string, kind uint32, h *tar.Header) error {
+	var dev uint64
+	if kind != unix.S_IFIFO {
+		if h.Devmajor < 0 || h.Devminor < 0 || h.Devmajor >= 1<<12 || h.Devminor >= 1<<20 {
+			return fmt.Errorf("%w: device %d:%d", ErrBadLayer, h.Devmajor, h.Devminor)
+		}
+		dev = unix.Mkdev(uint32(h.Devmajor), uint32(h.Devminor))
+	}
+	return x.create(parent, base, func() error { return unix.Mknodat(parent, base, kind|0o600, int(dev)) })
+}
+
+// setNode sets the attributes of a symbolic link, device or fifo just created.
+func (x *extractor) setNode(parent int, base string, h *tar.Header) error {
+	if err := unix.Fchownat(parent, base, h.Uid, h.Gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return fmt.Errorf("cannot set its owner: %w", err)
+	}
+	if h.Typeflag != tar.TypeSymlink {
+		if err := unix.Fchmodat(parent, base, uint32(h.Mode&0o7777), 0); err != nil {
+			return fmt.Errorf("cannot set its mode: %w", err)
+		}
+	}
+	err := setXattrs(h, func(name string, value []byte) error {
+		err := unix.Lsetxattr(fmt.Sprintf("/proc/self/fd/%d/%s", parent, base), name, value, 0)
+		if errors.Is(err, unix.EPERM) {
+			return nil // the kernel has user attributes for files and directories only
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return setTime(parent, base, h.ModTime)
+}
+
+func (x *extractor) file(parent int, base string, h *tar.Header, r io.Reader) (err error) {
+	if h.Size < 0 || h.Size > x.limits.Bytes-x.logical {
+		return fmt.Errorf("%w: more than %d bytes of files", ErrBadLayer, x.limits.Bytes)
+	}
+	x.logical += h.Size
+	var fd int
+	err = x.create(parent, base, func() (err error) {
+		fd, err = unix.Openat(parent, base, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if cerr := unix.Close(fd); err == nil && cerr != nil {
+			err = fmt.Errorf("cannot write it: %w", cerr)
+		}
+	}()
+	if err := x.copy(fd, r, h.Size, sparse(h)); err != nil {
+		return err
+	}
+	// The owner goes first: changing it drops setuid and capabilities.
+	if err := unix.Fchown(fd, h.Uid, h.Gid); err != nil {
+		return fmt.Errorf("cannot set its owner: %w", err)
+	}
+	if err := unix.Fchmod(fd, uint32(h.Mode&0o7777)); err != nil {
+		return fmt.Errorf("cannot set its mode: %w", err)
+	}
+	if err := setXattrs(h, func(n string, v []byte) error { return unix.Fsetxattr(fd, n, v, 0) }); err != nil {
+		return err
+	}
+	return setTime(parent, base, h.ModTime)
+}
+
+func sparse(h *tar.Header) bool {
+	if h.Typeflag == tar.TypeGNUSparse {
+		return true
+	}
+	for k := range h.PAXRecords {
+		if strings.HasPrefix(k, "GNU.sparse.") {
+			return true
+		}
+	}
+	return false
+}
+
+const block = 4096
+
+// copy writes size bytes of r; with holes, blocks of zeros become holes.
+func (x *extractor) copy(fd int, r io.Reader, size int64, holes bool) error {
+	for off := int64(0); off < size; {
+		b := x.buf[:min(int64(len(x.buf)), size-off)]
+		if _, err := io.ReadFull(r, b); err != nil {
+			if err == io.EOF || err == io.ErrUnexpectedEOF {
+				err = fmt.Errorf("%w: the archive ends in the file", ErrBadLayer)
+			}
+			return err
+		}
+		var err error
+		if holes {
+			err = x.writeHoly(fd, b, off)
+		} else {
+			err = x.write(fd, b, off)
+		}
+		if err != nil {
+			return fmt.Errorf("cannot write it: %w", err)
+		}
+		off += int64(len(b))
+	}
+	if holes {
+		if err := unix.Ftruncate(fd, size); err != nil {
+			return fmt.Errorf("cannot write it: %w", err)
+		}
+	}
+	return nil
+}
+
+func (x *extractor) write(fd int, b []byte, off int64) error {
+	x.bytes += uint64(len(b)+block-1) / block * block
+	for len(b) > 0 {
+		n, err := unix.Pwrite(fd, b, off)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		b, off = b[n:], off+int64(n)
+	}
+	return nil
+}
+
+var zeros [block]byte
+
+func (x *extractor) writeHoly(fd int, b []byte, off int64) error {
+	for len(b) > 0 {
+		p := b[:min(len(b), block)]
+		if string(p) != string(zeros[:len(p)]) {
+			if err := x.write(fd, p, off); err != nil {
+				return err
+			}
+		}
+		b, off = b[len(p):], off+int64(len(p))
+	}
+	return nil
+}
+
+// hardLink links to what an earlier entry made. A layer that means a file of
+// the layers below would have to carry it, as hard links do not cross them.
+func (x *extractor) hardLink(parent int, base, target string) error {
+	name, err := clean(target)
+	if err != nil {
+		return err
+	}
+	dir, targetBase := path.Split(name)
+	targetDir, err := x.openDir(path.Clean(dir))
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
+		return fmt.Errorf("%w: a hard link to %q, which is not in the layer", ErrBadLayer, target)
+	}
+	if err != nil {
+		return err
+	}
+	defer unix.Close(targetDir)
+	var to, at unix.Stat_t
+	if err := unix.Fstatat(targetDir, targetBase, &to, unix.AT_SYMLINK_NOFOLLOW); err != nil || to.Mode&unix.S_IFMT == unix.S_IFDIR || isWhiteout(&to) {
+		return fmt.Errorf("%w: a hard link to %q, which is not a file in the layer", ErrBadLayer, target)
+	}
+	if unix.Fstatat(parent, base, &at, unix.AT_SYMLINK_NOFOLLOW) == nil && at.Ino == to.Ino {
+		return nil // to itself; taking it away first would lose it
+	}
+	// Flags 0: the link itself is linked if the target is a symbolic one.
+	err = x.create(parent, base, func() error { return unix.Linkat(targetDir, targetBase, parent, base, 0) })
+	if err == nil {
+		x.inodes--
+	}
+	return err
+}
+
+// whiteout hides a name of the layers below: for overlayfs, a character device
+// 0/0. What this layer itself has under the name stays, but hides as well.
+func (x *extractor) whiteout(parent int, base string) error {
+	if base == "" || base == "." || base == ".." {
+		return fmt.Errorf("%w: a whiteout of nothing", ErrBadLayer)
+	}
+	err := unix.Mknodat(parent, base, unix.S_IFCHR|0o600, 0)
+	if errors.Is(err, unix.EEXIST) {
+		var st unix.Stat_t
+		if err := unix.Fstatat(parent, base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return err
+		}
+		if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+			return x.setOpaque(parent, base)
+		}
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("cannot make a whiteout: %w", err)
+	}
+	x.inodes++
+	return nil
+}
+
+func isWhiteout(st *unix.Stat_t) bool {
+	return st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == 0
+}
+
+// setOpaque hides what the layers below have in a directory.
+func (x *extractor) setOpaque(parent int, base string) error {
+	fd, err := unix.Openat(parent, base, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err == nil {
+		defer unix.Close(fd)
+		err = unix.Fsetxattr(fd, opaqueXattr, []byte("y"), 0)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot make the directory opaque: %w", err)
+	}
+	return nil
+}
+
+// mkdir makes the directory of an entry, or takes the one that is there.
+func (x *extractor) mkdir(parent int, base, name string, h *tar.Header) error {
+	fd, err := x.ensureDir(parent, base)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return x.setDir(fd, name, h)
+}
+
+// ensureDir opens a directory, making it if there is none of this layer. The
+// caller closes it.
+func (x *extractor) ensureDir(parent int, base string) (int, error) {
+	var st unix.Stat_t
+	hides := false
+	switch err := unix.Fstatat(parent, base, &st, unix.AT_SYMLINK_NOFOLLOW); {
+	case errors.Is(err, unix.ENOENT):
+	case err != nil:
+		return -1, err
+	case st.Mode&unix.S_IFMT != unix.S_IFDIR:
+		// Whatever it is, it hides the directory of the layers below.
+		hides = true
+		if err := x.takeAway(parent, base); err != nil {
+			return -1, err
+		}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		if err := unix.Mkdirat(parent, base, 0o755); err != nil {
+			return -1, fmt.Errorf("cannot create it: %w", err)
+		}
+		x.inodes++
+		x.bytes += block
+	}
+	fd, err := unix.Openat(parent, base, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("cannot open it: %w", err)
+	}
+	if hides {
+		if err := x.setOpaque(fd, "."); err != nil {
+			unix.Close(fd)
+			return -1, err
+		}
+	}
+	return fd, nil
+}
+
+func (x *extractor) setDir(fd int, name string, h *tar.Header) error {
+	if err := unix.Fchown(fd, h.Uid, h.Gid); err != nil {
+		return fmt.Errorf("cannot set its owner: %w", err)
+	}
+	if err := unix.Fchmod(fd, uint32(h.Mode&0o7777)); err != nil {
+		return fmt.Errorf("cannot set its mode: %w", err)
+	}
+	if err := setXattrs(h, func(n string, v []byte) error { return unix.Fsetxattr(fd, n, v, 0) }); err != nil {
+		return err
+	}
+	x.times[name] = h.ModTime
+	if len(x.implied) > 0 {
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != nil {
+			return err
+		}
+		delete(x.implied, st.Ino)
+	}
+	return nil
+}
+
+// imply notes a directory that the archive has no entry for, so far.
+func (x *extractor) imply(fd int, name string) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	x.implied[st.Ino] = name
+	return nil
+}
+
+// finish sets the times of directories and sorts out what was replaced.
+func (x *extractor) finish() error {
+	for name, t := range x.times {
+		if name == "." {
+			continue
+		}
+		dir, base := path.Split(name)
+		parent, err := x.openDir(path.Clean(dir))
+		if err != nil {
+			continue // replaced by something else
+		}
+		var st unix.Stat_t
+		err = unix.Fstatat(parent, base, &st, unix.AT_SYMLINK_NOFOLLOW)
+		if err == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR {
+			err = setTime(parent, base, t)
+		} else {
+			err = nil
+		}
+		unix.Close(parent)
+		if err != nil {
+			return err
+		}
+	}
+	if t, ok := x.times["."]; ok {
+		if err := setTime(x.root, ".", t); err != nil {
+			return err
+		}
+	}
+	for ino, name := range x.implied {
+		var st unix.Stat_t
+		if err := unix.Fstatat(x.root, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil || st.Ino != ino {
+			delete(x.implied, ino)
+		}
+	}
+	return nil
+}
+
+// setTime follows no link. The time of access is of no interest.
+func setTime(parent int, base string, t time.Time) error {
+	ts := unix.Timespec{Sec: t.Unix(), Nsec: int64(t.Nanosecond())}
+	if err := unix.UtimesNanoAt(parent, base, []unix.Timespec{ts, ts}, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return fmt.Errorf("cannot set its time: %w", err)
+	}
+	return nil
+}
+
+// setXattrs passes on the extended attributes that a layer may set. Those of
+// overlayfs would be orders to the kernel, and security labels are the node's.
+func setXattrs(h *tar.Header, set func(name string, value []byte) error) error {
+	for k, v := range h.PAXRecords {
+		name, ok := strings.CutPrefix(k, "SCHILY.xattr.")
+		if !ok {
+			continue
+		}
+		user := strings.HasPrefix(name, "user.") && !strings.HasPrefix(name, "user.overlay.")
+		if !user && name != "security.capability" && name != "system.posix_acl_access" && name != "system.posix_acl_default" {
+			continue
+		}
+		err := set(name, []byte(v))
+		if errors.Is(err, unix.ENOTSUP) && name != "security.capability" {
+			continue // the file system has none of them
+		}
+		if err != nil {
+			return fmt.Errorf("cannot set %s: %w", name, err)
+		}
+	}
+	return nil
+}

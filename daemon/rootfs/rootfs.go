@@ -1,0 +1,399 @@
+// Package rootfs keeps unpacked layers and makes root file systems of them.
+//
+// Every layer is extracted alone, into a directory named by its diff id, and
+// shared by all images that have it:
+//
+//	ALGORITHM/HEX/diff        its files, ready to be a lower directory of overlayfs
+//	ALGORITHM/HEX/layer.json  a record about it
+//	ALGORITHM/HEX/synced      a mark: all of it is on the disk
+//	tmp/                      what is being extracted or deleted; emptied at start
+//
+// A layer appears by one rename and disappears by one, so a process that is
+// killed leaves nothing but garbage in tmp.
+package rootfs
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+// ErrNoLayer says that a layer is not unpacked here.
+var ErrNoLayer = errors.New("layer not unpacked")
+
+// ErrBadLayer is wrapped by every error about the content of a layer: not a tar
+// archive, an entry that leaves the root, another digest, beyond the limits.
+var ErrBadLayer = errors.New("bad layer")
+
+// Limits protect the disk from a layer made to fill it.
+type Limits struct {
+	Bytes   int64 // of the tar stream, and of all files in it, holes included
+	Entries int64 // in the tar stream
+}
+
+// DefaultLimits are above any layer that is meant to be one.
+var DefaultLimits = Limits{Bytes: 512 << 30, Entries: 32 << 20}
+
+// Usage is what layers take on the file system.
+type Usage struct{ Bytes, Inodes uint64 }
+
+const (
+	diffName   = "diff"
+	recordName = "layer.json"
+	syncedName = "synced"
+	tmpName    = "tmp"
+	emptyName  = "empty" // the lower directory of an image without layers
+)
+
+// record is layer.json.
+type record struct {
+	DiffID digest.Digest `json:"diffId"`
+	Bytes  uint64        `json:"bytes"`
+	Inodes uint64        `json:"inodes"`
+	BootID string        `json:"bootId"` // of the boot that unpacked it
+	// Implied are the directories that the archive has files in, but no entry
+	// for. What they look like is up to the layers below (see implied.go).
+	Implied []string `json:"implied,omitempty"`
+}
+
+// Store keeps one directory per layer. It is safe for concurrent use. One
+// process at a time may have a directory open. Close ends it.
+type Store struct {
+	// Limits may be changed before the first Apply.
+	Limits Limits
+
+	dir     string
+	log     *slog.Logger
+	dropped []digest.Digest
+
+	background sync.WaitGroup // deletions and the syncer; Close waits
+	wake       chan struct{}  // of the syncer; closed by Close
+
+	mu       sync.Mutex
+	closed   bool
+	layers   map[digest.Digest]record
+	flights  map[digest.Digest]chan struct{} // closed when an Apply ends
+	unsynced []digest.Digest
+	usage    Usage
+}
+
+// Open loads the layers under dir, making it if needed. A layer that cannot be
+// used, or that may have lost data because the machine went down before it was
+// on the disk, is removed. It fails only if dir cannot be made or read.
+func Open(dir string, log *slog.Logger) (*Store, error) {
+	if log == nil {
+		log = slog.Default()
+	}
+	s := &Store{
+		Limits:  DefaultLimits,
+		dir:     dir,
+		log:     log,
+		wake:    make(chan struct{}, 1),
+		layers:  map[digest.Digest]record{},
+		flights: map[digest.Digest]chan struct{}{},
+	}
+	for _, name := range []string{tmpName, emptyName, string(digest.Canonical)} {
+		// 0700: the path is of no use to others; containers see the overlay.
+		if err := os.MkdirAll(filepath.Join(dir, name), 0o700); err != nil {
+			return nil, fmt.Errorf("cannot open the layers: %w", err)
+		}
+	}
+	garbage, err := os.ReadDir(filepath.Join(dir, tmpName))
+	if err != nil {
+		return nil, fmt.Errorf("cannot open the layers: %w", err)
+	}
+	for _, e := range garbage {
+		s.deleteLater(filepath.Join(dir, tmpName, e.Name()))
+	}
+	if err := s.load(); err != nil {
+		return nil, fmt.Errorf("cannot open the layers: %w", err)
+	}
+	s.background.Go(s.syncer)
+	s.kick()
+	return s, nil
+}
+
+func (s *Store) load() error {
+	algorithms, err := os.ReadDir(s.dir)
+	if err != nil {
+		return err
+	}
+	for _, a := range algorithms {
+		if !digest.Algorithm(a.Name()).Available() {
+			continue
+		}
+		layers, err := os.ReadDir(filepath.Join(s.dir, a.Name()))
+		if err != nil {
+			return err
+		}
+		for _, e := range layers {
+			s.loadLayer(digest.NewDigestFromEncoded(digest.Algorithm(a.Name()), e.Name()))
+		}
+	}
+	return nil
+}
+
+func (s *Store) loadLayer(d digest.Digest) {
+	var r record
+	dir := s.layerDir(d)
+	err := rundir.ReadRecord(filepath.Join(dir, recordName), &r)
+	if err == nil && r.DiffID != d {
+		err = fmt.Errorf("the record is about %s", r.DiffID)
+	}
+	if err == nil {
+		_, err = os.Lstat(filepath.Join(dir, diffName))
+	}
+	_, notSynced := os.Lstat(filepath.Join(dir, syncedName))
+	if err == nil && notSynced != nil && r.BootID != rundir.BootID() {
+		err = errors.New("the machine went down before it was on the disk")
+	}
+	if err != nil {
+		s.log.Warn("layer removed, it has to be unpacked again", "layer", d, "error", err)
+		s.dropped = append(s.dropped, d)
+		s.discard(dir)
+		return
+	}
+	s.layers[d] = r
+	s.usage.Bytes += r.Bytes
+	s.usage.Inodes += r.Inodes
+	if notSynced != nil {
+		s.unsynced = append(s.unsynced, d)
+	}
+}
+
+// Close waits for the work in the background: syncs and deletions. What it
+// does not see through, the next Open does.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	if !s.closed {
+		s.closed = true
+		close(s.wake)
+	}
+	s.mu.Unlock()
+	s.background.Wait()
+	return nil
+}
+
+func (s *Store) layerDir(d digest.Digest) string {
+	return filepath.Join(s.dir, d.Algorithm().String(), d.Encoded())
+}
+
+// Has says whether the layer is unpacked.
+func (s *Store) Has(diffID digest.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, ok := s.layers[diffID]
+	return ok
+}
+
+// List gives all unpacked layers, sorted.
+func (s *Store) List() []digest.Digest {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	l := make([]digest.Digest, 0, len(s.layers))
+	for d := range s.layers {
+		l = append(l, d)
+	}
+	slices.Sort(l)
+	return l
+}
+
+// Dropped are the layers that Open removed; images that have them need them
+// unpacked again.
+func (s *Store) Dropped() []digest.Digest { return slices.Clone(s.dropped) }
+
+// Usage is cheap: it is kept up to date, not computed.
+func (s *Store) Usage() Usage {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.usage
+}
+
+// Apply unpacks a layer from its uncompressed tar stream, reading it to its
+// end. Concurrent calls for the same layer share one; a layer that is there
+// already is no error, and its stream is not read. Reads from the stream must
+// end when ctx does.
+func (s *Store) Apply(ctx context.Context, diffID digest.Digest, stream io.Reader) error {
+	if err := diffID.Validate(); err != nil {
+		return fmt.Errorf("cannot unpack layer %q: %w: %w", diffID, ErrBadLayer, err)
+	}
+	for {
+		s.mu.Lock()
+		_, have := s.layers[diffID]
+		other := s.flights[diffID]
+		if !have && other == nil {
+			break // locked
+		}
+		s.mu.Unlock()
+		if have {
+			return nil
+		}
+		select {
+		case <-other:
+			// If the other one failed, it may be for reasons of its own, such
+			// as its stream; this call has one too.
+		case <-ctx.Done():
+			return fmt.Errorf("cannot unpack layer %s: %w", diffID, ctx.Err())
+		}
+	}
+	if s.closed {
+		s.mu.Unlock()
+		return fmt.Errorf("cannot unpack layer %s: the store is closed", diffID)
+	}
+	done := make(chan struct{})
+	s.flights[diffID] = done
+	s.mu.Unlock()
+
+	r, err := s.unpack(ctx, diffID, stream)
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.flights, diffID)
+	close(done)
+	if err != nil {
+		return fmt.Errorf("cannot unpack layer %s: %w", diffID, err)
+	}
+	s.layers[diffID] = r
+	s.usage.Bytes += r.Bytes
+	s.usage.Inodes += r.Inodes
+	s.unsynced = append(s.unsynced, diffID)
+	s.kick()
+	return nil
+}
+
+// unpack makes the layer's directory. The caller makes sure that there is one
+// at a time per layer.
+func (s *Store) unpack(ctx context.Context, diffID digest.Digest, stream io.Reader) (r record, err error) {
+	tmp, err := os.MkdirTemp(filepath.Join(s.dir, tmpName), "unpack-")
+	if err != nil {
+		return r, err
+	}
+	defer func() {
+		if err != nil {
+			os.RemoveAll(tmp)
+		}
+	}()
+	trash := filepath.Join(tmp, "trash")
+	diff := filepath.Join(tmp, diffName)
+	if err := errors.Join(os.Mkdir(trash, 0o700), os.Mkdir(diff, 0o755)); err != nil {
+		return r, err
+	}
+	// The umask may have taken bits away.
+	if err := os.Chmod(diff, 0o755); err != nil {
+		return r, err
+	}
+	r, err = extract(ctx, diff, trash, diffID, stream, s.Limits)
+	if err != nil {
+		return r, err
+	}
+	if err := os.RemoveAll(trash); err != nil {
+		return r, err
+	}
+	if err := rundir.WriteRecord(filepath.Join(tmp, recordName), r, false); err != nil {
+		return r, err
+	}
+	dir := s.layerDir(diffID)
+	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
+		return r, err
+	}
+	return r, os.Rename(tmp, dir)
+}
+
+// Remove removes a layer; one that is not there is no error. The caller knows
+// that no mount uses it. The space is freed in the background.
+func (s *Store) Remove(diffID digest.Digest) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r, ok := s.layers[diffID]
+	if !ok {
+		return nil
+	}
+	if err := s.discard(s.layerDir(diffID)); err != nil {
+		return fmt.Errorf("cannot remove layer %s: %w", diffID, err)
+	}
+	delete(s.layers, diffID)
+	s.usage.Bytes -= r.Bytes
+	s.usage.Inodes -= r.Inodes
+	return nil
+}
+
+// discard takes a layer's directory away at once and deletes it later.
+func (s *Store) discard(dir string) error {
+	// By its own name and a number: a rename works on a full disk too, where
+	// making a directory does not.
+	tmp := filepath.Join(s.dir, tmpName, fmt.Sprintf("remove-%s-%d", filepath.Base(dir), time.Now().UnixNano()))
+	if err := os.Rename(dir, tmp); err != nil {
+		return err
+	}
+	s.deleteLater(tmp)
+	return nil
+}
+
+func (s *Store) deleteLater(path string) {
+	s.background.Go(func() {
+		if err := os.RemoveAll(path); err != nil {
+			s.log.Warn("cannot delete, the next start tries again", "path", path, "error", err)
+		}
+	})
+}
+
+// kick wakes the syncer. The caller holds mu, or is Open.
+func (s *Store) kick() {
+	if s.closed {
+		return
+	}
+	select {
+	case s.wake <- struct{}{}:
+	default: // awake already
+	}
+}
+
+// syncer puts layers on the disk and marks them. One syncfs serves all layers
+// that were unpacked before it began, and nobody waits for it.
+func (s *Store) syncer() {
+	for range s.wake {
+		s.mu.Lock()
+		todo := s.unsynced
+		s.unsynced = nil
+		s.mu.Unlock()
+		if len(todo) == 0 {
+			continue
+		}
+		if err := s.syncAndMark(todo); err != nil {
+			s.log.Error("cannot sync layers, a power cut would lose them", "layers", len(todo), "error", err)
+		}
+	}
+}
+
+func (s *Store) syncAndMark(todo []digest.Digest) error {
+	d, err := os.Open(s.dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := unix.Syncfs(int(d.Fd())); err != nil {
+		return fmt.Errorf("cannot sync the file system of %s: %w", s.dir, err)
+	}
+	for _, l := range todo {
+		s.mu.Lock()
+		_, still := s.layers[l]
+		if still { // under the lock: Remove may not take it away in between
+			err = cmp.Or(err, os.WriteFile(filepath.Join(s.layerDir(l), syncedName), nil, 0o600))
+		}
+		s.mu.Unlock()
+	}
+	return err
+}

@@ -1,0 +1,849 @@
+package rootfs
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+var then = time.Date(2020, 2, 3, 4, 5, 6, 0, time.UTC)
+
+// e is one entry of a test archive.
+type e struct {
+	name string
+	typ  byte // TypeReg if zero
+	body string
+	link string
+	mode int64 // 0644, directories 0755, if zero
+	uid  int
+	dev  [2]int64
+	pax  map[string]string
+	raw  func(h *tar.Header)
+}
+
+func archive(t testing.TB, entries ...e) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, x := range entries {
+		h := &tar.Header{
+			Name: x.name, Typeflag: x.typ, Size: int64(len(x.body)), Linkname: x.link, Mode: x.mode,
+			Uid: x.uid, Gid: x.uid, Devmajor: x.dev[0], Devminor: x.dev[1], ModTime: then, PAXRecords: x.pax, Format: tar.FormatPAX,
+		}
+		if h.Typeflag == 0 {
+			h.Typeflag = tar.TypeReg
+		}
+		if h.Mode == 0 {
+			h.Mode = 0o644
+			if h.Typeflag == tar.TypeDir {
+				h.Mode = 0o755
+			}
+		}
+		if x.raw != nil {
+			x.raw(h)
+		}
+		if err := w.WriteHeader(h); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(w, x.body); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+func needRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+}
+
+func open(t testing.TB, dir string) *Store {
+	t.Helper()
+	needRoot(t)
+	s, err := Open(dir, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+func apply(t testing.TB, s *Store, entries ...e) digest.Digest {
+	t.Helper()
+	b := archive(t, entries...)
+	d := digest.FromBytes(b)
+	if err := s.Apply(t.Context(), d, bytes.NewReader(b)); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// mount mounts the layers and gives the target; it is unmounted at the end.
+func mount(t testing.TB, s *Store, layers ...digest.Digest) string {
+	t.Helper()
+	dir := t.TempDir()
+	target := filepath.Join(dir, "rootfs")
+	if err := os.Mkdir(target, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := Unmount(target); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := s.Mount(t.Context(), layers, dir, target); err != nil {
+		t.Fatal(err)
+	}
+	return target
+}
+
+func read(t testing.TB, path ...string) string {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join(path...))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func lstat(t testing.TB, path ...string) unix.Stat_t {
+	t.Helper()
+	var st unix.Stat_t
+	if err := unix.Lstat(filepath.Join(path...), &st); err != nil {
+		t.Fatalf("%s: %v", filepath.Join(path...), err)
+	}
+	return st
+}
+
+func gone(t testing.TB, path ...string) {
+	t.Helper()
+	if _, err := os.Lstat(filepath.Join(path...)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%s: %v, want it gone", filepath.Join(path...), err)
+	}
+}
+
+func TestEveryKindOfEntry(t *testing.T) {
+	s := open(t, t.TempDir())
+	long := strings.Repeat("d/", 120) + strings.Repeat("n", 200)
+	capability := "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00" // net_bind_service, effective
+	root := mount(t, s, apply(t, s,
+		e{name: "./", typ: tar.TypeDir, mode: 0o751},
+		e{name: "bin/", typ: tar.TypeDir, mode: 0o555, uid: 7},
+		e{name: "bin/su", body: "x", mode: 0o4755, uid: 3},
+		e{name: "bin/ping", body: "y", mode: 0o755, pax: map[string]string{
+			"SCHILY.xattr.security.capability": capability, "SCHILY.xattr.user.note": "hi",
+			"SCHILY.xattr.trusted.overlay.redirect": "/etc"}},
+		e{name: "bin/hard", typ: tar.TypeLink, link: "bin/su"},
+		e{name: "bin/soft", typ: tar.TypeSymlink, link: "/etc/../bin/su"},
+		e{name: "bin/hardsoft", typ: tar.TypeLink, link: "/bin/soft"},
+		e{name: "dev/null", typ: tar.TypeChar, mode: 0o666, dev: [2]int64{1, 3}},
+		e{name: "dev/loop", typ: tar.TypeBlock, mode: 0o660, dev: [2]int64{7, 300}},
+		e{name: "dev/fifo", typ: tar.TypeFifo, mode: 0o600, uid: 9},
+		e{name: long, body: "long"},
+		e{name: "big", body: strings.Repeat("0123456789", 100_000)},
+		e{name: "tmp", typ: tar.TypeDir, mode: 0o1777},
+	))
+	if st := lstat(t, root, "bin/su"); st.Mode != unix.S_IFREG|0o4755 || st.Uid != 3 || st.Nlink != 2 || st.Mtim.Sec != then.Unix() {
+		t.Errorf("setuid file: mode %o uid %d links %d time %d", st.Mode, st.Uid, st.Nlink, st.Mtim.Sec)
+	}
+	if st := lstat(t, root, "bin"); st.Mode != unix.S_IFDIR|0o555 || st.Uid != 7 || st.Mtim.Sec != then.Unix() {
+		t.Errorf("directory: mode %o uid %d time %d", st.Mode, st.Uid, st.Mtim.Sec)
+	}
+	if st := lstat(t, root, "."); st.Mode&0o7777 != 0o751 {
+		t.Errorf("root: mode %o", st.Mode)
+	}
+	if st := lstat(t, root, "tmp"); st.Mode&0o7777 != 0o1777 {
+		t.Errorf("tmp: mode %o", st.Mode)
+	}
+	if st := lstat(t, root, "dev/loop"); st.Mode != unix.S_IFBLK|0o660 || st.Rdev != unix.Mkdev(7, 300) {
+		t.Errorf("device: mode %o rdev %x", st.Mode, st.Rdev)
+	}
+	if st := lstat(t, root, "dev/fifo"); st.Mode != unix.S_IFIFO|0o600 || st.Uid != 9 {
+		t.Errorf("fifo: mode %o uid %d", st.Mode, st.Uid)
+	}
+	if st := lstat(t, root, "bin/hardsoft"); st.Mode&unix.S_IFMT != unix.S_IFLNK || st.Nlink != 2 || st.Mtim.Sec != then.Unix() {
+		t.Errorf("hard link to a symbolic one: mode %o links %d", st.Mode, st.Nlink)
+	}
+	for name, want := range map[string]string{"security.capability": capability, "user.note": "hi", "trusted.overlay.redirect": ""} {
+		b := make([]byte, 64)
+		n, _ := unix.Lgetxattr(filepath.Join(root, "bin/ping"), name, b)
+		if got := string(b[:max(n, 0)]); got != want {
+			t.Errorf("%s is %q, want %q", name, got, want)
+		}
+	}
+	if read(t, root, long) != "long" || len(read(t, root, "big")) != 1_000_000 {
+		t.Error("content differs")
+	}
+	if u := s.Usage(); u.Bytes < 1_000_000 || u.Inodes < 130 || u.Inodes > 140 {
+		t.Errorf("usage %+v", u)
+	}
+}
+
+func TestWhiteouts(t *testing.T) {
+	s := open(t, t.TempDir())
+	base := apply(t, s,
+		e{name: "a", body: "1"}, e{name: "dir/x", body: "1"}, e{name: "dir/y", body: "1"},
+		e{name: "opaque/x", body: "1"}, e{name: "over/x", body: "1"}, e{name: "file/x", body: "1"},
+		e{name: "late/x", body: "1"}, e{name: "deep/er/x", body: "1"})
+	top := apply(t, s,
+		e{name: ".wh.a"}, e{name: "dir/.wh.x"},
+		e{name: "opaque/.wh..wh..opq"}, e{name: "opaque/z", body: "2"},
+		// A whiteout and a directory of the same name, in both orders: what
+		// the layer itself has stays, what is below is hidden.
+		e{name: ".wh.over"}, e{name: "over/", typ: tar.TypeDir}, e{name: "over/z", body: "2"},
+		e{name: "late/", typ: tar.TypeDir}, e{name: "late/z", body: "2"}, e{name: ".wh.late"},
+		e{name: ".wh.deep"}, e{name: "deep/er/z", body: "2"},
+		e{name: "file", body: "2"},
+		e{name: ".wh..wh.plnk/1", body: "x"})
+	root := mount(t, s, base, top)
+	for _, name := range []string{"a", "dir/x", "opaque/x", "over/x", "late/x", "deep/er/x", ".wh.a", ".wh..wh.plnk/1"} {
+		gone(t, root, name)
+	}
+	for name, want := range map[string]string{"dir/y": "1", "opaque/z": "2", "over/z": "2", "late/z": "2", "deep/er/z": "2", "file": "2"} {
+		if got := read(t, root, name); got != want {
+			t.Errorf("%s is %q, want %q", name, got, want)
+		}
+	}
+}
+
+func TestMadeUpDirectoriesLookAsBelow(t *testing.T) {
+	s := open(t, t.TempDir())
+	base := apply(t, s,
+		e{name: "./", typ: tar.TypeDir, mode: 0o711},
+		e{name: "tmp", typ: tar.TypeDir, mode: 0o1777},
+		e{name: "home", typ: tar.TypeDir, mode: 0o755},
+		e{name: "home/me", typ: tar.TypeDir, mode: 0o700, uid: 1000},
+		e{name: "gone", typ: tar.TypeDir, mode: 0o700})
+	middle := apply(t, s, e{name: ".wh.gone"}, e{name: "tmp/a", body: "a"})
+	top := apply(t, s, e{name: "tmp/b", body: "b"}, e{name: "home/me/c", body: "c"}, e{name: "gone/d", body: "d"})
+	root := mount(t, s, base, middle, top)
+	for name, want := range map[string]struct{ mode, uid uint32 }{
+		".": {0o711, 0}, "tmp": {0o1777, 0}, "home": {0o755, 0}, "home/me": {0o700, 1000}, "gone": {0o755, 0},
+	} {
+		if st := lstat(t, root, name); st.Mode&0o7777 != want.mode || st.Uid != want.uid {
+			t.Errorf("%s: mode %o uid %d, want %o %d", name, st.Mode&0o7777, st.Uid, want.mode, want.uid)
+		}
+	}
+	if read(t, root, "tmp/a")+read(t, root, "tmp/b")+read(t, root, "home/me/c")+read(t, root, "gone/d") != "abcd" {
+		t.Error("content differs")
+	}
+	// The same top layer on another base.
+	alone := mount(t, s, top)
+	if st := lstat(t, alone, "home/me"); st.Mode&0o7777 != 0o755 || st.Uid != 0 {
+		t.Errorf("alone: mode %o uid %d", st.Mode&0o7777, st.Uid)
+	}
+}
+
+// A directory without an entry is a directory, also over a base where the name
+// is a symbolic link: what a layer is does not depend on what is below it.
+// containerd's overlayfs snapshots look the same.
+func TestMadeUpDirectoryOverALink(t *testing.T) {
+	s := open(t, t.TempDir())
+	base := apply(t, s,
+		e{name: "usr/lib", typ: tar.TypeDir}, e{name: "usr/lib/a", body: "a"},
+		e{name: "lib", typ: tar.TypeSymlink, link: "usr/lib"})
+	implied := apply(t, s, e{name: "lib/x", body: "x"})
+	resolved := apply(t, s, e{name: "usr/lib/x", body: "x"})
+	root := mount(t, s, base, implied)
+	if st := lstat(t, root, "lib"); st.Mode != unix.S_IFDIR|0o755 {
+		t.Errorf("lib has mode %o", st.Mode)
+	}
+	if read(t, root, "lib/x")+read(t, root, "usr/lib/a") != "xa" {
+		t.Error("content differs")
+	}
+	gone(t, root, "usr/lib/x")
+	// As builders write it that resolve links.
+	root = mount(t, s, base, resolved)
+	if read(t, root, "lib/x")+read(t, root, "lib/a") != "xa" {
+		t.Error("content differs")
+	}
+}
+
+func TestHostileLayers(t *testing.T) {
+	needRoot(t)
+	for name, entries := range map[string][]e{
+		"dotdot":             {{name: "../evil", body: "x"}},
+		"dotdot inside":      {{name: "a/../../evil", body: "x"}},
+		"hard link out":      {{name: "h", typ: tar.TypeLink, link: "../../../outside"}},
+		"hard link absolute": {{name: "h", typ: tar.TypeLink, link: "/etc/passwd"}},
+		"hard link by symlink": {{name: "s", typ: tar.TypeSymlink, link: "/etc"},
+			{name: "h", typ: tar.TypeLink, link: "s/passwd"}},
+		"hard link to directory": {{name: "d", typ: tar.TypeDir}, {name: "h", typ: tar.TypeLink, link: "d"}},
+		"hard link to later":     {{name: "h", typ: tar.TypeLink, link: "f"}, {name: "f", body: "x"}},
+		"root is a file":         {{name: ".", body: "x"}},
+		"root is a link":         {{name: "./", typ: tar.TypeSymlink, link: "/etc"}},
+		"below a file":           {{name: "f", body: "x"}, {name: "f/g", body: "x"}},
+		"whiteout of dotdot":     {{name: ".wh..."}},
+		"symlink loop":           {{name: "l", typ: tar.TypeSymlink, link: "l"}, {name: "l/f", body: "x"}},
+		"owner too large":        {{name: "f", raw: func(h *tar.Header) { h.Uid = 1 << 33 }}},
+		"unknown type":           {{name: "f", typ: 'Z'}},
+		"device number too large": {{name: "c", typ: tar.TypeChar, dev: [2]int64{1 << 13, 0},
+			raw: func(h *tar.Header) { h.Format = tar.FormatGNU }}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			outer := t.TempDir()
+			s := open(t, filepath.Join(outer, "layers"))
+			b := archive(t, entries...)
+			err := s.Apply(t.Context(), digest.FromBytes(b), bytes.NewReader(b))
+			if err == nil {
+				t.Fatal("it was taken")
+			}
+			if !errors.Is(err, ErrBadLayer) && !errors.Is(err, unix.ELOOP) {
+				t.Errorf("not ErrBadLayer: %v", err)
+			}
+			if len(s.List()) != 0 {
+				t.Error("the layer is there")
+			}
+			empty(t, filepath.Join(outer, "layers", "tmp"))
+			if l, _ := os.ReadDir(outer); len(l) != 1 {
+				t.Errorf("beside the store: %v", l)
+			}
+		})
+	}
+}
+
+// Links that point out of the root lead to somewhere inside it.
+func TestLinksStayInside(t *testing.T) {
+	outer := t.TempDir()
+	victim := filepath.Join(outer, "victim")
+	if err := os.Mkdir(victim, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	s := open(t, filepath.Join(outer, "layers"))
+	d := apply(t, s,
+		e{name: "abs", typ: tar.TypeSymlink, link: victim},
+		e{name: "abs/f", body: "1"},
+		e{name: "up", typ: tar.TypeSymlink, link: "../../../../../.." + victim},
+		e{name: "up/g", body: "2"},
+		e{name: "p", typ: tar.TypeSymlink, link: "/proc/self/root"},
+		e{name: "p/h", body: "3"},
+		e{name: "/absolute/i", body: "4"},
+		// Replacing a directory that was just written to by a link.
+		e{name: "d/f", body: "5"},
+		e{name: "d", typ: tar.TypeSymlink, link: victim},
+		e{name: "d/j", body: "6"},
+		// Through the link itself: it is replaced, not followed.
+		e{name: "file", typ: tar.TypeSymlink, link: filepath.Join(victim, "k")},
+		e{name: "file", body: "7"},
+	)
+	if l, _ := os.ReadDir(victim); len(l) != 0 {
+		t.Errorf("written outside: %v", l)
+	}
+	diff := filepath.Join(s.layerDir(d), "diff")
+	for name, want := range map[string]string{
+		victim + "/f": "1", victim + "/g": "2", "proc/self/root/h": "3", "absolute/i": "4", victim + "/j": "6", "file": "7",
+	} {
+		if got := read(t, diff, name); got != want {
+			t.Errorf("%s is %q, want %q", name, got, want)
+		}
+	}
+}
+
+func TestReplacedEntries(t *testing.T) {
+	s := open(t, t.TempDir())
+	root := mount(t, s, apply(t, s,
+		e{name: "f", body: "old", mode: 0o600}, e{name: "f", body: "new"},
+		e{name: "d/x", body: "x"}, e{name: "d", body: "file"},
+		e{name: "g", body: "g"}, e{name: "g/", typ: tar.TypeDir}, e{name: "g/x", body: "x"},
+		e{name: "self", body: "s"}, e{name: "self", typ: tar.TypeLink, link: "self"},
+		e{name: "implied/x", body: "x"}, e{name: "implied", typ: tar.TypeDir, mode: 0o700},
+	))
+	for name, want := range map[string]string{"f": "new", "d": "file", "g/x": "x", "self": "s"} {
+		if got := read(t, root, name); got != want {
+			t.Errorf("%s is %q, want %q", name, got, want)
+		}
+	}
+	if st := lstat(t, root, "implied"); st.Mode&0o777 != 0o700 {
+		t.Errorf("mode %o", st.Mode)
+	}
+}
+
+func TestLimits(t *testing.T) {
+	for name, c := range map[string]struct {
+		limits  Limits
+		entries []e
+	}{
+		"entries": {Limits{Bytes: 1 << 30, Entries: 2}, []e{{name: "a"}, {name: "b"}, {name: "c"}}},
+		"bytes":   {Limits{Bytes: 1 << 20, Entries: 100}, []e{{name: "a", body: strings.Repeat("x", 2<<20)}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := open(t, t.TempDir())
+			s.Limits = c.limits
+			b := archive(t, c.entries...)
+			if err := s.Apply(t.Context(), digest.FromBytes(b), bytes.NewReader(b)); !errors.Is(err, ErrBadLayer) {
+				t.Errorf("got %v", err)
+			}
+			empty(t, filepath.Join(s.dir, "tmp"))
+		})
+	}
+}
+
+// A file of 1 TiB that is nothing but a hole, as GNU tar writes it: beyond the
+// limit it is refused, below it takes no room.
+func TestSparse(t *testing.T) {
+	sparse := func(size int64) []byte {
+		body := "1\n0\n4096\n" // one piece of data at 0
+		body += strings.Repeat("\x00", 512-len(body)) + strings.Repeat("data", 1024)
+		return archive(t, e{name: "GNUSparseFile.0/hole", body: body, raw: func(h *tar.Header) {
+			h.PAXRecords = map[string]string{"COMMENT": fmt.Sprint(size)}
+		}})
+	}
+	// archive/tar refuses to write the real keys; they have the same length as
+	// a record of the other name.
+	rewrite := func(b []byte, size int64) []byte {
+		rec := func(k, v string) string {
+			n := len(k) + len(v) + 3
+			for len(fmt.Sprint(n+len(fmt.Sprint(n)))) != len(fmt.Sprint(n)) {
+				n++
+			}
+			s := fmt.Sprintf("%d %s=%s\n", len(k)+len(v)+3+len(fmt.Sprint(n)), k, v)
+			if len(s) != len(k)+len(v)+3+len(fmt.Sprint(n)) {
+				t.Fatalf("bad record %q", s)
+			}
+			return s
+		}
+		pax := rec("GNU.sparse.major", "1") + rec("GNU.sparse.minor", "0") + rec("GNU.sparse.name", "hole") + rec("GNU.sparse.realsize", fmt.Sprint(size))
+		// The PAX header is the first block, its records the second.
+		sum := func(h []byte) {
+			copy(h[148:156], "        ")
+			n := 0
+			for _, c := range h[:512] {
+				n += int(c)
+			}
+			copy(h[148:156], fmt.Sprintf("%06o\x00 ", n))
+		}
+		copy(b[124:136], fmt.Sprintf("%011o\x00", len(pax)))
+		sum(b)
+		clear(b[512:1024])
+		copy(b[512:1024], pax)
+		return b
+	}
+	s := open(t, t.TempDir())
+	s.Limits.Bytes = 2 << 20
+	b := rewrite(sparse(1<<20), 1<<20)
+	d := digest.FromBytes(b)
+	if err := s.Apply(t.Context(), d, bytes.NewReader(b)); err != nil {
+		t.Fatal(err)
+	}
+	st := lstat(t, s.layerDir(d), "diff", "hole")
+	if st.Size != 1<<20 || st.Blocks*512 > 64<<10 {
+		t.Errorf("size %d, %d bytes on disk", st.Size, st.Blocks*512)
+	}
+	if got := read(t, s.layerDir(d), "diff", "hole"); got[:4096] != strings.Repeat("data", 1024) || strings.Trim(got[4096:], "\x00") != "" {
+		t.Error("content differs")
+	}
+	b = rewrite(sparse(1<<40), 1<<40)
+	if err := s.Apply(t.Context(), digest.FromBytes(b), bytes.NewReader(b)); !errors.Is(err, ErrBadLayer) {
+		t.Errorf("1 TiB: %v", err)
+	}
+}
+
+func TestWrongDigestAndBrokenStreamLeaveNothing(t *testing.T) {
+	s := open(t, t.TempDir())
+	b := archive(t, e{name: "a", body: strings.Repeat("x", 1<<20)})
+	wrong := digest.FromString("something else")
+	if err := s.Apply(t.Context(), wrong, bytes.NewReader(b)); !errors.Is(err, ErrBadLayer) {
+		t.Errorf("wrong digest: %v", err)
+	}
+	cut := errors.New("the line went dead")
+	if err := s.Apply(t.Context(), digest.FromBytes(b), io.MultiReader(bytes.NewReader(b[:300_000]), &failing{cut})); !errors.Is(err, cut) {
+		t.Errorf("cut: %v", err)
+	}
+	if err := s.Apply(t.Context(), digest.FromBytes(b[:300_000]), bytes.NewReader(b[:300_000])); !errors.Is(err, ErrBadLayer) {
+		t.Errorf("truncated archive: %v", err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.Apply(ctx, digest.FromBytes(b), bytes.NewReader(b)); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+	if err := s.Apply(t.Context(), "sha256:../../x", bytes.NewReader(b)); !errors.Is(err, ErrBadLayer) {
+		t.Errorf("not a digest: %v", err)
+	}
+	if len(s.List()) != 0 || s.Usage() != (Usage{}) {
+		t.Errorf("left %v, %+v", s.List(), s.Usage())
+	}
+	empty(t, filepath.Join(s.dir, "tmp"))
+}
+
+type failing struct{ err error }
+
+func (f *failing) Read([]byte) (int, error) { return 0, f.err }
+
+func empty(t *testing.T, dir string) {
+	t.Helper()
+	l, err := os.ReadDir(dir)
+	if err != nil || len(l) != 0 {
+		t.Errorf("%s is not empty: %v %v", dir, l, err)
+	}
+}
+
+func TestConcurrentApplyIsShared(t *testing.T) {
+	s := open(t, t.TempDir())
+	b := archive(t, e{name: "a", body: "x"})
+	d := digest.FromBytes(b)
+	// The first one stands still after its first byte, until all others wait.
+	gate := make(chan struct{})
+	reads := make(chan struct{}, 1)
+	slow := readerFunc(func(p []byte) (int, error) {
+		select {
+		case reads <- struct{}{}:
+		default:
+		}
+		<-gate
+		return 0, errors.New("the first stream fails")
+	})
+	first := make(chan error)
+	go func() { first <- s.Apply(t.Context(), d, slow) }()
+	<-reads
+	var wg sync.WaitGroup
+	errs := make([]error, 8)
+	for i := range errs {
+		wg.Go(func() { errs[i] = s.Apply(t.Context(), d, bytes.NewReader(b)) })
+	}
+	close(gate)
+	if err := <-first; err == nil {
+		t.Error("the first one did not fail")
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		t.Errorf("one who waited failed: %v", err)
+	}
+	// A layer that is there is not read again.
+	if err := s.Apply(t.Context(), d, &failing{errors.New("read")}); err != nil {
+		t.Error(err)
+	}
+	if len(s.List()) != 1 || s.Usage().Inodes != 2 {
+		t.Errorf("%v %+v", s.List(), s.Usage())
+	}
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+func TestOpenAfterACrash(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	good := apply(t, s, e{name: "good", body: "x"})
+	torn := apply(t, s, e{name: "torn", body: "x"})
+	norecord := apply(t, s, e{name: "norecord", body: "x"})
+	samboot := apply(t, s, e{name: "samboot", body: "x"})
+	s.Close() // all are synced and marked now
+	for _, d := range []digest.Digest{good, torn, norecord, samboot} {
+		if _, err := os.Stat(filepath.Join(s.layerDir(d), syncedName)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// As a power cut leaves it: of another boot and not marked.
+	var r record
+	path := filepath.Join(s.layerDir(torn), recordName)
+	if err := rundir.ReadRecord(path, &r); err != nil {
+		t.Fatal(err)
+	}
+	r.BootID = "another boot"
+	if err := rundir.WriteRecord(path, r, false); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{filepath.Join(s.layerDir(torn), syncedName), filepath.Join(s.layerDir(samboot), syncedName), filepath.Join(s.layerDir(norecord), recordName)} {
+		if err := os.Remove(p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// As a SIGKILL leaves it.
+	if err := os.MkdirAll(filepath.Join(dir, tmpName, "unpack-1", "diff", "x"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+
+	s = open(t, dir)
+	if !s.Has(good) || !s.Has(samboot) || s.Has(torn) || s.Has(norecord) {
+		t.Errorf("has %v", s.List())
+	}
+	if d := s.Dropped(); len(d) != 2 {
+		t.Errorf("dropped %v", d)
+	}
+	if u := s.Usage(); u.Inodes != 4 {
+		t.Errorf("usage %+v", u)
+	}
+	if again := apply(t, s, e{name: "torn", body: "x"}); again != torn || !s.Has(torn) {
+		t.Error("not unpacked again")
+	}
+	s.Close()
+	empty(t, filepath.Join(dir, tmpName))
+	if _, err := os.Stat(filepath.Join(s.layerDir(samboot), syncedName)); err != nil {
+		t.Errorf("not marked: %v", err)
+	}
+}
+
+func TestRemove(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	d := apply(t, s, e{name: "a/b/c", body: "x"})
+	for range 2 {
+		if err := s.Remove(d); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s.Has(d) || s.Usage() != (Usage{}) {
+		t.Errorf("still there: %+v", s.Usage())
+	}
+	if err := s.Mount(t.Context(), []digest.Digest{d}, t.TempDir(), t.TempDir()); !errors.Is(err, ErrNoLayer) {
+		t.Errorf("mount: %v", err)
+	}
+	s.Close()
+	gone(t, s.layerDir(d))
+	empty(t, filepath.Join(dir, tmpName))
+}
+
+func TestManyLayers(t *testing.T) {
+	for name, long := range map[string]string{"short": "", "long": strings.Repeat("x", 200)} {
+		for _, n := range []int{1, 2, 130, 200} {
+			t.Run(fmt.Sprint(name, n), func(t *testing.T) {
+				s := open(t, filepath.Join(t.TempDir(), long))
+				var layers []digest.Digest
+				for i := range n {
+					layers = append(layers, apply(t, s, e{name: fmt.Sprint("only", i)}, e{name: "same", body: fmt.Sprint(i)}))
+				}
+				root := mount(t, s, layers...)
+				if got := read(t, root, "same"); got != fmt.Sprint(n-1) {
+					t.Errorf("the wrong layer is on top: %s", got)
+				}
+				read(t, root, "only0")
+			})
+		}
+	}
+}
+
+func TestClassicMount(t *testing.T) {
+	for name, long := range map[string]string{"short": "a:b,c", "long": strings.Repeat("x", 200)} {
+		for _, n := range []int{1, 130} {
+			t.Run(fmt.Sprint(name, n), func(t *testing.T) {
+				needRoot(t)
+				dir := t.TempDir()
+				o := overlay{upper: filepath.Join(dir, long, "upper"), work: filepath.Join(dir, long, "work"), target: filepath.Join(dir, "target")}
+				for i := range n {
+					o.lower = append(o.lower, filepath.Join(dir, long, strings.Repeat("y", 64), fmt.Sprint(i)))
+				}
+				for _, d := range append(o.lower, o.upper, o.work, o.target) {
+					if err := os.MkdirAll(d, 0o755); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := os.WriteFile(filepath.Join(o.lower[n-1], "f"), nil, 0o644); err != nil {
+					t.Fatal(err)
+				}
+				defer o.close()
+				defer Unmount(o.target)
+				if err := o.mountClassic(); err != nil {
+					t.Fatal(err)
+				}
+				read(t, o.target, "f")
+			})
+		}
+	}
+}
+
+func TestMountTwiceUnmountTwice(t *testing.T) {
+	s := open(t, t.TempDir())
+	d := apply(t, s, e{name: "a", body: "x"})
+	dir := t.TempDir()
+	target := filepath.Join(dir, "rootfs")
+	if m, err := Mounted(target); m || err != nil {
+		t.Errorf("missing: %v %v", m, err)
+	}
+	if err := os.Mkdir(target, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { Unmount(target) })
+	for range 2 {
+		if err := s.Mount(t.Context(), []digest.Digest{d}, dir, target); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if m, err := Mounted(target); !m || err != nil {
+		t.Errorf("mounted: %v %v", m, err)
+	}
+	if err := s.Mount(t.Context(), []digest.Digest{d}, t.TempDir(), target); !errors.Is(err, ErrBusy) {
+		t.Errorf("another one on it: %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(target, "written"), []byte("w"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	// Busy: an open file.
+	f, err := os.Open(filepath.Join(target, "a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for range 2 {
+		if err := Unmount(target); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if m, err := Mounted(target); m || err != nil {
+		t.Errorf("unmounted: %v %v", m, err)
+	}
+	f.Close()
+	// What was written is there again, though the first mount was volatile.
+	if err := s.Mount(t.Context(), []digest.Digest{d}, dir, target); err != nil {
+		t.Fatal(err)
+	}
+	if read(t, target, "written") != "w" {
+		t.Error("lost")
+	}
+}
+
+func TestScratch(t *testing.T) {
+	s := open(t, t.TempDir())
+	root := mount(t, s)
+	if err := os.WriteFile(filepath.Join(root, "f"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if st := lstat(t, root, "."); st.Mode&0o777 != 0o755 {
+		t.Errorf("mode %o", st.Mode)
+	}
+	b := make([]byte, 1024) // the empty archive that some builders add
+	d := digest.NewDigestFromEncoded(digest.SHA256, fmt.Sprintf("%x", sha256.Sum256(b)))
+	if err := s.Apply(t.Context(), d, bytes.NewReader(b)); err != nil {
+		t.Fatal(err)
+	}
+	mount(t, s, d)
+}
+
+func TestReadIn(t *testing.T) {
+	outer := t.TempDir()
+	root := filepath.Join(outer, "root")
+	if err := os.MkdirAll(filepath.Join(root, "etc"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for path, text := range map[string]string{"secret": "secret", "root/etc/passwd": "inside", "root/secret": "inside too"} {
+		if err := os.WriteFile(filepath.Join(outer, path), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for link, to := range map[string]string{"abs": "/etc/passwd", "up": "../../secret", "self": "self", "etcs": "/etc", "magic": "/proc/self/exe"} {
+		if err := os.Symlink(to, filepath.Join(root, link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := unix.Mkfifo(filepath.Join(root, "fifo"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]string{"/etc/passwd": "inside", "abs": "inside", "up": "inside too", "/etcs/passwd": "inside", "../../secret": "inside too"} {
+		b, err := ReadIn(root, path, 100)
+		if err != nil || string(b) != want {
+			t.Errorf("%s: %q %v, want %q", path, b, err, want)
+		}
+	}
+	for _, path := range []string{"none", "etc/passwd/x", "magic"} {
+		if _, err := ReadIn(root, path, 100); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s: %v, want not exist", path, err)
+		}
+	}
+	for _, path := range []string{"fifo", "etc", "self", "."} {
+		if _, err := ReadIn(root, path, 100); err == nil {
+			t.Errorf("%s was read", path)
+		}
+	}
+	if _, err := ReadIn(root, "/etc/passwd", 5); err == nil {
+		t.Error("too large, and read")
+	}
+}
+
+// seeds are archives to mutate.
+func seeds(t testing.TB) [][]byte {
+	return [][]byte{
+		archive(t, e{name: "a/b", body: "x"}, e{name: ".wh.c"}, e{name: "l", typ: tar.TypeSymlink, link: "/"}, e{name: "l/x", body: "y"}),
+		archive(t, e{name: "d", typ: tar.TypeDir}, e{name: "d/a", body: "x"}, e{name: "h", typ: tar.TypeLink, link: "d/a"}, e{name: "d/.wh..wh..opq"}),
+		archive(t, e{name: "l", typ: tar.TypeSymlink, link: "../../.."}, e{name: "l/l", typ: tar.TypeSymlink, link: ".."}, e{name: "l/l/l", typ: tar.TypeFifo}),
+	}
+}
+
+// repair makes the checksums of headers right, which mutations break.
+func repair(b []byte) {
+	for ; len(b) >= 512; b = b[512:] {
+		h := b[:512]
+		if string(h[257:262]) != "ustar" {
+			continue
+		}
+		copy(h[148:156], "        ")
+		sum := 0
+		for _, c := range h {
+			sum += int(c)
+		}
+		copy(h[148:156], fmt.Sprintf("%06o\x00 ", sum))
+	}
+}
+
+func TestMutatedLayersStayInside(t *testing.T) {
+	outer := t.TempDir()
+	s := open(t, filepath.Join(outer, "layers"))
+	s.Limits = Limits{Bytes: 1 << 20, Entries: 1000}
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for i := range 300 {
+		b := seeds(t)[i%3]
+		for range 1 + rnd.IntN(3) {
+			b[rnd.IntN(len(b))] = "/.\x00lh0137wd"[rnd.IntN(11)]
+		}
+		repair(b)
+		d := digest.FromBytes(b)
+		if s.Apply(t.Context(), d, bytes.NewReader(b)) == nil {
+			if err := s.Remove(d); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if l, _ := os.ReadDir(outer); len(l) != 1 {
+		t.Errorf("written outside: %v", l)
+	}
+	s.Close()
+	empty(t, filepath.Join(s.dir, tmpName))
+}
+
+func FuzzApply(f *testing.F) {
+	needRoot(f)
+	for _, b := range seeds(f) {
+		f.Add(b)
+	}
+	outer := f.TempDir()
+	s, err := Open(filepath.Join(outer, "layers"), slog.New(slog.DiscardHandler))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Cleanup(func() { s.Close() })
+	s.Limits = Limits{Bytes: 1 << 20, Entries: 1000}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		b = bytes.Clone(b)
+		repair(b)
+		d := digest.FromBytes(b)
+		if s.Apply(context.Background(), d, bytes.NewReader(b)) == nil {
+			s.Remove(d)
+		}
+		if l, _ := os.ReadDir(outer); len(l) != 1 {
+			t.Fatalf("written outside: %v", l)
+		}
+	})
+}
