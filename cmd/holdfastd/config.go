@@ -1,0 +1,187 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/holdfast-cri/holdfast/daemon"
+)
+
+const defaultConfigFile = "/etc/holdfast/config.toml"
+
+// file is the config file. Keys are a contract: they are added, not renamed.
+type file struct {
+	Root           string `toml:"root"`
+	State          string `toml:"state"`
+	Address        string `toml:"address"`
+	DefaultRuntime string `toml:"default_runtime"`
+	CNI            struct {
+		ConfDir        string   `toml:"conf_dir"`
+		BinDirs        []string `toml:"bin_dirs"`
+		DefaultNetwork bool     `toml:"default_network"`
+		Subnet         string   `toml:"subnet"`
+	} `toml:"cni"`
+	Registry struct {
+		ConfigDir string `toml:"config_dir"`
+	} `toml:"registry"`
+	Images struct {
+		Pinned          []string `toml:"pinned"`
+		KeepBlobs       bool     `toml:"keep_blobs"`
+		VerifierDir     string   `toml:"verifier_dir"`
+		VerifierTimeout string   `toml:"verifier_timeout"`
+	} `toml:"images"`
+	Cgroup struct {
+		Driver string `toml:"driver"`
+	} `toml:"cgroup"`
+	Sandbox struct {
+		Mode string `toml:"mode"`
+	} `toml:"sandbox"`
+	Containers struct {
+		AbsentMountSource string `toml:"absent_mount_source"`
+	} `toml:"containers"`
+	Streaming struct {
+		Address string `toml:"address"`
+	} `toml:"streaming"`
+	Metrics struct {
+		Address string `toml:"address"`
+	} `toml:"metrics"`
+	Runtimes map[string]runtimeConfig `toml:"runtimes"`
+}
+
+type runtimeConfig struct {
+	Path string `toml:"path"`
+}
+
+func defaults() file {
+	var f file
+	f.Root, f.State, f.Address = "/var/lib/holdfast", "/run/holdfast", "/run/holdfast/holdfast.sock"
+	f.DefaultRuntime = "runc"
+	f.CNI.ConfDir, f.CNI.BinDirs, f.CNI.Subnet = "/etc/cni/net.d", []string{"/opt/cni/bin", "/usr/lib/cni"}, "10.244.0.0/16"
+	f.Registry.ConfigDir = "/etc/holdfast/certs.d"
+	f.Images.KeepBlobs, f.Images.VerifierTimeout = true, "10s"
+	f.Cgroup.Driver = "auto"
+	f.Sandbox.Mode = "namespaces"
+	f.Containers.AbsentMountSource = "create"
+	f.Streaming.Address = "127.0.0.1:0"
+	return f
+}
+
+// readConfig reads a config file over the defaults. Without a name it reads the
+// default file, which may be missing. An unknown key is an error that names it.
+func readConfig(name string) (file, error) {
+	f := defaults()
+	b, err := os.ReadFile(cmp.Or(name, defaultConfigFile))
+	if name == "" && errors.Is(err, fs.ErrNotExist) {
+		return f, nil
+	}
+	if err != nil {
+		return f, fmt.Errorf("cannot read the config: %w", err)
+	}
+	name = cmp.Or(name, defaultConfigFile)
+	err = toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields().Decode(&f)
+	var strict *toml.StrictMissingError
+	if errors.As(err, &strict) {
+		return f, fmt.Errorf("cannot use the config %s: unknown key\n%s", name, strict.String())
+	}
+	if err != nil {
+		return f, fmt.Errorf("cannot use the config %s: %w", name, err)
+	}
+	return f, nil
+}
+
+// resolve checks the values and finds the binaries.
+func (f file) resolve(logLevel string) (daemon.Config, error) {
+	c := daemon.Config{Root: f.Root, State: f.State, DefaultRuntime: f.DefaultRuntime, Runtimes: map[string]daemon.Runtime{}, LogLevel: logLevel,
+		CNIConfDir: f.CNI.ConfDir, CNIBinDirs: f.CNI.BinDirs, DefaultNetwork: f.CNI.DefaultNetwork, Subnet: f.CNI.Subnet,
+		RegistryConfigDir: f.Registry.ConfigDir, PinnedImages: f.Images.Pinned, DropLayerBlobs: !f.Images.KeepBlobs,
+		ImageVerifierDir: f.Images.VerifierDir, CgroupDriver: f.Cgroup.Driver}
+	for key, path := range map[string]string{"root": f.Root, "state": f.State, "address": f.Address} {
+		if !filepath.IsAbs(path) || filepath.Clean(path) == "/" {
+			return c, fmt.Errorf("config: %s = %q is not an absolute path", key, path)
+		}
+	}
+	c.Root, c.State = filepath.Clean(f.Root), filepath.Clean(f.State)
+	if dir := f.Images.VerifierDir; dir != "" {
+		// A verifier that is not there would let everything in.
+		if st, err := os.Stat(dir); err != nil || !filepath.IsAbs(dir) || !st.IsDir() {
+			return c, fmt.Errorf("config: images.verifier_dir = %q is not the absolute path of a directory", dir)
+		}
+	}
+	timeout, err := time.ParseDuration(f.Images.VerifierTimeout)
+	if err != nil || timeout <= 0 {
+		return c, fmt.Errorf("config: images.verifier_timeout = %q is not a time such as 10s", f.Images.VerifierTimeout)
+	}
+	c.ImageVerifierTimeout = timeout
+	if c.Root == c.State {
+		return c, fmt.Errorf("config: root and state are both %q: each needs a folder of its own", c.Root)
+	}
+	switch f.Sandbox.Mode {
+	case "namespaces":
+	case "pause":
+		c.PauseMode = true
+	default:
+		return c, fmt.Errorf("config: sandbox.mode = %q is neither namespaces nor pause", f.Sandbox.Mode)
+	}
+	switch f.Containers.AbsentMountSource {
+	case "create":
+	case "reject":
+		c.RejectAbsentMounts = true
+	default:
+		return c, fmt.Errorf("config: containers.absent_mount_source = %q is neither create nor reject", f.Containers.AbsentMountSource)
+	}
+	if f.Metrics.Address != "" {
+		return c, errors.New("config: metrics.address is set, but this build serves no metrics; remove it")
+	}
+	if _, ok := f.Runtimes["runc"]; !ok && f.DefaultRuntime == "runc" {
+		f.Runtimes = maps.Clone(f.Runtimes)
+		if f.Runtimes == nil {
+			f.Runtimes = map[string]runtimeConfig{}
+		}
+		f.Runtimes["runc"] = runtimeConfig{}
+	}
+	for name, r := range f.Runtimes {
+		path, err := findBinary(cmp.Or(r.Path, name))
+		if err != nil {
+			return c, fmt.Errorf("config: runtimes.%s.path: %w", name, err)
+		}
+		c.Runtimes[name] = daemon.Runtime{Path: path}
+	}
+	if c.Shim, err = findBinary("holdfast-shim"); err != nil {
+		return c, err
+	}
+	c.Pause, err = findBinary("holdfast-pause")
+	return c, err
+}
+
+// findBinary finds a program beside this one, then on the PATH.
+func findBinary(name string) (string, error) {
+	if filepath.IsAbs(name) {
+		if _, err := os.Stat(name); err != nil {
+			return "", fmt.Errorf("cannot find a program: %w", err)
+		}
+		return name, nil
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return "", fmt.Errorf("cannot find this program's folder: %w", err)
+	}
+	beside := filepath.Join(filepath.Dir(self), name)
+	if _, err := os.Stat(beside); err == nil {
+		return beside, nil
+	}
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return "", fmt.Errorf("cannot find %s beside %s or on the PATH: run make build, or install it", name, self)
+	}
+	return filepath.Abs(path)
+}

@@ -1,0 +1,160 @@
+// Command holdfastd serves the Kubernetes CRI from what the shims and the
+// records say. It may be killed at any time; starting it is recovering.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"github.com/holdfast-cri/holdfast/cri"
+	"github.com/holdfast-cri/holdfast/daemon"
+)
+
+// version is set by the build.
+var version = "0.0.0-dev"
+
+func main() {
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "holdfastd:", err)
+		os.Exit(1)
+	}
+}
+
+func run() error {
+	if len(os.Args) > 1 && os.Args[1] == "pull" {
+		return pull(os.Args[2:])
+	}
+	var (
+		config   = flag.String("config", "", "config `file` (default "+defaultConfigFile+", which may be missing)")
+		root     = flag.String("root", "", "`folder` for what survives a reboot")
+		state    = flag.String("state", "", "`folder` for sockets, locks and pins, on a tmpfs")
+		address  = flag.String("address", "", "`socket` of the CRI")
+		logLevel = flag.String("log-level", "info", "debug, info, warn or error")
+		showVer  = flag.Bool("version", false, "print the version and stop")
+	)
+	flag.Parse()
+	if flag.NArg() > 0 {
+		return fmt.Errorf("unexpected argument %q; see holdfastd -h", flag.Arg(0))
+	}
+	if *showVer {
+		fmt.Println("holdfastd", version)
+		return nil
+	}
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(*logLevel)); err != nil {
+		return fmt.Errorf("cannot use --log-level %q: debug, info, warn and error are known", *logLevel)
+	}
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+
+	f, err := readConfig(*config)
+	if err != nil {
+		return err
+	}
+	for _, o := range []struct{ flag, key *string }{{root, &f.Root}, {state, &f.State}, {address, &f.Address}} {
+		if *o.flag != "" {
+			*o.key = *o.flag
+		}
+	}
+	cfg, err := f.resolve(*logLevel)
+	if err != nil {
+		return err
+	}
+	if os.Geteuid() != 0 {
+		return errors.New("cannot run without root")
+	}
+
+	// The socket is for this process alone: children that see it would speak to
+	// the service manager too.
+	notifySocket := os.Getenv("NOTIFY_SOCKET")
+	os.Unsetenv("NOTIFY_SOCKET")
+
+	d, err := daemon.Open(cfg, log)
+	if err != nil {
+		return err
+	}
+	l, err := listen(f.Address)
+	if err != nil {
+		return errors.Join(err, shutdown(d, nil))
+	}
+	server := cri.NewServer(d, version, log)
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(l) }()
+	if err := notify(notifySocket, "READY=1"); err != nil {
+		log.Warn("cannot tell the service manager that the daemon is ready", "error", err)
+	}
+	log.Info("serving", "address", f.Address, "version", version, "pid", os.Getpid())
+
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	select {
+	case err = <-served:
+	case s := <-signals:
+		log.Info("shutting down; containers go on", "signal", s)
+		if nerr := notify(notifySocket, "STOPPING=1"); nerr != nil {
+			log.Debug("cannot tell the service manager", "error", nerr)
+		}
+	}
+	return errors.Join(err, shutdown(d, server))
+}
+
+// shutdown lets calls under way end, within a bound: what is cut short is
+// finished or undone by the next start.
+func shutdown(d *daemon.Daemon, server *grpc.Server) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if server != nil {
+		stop := context.AfterFunc(ctx, server.Stop)
+		server.GracefulStop()
+		stop()
+	}
+	return d.Close(ctx)
+}
+
+// listen takes the socket over from an earlier daemon. Root is locked by now, so
+// no daemon with the same root is listening.
+func listen(address string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(address), 0o711); err != nil {
+		return nil, fmt.Errorf("cannot listen on %s: %w", address, err)
+	}
+	if st, err := os.Lstat(address); err == nil && st.Mode().Type() != fs.ModeSocket {
+		return nil, fmt.Errorf("cannot listen on %s: something else is there (%s)", address, st.Mode())
+	}
+	if err := os.Remove(address); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("cannot listen on %s: %w", address, err)
+	}
+	l, err := net.Listen("unix", address)
+	if err != nil {
+		return nil, fmt.Errorf("cannot listen on %s: %w", address, err)
+	}
+	if err := os.Chmod(address, 0o600); err != nil {
+		l.Close()
+		return nil, fmt.Errorf("cannot listen on %s: %w", address, err)
+	}
+	return l, nil
+}
+
+// notify speaks to systemd's socket, if there is one (sd_notify(3)).
+func notify(address, message string) error {
+	if address == "" {
+		return nil
+	}
+	c, err := net.Dial("unixgram", address)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_, err = c.Write([]byte(message))
+	return err
+}

@@ -1,0 +1,73 @@
+package daemon
+
+import (
+	"errors"
+	"fmt"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/holdfast-cri/holdfast/daemon/shims"
+	"github.com/holdfast-cri/holdfast/daemon/spec"
+)
+
+// The kinds of error, for errors.Is. Package cri maps each to a gRPC code.
+var (
+	ErrInvalid      = errors.New("invalid request")
+	ErrNotFound     = errors.New("not found")
+	ErrExists       = errors.New("exists already")
+	ErrState        = errors.New("wrong state")
+	ErrUnavailable  = errors.New("unavailable")
+	ErrUnsupported  = errors.New("not supported")
+	ErrUnauthorized = errors.New("not authorized")
+	ErrRejected     = errors.New("rejected") // an image, by a verifier
+)
+
+// kindError gives an error a kind without changing its text.
+type kindError struct {
+	error
+	kind error
+}
+
+func (e *kindError) Unwrap() []error { return []error{e.error, e.kind} }
+
+// as gives err a kind. A nil err stays nil.
+func as(kind, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &kindError{err, kind}
+}
+
+// specError gives the errors of package spec their kind.
+func specError(err error) error {
+	switch {
+	case errors.Is(err, spec.ErrInvalid):
+		return as(ErrInvalid, err)
+	case errors.Is(err, spec.ErrUnsupported):
+		return as(ErrUnsupported, err)
+	}
+	return err
+}
+
+// shimError gives the answers of a shim, and its silence, their kind.
+func shimError(err error) error {
+	if errors.Is(err, shims.ErrUnreachable) {
+		return as(ErrUnavailable, err)
+	}
+	switch status.Code(err) {
+	case codes.InvalidArgument:
+		return as(ErrInvalid, err)
+	case codes.NotFound:
+		return as(ErrNotFound, err)
+	case codes.AlreadyExists:
+		return as(ErrExists, err)
+	case codes.FailedPrecondition:
+		return as(ErrState, err)
+	}
+	return err
+}
+
+func errorf(kind error, format string, args ...any) error {
+	return &kindError{fmt.Errorf(format, args...), kind}
+}
