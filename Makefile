@@ -1,0 +1,83 @@
+# Holdfast. `make help` lists the targets.
+
+# Modules are taken as go.mod says; a change that is missing there is an error.
+GOFLAGS ?= -mod=readonly
+export GOFLAGS
+
+# A semantic version, as CRI asks for: of the last tag, or of none.
+VERSION := $(patsubst v%,%,$(or $(shell git describe --tags --match 'v[0-9]*' --dirty 2>/dev/null),v0.0.0-$(or $(shell git describe --always --dirty 2>/dev/null),unknown)))
+PREFIX  ?= /usr/local
+UNITDIR ?= /usr/lib/systemd/system
+LIBEXEC  = $(PREFIX)/libexec/holdfast
+
+PROGRAMS = holdfastd holdfast-shim holdfastctl holdfast-pause
+PLUGINS  = main/bridge main/loopback ipam/host-local meta/portmap
+
+# Both have to be linked anew only when the pinned modules change.
+FOREIGN = bin/runc $(foreach p,$(PLUGINS),bin/cni/$(notdir $p))
+
+.DEFAULT_GOAL := help
+.PHONY: help deps build programs proto check-proto test drill vm-test lint demo update-footprint install clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
+
+deps: ## install the Debian packages that are missing; needs no network if none is
+	@hack/deps.sh build
+
+build: deps programs $(FOREIGN) ## fill bin/ and bin/cni/
+
+programs:
+	@mkdir -p bin
+	CGO_ENABLED=0 go build -trimpath -ldflags='-s -w -X main.version=$(VERSION)' -o bin/ $(PROGRAMS:%=./cmd/%)
+
+# runc needs cgo: for its first steps inside the namespaces and for libseccomp.
+# It is linked statically, so that the file runs on nodes without that library.
+bin/runc: go.sum | deps
+	@mkdir -p bin
+	CGO_ENABLED=1 go build -trimpath -tags 'seccomp netgo osusergo' \
+		-ldflags='-s -w -linkmode external -extldflags -static' -o $@ github.com/opencontainers/runc
+	@touch $@
+
+define plugin
+bin/cni/$(notdir $(1)): go.sum
+	@mkdir -p bin/cni
+	CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o $$@ github.com/containernetworking/plugins/plugins/$(1)
+	@touch $$@
+endef
+$(foreach p,$(PLUGINS),$(eval $(call plugin,$p)))
+
+proto: ## generate proto/*.pb.go from proto/*.proto
+	@hack/proto.sh
+
+check-proto: ## fail if the generated code is not what `make proto` makes
+	@hack/proto.sh --check
+
+test: build ## run everything: format, vet, unit and root tests with -race, e2e, crash
+	@hack/test.sh
+
+drill: build ## run the e2e and crash tests in full length
+	HOLDFAST_DRILL=1 hack/test.sh e2e crash
+
+vm-test: build ## test under systemd and cgroup v2, in a machine that VM=PROGRAM boots
+	@[ -n '$(VM)' ] || { echo 'make vm-test needs VM=PROGRAM; tests/vm/vm_test.go says what it has to do'; exit 2; }
+	HOLDFAST_VM='$(VM)' go test -count=1 -timeout=60m -v ./tests/vm
+
+lint: ## check the format and go vet
+	@hack/test.sh gofmt vet
+
+demo: build ## see a pod survive its runtime, in under two minutes
+	HOLDFAST_BIN=$(CURDIR)/bin go run ./hack/demo
+
+update-footprint: ## accept the shim's present dependencies as its checked-in list
+	go test -count=1 -run=TestDependencies ./tests/footprint -update
+
+install: build ## install below $(DESTDIR)$(PREFIX), with a systemd unit
+	install -d '$(DESTDIR)$(LIBEXEC)/cni' '$(DESTDIR)$(PREFIX)/bin' '$(DESTDIR)$(UNITDIR)'
+	install $(PROGRAMS:%=bin/%) bin/runc '$(DESTDIR)$(LIBEXEC)'
+	install bin/cni/* '$(DESTDIR)$(LIBEXEC)/cni'
+	ln -sfn '$(LIBEXEC)/holdfastd' '$(LIBEXEC)/holdfastctl' '$(DESTDIR)$(PREFIX)/bin'
+	sed 's|@LIBEXEC@|$(LIBEXEC)|' hack/holdfast.service >'$(DESTDIR)$(UNITDIR)/holdfast.service'
+
+clean: ## remove what was built
+	rm -rf bin .cache

@@ -1,0 +1,53 @@
+#!/bin/sh
+# Installs the Debian packages that a group of targets needs, if they are
+# missing. What is there is not touched, and then no network is needed.
+#
+#   deps.sh build|proto
+set -eu
+
+# PACKAGE|CHECK: the package is missing where the check fails.
+build='
+make|command -v make
+gcc|command -v gcc
+libc6-dev|test -e /usr/include/stdio.h
+pkg-config|command -v pkg-config
+libseccomp-dev|pkg-config --exists libseccomp
+iptables|command -v iptables
+e2fsprogs|command -v mkfs.ext4
+busybox-static|busybox --help && ! ldd "$(command -v busybox)"
+'
+proto='
+protobuf-compiler|command -v protoc
+libprotobuf-dev|test -e /usr/include/google/protobuf/any.proto
+'
+case ${1:-} in
+build) wanted=$build ;;
+proto) wanted=$proto ;;
+*)
+	echo "usage: deps.sh build|proto" >&2
+	exit 2
+	;;
+esac
+
+PATH=$PATH:/usr/sbin:/sbin # iptables is there, and not on every user's path
+command -v go >/dev/null || {
+	echo "cannot build without Go: install the release that go.mod names, or a later one" >&2
+	exit 1
+}
+missing=$(echo "$wanted" | while IFS='|' read -r package check; do
+	[ -z "$package" ] || (eval "$check") >/dev/null 2>&1 || echo "$package"
+done)
+[ -n "$missing" ] || exit 0
+
+missing=$(echo $missing)
+if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+	echo "cannot go on without these packages: $missing. Install them, or run this as root on Debian or Ubuntu" >&2
+	exit 1
+fi
+echo "installing $missing"
+export DEBIAN_FRONTEND=noninteractive
+# The lists may be older than the archive, or not there at all.
+apt-get install -qq -y --no-install-recommends $missing >/dev/null 2>&1 || {
+	apt-get update -qq
+	apt-get install -qq -y --no-install-recommends $missing >/dev/null
+}

@@ -1,0 +1,61 @@
+#!/bin/bash
+# Runs the checks and tests, all of them or the named ones, and ends with a
+# summary. One that fails does not keep the others from running.
+#
+#   test.sh [gofmt] [vet] [proto] [unit] [layers] [footprint] [e2e] [crash]
+#
+# HOLDFAST_DRILL=1 runs e2e and crash in full length. The whole output of each
+# step stays in .cache/test/STEP.log.
+set -u
+cd "$(dirname "$0")/.." || exit
+logs=.cache/test
+mkdir -p "$logs"
+
+gotest() { go test -v -count=1 -timeout="${TIMEOUT:-20m}" "$@"; }
+
+step() {
+	case $1 in
+	gofmt)
+		local bad
+		bad=$(gofmt -l $(find . -name '*.go' -not -path './.*'))
+		[ -z "$bad" ] || { echo "gofmt -w is due for: $bad"; return 1; }
+		;;
+	vet) go vet ./... ;;
+	proto) hack/proto.sh --check ;;
+	unit)
+		local packages
+		packages=$(go list ./...) || return
+		gotest -race $(grep -v /tests/ <<<"$packages")
+		;;
+	layers) gotest ./tests/layers ;;
+	footprint) gotest ./tests/footprint ;; # measures the shim as it is shipped
+	e2e) gotest -race ./tests/e2e ;;
+	crash) TIMEOUT=60m gotest -race ./tests/crash ;;
+	*) echo "there is no step $1"; return 2 ;;
+	esac
+}
+
+steps=("$@")
+[ $# -gt 0 ] || steps=(gofmt vet proto unit layers footprint e2e crash)
+status=0
+summary=
+for s in "${steps[@]}"; do
+	echo "== $s"
+	log=$logs/$s.log
+	start=$SECONDS
+	if step "$s" >"$log" 2>&1; then result=ok; else
+		result=FAIL
+		status=1
+		grep -vE '^(=== (RUN|PAUSE|CONT|NAME) .*| *--- (PASS|SKIP).*|PASS|ok  .*|\? .*)$' "$log"
+	fi
+	counts=
+	if grep -qE '^ *--- ' "$log"; then
+		counts=$(awk '
+			/^ *--- PASS/ { p++ } /^ *--- FAIL/ { f++ } /^ *--- SKIP/ { s++ }
+			END { printf "%d passed, %d failed, %d skipped", p, f, s }' "$log")
+	fi
+	summary+=$(printf '%-10s %-5s %4ds  %s' "$s" "$result" $((SECONDS - start)) "$counts")$'\n'
+done
+printf '\n%s' "$summary"
+if [ $status = 0 ]; then echo "all passed"; else echo "FAILED: the output is in $logs"; fi
+exit $status

@@ -1,0 +1,239 @@
+package harness
+
+import (
+	"bytes"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// machine is what a node may have left on the machine, by kind: "mount /x",
+// "process 12 holdfast-shim ...". Two of them are compared as sets.
+type machine map[string]bool
+
+// look collects what belongs to a node: by its scratch directory, its bridge, its
+// cgroup parent and the ids that its objects had.
+func look(n *shared) machine {
+	m := machine{}
+	add := func(kind, what string) { m[kind+" "+what] = true }
+	for pid, cmdline := range processes() {
+		if strings.Contains(cmdline, n.State+"/") && pid != os.Getpid() {
+			add("process", fmt.Sprintf("%d %s", pid, cmdline))
+		}
+	}
+	for _, path := range mounts() {
+		if strings.HasPrefix(path, n.Dir+"/") && path != n.Root || n.owns(path) {
+			add("mount", path)
+		}
+	}
+	for _, path := range glob("/run/netns/*") {
+		if n.owns(path) {
+			add("netns", path)
+		}
+	}
+	for _, name := range ports(n.Bridge) {
+		add("veth", name)
+	}
+	for _, path := range glob(n.Dir + "/ipam/*/*") {
+		if base := filepath.Base(path); base != "lock" && !strings.HasPrefix(base, "last_reserved_ip") {
+			add("lease", path)
+		}
+	}
+	for _, path := range cgroups() {
+		if strings.Contains(path, n.cgroupParent+"/") || n.owns(path) {
+			add("cgroup", path)
+			for _, pid := range procs(path) {
+				add("process", fmt.Sprintf("%d in %s", pid, path))
+			}
+		}
+	}
+	for _, tree := range []string{n.Root, n.State} {
+		filepath.WalkDir(tree, func(path string, d fs.DirEntry, err error) error {
+			switch {
+			case err != nil:
+			case d.IsDir() && !strings.ContainsAny(d.Name(), "0123456789"):
+				// No object and nothing temporary has such a name: it is one of
+				// the fixed directories, made when first needed.
+			case keptOnPurpose(path):
+			default:
+				add("path", path)
+			}
+			return nil
+		})
+	}
+	return m
+}
+
+// keptOnPurpose are files that belong to no object.
+func keptOnPurpose(path string) bool {
+	return filepath.Base(path) == "synced" || // the mark of a layer, made in the background
+		strings.Contains(path, "/images/ingest/") || // a download that broke off, for the next pull to resume
+		strings.Contains(path, "/images/pending/") // the note of it
+}
+
+// Mark makes the machine as it is now the one to which Leftovers compares.
+func (n *Node) Mark() { n.before = look(n.shared) }
+
+// Leftovers is what is there now and was not at the last Mark.
+func (n *Node) Leftovers() []string {
+	now := look(n.shared)
+	maps.DeleteFunc(now, func(what string, _ bool) bool { return n.before[what] })
+	return slices.Sorted(maps.Keys(now))
+}
+
+// CheckClean fails the test if anything is left. It waits a moment for what goes
+// away by itself: the end of a shim that was told to, the kernel's veths.
+func (n *Node) CheckClean() {
+	n.T.Helper()
+	var left []string
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(10 * Tick) {
+		if left = n.Leftovers(); len(left) == 0 {
+			return
+		}
+	}
+	n.T.Errorf("%d things are left behind:\n  %s", len(left), strings.Join(left[:min(len(left), 40)], "\n  "))
+}
+
+// sweep removes by force what is left of the node. The daemon has ended.
+func (n *Node) sweep() {
+	// Until nothing is left: a process that is about to fork may need a second look.
+	for range 50 {
+		victims := 0
+		for pid, cmdline := range processes() {
+			if strings.Contains(cmdline, n.State+"/") && pid != os.Getpid() {
+				unix.Kill(pid, unix.SIGKILL)
+				victims++
+			}
+		}
+		for _, path := range cgroups() {
+			if strings.Contains(path, n.cgroupParent) {
+				// A killed shim or daemon may have left it frozen, and what is
+				// frozen does not die. One of the files is there, on v1 or v2.
+				os.WriteFile(filepath.Join(path, "freezer.state"), []byte("THAWED"), 0)
+				os.WriteFile(filepath.Join(path, "cgroup.freeze"), []byte("0"), 0)
+				for _, pid := range procs(path) {
+					unix.Kill(pid, unix.SIGKILL)
+					victims++
+				}
+			}
+		}
+		if victims == 0 {
+			break
+		}
+		time.Sleep(2 * Tick)
+	}
+	for _, path := range slices.Backward(mounts()) {
+		if strings.HasPrefix(path, n.Dir+"/") {
+			unix.Unmount(path, unix.MNT_DETACH)
+		}
+	}
+	for _, path := range glob("/run/netns/*") {
+		if n.owns(path) {
+			unix.Unmount(path, unix.MNT_DETACH)
+			os.Remove(path)
+		}
+	}
+	for _, path := range slices.Backward(cgroups()) { // children first
+		if strings.Contains(path, n.cgroupParent) || n.owns(path) {
+			os.Remove(path)
+		}
+	}
+	if l, err := netlink.LinkByName(n.Bridge); err == nil {
+		netlink.LinkDel(l)
+	}
+}
+
+func glob(pattern string) []string {
+	paths, _ := filepath.Glob(pattern) // the only error is of the pattern
+	return paths
+}
+
+// processes are the command lines of all that run, zombies left out.
+func processes() map[int]string {
+	m := map[int]string{}
+	for _, dir := range glob("/proc/[0-9]*") {
+		b, err := os.ReadFile(dir + "/cmdline")
+		if err != nil || len(b) == 0 {
+			continue
+		}
+		pid, _ := strconv.Atoi(filepath.Base(dir))
+		m[pid] = string(bytes.TrimSpace(bytes.ReplaceAll(b, []byte{0}, []byte(" "))))
+	}
+	return m
+}
+
+// mounts are the mount points, in the order of mounting.
+func mounts() []string {
+	b, _ := os.ReadFile("/proc/self/mountinfo")
+	var paths []string
+	for l := range strings.Lines(string(b)) {
+		if f := strings.Fields(l); len(f) > 4 {
+			paths = append(paths, f[4])
+		}
+	}
+	return paths
+}
+
+// ports are the names of the links on a bridge.
+func ports(bridge string) []string {
+	br, err := netlink.LinkByName(bridge)
+	if err != nil {
+		return nil
+	}
+	links, _ := netlink.LinkList()
+	var names []string
+	for _, l := range links {
+		if l.Attrs().MasterIndex == br.Attrs().Index {
+			names = append(names, l.Attrs().Name)
+		}
+	}
+	return names
+}
+
+// cgroups are the directories of all hierarchies, parents first.
+func cgroups() []string {
+	var paths []string
+	filepath.WalkDir("/sys/fs/cgroup", func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() {
+			paths = append(paths, path)
+		}
+		return nil // what vanished meanwhile is no error
+	})
+	return paths
+}
+
+func procs(cgroup string) []int {
+	b, _ := os.ReadFile(filepath.Join(cgroup, "cgroup.procs"))
+	var pids []int
+	for _, f := range strings.Fields(string(b)) {
+		if pid, err := strconv.Atoi(f); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// ShimPIDs are the shims of this node, by container id.
+func (n *Node) ShimPIDs() map[string]int {
+	m := map[string]int{}
+	for pid, cmdline := range processes() {
+		if !strings.Contains(cmdline, "holdfast-shim") {
+			continue
+		}
+		for _, arg := range strings.Fields(cmdline) {
+			if i := strings.LastIndex(arg, n.State+"/"); i >= 0 {
+				m[filepath.Base(arg)] = pid
+			}
+		}
+	}
+	return m
+}

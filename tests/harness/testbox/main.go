@@ -1,0 +1,105 @@
+// Command testbox is the one static program, beside busybox, of the images that
+// the tests run. A process that writes lines for a long time must not fork for
+// each of them, as a shell would.
+//
+//	testbox print [-every D] [-count N]   numbered lines, one each D
+//	testbox flood [-rate BYTES] [-line N] numbered lines of N bytes, BYTES a second
+//	testbox wait FIFO MARK                reads a number from FIFO, writes the time
+//	                                      into MARK, and exits with that number
+//
+// All of them end with 0 on SIGTERM. Lines count from 1: "line 00000001".
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+)
+
+func main() {
+	term := make(chan os.Signal, 1)
+	signal.Notify(term, syscall.SIGTERM)
+	go func() {
+		<-term
+		os.Exit(0)
+	}()
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "testbox:", err)
+		os.Exit(125)
+	}
+}
+
+func run(args []string) error {
+	if len(args) == 0 {
+		return fmt.Errorf("say print, flood or wait")
+	}
+	f := flag.NewFlagSet(args[0], flag.ExitOnError)
+	every := f.Duration("every", 10*time.Millisecond, "between lines")
+	count := f.Int("count", 0, "of lines, 0 is no limit")
+	rate := f.Int("rate", 1<<20, "bytes a second")
+	length := f.Int("line", 1000, "bytes of a line, the newline included")
+	if err := f.Parse(args[1:]); err != nil {
+		return err
+	}
+	switch args[0] {
+	case "print":
+		return lines(*every, *count, 1, func(n int) []byte { return fmt.Appendf(nil, "line %08d\n", n) })
+	case "flood":
+		const beat = 20 * time.Millisecond
+		batch := max(1, *rate/(*length)/int(time.Second/beat))
+		return lines(beat, *count, batch, func(n int) []byte {
+			b := fmt.Appendf(nil, "flood %08d ", n)
+			b = append(b, bytes.Repeat([]byte{'x'}, max(0, *length-len(b)-1))...)
+			return append(b, '\n')
+		})
+	case "wait":
+		if f.NArg() != 2 {
+			return fmt.Errorf("wait needs FIFO and MARK")
+		}
+		return wait(f.Arg(0), f.Arg(1))
+	}
+	return fmt.Errorf("there is no %q", args[0])
+}
+
+// lines writes batch lines each time, until count is reached.
+func lines(every time.Duration, count, batch int, line func(n int) []byte) error {
+	w := bufio.NewWriterSize(os.Stdout, 64<<10)
+	tick := time.NewTicker(every)
+	for n := 1; ; {
+		for range batch {
+			if _, err := w.Write(line(n)); err != nil {
+				return err
+			}
+			if n++; count > 0 && n > count {
+				return w.Flush()
+			}
+		}
+		if err := w.Flush(); err != nil {
+			return err
+		}
+		<-tick.C
+	}
+}
+
+func wait(fifo, mark string) error {
+	b, err := os.ReadFile(fifo)
+	if err != nil {
+		return err
+	}
+	var code int
+	if _, err := fmt.Sscan(strings.TrimSpace(string(b)), &code); err != nil {
+		return err
+	}
+	if err := os.WriteFile(mark, fmt.Appendf(nil, "%d\n", time.Now().UnixNano()), 0o644); err != nil {
+		return err
+	}
+	fmt.Println("leaving with", code)
+	os.Exit(code)
+	return nil
+}

@@ -1,0 +1,222 @@
+// Package layers is the layering of the source tree as a test: which folder may
+// import which, and why not the others. Read it downward:
+//
+//	cri -> daemon -> proto <- shim -> runc, reaper, pty
+package layers
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"io"
+	"os/exec"
+	"path"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/holdfast-cri/holdfast/"
+
+// A folder may import the standard library and what is allowed here, directly.
+// An entry that ends with /... stands for all below it as well.
+var allowed = map[string][]string{
+	"proto": {
+		"github.com/containerd/ttrpc", "github.com/containerd/typeurl/v2",
+		"github.com/opencontainers/runtime-spec/specs-go",
+		"google.golang.org/protobuf/...",
+	},
+	"proto/rundir": {"golang.org/x/sys/unix"},
+	"reaper":       {"golang.org/x/sys/unix"},
+	"pty":          {"github.com/creack/pty", "github.com/containerd/console", "golang.org/x/sys/unix"},
+	"runc":         {"github.com/opencontainers/runtime-spec/specs-go/...", "golang.org/x/sys/unix"},
+	"shim": {
+		module + "proto", module + "proto/rundir", module + "runc", module + "reaper", module + "pty",
+		module + "shim/stdio", module + "shim/logfile", module + "shim/cgroup",
+		"github.com/containerd/ttrpc", "github.com/containerd/typeurl/v2",
+		"github.com/opencontainers/runtime-spec/specs-go/...",
+		"google.golang.org/protobuf/...", "google.golang.org/grpc/codes", "google.golang.org/grpc/status",
+		"golang.org/x/sys/unix",
+	},
+	"shim/stdio":   {module + "pty", module + "shim/logfile", "golang.org/x/sys/unix"},
+	"shim/logfile": {"golang.org/x/sys/unix"},
+
+	"cmd/holdfast-pause": {},
+	"cmd/holdfast-shim": {
+		module + "proto/...", module + "shim/...", module + "runc", module + "reaper", module + "pty",
+		"github.com/containerd/ttrpc", "golang.org/x/sys/unix",
+	},
+	"cmd/holdfastctl": {
+		module + "proto/...", "github.com/containerd/ttrpc", "github.com/containerd/console", "github.com/containerd/typeurl/v2",
+		"github.com/opencontainers/runtime-spec/specs-go/...", "github.com/pelletier/go-toml/v2",
+		"google.golang.org/protobuf/...", "google.golang.org/grpc/codes", "google.golang.org/grpc/status",
+		"golang.org/x/sys/unix",
+	},
+}
+
+// A ban holds for what a folder imports directly, or for all that it links.
+type ban struct {
+	folders []string // FOLDER/... stands for all below it as well
+	path    string
+	linked  bool // also through other packages
+	why     string
+}
+
+var bans = []ban{
+	{[]string{"shim/...", "cmd/holdfast-shim", "runc", "reaper", "pty", "proto/..."}, module + "daemon/...", true,
+		"the shim outlives the daemon; both know only proto"},
+	{[]string{"shim/...", "cmd/holdfast-shim", "runc", "reaper", "pty", "proto/...", "daemon/..."}, module + "cri/...", true,
+		"CRI is the top: what is below serves other callers too"},
+	{[]string{"daemon/...", "cri/...", "runc", "reaper", "pty", "proto/...", "cmd/holdfastd", "cmd/holdfastctl"}, module + "shim/...", true,
+		"the shim is a process of its own; whoever needs it speaks proto to it"},
+
+	{[]string{"shim/...", "cmd/holdfast-shim"}, "google.golang.org/grpc", true,
+		"a gRPC server doubles the memory of each container's shim (its codes and status are small)"},
+	{[]string{"shim/...", "cmd/holdfast-shim"}, "net/http", true, "HTTP costs each shim memory; streaming has a program of its own"},
+	{[]string{"shim/...", "cmd/holdfast-shim"}, "crypto/tls", true, "the shim is reached by a socket in a directory of root"},
+	{[]string{"shim/...", "cmd/holdfast-shim"}, "k8s.io/...", true, "the shim keeps CRI messages without looking inside"},
+	{[]string{"shim/...", "cmd/holdfast-shim", "runc"}, "github.com/opencontainers/runc/...", true,
+		"libcontainer needs cgo and 1 MB of each shim; the OCI runtime is a program"},
+
+	{[]string{"cri/..."}, module + "proto/...", false, "kubelet's verbs are translated for the daemon, not for a shim"},
+	{[]string{"cri/..."}, module + "runc", false, "only the daemon's parts touch the machine"},
+	{[]string{"daemon/...", "proto/...", "runc", "reaper", "pty"}, "google.golang.org/grpc", false,
+		"mechanism does not know its transport: cri maps errors (codes and status are allowed for ttrpc)"},
+	{[]string{"tests/harness/..."}, module + "...", false,
+		"the tests see a node as the kubelet does, through its programs"},
+}
+
+// The parts of the daemon are joined by daemon alone. This is what a part may
+// import of the module.
+var ofTheModule = map[string][]string{
+	"daemon/shims": {module + "proto", module + "proto/rundir"},
+	"daemon/*":     {module + "proto/rundir", module + "runc"},
+}
+
+type pkg struct {
+	ImportPath string
+	Imports    []string
+	Deps       []string
+	Standard   bool
+}
+
+func load(t *testing.T) map[string]pkg {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "go", "list", "-deps", "-json=ImportPath,Imports,Deps,Standard", module+"...")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("go list: %v\n%s", err, stderr.Bytes())
+	}
+	all := map[string]pkg{}
+	for d := json.NewDecoder(bytes.NewReader(out)); ; {
+		var p pkg
+		if err := d.Decode(&p); errors.Is(err, io.EOF) {
+			return all
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		all[p.ImportPath] = p
+	}
+}
+
+// matches says whether a path is meant by an entry, which may end with /... .
+func matches(entry, p string) bool {
+	base, tree := strings.CutSuffix(entry, "...")
+	if !tree {
+		return p == entry
+	}
+	return strings.HasPrefix(p, base) || p == strings.TrimSuffix(base, "/")
+}
+
+func folder(p string) (string, bool) { return strings.CutPrefix(p, module) }
+
+func TestAllowed(t *testing.T) {
+	all := load(t)
+	for name := range allowed {
+		if _, ok := all[module+name]; !ok {
+			t.Errorf("the table allows %s imports, and there is no such folder", name)
+		}
+	}
+	for _, p := range all {
+		name, ours := folder(p.ImportPath)
+		list, listed := allowed[name]
+		if !ours || !listed {
+			continue
+		}
+		for _, i := range p.Imports {
+			if !all[i].Standard && !slices.ContainsFunc(list, func(a string) bool { return matches(a, i) }) {
+				t.Errorf("%s imports %s. It may import the standard library and %v", name, i, list)
+			}
+		}
+	}
+}
+
+func TestPartsOfTheDaemon(t *testing.T) {
+	for _, p := range load(t) {
+		name, _ := folder(p.ImportPath)
+		if path.Dir(name) != "daemon" {
+			continue
+		}
+		list, ok := ofTheModule[name]
+		if !ok {
+			list = ofTheModule["daemon/*"]
+		}
+		for _, i := range p.Imports {
+			if _, ours := folder(i); ours && !slices.Contains(list, i) {
+				t.Errorf("%s imports %s: of the module it may import %v, because only daemon joins its parts", name, i, list)
+			}
+		}
+	}
+}
+
+func TestBans(t *testing.T) {
+	all := load(t)
+	for _, b := range bans {
+		used := false
+		for _, p := range all {
+			name, ours := folder(p.ImportPath)
+			if !ours || !slices.ContainsFunc(b.folders, func(f string) bool { return matches(f, name) }) {
+				continue
+			}
+			used = true
+			paths := p.Imports
+			if b.linked {
+				paths = p.Deps
+			}
+			for _, i := range paths {
+				if !matches(b.path, i) || matches("tests/harness/...", name) && strings.HasPrefix(i, module+"tests/harness") {
+					continue
+				}
+				t.Errorf("%s imports %s: %s%s", name, i, b.why, through(all, p.ImportPath, i))
+			}
+		}
+		if !used {
+			t.Errorf("no folder is meant by the ban of %s in %v", b.path, b.folders)
+		}
+	}
+}
+
+// through says by which way a package links another, if not directly.
+func through(all map[string]pkg, from, to string) string {
+	parent := map[string]string{from: ""}
+	for queue := []string{from}; len(queue) > 0; queue = queue[1:] {
+		for _, i := range all[queue[0]].Imports {
+			if _, seen := parent[i]; seen {
+				continue
+			}
+			parent[i] = queue[0]
+			queue = append(queue, i)
+		}
+	}
+	var way []string
+	for p := parent[to]; p != "" && p != from; p = parent[p] {
+		way = append(way, p)
+	}
+	if len(way) == 0 {
+		return ""
+	}
+	slices.Reverse(way)
+	return " (through " + strings.Join(way, ", ") + ")"
+}
