@@ -35,7 +35,11 @@ func (c *calls) change(f func()) {
 // count is the interceptor that sees calls come in.
 func (c *calls) count(ctx context.Context, u ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, m ttrpc.Method) (any, error) {
 	c.change(func() { c.open++ })
-	return m(ctx, u)
+	resp, err := m(ctx, u)
+	if ctx.Err() == context.Canceled { // the connection has gone: no answer will leave
+		c.answered()
+	}
+	return resp, err
 }
 
 func (c *calls) answered() {

@@ -473,7 +473,7 @@ func TestEvents(t *testing.T) {
 	want := func(typ pb.EventType) *pb.Event {
 		t.Helper()
 		r, err := b.client.Events(b.ctx(), &pb.EventsRequest{Id: b.id, After: next, WaitMs: uint32(limit.Milliseconds())})
-		if err != nil || len(r.Events) != 1 || r.Events[0].Seq != next+1 || r.Events[0].Type != typ {
+		if err != nil || len(r.Events) == 0 || r.Events[0].Seq != next+1 || r.Events[0].Type != typ {
 			t.Fatalf("after %d: %v, %v; want %s", next, r, err, typ)
 		}
 		next++
