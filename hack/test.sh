@@ -57,5 +57,8 @@ for s in "${steps[@]}"; do
 	summary+=$(printf '%-10s %-5s %4ds  %s' "$s" "$result" $((SECONDS - start)) "$counts")$'\n'
 done
 printf '\n%s' "$summary"
+for s in "${steps[@]}"; do cat "$logs/$s.log"; done | awk '
+	/^ *--- PASS/ { p++ } /^ *--- FAIL/ { f++ } /^ *--- SKIP/ { s++ }
+	END { printf "%d passed, %d failed, %d skipped\n", p, f, s }'
 if [ $status = 0 ]; then echo "all passed"; else echo "FAILED: the output is in $logs"; fi
 exit $status
