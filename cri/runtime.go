@@ -63,25 +63,8 @@ func (s *Server) UpdateRuntimeConfig(_ context.Context, r *runtimeapi.UpdateRunt
 	return &runtimeapi.UpdateRuntimeConfigResponse{}, nil
 }
 
-// maxConfig bounds a config that is stored and handed to a shim, in bytes of
-// protobuf. It is far more than a kernel takes as environment and arguments.
-const maxConfig = 1 << 20
-
-func checkSize(field string, m proto.Message) error {
-	if n := proto.Size(m); n > maxConfig {
-		return invalid(field, "is larger than 1 MiB")
-	}
-	return nil
-}
-
 // RunPodSandbox makes a pod.
 func (s *Server) RunPodSandbox(ctx context.Context, r *runtimeapi.RunPodSandboxRequest) (*runtimeapi.RunPodSandboxResponse, error) {
-	if r.GetConfig() == nil {
-		return nil, invalid("config", "is missing")
-	}
-	if err := checkSize("config", r.GetConfig()); err != nil {
-		return nil, err
-	}
 	id, err := s.d.RunPod(ctx, r.GetConfig(), r.GetRuntimeHandler())
 	if err != nil {
 		return nil, toStatus(err)
@@ -137,9 +120,6 @@ func (s *Server) CreateContainer(ctx context.Context, r *runtimeapi.CreateContai
 		return nil, invalid("config", "is missing")
 	}
 	if err := checkRef("config.image.image", r.GetConfig().GetImage().GetImage()); err != nil {
-		return nil, err
-	}
-	if err := checkSize("config", r.GetConfig()); err != nil {
 		return nil, err
 	}
 	id, err := s.d.CreateContainer(ctx, r.GetPodSandboxId(), r.GetConfig())
@@ -211,6 +191,10 @@ func (s *Server) ContainerStatus(_ context.Context, r *runtimeapi.ContainerStatu
 	return resp, nil
 }
 
+// maxCommand bounds a command that is handed to a shim, in bytes of protobuf. It
+// is far more than a kernel takes as arguments.
+const maxCommand = 1 << 20
+
 // ExecSync runs a command in a container.
 func (s *Server) ExecSync(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
 	switch {
@@ -219,8 +203,8 @@ func (s *Server) ExecSync(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*
 	case len(r.GetCmd()) == 0:
 		return nil, invalid("cmd", "is empty")
 	}
-	if err := checkSize("cmd", r); err != nil {
-		return nil, err
+	if proto.Size(r) > maxCommand {
+		return nil, invalid("cmd", "is larger than 1 MiB")
 	}
 	timeout, err := seconds("timeout", r.GetTimeout())
 	if err != nil {

@@ -16,7 +16,7 @@ type Want struct {
 	Net, IPC, UTS bool
 
 	Hostname string            // set if UTS; empty keeps the host's
-	Sysctls  map[string]string // namespaced ones only; see CheckSysctls
+	Sysctls  map[string]string // namespaced ones only; see resolveSysctls
 }
 
 // Namespaces holds the paths of a pod's namespaces; "" is the host's.

@@ -36,16 +36,11 @@ func (s setting) write() error {
 	return nil
 }
 
-// CheckSysctls tells whether a pod with these namespaces may set its sysctls.
-// The namespaced ones are net.*, kernel.shm*, kernel.msg*, kernel.sem and
-// fs.mqueue.* (sysctl(7), namespaces(7)); any other is the whole node's.
-func CheckSysctls(w Want) error {
-	_, err := resolveSysctls(w)
-	return err
-}
-
 // resolveSysctls returns the settings in the order of their names, so that a
-// pod always comes out the same.
+// pod always comes out the same, or says which one a pod with these namespaces
+// may not set. The namespaced ones are net.*, kernel.shm*, kernel.msg*,
+// kernel.sem and fs.mqueue.* (sysctl(7), namespaces(7)); any other is the whole
+// node's.
 func resolveSysctls(w Want) ([]setting, error) {
 	var out []setting
 	for _, name := range slices.Sorted(maps.Keys(w.Sysctls)) {
