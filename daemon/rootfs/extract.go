@@ -44,12 +44,18 @@ type extractor struct {
 	parentName string
 	parent     int
 
-	times   map[string]time.Time // of directories; set last, writing changes them
-	implied map[uint64]string    // by inode number; see record.Implied
+	times   map[uint64]dirTime // by inode number; set last, writing changes them
+	implied map[uint64]string  // by inode number; see record.Implied
+	memory  int                // roughly what times and implied take, in bytes
 	trashed int
 	bytes   uint64 // taken on the file system
 	inodes  uint64
 	logical int64 // sizes as the headers have them
+}
+
+type dirTime struct {
+	name string
+	t    time.Time
 }
 
 // extract reads stream to its end, writes its entries below diff, and compares
@@ -68,9 +74,9 @@ func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stre
 	defer unix.Close(trashFd)
 	x := &extractor{
 		root: root, trash: trashFd, limits: limits,
-		buf:        make([]byte, 256<<10),
+		buf:        make([]byte, 64<<10),
 		parentName: ".", parent: root,
-		times:   map[string]time.Time{},
+		times:   map[uint64]dirTime{},
 		implied: map[uint64]string{},
 		inodes:  1,
 	}
@@ -83,7 +89,7 @@ func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stre
 	ahead := readAhead(ctx, stream, hash, limits.Bytes)
 	defer ahead.stop()
 	if err := x.run(ahead); err != nil {
-		return record{}, err
+		return record{}, x.blame(err, ahead.failed)
 	}
 	// The archive may be padded; the digest covers that too.
 	if _, err := io.CopyBuffer(io.Discard, ahead, x.buf); err != nil {
@@ -94,6 +100,11 @@ func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stre
 	}
 	if err := x.finish(); err != nil {
 		return record{}, err
+	}
+	if x.trashed > 0 {
+		if err := x.recount(); err != nil {
+			return record{}, err
+		}
 	}
 	return record{
 		DiffID: diffID, Bytes: x.bytes, Inodes: x.inodes, BootID: rundir.BootID(),
@@ -108,9 +119,6 @@ func (x *extractor) run(r io.Reader) error {
 		if err == io.EOF {
 			return nil
 		}
-		if errors.Is(err, tar.ErrHeader) || errors.Is(err, tar.ErrFieldTooLong) || errors.Is(err, io.ErrUnexpectedEOF) {
-			return fmt.Errorf("%w: %w", ErrBadLayer, err)
-		}
 		if err != nil {
 			return err
 		}
@@ -118,7 +126,7 @@ func (x *extractor) run(r io.Reader) error {
 			return fmt.Errorf("%w: more than %d entries", ErrBadLayer, x.limits.Entries)
 		}
 		if err := x.entry(h, tr); err != nil {
-			return fmt.Errorf("entry %q: %w", h.Name, err)
+			return fmt.Errorf("entry %.200q: %w", h.Name, err)
 		}
 	}
 }
@@ -128,7 +136,7 @@ func (x *extractor) run(r io.Reader) error {
 func clean(name string) (string, error) {
 	p := path.Clean(strings.TrimLeft(name, "/"))
 	if p == ".." || strings.HasPrefix(p, "../") {
-		return "", fmt.Errorf("%w: %q leaves the root", ErrBadLayer, name)
+		return "", fmt.Errorf("%w: %.200q leaves the root", ErrBadLayer, name)
 	}
 	if strings.IndexByte(p, 0) >= 0 {
 		return "", fmt.Errorf("%w: a NUL in the name", ErrBadLayer)
@@ -154,7 +162,7 @@ func (x *extractor) entry(h *tar.Header, r io.Reader) error {
 		return x.setDir(x.root, name, h)
 	}
 	dir, base := path.Split(name)
-	if strings.Contains("/"+name, "/"+whiteoutMeta) && base != whiteoutOpaque {
+	if strings.Contains("/"+dir, "/"+whiteoutMeta) || strings.HasPrefix(base, whiteoutMeta) && base != whiteoutOpaque {
 		return nil
 	}
 	parent, err := x.openParent(path.Clean(dir))
@@ -371,7 +379,7 @@ func (x *extractor) hardLink(parent int, base, target string) error {
 	dir, targetBase := path.Split(name)
 	targetDir, err := x.openDir(path.Clean(dir))
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
-		return fmt.Errorf("%w: a hard link to %q, which is not in the layer", ErrBadLayer, target)
+		return fmt.Errorf("%w: a hard link to %.200q, which is not in the layer", ErrBadLayer, target)
 	}
 	if err != nil {
 		return err
@@ -379,7 +387,7 @@ func (x *extractor) hardLink(parent int, base, target string) error {
 	defer unix.Close(targetDir)
 	var to, at unix.Stat_t
 	if err := unix.Fstatat(targetDir, targetBase, &to, unix.AT_SYMLINK_NOFOLLOW); err != nil || to.Mode&unix.S_IFMT == unix.S_IFDIR || isWhiteout(&to) {
-		return fmt.Errorf("%w: a hard link to %q, which is not a file in the layer", ErrBadLayer, target)
+		return fmt.Errorf("%w: a hard link to %.200q, which is not a file in the layer", ErrBadLayer, target)
 	}
 	if unix.Fstatat(parent, base, &at, unix.AT_SYMLINK_NOFOLLOW) == nil && at.Ino == to.Ino {
 		return nil // to itself; taking it away first would lose it
@@ -405,6 +413,7 @@ func (x *extractor) whiteout(parent int, base string) error {
 			return err
 		}
 		if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+			delete(x.implied, st.Ino) // what is below does not count any more
 			return x.setOpaque(parent, base)
 		}
 		return nil
@@ -489,15 +498,13 @@ func (x *extractor) setDir(fd int, name string, h *tar.Header) error {
 	if err := setXattrs(h, func(n string, v []byte) error { return unix.Fsetxattr(fd, n, v, 0) }); err != nil {
 		return err
 	}
-	x.times[name] = h.ModTime
-	if len(x.implied) > 0 {
-		var st unix.Stat_t
-		if err := unix.Fstat(fd, &st); err != nil {
-			return err
-		}
-		delete(x.implied, st.Ino)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
 	}
-	return nil
+	x.times[st.Ino] = dirTime{name, h.ModTime}
+	delete(x.implied, st.Ino)
+	return x.remember(name)
 }
 
 // imply notes a directory that the archive has no entry for, so far.
@@ -507,44 +514,49 @@ func (x *extractor) imply(fd int, name string) error {
 		return err
 	}
 	x.implied[st.Ino] = name
-	return nil
+	return x.remember(name)
 }
 
 // finish sets the times of directories and sorts out what was replaced.
 func (x *extractor) finish() error {
-	for name, t := range x.times {
-		if name == "." {
-			continue
-		}
-		dir, base := path.Split(name)
-		parent, err := x.openDir(path.Clean(dir))
+	for ino, d := range x.times {
+		fd, err := x.openStill(d.name, ino)
 		if err != nil {
 			continue // replaced by something else
 		}
-		var st unix.Stat_t
-		err = unix.Fstatat(parent, base, &st, unix.AT_SYMLINK_NOFOLLOW)
-		if err == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR {
-			err = setTime(parent, base, t)
-		} else {
-			err = nil
-		}
-		unix.Close(parent)
+		err = setTime(fd, ".", d.t)
+		unix.Close(fd)
 		if err != nil {
-			return err
-		}
-	}
-	if t, ok := x.times["."]; ok {
-		if err := setTime(x.root, ".", t); err != nil {
 			return err
 		}
 	}
 	for ino, name := range x.implied {
-		var st unix.Stat_t
-		if err := unix.Fstatat(x.root, name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil || st.Ino != ino {
+		fd, err := x.openStill(name, ino)
+		if err != nil {
 			delete(x.implied, ino)
+			continue
 		}
+		unix.Close(fd)
 	}
 	return nil
+}
+
+// openStill opens a directory if the name still means the one with this inode
+// number: what was above it may have been replaced, by a link for one.
+func (x *extractor) openStill(name string, ino uint64) (int, error) {
+	fd, err := x.openDir(name)
+	if err != nil {
+		return -1, err
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(fd, &st); err == nil && st.Ino != ino {
+		err = unix.ENOENT
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
 }
 
 // setTime follows no link. The time of access is of no interest.
@@ -573,7 +585,7 @@ func setXattrs(h *tar.Header, set func(name string, value []byte) error) error {
 			continue // the file system has none of them
 		}
 		if err != nil {
-			return fmt.Errorf("cannot set %s: %w", name, err)
+			return &attributeError{name: name, size: len(v), err: err}
 		}
 	}
 	return nil

@@ -66,7 +66,8 @@ func truth(layers []layered, name string) (attributes, error) {
 		if !l.implies(name) {
 			return attributes{mode: st.Mode & 0o7777, uid: st.Uid, gid: st.Gid}, nil
 		}
-		if hidden(l.fd, name) {
+		// It may be opaque itself: that hides what is in it.
+		if name != "." && hidden(l.fd, path.Dir(name)) {
 			break
 		}
 	}
@@ -83,19 +84,25 @@ func openBeneath(root int, name string) (int, error) {
 // hidden says whether a layer hides a name of the layers below: it, or a
 // directory above it, is opaque. (A whiteout shows up as not a directory.)
 func hidden(root int, name string) bool {
-	for ; name != "."; name = path.Dir(name) {
-		b := make([]byte, 1)
-		n, err := unix.Lgetxattr(fmt.Sprintf("/proc/self/fd/%d/%s", root, name), opaqueXattr, b)
-		if err == nil && n == 1 && b[0] == 'y' {
+	for ; ; name = path.Dir(name) {
+		if opaque(fmt.Sprintf("/proc/self/fd/%d/%s", root, name)) {
 			return true
 		}
+		if name == "." {
+			return false
+		}
 	}
-	return false
+}
+
+func opaque(dir string) bool {
+	b := make([]byte, 1)
+	n, err := unix.Lgetxattr(dir, opaqueXattr, b)
+	return err == nil && n == 1 && b[0] == 'y'
 }
 
 // prepareUpper gives the root of the writable layer, and the directories that
 // layers made up, the attributes they have in the layers below.
-func (s *Store) prepareUpper(upper string, diffIDs []digest.Digest) error {
+func (s *Store) prepareUpper(upper string, diffIDs []digest.Digest, m *IDMap) error {
 	var layers []layered // the highest first
 	defer func() {
 		for _, l := range layers {
@@ -124,9 +131,9 @@ func (s *Store) prepareUpper(upper string, diffIDs []digest.Digest) error {
 			return err
 		}
 		if name == "." {
-			err = setAttributes(upper, a)
+			err = setAttributes(upper, a, m)
 		} else if a != madeUp && !shownRight(layers, name) {
-			err = makeUpper(upper, layers, name)
+			err = makeUpper(upper, layers, name, m)
 		}
 		if err != nil {
 			return err
@@ -152,11 +159,11 @@ func shownRight(layers []layered, name string) bool {
 }
 
 // makeUpper makes a directory in the writable layer, and those above it.
-func makeUpper(upper string, layers []layered, name string) error {
+func makeUpper(upper string, layers []layered, name string, m *IDMap) error {
 	dir := filepath.Join(upper, name)
 	if parent := path.Dir(name); parent != "." {
 		if _, err := os.Lstat(filepath.Join(upper, parent)); err != nil {
-			if err := makeUpper(upper, layers, parent); err != nil {
+			if err := makeUpper(upper, layers, parent, m); err != nil {
 				return err
 			}
 		}
@@ -168,13 +175,14 @@ func makeUpper(upper string, layers []layered, name string) error {
 	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}
-	return setAttributes(dir, a)
+	return setAttributes(dir, a, m)
 }
 
 // setAttributes is for directories of the writable layer before it is mounted:
 // nobody else can reach them.
-func setAttributes(dir string, a attributes) error {
-	if err := os.Lchown(dir, int(a.uid), int(a.gid)); err != nil {
+func setAttributes(dir string, a attributes, m *IDMap) error {
+	uid, gid := m.host(a)
+	if err := os.Lchown(dir, uid, gid); err != nil {
 		return err
 	}
 	return unix.Chmod(dir, a.mode)

@@ -29,9 +29,16 @@ var ErrBusy = errors.New("something else is mounted there")
 // with a writable layer in rw/upper and rw/work, which are made. If that is
 // mounted there already, nothing happens.
 func (s *Store) Mount(ctx context.Context, diffIDs []digest.Digest, rw, target string) error {
+	return s.MountMapped(ctx, diffIDs, rw, target, nil)
+}
+
+// MountMapped is Mount for a user namespace: who owns a file in a layer owns it
+// in there. The layers stay as they are; the writable one holds the ids of the
+// host. A nil map is none.
+func (s *Store) MountMapped(ctx context.Context, diffIDs []digest.Digest, rw, target string, m *IDMap) error {
 	err := ctx.Err()
 	if err == nil {
-		err = s.mount(diffIDs, rw, target)
+		err = s.mount(diffIDs, rw, target, m)
 	}
 	if err != nil {
 		return fmt.Errorf("cannot mount a root file system on %s: %w", target, err)
@@ -39,7 +46,7 @@ func (s *Store) Mount(ctx context.Context, diffIDs []digest.Digest, rw, target s
 	return nil
 }
 
-func (s *Store) mount(diffIDs []digest.Digest, rw, target string) error {
+func (s *Store) mount(diffIDs []digest.Digest, rw, target string, m *IDMap) (err error) {
 	upper, work := filepath.Join(rw, upperName), filepath.Join(rw, workName)
 	switch mounted, err := Mounted(target); {
 	case err != nil:
@@ -52,22 +59,38 @@ func (s *Store) mount(diffIDs []digest.Digest, rw, target string) error {
 	if err := os.RemoveAll(work); err != nil {
 		return err
 	}
-	if err := errors.Join(os.MkdirAll(work, 0o700), s.makeUpperDir(upper, diffIDs)); err != nil {
+	if err := errors.Join(os.MkdirAll(work, 0o700), s.makeUpperDir(upper, diffIDs, m)); err != nil {
 		return err
 	}
-	lower := []string{filepath.Join(s.dir, emptyName)}
+	layers := s.dir
+	if m != nil {
+		layers = target + mappedSuffix
+		if err := attachMapped(s.dir, layers, m.Userns); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, detach(layers)) }()
+	}
+	lower := []string{filepath.Join(layers, emptyName)}
 	if len(diffIDs) > 0 {
 		lower = nil
+	} else if err := s.makeDirs(); err != nil {
+		return err
 	}
 	for _, d := range slices.Backward(diffIDs) {
 		if !s.Has(d) {
 			return fmt.Errorf("%w: %s", ErrNoLayer, d)
 		}
-		lower = append(lower, filepath.Join(s.layerDir(d), diffName))
+		// The same layer further down adds nothing, and overlayfs refuses it.
+		if dir := filepath.Join(layers, d.Algorithm().String(), d.Encoded(), diffName); !slices.Contains(lower, dir) {
+			lower = append(lower, dir)
+		}
+		if opaque(filepath.Join(s.layerDir(d), diffName)) {
+			break // overlayfs does not look for this at a root
+		}
 	}
 	o := overlay{lower: lower, upper: upper, work: work, target: target}
 	defer o.close()
-	err := o.mountNew()
+	err = o.mountNew()
 	if errors.Is(err, unix.ENOSYS) || errors.Is(err, errNoAppend) {
 		err = o.mountClassic()
 	}
@@ -75,7 +98,7 @@ func (s *Store) mount(diffIDs []digest.Digest, rw, target string) error {
 }
 
 // makeUpperDir makes the writable layer if there is none. It appears complete.
-func (s *Store) makeUpperDir(upper string, diffIDs []digest.Digest) error {
+func (s *Store) makeUpperDir(upper string, diffIDs []digest.Digest, m *IDMap) error {
 	if _, err := os.Lstat(upper); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -86,7 +109,7 @@ func (s *Store) makeUpperDir(upper string, diffIDs []digest.Digest) error {
 	if err := os.Mkdir(fresh, 0o700); err != nil {
 		return err
 	}
-	if err := s.prepareUpper(fresh, diffIDs); err != nil {
+	if err := s.prepareUpper(fresh, diffIDs, m); err != nil {
 		return err
 	}
 	return os.Rename(fresh, upper)
@@ -276,9 +299,14 @@ func Mounted(target string) (bool, error) {
 	return st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0, nil
 }
 
-// Unmount unmounts all that is mounted at target, lazily if it is busy. What is
-// not mounted, or does not exist, is no error.
+// Unmount unmounts all that is mounted at target, lazily if it is busy, and what
+// a Mount that was cut short has left beside it. What is not mounted, or does
+// not exist, is no error.
 func Unmount(target string) error {
+	return errors.Join(detach(target+mappedSuffix), unmountAll(target))
+}
+
+func unmountAll(target string) error {
 	for {
 		err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
 		if errors.Is(err, unix.EBUSY) {

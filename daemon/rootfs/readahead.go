@@ -8,8 +8,8 @@ import (
 )
 
 const (
-	aheadBuffers = 4
-	aheadSize    = 256 << 10
+	aheadBuffers = 3
+	aheadSize    = 64 << 10
 )
 
 // ahead reads and hashes a stream in a goroutine of its own, so that
@@ -22,6 +22,8 @@ type ahead struct {
 	err   error // why full was closed; read after that only
 	rest  []byte
 	whole []byte // the buffer that rest is a part of
+
+	failed error // of Read, if not io.EOF
 }
 
 // readAhead starts reading. Whoever calls it calls stop. The hash may be used
@@ -83,6 +85,9 @@ func (a *ahead) Read(p []byte) (int, error) {
 		}
 		b, ok := <-a.full
 		if !ok {
+			if a.err != io.EOF {
+				a.failed = a.err
+			}
 			return 0, a.err
 		}
 		a.rest, a.whole = b, b

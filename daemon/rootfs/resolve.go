@@ -15,10 +15,11 @@ import (
 // openIn opens a path with every ".." and every symbolic link resolved inside
 // root, as if root were "/".
 func openIn(root int, name string, flags uint64) (int, error) {
-	how := unix.OpenHow{
-		Flags:   flags | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
-	}
+	return openHow(root, name, unix.OpenHow{Flags: flags, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS})
+}
+
+func openHow(root int, name string, how unix.OpenHow) (int, error) {
+	how.Flags |= unix.O_CLOEXEC
 	for {
 		fd, err := unix.Openat2(root, name, &how)
 		switch {
@@ -82,6 +83,36 @@ func (x *extractor) openDir(name string) (int, error) {
 	return openIn(x.root, name, unix.O_PATH|unix.O_DIRECTORY)
 }
 
+// maxLinked is how long the path of a directory may be that was reached by a
+// symbolic link, in bytes. A link to a directory below a link makes trees deeper
+// than any path can tell, and to delete such a tree takes an fd for each level.
+const maxLinked = unix.PathMax / 2
+
+// openShallow is openDir for a directory that something is going to be put in.
+func (x *extractor) openShallow(name string) (int, error) {
+	const flags = unix.O_PATH | unix.O_DIRECTORY
+	fd, err := openHow(x.root, name, unix.OpenHow{Flags: flags, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS})
+	if !errors.Is(err, unix.ELOOP) {
+		return fd, err
+	}
+	if fd, err = x.openDir(name); err != nil {
+		return -1, err
+	}
+	root, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", x.root))
+	if err == nil {
+		var at string
+		at, err = os.Readlink(fmt.Sprintf("/proc/self/fd/%d", fd))
+		if err == nil && len(at)-len(root) > maxLinked {
+			err = unix.ENAMETOOLONG
+		}
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
 func (x *extractor) forgetParent() {
 	if x.parent != x.root {
 		unix.Close(x.parent)
@@ -99,10 +130,10 @@ func (x *extractor) openParent(name string) (int, error) {
 	if name == "." {
 		return x.root, nil
 	}
-	fd, err := x.openDir(name)
+	fd, err := x.openShallow(name)
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
 		if err = x.makeDirs(name); err == nil {
-			fd, err = x.openDir(name)
+			fd, err = x.openShallow(name)
 		}
 	}
 	if err != nil {
@@ -159,19 +190,24 @@ func (x *extractor) makeDirs(name string) error {
 func (x *extractor) makeDir(parent int, base, name string) error {
 	var st unix.Stat_t
 	err := unix.Fstatat(parent, base, &st, unix.AT_SYMLINK_NOFOLLOW)
-	if err == nil && st.Mode&unix.S_IFMT == unix.S_IFDIR {
+	there := err == nil
+	if there && st.Mode&unix.S_IFMT == unix.S_IFDIR {
 		return nil
 	}
-	if err == nil && !isWhiteout(&st) {
-		return fmt.Errorf("%w: %q is not a directory", ErrBadLayer, name)
+	if there && !isWhiteout(&st) {
+		return fmt.Errorf("%w: %.200q is not a directory", ErrBadLayer, name)
 	}
 	fd, err := x.ensureDir(parent, base)
 	if err != nil {
 		return err
 	}
 	defer unix.Close(fd)
-	if err := unix.Fchmod(fd, 0o755); err != nil { // whatever the umask
+	// Whatever the umask, or a setgid bit of the directory above.
+	if err := errors.Join(unix.Fchown(fd, 0, 0), unix.Fchmod(fd, 0o755)); err != nil {
 		return err
+	}
+	if there {
+		return nil // hidden by the whiteout, the layers below have no say
 	}
 	return x.imply(fd, name)
 }

@@ -18,13 +18,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
@@ -66,7 +71,7 @@ type record struct {
 	BootID string        `json:"bootId"` // of the boot that unpacked it
 	// Implied are the directories that the archive has files in, but no entry
 	// for. What they look like is up to the layers below (see implied.go).
-	Implied []string `json:"implied,omitempty"`
+	Implied names `json:"implied,omitempty"`
 }
 
 // Store keeps one directory per layer. It is safe for concurrent use. One
@@ -81,6 +86,8 @@ type Store struct {
 
 	background sync.WaitGroup // deletions and the syncer; Close waits
 	wake       chan struct{}  // of the syncer; closed by Close
+	closing    chan struct{}  // closed by Close
+	discarded  atomic.Uint64
 
 	mu       sync.Mutex
 	closed   bool
@@ -102,23 +109,32 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 		dir:     dir,
 		log:     log,
 		wake:    make(chan struct{}, 1),
+		closing: make(chan struct{}),
 		layers:  map[digest.Digest]record{},
 		flights: map[digest.Digest]chan struct{}{},
 	}
-	for _, name := range []string{tmpName, emptyName, string(digest.Canonical)} {
-		// 0700: the path is of no use to others; containers see the overlay.
-		if err := os.MkdirAll(filepath.Join(dir, name), 0o700); err != nil {
-			return nil, fmt.Errorf("cannot open the layers: %w", err)
-		}
+	if err := s.makeDirs(); err != nil {
+		return nil, fmt.Errorf("cannot open the layers: %w", err)
 	}
 	garbage, err := os.ReadDir(filepath.Join(dir, tmpName))
 	if err != nil {
 		return nil, fmt.Errorf("cannot open the layers: %w", err)
 	}
+	used := sync.OnceValue(layersInUse)
 	for _, e := range garbage {
+		if hex, ok := strings.CutPrefix(e.Name(), usedPrefix); ok && used()[hex] {
+			continue
+		}
 		s.deleteLater(filepath.Join(dir, tmpName, e.Name()))
 	}
-	if err := s.load(); err != nil {
+	strange, err := os.ReadDir(filepath.Join(dir, emptyName))
+	for _, e := range strange { // it would be in each image without layers
+		err = errors.Join(err, os.RemoveAll(filepath.Join(dir, emptyName, e.Name())))
+	}
+	if err != nil {
+		log.Warn("the empty layer is not empty", "error", err)
+	}
+	if err := s.load(used); err != nil {
 		return nil, fmt.Errorf("cannot open the layers: %w", err)
 	}
 	s.background.Go(s.syncer)
@@ -126,13 +142,59 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 	return s, nil
 }
 
-func (s *Store) load() error {
+// makeDirs makes the directories that are missing. 0700: the path is of no use
+// to others; containers see the overlay.
+func (s *Store) makeDirs() error {
+	for _, name := range []string{tmpName, emptyName, string(digest.Canonical)} {
+		moved, err := rundir.MakeDir(s.dir, name)
+		if moved != "" {
+			s.log.Error("a file was in the place of a directory of the layers", "directory", name, "moved", moved)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// usedPrefix is of names in tmp: a damaged layer that a container runs on. It
+// stays until that is gone, and another is unpacked for those that come.
+const usedPrefix = "used-"
+
+var layerInOptions = regexp.MustCompile(`/([a-z0-9]+)/([0-9a-f]{32,})/` + diffName)
+
+// LayersAt are the layers of the root file system that is mounted at target, as
+// far as its mount tells. It is for a container whose records are lost.
+func LayersAt(target string) (layers []digest.Digest) {
+	mounts, _ := mountinfo.GetMounts(mountinfo.SingleEntryFilter(target))
+	for _, m := range mounts {
+		for _, l := range layerInOptions.FindAllStringSubmatch(m.VFSOptions, -1) {
+			layers = append(layers, digest.NewDigestFromEncoded(digest.Algorithm(l[1]), l[2]))
+		}
+	}
+	return layers
+}
+
+// layersInUse are the layers, without their algorithm, that something mounted
+// has among its lower directories.
+func layersInUse() map[string]bool {
+	used := map[string]bool{}
+	mounts, _ := mountinfo.GetMounts(mountinfo.FSTypeFilter("overlay")) // none: as if there were no container
+	for _, m := range mounts {
+		for _, l := range layerInOptions.FindAllStringSubmatch(m.VFSOptions, -1) {
+			used[l[2]] = true
+		}
+	}
+	return used
+}
+
+func (s *Store) load(used func() map[string]bool) error {
 	algorithms, err := os.ReadDir(s.dir)
 	if err != nil {
 		return err
 	}
 	for _, a := range algorithms {
-		if !digest.Algorithm(a.Name()).Available() {
+		if !digest.Algorithm(a.Name()).Available() || !a.IsDir() {
 			continue
 		}
 		layers, err := os.ReadDir(filepath.Join(s.dir, a.Name()))
@@ -140,21 +202,21 @@ func (s *Store) load() error {
 			return err
 		}
 		for _, e := range layers {
-			s.loadLayer(digest.NewDigestFromEncoded(digest.Algorithm(a.Name()), e.Name()))
+			s.loadLayer(digest.NewDigestFromEncoded(digest.Algorithm(a.Name()), e.Name()), used)
 		}
 	}
 	return nil
 }
 
-func (s *Store) loadLayer(d digest.Digest) {
+func (s *Store) loadLayer(d digest.Digest, used func() map[string]bool) {
 	var r record
 	dir := s.layerDir(d)
 	err := rundir.ReadRecord(filepath.Join(dir, recordName), &r)
 	if err == nil && r.DiffID != d {
 		err = fmt.Errorf("the record is about %s", r.DiffID)
 	}
-	if err == nil {
-		_, err = os.Lstat(filepath.Join(dir, diffName))
+	if err == nil && !s.intact(d, r) {
+		err = errors.New("it has no files")
 	}
 	_, notSynced := os.Lstat(filepath.Join(dir, syncedName))
 	if err == nil && notSynced != nil && r.BootID != rundir.BootID() {
@@ -163,6 +225,9 @@ func (s *Store) loadLayer(d digest.Digest) {
 	if err != nil {
 		s.log.Warn("layer removed, it has to be unpacked again", "layer", d, "error", err)
 		s.dropped = append(s.dropped, d)
+		if used()[d.Encoded()] && os.Rename(dir, filepath.Join(s.dir, tmpName, usedPrefix+d.Encoded())) == nil {
+			return
+		}
 		s.discard(dir)
 		return
 	}
@@ -181,6 +246,7 @@ func (s *Store) Close() error {
 	if !s.closed {
 		s.closed = true
 		close(s.wake)
+		close(s.closing)
 	}
 	s.mu.Unlock()
 	s.background.Wait()
@@ -195,8 +261,41 @@ func (s *Store) layerDir(d digest.Digest) string {
 func (s *Store) Has(diffID digest.Digest) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	_, ok := s.layers[diffID]
+	return s.has(diffID)
+}
+
+// has looks also at the disk, from where a person may have removed the layer.
+// mu is held.
+func (s *Store) has(diffID digest.Digest) bool {
+	r, ok := s.layers[diffID]
+	if ok && !s.intact(diffID, r) {
+		s.log.Error("layer is gone, it has to be unpacked again", "layer", diffID)
+		s.discard(s.layerDir(diffID)) // what is left of it
+		s.forget(diffID, r)
+		ok = false
+	}
 	return ok
+}
+
+// intact says whether a layer has files, if it has to; not whether it has all.
+func (s *Store) intact(diffID digest.Digest, r record) bool {
+	f, err := os.OpenFile(filepath.Join(s.layerDir(diffID), diffName), unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	if r.Inodes <= 1 {
+		return true
+	}
+	_, err = f.Readdirnames(1)
+	return err == nil
+}
+
+// forget takes a layer off the books. mu is held.
+func (s *Store) forget(diffID digest.Digest, r record) {
+	delete(s.layers, diffID)
+	s.usage.Bytes -= r.Bytes
+	s.usage.Inodes -= r.Inodes
 }
 
 // List gives all unpacked layers, sorted.
@@ -209,6 +308,13 @@ func (s *Store) List() []digest.Digest {
 	}
 	slices.Sort(l)
 	return l
+}
+
+// Count is how many layers are unpacked.
+func (s *Store) Count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.layers)
 }
 
 // Dropped are the layers that Open removed; images that have them need them
@@ -232,7 +338,7 @@ func (s *Store) Apply(ctx context.Context, diffID digest.Digest, stream io.Reade
 	}
 	for {
 		s.mu.Lock()
-		_, have := s.layers[diffID]
+		have := s.has(diffID)
 		other := s.flights[diffID]
 		if !have && other == nil {
 			break // locked
@@ -277,13 +383,16 @@ func (s *Store) Apply(ctx context.Context, diffID digest.Digest, stream io.Reade
 // unpack makes the layer's directory. The caller makes sure that there is one
 // at a time per layer.
 func (s *Store) unpack(ctx context.Context, diffID digest.Digest, stream io.Reader) (r record, err error) {
+	if err := s.makeDirs(); err != nil {
+		return r, err
+	}
 	tmp, err := os.MkdirTemp(filepath.Join(s.dir, tmpName), "unpack-")
 	if err != nil {
 		return r, err
 	}
 	defer func() {
-		if err != nil {
-			os.RemoveAll(tmp)
+		if err != nil && os.RemoveAll(tmp) != nil {
+			s.deleteLater(tmp)
 		}
 	}()
 	trash := filepath.Join(tmp, "trash")
@@ -309,7 +418,11 @@ func (s *Store) unpack(ctx context.Context, diffID digest.Digest, stream io.Read
 	if err := os.MkdirAll(filepath.Dir(dir), 0o700); err != nil {
 		return r, err
 	}
-	return r, os.Rename(tmp, dir)
+	err = os.Rename(tmp, dir)
+	if err != nil && s.discard(dir) == nil { // something that is no layer was in its place
+		err = os.Rename(tmp, dir)
+	}
+	return r, err
 }
 
 // Remove removes a layer; one that is not there is no error. The caller knows
@@ -321,12 +434,10 @@ func (s *Store) Remove(diffID digest.Digest) error {
 	if !ok {
 		return nil
 	}
-	if err := s.discard(s.layerDir(diffID)); err != nil {
+	if err := s.discard(s.layerDir(diffID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("cannot remove layer %s: %w", diffID, err)
 	}
-	delete(s.layers, diffID)
-	s.usage.Bytes -= r.Bytes
-	s.usage.Inodes -= r.Inodes
+	s.forget(diffID, r)
 	return nil
 }
 
@@ -334,7 +445,7 @@ func (s *Store) Remove(diffID digest.Digest) error {
 func (s *Store) discard(dir string) error {
 	// By its own name and a number: a rename works on a full disk too, where
 	// making a directory does not.
-	tmp := filepath.Join(s.dir, tmpName, fmt.Sprintf("remove-%s-%d", filepath.Base(dir), time.Now().UnixNano()))
+	tmp := filepath.Join(s.dir, tmpName, fmt.Sprintf("remove-%s-%d-%d", filepath.Base(dir), time.Now().UnixNano(), s.discarded.Add(1)))
 	if err := os.Rename(dir, tmp); err != nil {
 		return err
 	}
@@ -344,8 +455,18 @@ func (s *Store) discard(dir string) error {
 
 func (s *Store) deleteLater(path string) {
 	s.background.Go(func() {
-		if err := os.RemoveAll(path); err != nil {
-			s.log.Warn("cannot delete, the next start tries again", "path", path, "error", err)
+		const first, longest = 100 * time.Millisecond, 10 * time.Minute
+		for wait := first; ; wait = min(2*wait, longest) {
+			err := os.RemoveAll(path)
+			if err == nil {
+				return
+			}
+			s.log.Warn("cannot delete, trying again", "path", path, "in", wait, "error", err)
+			select {
+			case <-time.After(wait):
+			case <-s.closing:
+				return // the next Open tries again
+			}
 		}
 	})
 }
@@ -373,6 +494,9 @@ func (s *Store) syncer() {
 			continue
 		}
 		if err := s.syncAndMark(todo); err != nil {
+			s.mu.Lock()
+			s.unsynced = append(s.unsynced, todo...) // with the next ones
+			s.mu.Unlock()
 			s.log.Error("cannot sync layers, a power cut would lose them", "layers", len(todo), "error", err)
 		}
 	}

@@ -174,7 +174,7 @@ func (s *Store) Sweep() {
 		for _, tree := range []string{s.root, s.state} {
 			left, _ := filepath.Glob(filepath.Join(tree, string(k), delPrefix+"*"))
 			for _, path := range left {
-				if err := os.RemoveAll(path); err != nil {
+				if err := removeTree(path); err != nil {
 					s.log.Warn("cannot finish a removal", "path", path, "error", err)
 				}
 			}
@@ -216,10 +216,10 @@ func remove(path string) error {
 		err = nil
 	case errors.Is(err, syscall.ENOTEMPTY), errors.Is(err, fs.ErrExist):
 		// A removal of the same name was cut short.
-		err = os.RemoveAll(path)
+		err = removeTree(path)
 	}
 	if err == nil {
-		err = os.RemoveAll(gone)
+		err = removeTree(gone)
 	}
 	if err != nil {
 		return fmt.Errorf("cannot remove %s: %w", path, err)
@@ -238,7 +238,7 @@ func (s *Store) Quarantine(path string, why error) {
 			filepath.Base(filepath.Dir(path)), filepath.Base(path))
 		to = filepath.Join(to, name)
 		if err = os.Rename(path, to); errors.Is(err, syscall.EXDEV) {
-			err = os.RemoveAll(path) // of the run directory: means nothing after a boot anyway
+			err = removeTree(path) // of the run directory: means nothing after a boot anyway
 		}
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 )
 
 // ErrDamaged is wrapped by every error about a record that is there but cannot
@@ -130,4 +131,26 @@ func SyncDir(path string) error {
 	}
 	defer d.Close()
 	return d.Sync()
+}
+
+// MakeDir makes the directory root/name, 0700, with its parents. A file in the
+// place of root, or of one below it, is renamed and never removed; moved is then
+// what it is called. A symbolic link is followed, as it is somebody's intention.
+func MakeDir(root, name string) (moved string, err error) {
+	path := filepath.Join(root, name)
+	if err = os.MkdirAll(path, 0o700); err == nil {
+		return "", nil
+	}
+	for at := path; len(at) >= len(root); at = filepath.Dir(at) {
+		st, serr := os.Lstat(at)
+		if serr != nil || st.IsDir() || st.Mode()&fs.ModeSymlink != 0 {
+			continue
+		}
+		moved = fmt.Sprintf("%s.damaged-%d", at, time.Now().UnixNano())
+		if err := os.Rename(at, moved); err != nil {
+			return "", err
+		}
+		return moved, os.MkdirAll(path, 0o700)
+	}
+	return "", err
 }
