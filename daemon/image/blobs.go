@@ -30,8 +30,8 @@ func (s *Store) hasBlob(d ocispec.Descriptor) bool {
 
 // addBlob stores a small blob that is verified already.
 func (s *Store) addBlob(d ocispec.Descriptor, b []byte) error {
-	if s.hasBlob(d) {
-		return nil
+	if old, err := s.readBlob(d, int64(len(b))+1); err == nil && len(old) == len(b) {
+		return nil // and one that was damaged is replaced
 	}
 	f, err := os.CreateTemp(filepath.Join(s.o.Root, ingestName), smallPrefix)
 	if err != nil {
@@ -59,22 +59,41 @@ func (s *Store) adopt(path string, d digest.Digest, size int64) error {
 	if err := os.MkdirAll(filepath.Dir(to), 0o700); err != nil {
 		return fmt.Errorf("cannot store a blob: %w", err)
 	}
-	s.forget(to)
-	if err := os.Rename(path, to); err != nil {
+	err := os.Rename(path, to)
+	if err != nil && s.removeBlob(to, d) == nil {
+		err = os.Rename(path, to) // a directory was in the way
+	}
+	if err != nil {
 		return fmt.Errorf("cannot store a blob: %w", err)
 	}
-	s.usage.Bytes += uint64(size)
-	s.usage.Inodes++
+	s.account(d, size)
 	return nil
 }
 
-// forget takes a blob that is going to be removed or replaced out of the
-// account. mu is held.
-func (s *Store) forget(path string) {
-	if st, err := os.Lstat(path); err == nil {
-		s.usage.Bytes -= uint64(st.Size())
+// account notes the size of a blob that has its name now. It keeps the sizes, as
+// what is subtracted later has to be what was added. mu is held.
+func (s *Store) account(d digest.Digest, size int64) {
+	s.unaccount(d)
+	s.sizes[d] = size
+	s.usage.Bytes += uint64(size)
+	s.usage.Inodes++
+}
+
+func (s *Store) unaccount(d digest.Digest) {
+	if size, ok := s.sizes[d]; ok {
+		delete(s.sizes, d)
+		s.usage.Bytes -= uint64(size)
 		s.usage.Inodes--
 	}
+}
+
+// removeBlob removes a blob, whatever has its name. mu is held.
+func (s *Store) removeBlob(path string, d digest.Digest) error {
+	if err := os.RemoveAll(path); err != nil {
+		return err
+	}
+	s.unaccount(d)
+	return nil
 }
 
 // measure counts what is there.
@@ -84,32 +103,35 @@ func (s *Store) measure() error {
 		if err != nil {
 			return err
 		}
-		s.usage.Bytes += uint64(st.Size())
-		s.usage.Inodes++
+		s.account(d, st.Size())
 		return nil
 	})
 }
 
-// eachBlob calls f for every file among the blobs.
+// eachBlob calls f for every file among the blobs, and joins its errors.
 func (s *Store) eachBlob(f func(path string, d digest.Digest) error) error {
 	root := filepath.Join(s.o.Root, blobsName)
 	algorithms, err := os.ReadDir(root)
 	if err != nil {
 		return err
 	}
+	var errs []error
 	for _, a := range algorithms {
+		if !a.IsDir() {
+			continue // not ours
+		}
 		files, err := os.ReadDir(filepath.Join(root, a.Name()))
 		if err != nil {
-			return err
+			errs = append(errs, err)
 		}
 		for _, e := range files {
 			d := digest.NewDigestFromEncoded(digest.Algorithm(a.Name()), e.Name())
 			if err := f(filepath.Join(root, a.Name(), e.Name()), d); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return err
+				errs = append(errs, err)
 			}
 		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // dropIfDamaged removes a blob whose content is not what its name says.
@@ -126,8 +148,7 @@ func (s *Store) dropIfDamaged(d ocispec.Descriptor) bool {
 	s.o.Log.Error("blob damaged on the disk, removed", "blob", d.Digest, "content", got, "error", err)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.forget(s.blobPath(d.Digest))
-	return os.Remove(s.blobPath(d.Digest)) == nil
+	return s.removeBlob(s.blobPath(d.Digest), d.Digest) == nil
 }
 
 // kick wakes the collector.
@@ -138,17 +159,26 @@ func (s *Store) kick() {
 	}
 }
 
-// collector removes what nothing refers to: after Open, a removal, a pull.
+// collector removes what nothing refers to: after Open, a removal, a pull. What
+// cannot be removed is tried again, less and less often.
 func (s *Store) collector() {
-	for {
+	const first, longest = 100 * time.Millisecond, 10 * time.Minute
+	again := time.NewTimer(0)
+	defer again.Stop()
+	for wait := first; ; {
 		select {
 		case <-s.wake:
+		case <-again.C:
 		case <-s.ctx.Done():
 			return
 		}
 		if err := s.collect(); err != nil {
-			s.o.Log.Warn("cannot remove unused blobs", "error", err)
+			s.o.Log.Warn("cannot remove unused blobs, trying again", "in", wait, "error", err)
+			again.Reset(wait)
+			wait = min(2*wait, longest)
+			continue
 		}
+		wait = first
 	}
 }
 
@@ -163,21 +193,30 @@ func (s *Store) collect() error {
 			}
 		}
 		for _, p := range s.pending {
-			if slices.Contains(p.Blobs, d) {
+			if !p.over && slices.Contains(p.Blobs, d) {
 				return true
 			}
 		}
 		return false
 	}
 	s.mu.Lock()
-	s.dropStalePending()
+	rerr := errors.Join(s.dropStalePending(), s.forgetRemoval(), s.refreshIndex())
 	stale := s.o.StaleIngest
 	if s.hungry {
 		s.hungry, stale = false, 0
 	}
+	named := map[digest.Digest]bool{}
+	for _, l := range s.refs {
+		for _, d := range l.blobs {
+			named[d] = true
+		}
+	}
 	s.mu.Unlock()
 	count := 0
 	err := s.eachBlob(func(path string, d digest.Digest) error {
+		if named[d] {
+			return nil // or not any more: whoever took the name has called for another run
+		}
 		// One at a time, so that nobody waits long for the lock; and decided
 		// with it held, so that no pull can take the blob for present.
 		s.mu.Lock()
@@ -185,14 +224,31 @@ func (s *Store) collect() error {
 		if needed(d) {
 			return nil
 		}
-		s.forget(path)
+		before := s.usage.Bytes
+		if err := s.removeBlob(path, d); err != nil {
+			return err
+		}
 		count++
-		return os.Remove(path)
+		s.count.collected.Add(1)
+		s.count.freed.Add(before - s.usage.Bytes)
+		return nil
 	})
 	if count > 0 {
 		s.o.Log.Info("unused blobs removed", "blobs", count)
 	}
-	return errors.Join(err, s.collectIngest(stale))
+	return errors.Join(rerr, err, s.collectIngest(stale))
+}
+
+// cleanIngest removes what nobody resumes. It is part of Open.
+func (s *Store) cleanIngest() error {
+	dir := filepath.Join(s.o.Root, ingestName)
+	files, err := os.ReadDir(dir)
+	for _, e := range files {
+		if strings.HasPrefix(e.Name(), smallPrefix) || !e.Type().IsRegular() {
+			os.RemoveAll(filepath.Join(dir, e.Name()))
+		}
+	}
+	return err
 }
 
 // collectIngest removes partial downloads of that age that nobody came back for.
@@ -202,20 +258,21 @@ func (s *Store) collectIngest(stale time.Duration) error {
 	if err != nil {
 		return err
 	}
+	var errs []error
 	for _, e := range files {
 		st, err := e.Info()
-		if err != nil || time.Since(st.ModTime()) < stale || strings.HasPrefix(e.Name(), smallPrefix) {
+		if err != nil || !old(st.ModTime(), stale) || strings.HasPrefix(e.Name(), smallPrefix) {
 			continue // small ones are being written, or go with the next start
 		}
 		d := digest.Digest(strings.Replace(e.Name(), "-", ":", 1))
 		s.mu.Lock()
-		if s.downloads[d] == nil {
-			err = os.Remove(filepath.Join(dir, e.Name()))
+		switch running := s.downloads[d]; {
+		case running == nil:
+			errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
+		case running.users == 0 && stale == 0:
+			s.hungry = true // it is about to end, and wakes the collector then
 		}
 		s.mu.Unlock()
-		if err != nil {
-			return err
-		}
 	}
-	return nil
+	return errors.Join(errs...)
 }

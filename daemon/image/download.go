@@ -38,9 +38,10 @@ type download struct {
 	n        int64    // bytes in f that may be read
 	verified bool
 	err      error
-	resumed  bool // f had content from an earlier attempt
-	mirrored bool // a mirror is asked, whose content another host may correct
-	started  bool // it has its turn
+	had      int64  // bytes that f had from an earlier attempt
+	trouble  string // what went wrong and is being tried again; empty once bytes come
+	mirrored bool   // a mirror is asked, whose content another host may correct
+	started  bool   // it has its turn
 }
 
 // Waiting in both of these ends with ctx, which broadcasts through wake.
@@ -135,6 +136,7 @@ func (s *Store) join(ctx context.Context, r *registry, desc ocispec.Descriptor) 
 		if d.users > 0 {
 			d.users++
 			s.mu.Unlock()
+			s.count.shared.Add(1)
 			return d, true, nil
 		}
 		s.mu.Unlock()
@@ -208,6 +210,9 @@ func (s *Store) run(ctx context.Context, r *registry, d *download) error {
 		return ctx.Err()
 	}
 	path := s.ingestPath(d.desc.Digest)
+	if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
+		os.RemoveAll(path) // not ours
+	}
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return fmt.Errorf("cannot store a blob: %w", err)
@@ -221,7 +226,7 @@ func (s *Store) run(ctx context.Context, r *registry, d *download) error {
 		f.Close()
 		return fmt.Errorf("cannot resume %s: %w", path, err)
 	}
-	d.update(func() { d.f, d.n, d.resumed, d.started = f, n, n > 0, true })
+	d.update(func() { d.f, d.n, d.had, d.started = f, n, n, true })
 	w := &blobWriter{d: d, f: f, hash: h, off: n, count: &s.count}
 	s.count.resumed.Add(uint64(n))
 	err = s.transfer(ctx, r, w)
@@ -273,7 +278,7 @@ func (w *blobWriter) Write(b []byte) (int, error) {
 	w.hash.Write(b[:n])
 	w.off += int64(n)
 	w.count.bytes.Add(uint64(n))
-	w.d.update(func() { w.d.n = w.off })
+	w.d.update(func() { w.d.n, w.d.trouble = w.off, "" })
 	if err != nil {
 		err = &diskError{err}
 	}
@@ -321,6 +326,7 @@ func (s *Store) transfer(ctx context.Context, r *registry, w *blobWriter) error 
 				errs = append(errs, err)
 				break
 			}
+			w.d.update(func() { w.d.trouble = told(err).Error() })
 			if err := pause(ctx, wait); err != nil {
 				return err
 			}
@@ -363,7 +369,12 @@ func (s *Store) attempt(ctx context.Context, r *registry, h docker.RegistryHost,
 			return fmt.Errorf("%w: %s sent the range %q, asked for %d-", ErrCorrupt, h.Host, resp.Header.Get("Content-Range"), w.off)
 		}
 	case http.StatusOK:
-		if resp.ContentLength >= 0 && resp.ContentLength != size {
+		plain, err := decode(resp, size)
+		if err != nil {
+			return fmt.Errorf("%w: %s: %w", ErrUnavailable, h.Host, err)
+		}
+		body = plain
+		if resp.ContentLength >= 0 && resp.ContentLength != size && plain == resp.Body {
 			return fmt.Errorf("%w: %s has %d bytes for %s, the manifest says %d", ErrCorrupt, h.Host, resp.ContentLength, w.d.desc.Digest, size)
 		}
 		// It does not know ranges: what is here already comes again.
@@ -373,7 +384,7 @@ func (s *Store) attempt(ctx context.Context, r *registry, h docker.RegistryHost,
 	default:
 		return fmt.Errorf("%w: %s answered %s", ErrUnavailable, h.Host, resp.Status)
 	}
-	if _, err = io.CopyBuffer(w, struct{ io.Reader }{io.LimitReader(body, size-w.off)}, make([]byte, 128<<10)); err == nil && w.off < size {
+	if _, err = io.CopyBuffer(w, struct{ io.Reader }{io.LimitReader(body, size-w.off)}, make([]byte, 64<<10)); err == nil && w.off < size {
 		err = io.ErrUnexpectedEOF
 	}
 	if cause := context.Cause(ctx); errors.Is(cause, errTooSlow) {
@@ -421,11 +432,20 @@ func (s *Store) watch(d *download, cancel context.CancelCauseFunc) (stop func())
 func (d *download) doubtful() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.resumed || d.mirrored
+	return d.had > 0 || d.mirrored
 }
 
-func (d *download) bytes() int64 {
+func (d *download) bytes() int64 { return d.progress().n }
+
+// flow is how far a download is.
+type flow struct {
+	n, had  int64
+	started bool
+	trouble string
+}
+
+func (d *download) progress() flow {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.n
+	return flow{d.n, d.had, d.started, d.trouble}
 }

@@ -77,7 +77,8 @@ type Auth struct {
 type PullRequest struct {
 	// Ref is a name as users write it: "busybox", "quay.io/a/b:c@sha256:...".
 	Ref  string
-	Auth *Auth // nil: anonymous
+	Auth *Auth  // nil: anonymous
+	Pod  string // that needs it, NAMESPACE/NAME; for people to read
 	// Have says whether a layer is unpacked already; nil: none is.
 	Have func(diffID digest.Digest) bool
 	// Unpack consumes the tar stream of one layer to its end and verifies it
@@ -109,6 +110,8 @@ type Options struct {
 	// ProgressEvery is how often the record is replaced, and a tenth of how often
 	// the log tells about it; 1 second.
 	ProgressEvery time.Duration
+	// Pulled is called after each pull that went well, with its time. nil: nobody.
+	Pulled func(took time.Duration)
 	// DropLayers removes the blobs of layers once they are unpacked. It saves
 	// their size, and costs a layout that other tools can copy images from, and
 	// a download where an unpacked layer was lost.

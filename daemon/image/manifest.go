@@ -1,6 +1,7 @@
 package image
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -127,35 +128,60 @@ func checkLayerType(t string) error {
 }
 
 // choose gives the best manifest of an index for a platform. One without a
-// platform is taken if none has one.
+// platform is taken if no other fits.
 func choose(x *ocispec.Index, p ocispec.Platform) (ocispec.Descriptor, error) {
 	match := platforms.Only(p)
-	var best *ocispec.Descriptor
+	var best, plain *ocispec.Descriptor
 	var offers []string
 	for i := range x.Manifests {
 		d := &x.Manifests[i]
 		if err := checkDescriptor(*d); err != nil {
 			return *d, err
 		}
-		if d.Platform == nil {
+		switch {
+		case d.Platform == nil:
+			if plain == nil && d.ArtifactType == "" {
+				plain = d
+			}
 			continue
-		}
-		if d.Platform.OS != "unknown" { // attestations
-			offers = append(offers, platforms.Format(*d.Platform))
+		case d.Platform.OS != "unknown": // attestations
+			offers = append(offers, platforms.FormatAll(*d.Platform))
 		}
 		if match.Match(*d.Platform) && (best == nil || match.Less(*d.Platform, *best.Platform)) {
 			best = d
 		}
 	}
-	if best == nil && len(offers) == 0 {
-		if i := slices.IndexFunc(x.Manifests, func(d ocispec.Descriptor) bool { return d.Platform == nil }); i >= 0 {
-			best = &x.Manifests[i]
-		}
-	}
-	if best == nil {
+	if best = cmp.Or(best, plain); best == nil {
 		return ocispec.Descriptor{}, fmt.Errorf("%w: no image for %s, there are: %s", ErrUnsupported, platforms.Format(p), strings.Join(offers, ", "))
 	}
 	return *best, nil
+}
+
+// microarchitectures are the variants of amd64 by the names of their features
+// in /proc/cpuinfo, each over the one before (x86-64 psABI).
+var microarchitectures = [][]string{
+	{"cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"},
+	{"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"},
+	{"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+}
+
+// machine is the platform of this machine, for amd64 with the best variant that
+// all of its features allow.
+func machine(cpuinfo string) ocispec.Platform {
+	p := platforms.DefaultSpec()
+	if p.Architecture != "amd64" || p.Variant != "" {
+		return p
+	}
+	_, rest, _ := strings.Cut(cpuinfo, "\nflags")
+	line, _, _ := strings.Cut(rest, "\n")
+	has := strings.Fields(line)
+	for i, features := range microarchitectures {
+		if slices.ContainsFunc(features, func(f string) bool { return !slices.Contains(has, f) }) {
+			break
+		}
+		p.Variant = fmt.Sprintf("v%d", i+2)
+	}
+	return p
 }
 
 // parseConfig reads an image's config and compares it with the manifest.

@@ -8,6 +8,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -26,6 +28,7 @@ type pending struct {
 	Blobs []digest.Digest `json:"blobs"`
 	Since time.Time       `json:"since"`
 	pulls int             // that run; guarded by Store.mu
+	over  bool            // it keeps nothing any more, only its file is still there
 }
 
 func (s *Store) pendingPath(ref string) string {
@@ -40,8 +43,14 @@ func (s *Store) loadPending() {
 		var p pending
 		path := filepath.Join(s.o.Root, pendingName, f.Name())
 		if err := rundir.ReadRecord(path, &p); err != nil || path != s.pendingPath(p.Ref) {
-			s.o.Log.Warn("record of an interrupted pull dropped", "record", path, "error", err)
-			os.Remove(path)
+			if !strings.HasPrefix(f.Name(), ".") { // else it was being written
+				s.o.Log.Warn("record of an interrupted pull dropped", "record", path, "error", err)
+			}
+			os.RemoveAll(path)
+			continue
+		}
+		if l := s.refs[p.Ref]; l != nil && slices.Contains(p.Blobs, l.Target.Digest) {
+			os.Remove(path) // it had come to its end
 			continue
 		}
 		s.pending[p.Ref] = p
@@ -57,7 +66,11 @@ func (s *Store) beginPending(ref string, blobs []digest.Digest) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p := pending{Ref: ref, Blobs: blobs, Since: time.Now().UTC(), pulls: s.pending[ref].pulls + 1}
-	if err := rundir.WriteRecord(s.pendingPath(ref), p, false); err != nil {
+	path := s.pendingPath(ref)
+	if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
+		os.RemoveAll(path) // a rename would not replace it
+	}
+	if err := rundir.WriteRecord(path, p, false); err != nil {
 		return err
 	}
 	s.pending[ref] = p
@@ -91,20 +104,29 @@ func (s *Store) endPending(ref string, err error) {
 	}
 }
 
-// dropPending is called with mu held.
-func (s *Store) dropPending(ref string) {
+// dropPending is called with mu held. Where the file cannot be removed, the
+// collector tries again.
+func (s *Store) dropPending(ref string) error {
 	if err := os.Remove(s.pendingPath(ref)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		s.o.Log.Warn("cannot remove the record of a pull", "image", ref, "error", err)
-		return // as the file, so the map
+		p := s.pending[ref]
+		p.over = true
+		s.pending[ref] = p
+		return err
 	}
 	delete(s.pending, ref)
+	return nil
 }
 
+// old says whether so much has passed since t, or the clock was set back by that.
+func old(t time.Time, age time.Duration) bool { return time.Since(t).Abs() >= age }
+
 // dropStalePending forgets pulls that nobody came back for. mu is held.
-func (s *Store) dropStalePending() {
+func (s *Store) dropStalePending() error {
+	var errs []error
 	for ref, p := range s.pending {
-		if p.pulls == 0 && time.Since(p.Since) >= s.o.StaleIngest {
-			s.dropPending(ref)
+		if p.pulls == 0 && (p.over || old(p.Since, s.o.StaleIngest)) {
+			errs = append(errs, s.dropPending(ref))
 		}
 	}
+	return errors.Join(errs...)
 }

@@ -10,7 +10,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"github.com/distribution/reference"
@@ -37,22 +36,27 @@ const maxDepth = 4
 func (s *Store) Pull(ctx context.Context, r PullRequest) (Image, error) {
 	name, err := parse(r.Ref)
 	if err != nil {
+		s.count.pulled(err)
 		return Image{}, err
 	}
 	began := time.Now()
-	s.count.running.Add(1)
-	defer s.count.running.Add(-1)
 	p := &pull{s: s, req: r, name: name}
+	how, stop := s.follow(r.Ref, name.String(), r.Pod)
+	p.how = how
 	img, err := p.run(ctx)
+	stop()
+	if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
+		err = fmt.Errorf("%w: %w", ctx.Err(), err)
+	}
+	s.count.pulled(err)
 	if err != nil {
-		s.count.failed.Add(1)
-		if ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
-			err = fmt.Errorf("%w: %w", ctx.Err(), err)
-		}
+		err = told(err)
 		s.o.Log.Warn("cannot pull image", "image", name.String(), "after", time.Since(began).Round(time.Millisecond), "error", err)
 		return Image{}, fmt.Errorf("cannot pull %s: %w", name, err)
 	}
-	s.count.pulls.Add(1)
+	if s.o.Pulled != nil {
+		s.o.Pulled(time.Since(began))
+	}
 	s.o.Log.Info("image pulled", "image", name.String(), "id", img.ID, "size", img.Size, "took", time.Since(began).Round(time.Millisecond))
 	return img, nil
 }
@@ -68,6 +72,9 @@ type pull struct {
 }
 
 func (p *pull) run(ctx context.Context) (img Image, err error) {
+	if err := p.s.makeDirs(); err != nil {
+		return img, err
+	}
 	if p.reg, err = p.s.newRegistry(ctx, p.name, p.req.Auth); err != nil {
 		return img, err
 	}
@@ -78,9 +85,11 @@ func (p *pull) run(ctx context.Context) (img Image, err error) {
 	if err != nil {
 		return img, err
 	}
+	p.how.is(rundir.PullVerifying)
 	if err := p.s.verify(ctx, p.name.String(), target); err != nil {
 		return img, err
 	}
+	p.how.is(rundir.PullResolving)
 	manifest, m, err := p.choose(ctx, target, b, 0)
 	if err != nil {
 		return img, err
@@ -91,8 +100,7 @@ func (p *pull) run(ctx context.Context) (img Image, err error) {
 		return img, err
 	}
 	defer func() { p.s.endPending(p.name.String(), err) }()
-	p.how = newProgress(p.req.Ref, p.name.String(), m.Layers)
-	defer p.s.report(p.how)()
+	p.how.needs(m.Layers)
 	if err := p.blobs(ctx, m); err != nil {
 		return img, err
 	}
@@ -121,9 +129,9 @@ func (p *pull) resolve(ctx context.Context) (ocispec.Descriptor, []byte, error) 
 	}
 	if have {
 		d, err := p.reg.head(ctx, object)
-		if errors.Is(err, ErrUnauthorized) || errors.Is(err, ErrUnavailable) || ctx.Err() != nil {
+		if errors.Is(err, ErrUnavailable) || ctx.Err() != nil {
 			return ocispec.Descriptor{}, nil, err
-		} // any other error: some registries do not know HEAD
+		} // any other error: some registries do not know, or refuse, HEAD
 		if d == known.Digest {
 			p.hold(d)
 			if b, err := p.s.readBlob(known, maxManifest); err == nil {
@@ -240,11 +248,15 @@ type layer struct {
 }
 
 func (l *layer) bring(ctx context.Context) (err error) {
-	defer func() { l.p.how.ended(l.desc, err == nil) }()
+	defer func() { l.p.how.ended(l.desc.Digest, err == nil) }()
 	if l.p.s.o.DropLayers && l.p.req.Have != nil {
 		diffID, err := l.diffID()
-		if err != nil || l.p.req.Have(diffID) {
-			return err // its blob is not kept, so it is not fetched either
+		if err != nil {
+			return err
+		}
+		if l.p.req.Have(diffID) {
+			l.p.how.has(l.desc.Digest)
+			return nil // its blob is not kept, so it is not fetched either
 		}
 	}
 	for try := 1; ; try++ {
@@ -253,6 +265,7 @@ func (l *layer) bring(ctx context.Context) (err error) {
 			return err
 		}
 		if d == nil {
+			l.p.how.has(l.desc.Digest)
 			if err = l.unpackBlob(ctx); err == nil || try == 3 || !errors.Is(err, errBlobLost) {
 				return err
 			}
@@ -260,6 +273,9 @@ func (l *layer) bring(ctx context.Context) (err error) {
 		}
 		l.p.how.flows(d)
 		err = l.follow(ctx, d)
+		if err != nil {
+			l.p.how.stopped(l.desc.Digest)
+		}
 		failed := d.over() && d.err != nil
 		doubtful := d.doubtful()
 		l.p.s.leave(d)
@@ -339,7 +355,7 @@ func (l *layer) unpack(ctx context.Context, r io.Reader) error {
 func (s *Store) Unpack(ctx context.Context, r PullRequest) error {
 	img, m, held, err := s.holdImage(r.Ref)
 	if err != nil {
-		return fmt.Errorf("cannot unpack %s: %w", r.Ref, err)
+		return fmt.Errorf("cannot unpack %s: %w", r.Ref, told(err))
 	}
 	defer s.release(held)
 	diffIDs := img.DiffIDs
@@ -348,7 +364,7 @@ func (s *Store) Unpack(ctx context.Context, r PullRequest) error {
 		p.reg, err = s.newRegistry(ctx, p.name, r.Auth)
 	}
 	if err != nil {
-		return fmt.Errorf("cannot unpack %s: %w", r.Ref, err)
+		return fmt.Errorf("cannot unpack %s: %w", r.Ref, told(err))
 	}
 	defer p.reg.close()
 	slots := make(chan struct{}, unpackers)
@@ -371,7 +387,7 @@ func (s *Store) Unpack(ctx context.Context, r PullRequest) error {
 		})
 	}
 	if err := g.Wait(); err != nil {
-		return fmt.Errorf("cannot unpack %s: %w", r.Ref, err)
+		return fmt.Errorf("cannot unpack %s: %w", r.Ref, told(err))
 	}
 	return nil
 }
@@ -392,6 +408,7 @@ func (r *ctxReader) Read(p []byte) (int, error) {
 var (
 	magicGzip = []byte{0x1f, 0x8b}
 	magicZstd = []byte{0x28, 0xb5, 0x2f, 0xfd}
+	magicSkip = []byte{0x2a, 0x4d, 0x18} // after 0x50 to 0x5f: a frame of zstd to skip
 )
 
 // maxWindow bounds the memory that a zstd stream may ask for.
@@ -400,13 +417,13 @@ const maxWindow = 128 << 20
 // source notes whether reading failed, as opposed to what was read.
 type source struct {
 	r      io.Reader
-	failed atomic.Bool // zstd reads on its own
+	failed bool
 }
 
 func (s *source) Read(p []byte) (int, error) {
 	n, err := s.r.Read(p)
 	if err != nil && err != io.EOF {
-		s.failed.Store(true)
+		s.failed = true
 	}
 	return n, err
 }
@@ -419,7 +436,7 @@ type decompressor struct {
 
 func (d decompressor) Read(p []byte) (int, error) {
 	n, err := d.ReadCloser.Read(p)
-	if err != nil && err != io.EOF && !d.source.failed.Load() {
+	if err != nil && err != io.EOF && !d.source.failed {
 		err = fmt.Errorf("%w: cannot decompress it: %w", ErrCorrupt, err)
 	}
 	return n, err
@@ -428,7 +445,7 @@ func (d decompressor) Read(p []byte) (int, error) {
 // decompress decides by the content, as media types are known to be wrong.
 func decompress(r io.Reader) (io.ReadCloser, error) {
 	src := &source{r: r}
-	br := bufio.NewReaderSize(src, 128<<10)
+	br := bufio.NewReaderSize(src, 32<<10)
 	magic, err := br.Peek(4)
 	if err != nil && err != io.EOF {
 		return nil, err
@@ -436,15 +453,16 @@ func decompress(r io.Reader) (io.ReadCloser, error) {
 	switch {
 	case bytes.HasPrefix(magic, magicGzip):
 		z, err := gzip.NewReader(br)
-		if err != nil && !src.failed.Load() {
+		if err != nil && !src.failed {
 			err = fmt.Errorf("%w: cannot decompress it: %w", ErrCorrupt, err)
 		}
 		if err != nil {
 			return nil, err
 		}
 		return decompressor{z, src}, nil
-	case bytes.HasPrefix(magic, magicZstd):
-		z, err := zstd.NewReader(br, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderConcurrency(2))
+	case bytes.HasPrefix(magic, magicZstd), len(magic) == 4 && magic[0]&0xf0 == 0x50 && bytes.HasPrefix(magic[1:], magicSkip):
+		// In the goroutine that reads, and with one window: it has megabytes.
+		z, err := zstd.NewReader(br, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderLowmem(true), zstd.WithDecoderConcurrency(1))
 		if err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
 		}
@@ -460,6 +478,9 @@ func (s *Store) syncBlobNames() error {
 		return err
 	}
 	for _, a := range algorithms {
+		if !a.IsDir() {
+			continue // not ours; a fifo would block the open
+		}
 		if err := rundir.SyncDir(filepath.Join(s.o.Root, blobsName, a.Name())); err != nil {
 			return fmt.Errorf("cannot sync the blobs: %w", err)
 		}

@@ -2,7 +2,7 @@ package image
 
 import (
 	"context"
-	"encoding/base64"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,21 +14,20 @@ import (
 	"net/http"
 	"net/url"
 	"path"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
-	"github.com/containerd/containerd/v2/core/remotes/docker/auth"
-	"github.com/containerd/containerd/v2/core/remotes/docker/config"
-	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
-	clog "github.com/containerd/log"
 	"github.com/distribution/reference"
+	"github.com/klauspost/compress/gzip"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"github.com/sirupsen/logrus"
 )
 
 const (
@@ -58,9 +57,9 @@ type registry struct {
 	name   reference.Named
 	domain string
 	hosts  []docker.RegistryHost
-	token  string // a bearer token given by the caller
 	creds  credentials
 	down   sync.Map // by host: mirrors that this pull could not connect to
+	logins sync.Map // by address: *login
 }
 
 // candidates are the hosts to ask for something, best first. The last of all is
@@ -76,246 +75,122 @@ func (r *registry) candidates(caps docker.HostCapabilities) (l []docker.Registry
 }
 
 // again says whether a request that failed may work later at the same host, and
-// how long to wait. A mirror without connection is left out from then on.
+// how long to wait. A mirror that does not answer is left out from then on.
 func (r *registry) again(h docker.RegistryHost, err error, failures int) (time.Duration, bool) {
-	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "dial" && h.Host != r.hosts[len(r.hosts)-1].Host {
+	dial, silent, hopeless := reachable(err)
+	mirror := h.Host != r.hosts[len(r.hosts)-1].Host
+	if mirror && (dial || silent || hopeless) {
 		r.down.Store(h.Host, true)
 		return 0, false
 	}
-	if !errors.Is(err, ErrUnavailable) || failures >= attempts {
+	if !errors.Is(err, ErrUnavailable) || failures >= attempts || hopeless || dial && silent {
 		return 0, false
 	}
 	wait := 100 * time.Millisecond << failures
 	if e, ok := errors.AsType[*statusError](err); ok {
 		wait = max(wait, e.retryAfter)
+		if mirror && e.retryAfter > time.Second {
+			return 0, false // the next host may have time now
+		}
 	}
 	return min(wait, maxBackoff) + rand.N(50*time.Millisecond), true
 }
 
-// credentials as the caller gave them. host limits them, "" does not.
-type credentials struct{ host, user, secret, token string }
-
-// given says whether there are any.
-func (c credentials) given() bool { return c.secret != "" || c.user != "" || c.token != "" }
-
-// match says whether the credentials are for this host. All names of Docker
-// Hub are one.
-func (c credentials) match(host string) bool {
-	return c.host == "" || hubName(c.host) == hubName(host)
-}
-
-func hubName(host string) string {
-	switch host {
-	case "docker.io", "index.docker.io", "registry-1.docker.io":
-		return "docker.io"
+// reachable says how far a request came: there was no connection, there was
+// nobody in time, there is nothing to wait for.
+func reachable(err error) (dial, silent, hopeless bool) {
+	op, ok := errors.AsType[*net.OpError](err)
+	dial = ok && op.Op == "dial"
+	timeout, ok := errors.AsType[net.Error](err)
+	silent = ok && timeout.Timeout() || errors.Is(err, errTooSlow)
+	name, ok := errors.AsType[*net.DNSError](err)
+	hopeless = ok && name.IsNotFound
+	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
+		hopeless = true
 	}
-	return host
-}
-
-func (a *Auth) credentials() (c credentials, err error) {
-	if a == nil {
-		return c, nil
-	}
-	if a.ServerAddress != "" {
-		addr := a.ServerAddress
-		if !strings.Contains(addr, "://") {
-			addr = "https://" + addr
-		}
-		u, err := url.Parse(addr)
-		if err != nil || u.Host == "" {
-			return c, fmt.Errorf("%w: cannot use the credentials: server address %q", ErrUnauthorized, a.ServerAddress)
-		}
-		c.host = u.Host
-	}
-	switch {
-	case a.RegistryToken != "":
-		c.token = a.RegistryToken
-	case a.IdentityToken != "":
-		c.secret = a.IdentityToken
-	case a.Username != "":
-		c.user, c.secret = a.Username, a.Password
-	case a.Auth != "":
-		b, err := base64.StdEncoding.DecodeString(a.Auth)
-		user, secret, ok := strings.Cut(string(b), ":")
-		if err != nil || !ok {
-			return c, fmt.Errorf("%w: cannot use the credentials: auth is not base64 of user:password", ErrUnauthorized)
-		}
-		c.user, c.secret = user, strings.Trim(secret, "\x00")
-	}
-	return c, nil
-}
-
-// quiet keeps the libraries from writing to stderr by themselves.
-var quiet = func() *clog.Entry {
-	l := logrus.New()
-	l.SetOutput(io.Discard)
-	return logrus.NewEntry(l)
-}()
-
-func (s *Store) newRegistry(ctx context.Context, name reference.Named, a *Auth) (*registry, error) {
-	creds, err := a.credentials()
-	if err != nil {
-		return nil, err
-	}
-	r := &registry{name: name, domain: reference.Domain(name), creds: creds}
-	// A mirror named in hosts.toml is trusted with the credentials, as its
-	// users expect; a host that a redirect leads to never asks here.
-	secrets := func(host string) (string, string, error) {
-		if !creds.match(host) || !slices.ContainsFunc(r.hosts, func(h docker.RegistryHost) bool { return h.Host == host }) {
-			return "", "", nil
-		}
-		return creds.user, creds.secret, nil
-	}
-	o := config.HostOptions{
-		Credentials: secrets,
-		UpdateClient: func(c *http.Client) error {
-			c.CheckRedirect = checkRedirect(nil)
-			return nil
-		},
-	}
-	if s.o.RegistryConfigDir != "" {
-		o.HostDir = config.HostDirFromRoot(s.o.RegistryConfigDir)
-	}
-	r.hosts, err = config.ConfigureHosts(clog.WithLogger(ctx, quiet), o)(r.domain)
-	if err != nil {
-		return nil, fmt.Errorf("cannot read the registry configuration of %s in %s: %w", r.domain, s.o.RegistryConfigDir, err)
-	}
-	for i := range r.hosts {
-		h := &r.hosts[i]
-		if len(h.Header) == 0 {
-			continue
-		}
-		h.Header = h.Header.Clone()
-		if creds.given() && creds.match(h.Host) {
-			// The caller is asked who it is, not the node: whom the registry
-			// does not know gets nothing that the node could.
-			maps.DeleteFunc(h.Header, func(k string, _ []string) bool { return http.CanonicalHeaderKey(k) == "Authorization" })
-		}
-		// A host with headers has a client of its own. The token server gets
-		// the headers too; where that one redirects to does not.
-		client := *h.Client
-		client.CheckRedirect = checkRedirect(h.Header)
-		h.Client = &client
-		h.Authorizer = docker.NewDockerAuthorizer(docker.WithAuthClient(h.Client), docker.WithAuthCreds(secrets), docker.WithAuthHeader(h.Header))
-	}
-	return r, nil
-}
-
-// close lets go of idle connections.
-func (r *registry) close() {
-	for _, h := range r.hosts {
-		h.Client.CloseIdleConnections()
-	}
-}
-
-// checkRedirect keeps what is secret on the host that it was meant for: a
-// redirect elsewhere (another scheme or port counts) is followed without
-// credentials and without the headers of hosts.toml, and never with a body.
-func checkRedirect(secret http.Header) func(*http.Request, []*http.Request) error {
-	return func(req *http.Request, via []*http.Request) error {
-		if len(via) >= 10 {
-			return errors.New("stopped after 10 redirects")
-		}
-		first := via[0].URL
-		if req.URL.Scheme == first.Scheme && req.URL.Host == first.Host {
-			return nil
-		}
-		if req.Method != http.MethodGet && req.Method != http.MethodHead {
-			return fmt.Errorf("refused a redirect of %s to %s", req.Method, req.URL.Host)
-		}
-		for _, k := range slices.Concat([]string{"Authorization", "Cookie", "Proxy-Authorization"}, slices.Collect(maps.Keys(secret))) {
-			req.Header.Del(k)
-			delete(req.Header, k) // hosts.toml may have it in another spelling
-		}
-		return nil
-	}
+	return dial, silent, hopeless
 }
 
 // do sends one request to one host, authorizing it as the host asks. The caller
 // closes the body. An answer of 300 and above is an error.
 func (r *registry) do(ctx context.Context, h docker.RegistryHost, method string, header http.Header, what ...string) (*http.Response, error) {
 	u := url.URL{Scheme: h.Scheme, Host: h.Host, Path: path.Join(append([]string{"/", h.Path, reference.Path(r.name)}, what...)...)}
-	if h.Host != r.domain && hubName(h.Host) != hubName(r.domain) {
+	if hostName(h.Host) != hostName(r.domain) {
 		u.RawQuery = url.Values{"ns": {r.domain}}.Encode()
 	}
-	ctx = clog.WithLogger(ctx, quiet)
-	ctx = docker.WithScope(ctx, "repository:"+reference.Path(r.name)+":pull")
-	var answers []*http.Response
-	for {
-		req, err := http.NewRequestWithContext(ctx, method, u.String(), nil)
-		if err != nil {
-			return nil, err
-		}
-		for k, v := range h.Header {
-			req.Header[k] = v
-		}
-		for k, v := range header {
-			req.Header[k] = v
-		}
-		if req.Header.Get("User-Agent") == "" {
-			req.Header.Set("User-Agent", userAgent)
-		}
-		if r.creds.token != "" && r.creds.match(h.Host) {
-			req.Header.Set("Authorization", "Bearer "+r.creds.token)
-		} else if err := h.Authorizer.Authorize(ctx, req); err != nil {
-			return nil, authError(h.Host, err)
-		}
-		resp, err := h.Client.Do(req)
-		if err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrUnavailable, withoutQuery(err))
-		}
-		if resp.StatusCode < 300 {
-			return resp, nil
+	pinged := false
+	for tries := 1; ; tries++ {
+		resp, sent, err := r.send(ctx, h, method, header, u)
+		if err != nil || resp.StatusCode < 300 {
+			return resp, err
 		}
 		err = answerError(resp)
-		if resp.StatusCode != http.StatusUnauthorized || r.creds.token != "" || len(answers) >= 3 {
-			return nil, err
-		}
-		if resp.Request.URL.Host != h.Host {
+		redirected := resp.Request.Response != nil
+		if resp.Request.URL.Host != h.Host || redirected && h.Scheme == "https" && resp.TLS == nil || tries == 4 {
 			return nil, err // somebody else, whom a redirect led to, wants credentials
 		}
-		if err := r.checkRealm(h, resp); err != nil {
+		switch {
+		case resp.StatusCode == http.StatusUnauthorized:
+		case sent == "" && !pinged && r.creds.given() && r.creds.match(h.Host) && (resp.StatusCode == http.StatusForbidden || resp.StatusCode == http.StatusNotFound):
+			// Some hide from strangers what they have, and say only at the
+			// root how to log in.
+			pinged = true
+			if resp = r.ping(ctx, h); resp == nil {
+				return nil, err
+			}
+		default:
 			return nil, err
 		}
-		answers = append(answers, resp)
-		if aerr := h.Authorizer.AddResponses(ctx, answers); aerr != nil {
-			return nil, fmt.Errorf("%w (%w)", err, aerr)
+		if cerr := r.challenged(ctx, h, resp, sent, tries > 1); cerr != nil {
+			return nil, fmt.Errorf("%w (%w)", err, cerr)
 		}
 	}
 }
 
-// withoutQuery takes the query out of the error's text: object stores have
-// signatures there.
-func withoutQuery(err error) error {
-	e, ok := err.(*url.Error)
-	if !ok {
-		return err
+// send sends one request once; sent is the authorization that it had.
+func (r *registry) send(ctx context.Context, h docker.RegistryHost, method string, header http.Header, u url.URL) (resp *http.Response, sent string, err error) {
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), nil)
+	if err != nil {
+		return nil, "", err
 	}
-	u, _, _ := strings.Cut(e.URL, "?")
-	return &url.Error{Op: e.Op, URL: u, Err: e.Err}
+	req.Header.Set("User-Agent", userAgent)
+	maps.Copy(req.Header, h.Header)
+	maps.Copy(req.Header, header)
+	if sent, err = r.authorization(ctx, h); err != nil {
+		return nil, "", err
+	}
+	if sent != "" {
+		req.Header.Set("Authorization", sent)
+	}
+	if resp, err = h.Client.Do(req); err != nil {
+		return nil, "", fmt.Errorf("%w: %w", ErrUnavailable, err)
+	}
+	return resp, sent, nil
 }
 
-// checkRealm refuses to send a secret in the clear for a host that is asked
-// through TLS.
-func (r *registry) checkRealm(h docker.RegistryHost, resp *http.Response) error {
-	if resp.TLS == nil || len(h.Header) == 0 && (r.creds.secret == "" || !r.creds.match(h.Host)) {
+// rootOf is where a host tells whether it is a registry, and how to log in.
+func rootOf(h docker.RegistryHost) string {
+	before, _, _ := strings.Cut(h.Path+"/", "/v2/")
+	return before + "/v2/"
+}
+
+// ping asks the root of a host how to log in; nil: it does not say.
+func (r *registry) ping(ctx context.Context, h docker.RegistryHost) *http.Response {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, (&url.URL{Scheme: h.Scheme, Host: h.Host, Path: rootOf(h)}).String(), nil)
+	if err != nil {
 		return nil
 	}
-	for _, c := range auth.ParseAuthHeader(resp.Header) {
-		if realm := c.Parameters["realm"]; c.Scheme == auth.BearerAuth && !strings.HasPrefix(strings.ToLower(realm), "https://") {
-			return fmt.Errorf("%w: %s wants the credentials sent to %q, without TLS", ErrUnauthorized, h.Host, realm)
-		}
+	req.Header.Set("User-Agent", userAgent)
+	maps.Copy(req.Header, h.Header)
+	resp, err := h.Client.Do(req)
+	if err != nil {
+		return nil
 	}
-	return nil
-}
-
-// authError is about a token that could not be got.
-func authError(host string, err error) error {
-	kind := ErrUnavailable
-	if st, ok := errors.AsType[remoteerrors.ErrUnexpectedStatus](err); ok && st.StatusCode/100 == 4 && st.StatusCode != http.StatusTooManyRequests {
-		kind = ErrUnauthorized
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusUnauthorized || resp.Request.URL.Host != h.Host {
+		return nil
 	}
-	return fmt.Errorf("cannot authorize at %s: %w: %w", host, kind, err)
+	return resp
 }
 
 // statusError is an answer of a registry that is no success.
@@ -332,38 +207,85 @@ func (e *statusError) Unwrap() error { return e.kind }
 // answerError reads the answer's text and closes it.
 func answerError(resp *http.Response) error {
 	defer resp.Body.Close()
-	e := &statusError{status: resp.StatusCode}
+	var kind error
+	before := resp.Request.Response // the redirect, if there was one
 	switch c := resp.StatusCode; {
+	case before != nil && before.Request.URL.Host != resp.Request.URL.Host && (c == http.StatusBadRequest || c == http.StatusForbidden):
+		kind = ErrUnavailable // a link that has expired; there will be a new one
 	case c == http.StatusUnauthorized, c == http.StatusForbidden:
-		e.kind = ErrUnauthorized
+		kind = ErrUnauthorized
 	case c == http.StatusNotFound:
-		e.kind = ErrNotFound
-	case c == http.StatusTooManyRequests, c == http.StatusRequestTimeout, c >= 500:
-		e.kind = ErrUnavailable
+		kind = ErrNotFound
+	case c == http.StatusTooManyRequests, c == http.StatusRequestTimeout, c >= 500 && c != http.StatusNotImplemented:
+		kind = ErrUnavailable
 	}
-	if n, err := strconv.Atoi(resp.Header.Get("Retry-After")); err == nil && n > 0 {
-		e.retryAfter = time.Duration(n) * time.Second
+	body, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	text := fmt.Sprintf("%s %s: %s", resp.Request.Method, resp.Request.URL.Redacted(), resp.Status)
+	return newStatusError(kind, resp.StatusCode, text, body, resp.Header.Get("Retry-After"))
+}
+
+// newStatusError adds what the body says to the text. Of bodies that are not
+// as the specification has them, those of token servers have "details".
+func newStatusError(kind error, status int, text string, body []byte, retryAfter string) error {
+	e := &statusError{kind: kind, status: status, text: text}
+	if n, err := strconv.Atoi(retryAfter); err == nil && n > 0 {
+		e.retryAfter = time.Duration(min(n, int(time.Hour/time.Second))) * time.Second
+	} else if t, err := http.ParseTime(retryAfter); err == nil {
+		e.retryAfter = max(0, time.Until(t))
 	}
-	b, _ := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	var said struct {
-		Errors []struct{ Code, Message string } `json:"errors"`
+		Errors  []struct{ Code, Message string } `json:"errors"`
+		Details string                           `json:"details"`
 	}
 	var says []string
-	if json.Unmarshal(b, &said) == nil {
+	if json.Unmarshal(body, &said) == nil {
 		for _, m := range said.Errors {
 			says = append(says, strings.TrimSpace(m.Code+" "+m.Message))
 		}
+		if said.Details != "" {
+			says = append(says, said.Details)
+		}
 	}
-	u := *resp.Request.URL
-	u.RawQuery = "" // signatures of object stores
-	e.text = fmt.Sprintf("%s %s: %s", resp.Request.Method, u.Redacted(), resp.Status)
 	if len(says) > 0 {
 		e.text += ": " + strings.Join(says, ", ")
 	}
-	if e.kind != nil {
-		e.text = e.kind.Error() + ": " + e.text
+	if kind != nil {
+		e.text = kind.Error() + ": " + e.text
 	}
 	return e
+}
+
+// toldError is an error as it may be shown. Registries have a say in the text
+// of many: it is on one line, not too long and without what a terminal obeys,
+// and addresses have no query, where object stores put signatures.
+type toldError struct {
+	text string
+	error
+}
+
+func (e *toldError) Error() string { return e.text }
+func (e *toldError) Unwrap() error { return e.error }
+
+// maxTold is in bytes.
+const maxTold = 8 << 10
+
+var queries = regexp.MustCompile(`(https?://[^\s"?]*)\?[^\s"]*`)
+
+func told(err error) error {
+	text := strings.Map(func(c rune) rune {
+		switch {
+		case c == utf8.RuneError:
+			return '?'
+		case unicode.IsPrint(c):
+			return c
+		}
+		return ' '
+	}, err.Error())
+	text = queries.ReplaceAllString(text, "$1")
+	if len(text) > maxTold {
+		text = strings.ToValidUTF8(text[:maxTold], "") + "..."
+	}
+	return &toldError{text, err}
 }
 
 func pause(ctx context.Context, d time.Duration) error {
@@ -411,8 +333,11 @@ func lastOf(errs []error, domain string) error {
 		return fmt.Errorf("%w: hosts.toml names no host that may be asked for images of %s", ErrUnavailable, domain)
 	}
 	last := errs[len(errs)-1]
+	text := last.Error()
 	for _, e := range slices.Backward(errs[:len(errs)-1]) {
-		last = fmt.Errorf("%w (before: %v)", last, e)
+		if e.Error() != text { // a host may be named twice
+			last = fmt.Errorf("%w (before: %v)", last, e)
+		}
 	}
 	return last
 }
@@ -422,13 +347,16 @@ var manifestTypes = []string{
 	typeDockerList, typeDockerManifest,
 }
 
+// accept also takes what cannot be used: the error tells what it is, then.
+var accept = http.Header{"Accept": {strings.Join(append(slices.Clip(manifestTypes), "*/*"), ", ")}}
+
 // head asks for the digest behind the tag without fetching anything. It is
 // empty if the registry does not say.
 func (r *registry) head(ctx context.Context, tag string) (d digest.Digest, err error) {
 	err = r.onHosts(ctx, docker.HostCapabilityResolve, func(h docker.RegistryHost) error {
 		ctx, cancel := context.WithTimeout(ctx, smallTimeout)
 		defer cancel()
-		resp, err := r.do(ctx, h, http.MethodHead, http.Header{"Accept": {strings.Join(manifestTypes, ", ")}}, "manifests", tag)
+		resp, err := r.do(ctx, h, http.MethodHead, accept, "manifests", tag)
 		if err != nil {
 			return err
 		}
@@ -453,9 +381,12 @@ func (r *registry) manifest(ctx context.Context, object string) (desc ocispec.De
 	}
 	err = r.onHosts(ctx, caps, func(h docker.RegistryHost) error {
 		var typ string
-		b, typ, err = r.small(ctx, h, maxManifest, http.Header{"Accept": {strings.Join(manifestTypes, ", ")}}, "manifests", object)
+		b, typ, err = r.small(ctx, h, maxManifest, accept, "manifests", object)
 		if err != nil {
 			return err
+		}
+		if !json.Valid(b) { // a page of a portal, for one
+			return fmt.Errorf("%w: %s sent %q for a manifest, not JSON", ErrCorrupt, h.Host, typ)
 		}
 		algorithm := digest.Canonical
 		if want != "" {
@@ -483,6 +414,18 @@ func (r *registry) blob(ctx context.Context, d ocispec.Descriptor, limit int64) 
 		return err
 	})
 	return b, err
+}
+
+// decode undoes the Content-Encoding that some proxies add unasked. Storage may
+// also call a blob encoded that is so by itself; its length tells.
+func decode(resp *http.Response, size int64) (io.Reader, error) {
+	switch strings.ToLower(resp.Header.Get("Content-Encoding")) {
+	case "gzip", "x-gzip":
+		if resp.ContentLength != size {
+			return gzip.NewReader(resp.Body)
+		}
+	}
+	return resp.Body, nil
 }
 
 // smallTimeout is for one small answer, its headers included.

@@ -210,7 +210,7 @@ func TestProgress(t *testing.T) {
 			l[0].Layers == 1 && l[0].Bytes == total-int64(len(f.layers[0].packed))+100_000
 	})
 	eventually(t, "the log tells", func() bool { return strings.Contains(log.String(), "ofLayers=2") })
-	if st := s.Stats(); st.RunningPulls != 1 || st.Downloads != 1 || st.Bytes < 100_000 || st.Pulls != 0 {
+	if st := s.Stats(); len(st.Running) != 1 || st.Running[0].Ref != f.ref || st.Downloads != 1 || st.Bytes < 100_000 || st.Pulls["success"] != 0 {
 		t.Errorf("%+v", st)
 	}
 	close(gate)
@@ -218,10 +218,10 @@ func TestProgress(t *testing.T) {
 	if l, _ := os.ReadDir(dir); len(l) != 0 {
 		t.Errorf("left: %v", l)
 	}
-	if st := s.Stats(); st != (Stats{Pulls: 1, Bytes: uint64(total), Unpacked: 2}) {
+	if st := s.Stats(); st.Pulls["success"] != 1 || len(st.Running) != 0 || st.Bytes != uint64(total) || st.Unpacked != 2 || st.Images != 1 || st.Usage != s.Usage() {
 		t.Errorf("%+v", st)
 	}
-	if _, err := s.Pull(t.Context(), k.request(f.host+"/none:1")); err == nil || s.Stats().FailedPulls != 1 {
+	if _, err := s.Pull(t.Context(), k.request(f.host+"/none:1")); err == nil || s.Stats().Pulls["not_found"] != 1 {
 		t.Errorf("%v %+v", err, s.Stats())
 	}
 }

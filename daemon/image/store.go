@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,7 +19,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
@@ -80,11 +80,15 @@ type Store struct {
 	images    []Image            // derived from refs by rebuild; sorted by id
 	byID      map[string]int     // index into images
 	byRef     map[string]int
-	held      map[digest.Digest]int // blobs and layers that running calls need
+	layers    map[digest.Digest]bool // of images
+	held      map[digest.Digest]int  // blobs and layers that running calls need
 	downloads map[digest.Digest]*download
-	pending   map[string]pending // by name; see pending.go
-	hungry    bool               // the disk was full: partial downloads go at once
-	usage     Usage
+	running   map[*progress]struct{}
+	pending   map[string]pending      // by name; see pending.go
+	hungry    bool                    // the disk was full: partial downloads go at once
+	sizes     map[digest.Digest]int64 // of all blobs that have their names; see account
+	usage     Usage                   // the sum
+	outdated  error                   // why a derived file could not be written
 }
 
 // Open loads the store at o.Root, making it if needed. It fails only if the
@@ -92,7 +96,8 @@ type Store struct {
 // quarantined. One process at a time may have a root open.
 func Open(o Options) (*Store, error) {
 	if o.Platform == nil {
-		p := platforms.DefaultSpec()
+		cpuinfo, _ := os.ReadFile("/proc/cpuinfo") // without it, the oldest
+		p := machine(string(cpuinfo))
 		o.Platform = &p
 	}
 	o.Log = cmp.Or(o.Log, slog.Default())
@@ -109,20 +114,35 @@ func Open(o Options) (*Store, error) {
 		refs:      map[string]*loaded{},
 		held:      map[digest.Digest]int{},
 		downloads: map[digest.Digest]*download{},
+		running:   map[*progress]struct{}{},
 		pending:   map[string]pending{},
+		sizes:     map[digest.Digest]int64{},
 	}
-	for _, name := range []string{filepath.Join(blobsName, string(digest.Canonical)), refsName, ingestName, pendingName, quarantineName} {
-		if err := os.MkdirAll(filepath.Join(o.Root, name), 0o700); err != nil {
-			return nil, fmt.Errorf("cannot open the images: %w", err)
-		}
+	err := s.makeDirs()
+	if err == nil {
+		err = errors.Join(s.openProgressDir(), s.load())
 	}
-	if err := errors.Join(s.openProgressDir(), s.load()); err != nil {
+	if err != nil {
 		return nil, fmt.Errorf("cannot open the images: %w", err)
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.work.Go(s.collector)
 	s.kick()
 	return s, nil
+}
+
+// makeDirs makes the directories that are missing.
+func (s *Store) makeDirs() error {
+	for _, name := range []string{filepath.Join(blobsName, string(digest.Canonical)), refsName, ingestName, pendingName, quarantineName} {
+		moved, err := rundir.MakeDir(s.o.Root, name)
+		if moved != "" {
+			s.o.Log.Error("a file was in the place of a directory of the images", "directory", name, "moved", moved)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Close cancels what runs and waits for it.
@@ -136,6 +156,12 @@ func (s *Store) Close() error {
 }
 
 func (s *Store) load() error {
+	for _, name := range []string{ocispec.ImageIndexFile, ocispec.ImageLayoutFile, removalName} {
+		unfinished, _ := filepath.Glob(filepath.Join(s.o.Root, "."+name+".*"))
+		for _, path := range unfinished {
+			os.RemoveAll(path)
+		}
+	}
 	files, err := os.ReadDir(filepath.Join(s.o.Root, refsName))
 	if err != nil {
 		return err
@@ -143,7 +169,7 @@ func (s *Store) load() error {
 	for _, f := range files {
 		path := filepath.Join(s.o.Root, refsName, f.Name())
 		if strings.HasPrefix(f.Name(), ".") {
-			os.Remove(path) // of a record that was being written
+			os.RemoveAll(path) // of a record that was being written
 			continue
 		}
 		l, err := s.loadRecord(path)
@@ -153,18 +179,14 @@ func (s *Store) load() error {
 		}
 		s.refs[l.Ref] = l
 	}
+	s.finishRemoval()
 	s.loadPending()
 	if err := s.dropKept(); err != nil {
 		return err
 	}
-	small, err := filepath.Glob(filepath.Join(s.o.Root, ingestName, smallPrefix+"*"))
-	for _, path := range small {
-		os.Remove(path) // nobody resumes these
-	}
-	if err = errors.Join(err, s.measure()); err != nil {
+	if err := errors.Join(s.cleanIngest(), s.measure()); err != nil {
 		return err
 	}
-	s.derive(ocispec.ImageLayoutFile, ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion})
 	s.rebuild()
 	return nil
 }
@@ -177,11 +199,17 @@ func (s *Store) loadRecord(path string) (*loaded, error) {
 	if want := s.recordPath(r.Ref); path != want {
 		return nil, fmt.Errorf("the record of %s belongs at %s", r.Ref, want)
 	}
+	if name, err := parse(r.Ref); err != nil || name.String() != r.Ref {
+		return nil, fmt.Errorf("%w: %q is no full name", ErrCorrupt, r.Ref)
+	}
 	return s.loadBlobs(r)
 }
 
 // loadBlobs reads what a record points to and checks that all of it is there.
 func (s *Store) loadBlobs(r record) (*loaded, error) {
+	if err := checkDescriptor(r.Target); err != nil {
+		return nil, err
+	}
 	b, err := s.readBlob(r.Manifest, maxManifest)
 	if err != nil {
 		return nil, err
@@ -265,7 +293,13 @@ func (s *Store) commit(name reference.Named, target, manifest ocispec.Descriptor
 			return Image{}, err
 		}
 		if old := s.refs[ref]; old != nil && old.Target.Digest == target.Digest && old.Manifest.Digest == manifest.Digest && old.LayersDropped == l.LayersDropped {
-			continue
+			var r record
+			if err := rundir.ReadRecord(s.recordPath(ref), &r); err == nil {
+				continue
+			} // it was damaged behind our back
+		}
+		if st, err := os.Lstat(s.recordPath(ref)); err == nil && !st.Mode().IsRegular() {
+			s.quarantine(s.recordPath(ref), errors.New("it is not a file")) // a rename would not replace it
 		}
 		if err := rundir.WriteRecord(s.recordPath(ref), l.record, true); err != nil {
 			return Image{}, err
@@ -283,7 +317,7 @@ func (s *Store) rebuild() {
 		byID[l.id()] = append(byID[l.id()], l)
 	}
 	s.images = make([]Image, 0, len(byID))
-	s.byID, s.byRef = map[string]int{}, map[string]int{}
+	s.byID, s.byRef, s.layers = map[string]int{}, map[string]int{}, map[digest.Digest]bool{}
 	for id, refs := range byID {
 		slices.SortFunc(refs, func(a, b *loaded) int { return strings.Compare(a.Ref, b.Ref) })
 		c := refs[0].config
@@ -307,6 +341,9 @@ func (s *Store) rebuild() {
 	slices.SortFunc(s.images, func(a, b Image) int { return strings.Compare(a.ID, b.ID) })
 	for i, img := range s.images {
 		s.byID[img.ID] = i
+		for _, d := range img.DiffIDs {
+			s.layers[d] = true
+		}
 		for _, l := range byID[img.ID] {
 			s.byRef[l.Ref] = i
 		}
@@ -314,31 +351,42 @@ func (s *Store) rebuild() {
 	s.writeIndex()
 }
 
-// writeIndex writes index.json for tools that read image layouts. It names the
-// manifests of this platform, as the others of an index are not here.
+// nameOfImage is the annotation by which archives tell containerd and Docker a
+// full name; ocispec.AnnotationRefName is the one of image layouts.
+const nameOfImage = "io.containerd.image.name"
+
+// writeIndex writes index.json for tools that read image layouts: an entry for
+// each reference, but a digest only where no tag leads to the image. It names
+// the manifests of this platform, as the others of an index are not here, and
+// tools stumble over what is missing.
 func (s *Store) writeIndex() {
 	x := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{}}
-	named := map[digest.Digest]bool{}
-	refs := make([]*loaded, 0, len(s.refs))
+	hasTag := map[digest.Digest]bool{}
 	for _, l := range s.refs {
-		refs = append(refs, l)
-	}
-	slices.SortFunc(refs, func(a, b *loaded) int { return strings.Compare(a.Ref, b.Ref) })
-	for _, l := range refs {
 		if l.tagged() {
+			hasTag[l.Manifest.Digest] = true
+		}
+	}
+	for _, ref := range slices.Sorted(maps.Keys(s.refs)) {
+		l := s.refs[ref]
+		if l.tagged() || !hasTag[l.Manifest.Digest] {
 			d := l.Manifest
-			d.Annotations = map[string]string{ocispec.AnnotationRefName: l.Ref}
+			d.Annotations = map[string]string{ocispec.AnnotationRefName: ref, nameOfImage: ref}
 			x.Manifests = append(x.Manifests, d)
-			named[d.Digest] = true
 		}
 	}
-	for _, l := range refs {
-		if !named[l.Manifest.Digest] {
-			x.Manifests = append(x.Manifests, l.Manifest)
-			named[l.Manifest.Digest] = true
-		}
-	}
+	s.outdated = nil
+	s.derive(ocispec.ImageLayoutFile, ocispec.ImageLayout{Version: ocispec.ImageLayoutVersion})
 	s.derive(ocispec.ImageIndexFile, x)
+}
+
+// refreshIndex is the collector's: it tries again what could not be written. mu
+// is held.
+func (s *Store) refreshIndex() error {
+	if s.outdated != nil {
+		s.writeIndex()
+	}
+	return s.outdated
 }
 
 // derive writes a derived file atomically, if it differs. It is not synced:
@@ -351,7 +399,8 @@ func (s *Store) derive(name string, v any) {
 		err = replace(path, b)
 	}
 	if err != nil {
-		s.o.Log.Warn("a file for tools that read image layouts is out of date", "path", path, "error", err)
+		s.o.Log.Warn("a file for tools that read image layouts is out of date, trying again", "path", path, "error", err)
+		s.outdated = err
 	}
 }
 
@@ -365,7 +414,11 @@ func replace(path string, b []byte) error {
 		return nil
 	}
 	tmp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
+	if err := os.RemoveAll(tmp); err != nil {
+		return err
+	}
 	if err := os.WriteFile(tmp, b, 0o644); err != nil {
+		os.Remove(tmp)
 		return err
 	}
 	return os.Rename(tmp, path)
@@ -436,22 +489,12 @@ func (s *Store) Remove(ctx context.Context, ref string) ([]digest.Digest, error)
 		return nil, nil
 	}
 	img := s.images[i]
-	var err error
-	// Tags first: an image that is half removed has lost its name, not its
-	// digest, and is still listed, so it can be removed again.
-	for _, r := range slices.Concat(img.RepoTags, img.RepoDigests) {
-		if err = os.Remove(s.recordPath(r)); err != nil && !errors.Is(err, os.ErrNotExist) {
-			break
-		}
-		err = nil
-		delete(s.refs, r)
-	}
+	err := s.removeRefs(img)
 	s.rebuild()
 	if err != nil {
 		return nil, fmt.Errorf("cannot remove image %s: %w", img.ID, err)
 	}
 	s.o.Log.Info("image removed", "id", img.ID, "tags", img.RepoTags)
-	s.kick()
 	var free []digest.Digest
 	for _, d := range img.DiffIDs {
 		if !s.wants(d) && !slices.Contains(free, d) {
@@ -468,8 +511,19 @@ func (s *Store) Wants(diffID digest.Digest) bool {
 	return s.wants(diffID)
 }
 
+// IfUnwanted calls f if nothing wants the layer, and has whoever is about to
+// want it wait for f, which may not call the store.
+func (s *Store) IfUnwanted(diffID digest.Digest, f func() error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.wants(diffID) {
+		return nil
+	}
+	return f()
+}
+
 func (s *Store) wants(diffID digest.Digest) bool {
-	return s.held[diffID] > 0 || slices.ContainsFunc(s.images, func(img Image) bool { return slices.Contains(img.DiffIDs, diffID) })
+	return s.held[diffID] > 0 || s.layers[diffID]
 }
 
 // Usage is cheap: it is kept up to date, not computed.

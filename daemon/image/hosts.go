@@ -1,0 +1,216 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/containerd/v2/core/remotes/docker/config"
+	clog "github.com/containerd/log"
+	"github.com/distribution/reference"
+	"github.com/pelletier/go-toml/v2"
+	"github.com/sirupsen/logrus"
+)
+
+// maxHeader bounds the header of an answer, in bytes.
+const maxHeader = 1 << 20
+
+// quiet keeps the libraries from writing to stderr by themselves.
+var quiet = newQuiet()
+
+func newQuiet(hooks ...logrus.Hook) *clog.Entry {
+	l := logrus.New()
+	l.SetOutput(io.Discard)
+	for _, h := range hooks {
+		l.AddHook(h)
+	}
+	return logrus.NewEntry(l)
+}
+
+// newRegistry reads what hosts.toml says about a registry, each time anew.
+func (s *Store) newRegistry(ctx context.Context, name reference.Named, a *Auth) (*registry, error) {
+	creds, err := a.credentials()
+	if err != nil {
+		return nil, err
+	}
+	r := &registry{name: name, domain: reference.Domain(name), creds: creds}
+	if r.hosts, err = s.hosts(ctx, r.domain); err != nil {
+		return nil, fmt.Errorf("cannot use the registry configuration of %s: %w", r.domain, err)
+	}
+	for i := range r.hosts {
+		h := &r.hosts[i]
+		if h.Host == "docker.io" && h.Path == "/v2" {
+			h.Host = "registry-1.docker.io" // docker.io itself is a web site
+		}
+		if len(h.Header) == 0 {
+			continue
+		}
+		header := http.Header{}
+		for k, v := range h.Header { // the file may have it in any spelling
+			k = http.CanonicalHeaderKey(k)
+			header[k] = append(header[k], v...)
+		}
+		if creds.given() && creds.match(h.Host) {
+			// The caller is asked who it is, not the node: whom the registry
+			// does not know gets nothing that the node could.
+			header.Del("Authorization")
+		}
+		// A host with headers has a client of its own. The token server gets
+		// the headers too; where that one redirects to does not.
+		client := *h.Client
+		client.CheckRedirect = checkRedirect(header)
+		h.Header, h.Client = header, &client
+	}
+	return r, nil
+}
+
+// close lets go of idle connections.
+func (r *registry) close() {
+	for _, h := range r.hosts {
+		h.Client.CloseIdleConnections()
+	}
+}
+
+// hosts are those to ask for the images of a registry. A mirror that is named
+// there is trusted with the credentials, as its users expect.
+func (s *Store) hosts(ctx context.Context, domain string) ([]docker.RegistryHost, error) {
+	var dir string
+	var broken decodeErrors
+	o := config.HostOptions{
+		HostDir: func(string) (d string, err error) {
+			dir, err = hostDir(s.o.RegistryConfigDir, domain)
+			return dir, err
+		},
+		UpdateClient: func(c *http.Client) error {
+			c.CheckRedirect = checkRedirect(nil)
+			if t, ok := c.Transport.(*http.Transport); ok {
+				t.MaxResponseHeaderBytes = maxHeader
+			}
+			return nil
+		},
+	}
+	hosts, err := config.ConfigureHosts(clog.WithLogger(ctx, newQuiet(&broken)), o)(domain)
+	if err == nil {
+		err = broken.err
+	}
+	if dir == "" {
+		return hosts, err
+	}
+	file := filepath.Join(dir, "hosts.toml")
+	if e, ok := errors.AsType[*toml.DecodeError](err); ok {
+		line, column := e.Position()
+		if key := strings.Join(e.Key(), "."); key != "" {
+			err = fmt.Errorf("key %s: %w", key, err)
+		}
+		return nil, fmt.Errorf("%s:%d:%d: %w", file, line, column, err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", file, err)
+	}
+	warnUnknown(s.o.Log, file)
+	return hosts, nil
+}
+
+// hostDir finds the directory of a registry host, or else _default, in a list
+// of directories as in PATH. It is empty if there is none.
+func hostDir(list, domain string) (string, error) {
+	names := []string{domain, "_default"}
+	if i := strings.LastIndex(domain, ":"); i > 0 { // a colon is not for every file system
+		names = append([]string{domain[:i] + "_" + domain[i+1:] + "_"}, names...)
+	}
+	for _, root := range filepath.SplitList(list) {
+		for _, name := range names {
+			dir := filepath.Join(root, name)
+			if _, err := os.Stat(dir); err == nil || !errors.Is(err, fs.ErrNotExist) {
+				return dir, err
+			}
+		}
+	}
+	return "", nil
+}
+
+// decodeErrors catches what the library only writes to its log, to go on as if
+// there was no hosts.toml: a node would ask hosts that its owner has excluded.
+type decodeErrors struct{ err error }
+
+func (d *decodeErrors) Levels() []logrus.Level { return []logrus.Level{logrus.ErrorLevel} }
+func (d *decodeErrors) Fire(e *logrus.Entry) error {
+	if err, ok := e.Data[logrus.ErrorKey].(error); ok && d.err == nil {
+		d.err = err
+	}
+	return nil
+}
+
+// hostsFile has the keys that are known in hosts.toml.
+type hostsFile struct {
+	hostKeys
+	Server string              `toml:"server"`
+	Host   map[string]hostKeys `toml:"host"`
+}
+
+type hostKeys struct {
+	Capabilities any            `toml:"capabilities"`
+	CA           any            `toml:"ca"`
+	Client       any            `toml:"client"`
+	SkipVerify   any            `toml:"skip_verify"`
+	Header       map[string]any `toml:"header"`
+	OverridePath any            `toml:"override_path"`
+	DialTimeout  any            `toml:"dial_timeout"`
+}
+
+var warned sync.Map // file and text: once is enough
+
+// warnUnknown says which keys of hosts.toml do nothing. They are no error, as
+// other programs read the file too.
+func warnUnknown(log *slog.Logger, file string) {
+	f, err := os.Open(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return // certificates alone, as Docker has it
+	}
+	if err == nil {
+		defer f.Close()
+		err = toml.NewDecoder(f).DisallowUnknownFields().Decode(&hostsFile{})
+	}
+	if e, ok := errors.AsType[*toml.StrictMissingError](err); ok {
+		var keys []string
+		for _, k := range e.Errors {
+			keys = append(keys, strings.Join(k.Key(), "."))
+		}
+		if _, said := warned.LoadOrStore(file+strings.Join(keys, " "), true); !said {
+			log.Warn("hosts.toml has keys that are not known, they do nothing", "file", file, "keys", keys)
+		}
+	}
+}
+
+// checkRedirect keeps what is secret on the host that it was meant for: a
+// redirect elsewhere (another scheme or port counts) is followed without
+// credentials and without the headers of hosts.toml, and never with a body.
+func checkRedirect(secret http.Header) func(*http.Request, []*http.Request) error {
+	return func(req *http.Request, via []*http.Request) error {
+		if len(via) >= 10 {
+			return errors.New("stopped after 10 redirects")
+		}
+		first := via[0].URL
+		if req.URL.Scheme == first.Scheme && req.URL.Host == first.Host {
+			return nil
+		}
+		if req.Method != http.MethodGet && req.Method != http.MethodHead {
+			return fmt.Errorf("refused a redirect of %s to %s", req.Method, req.URL.Host)
+		}
+		for _, k := range slices.Concat([]string{"Authorization", "Cookie", "Proxy-Authorization"}, slices.Collect(maps.Keys(secret))) {
+			req.Header.Del(k)
+		}
+		return nil
+	}
+}

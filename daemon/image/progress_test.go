@@ -1,0 +1,140 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+// What was here before counts as done and is told apart, whichever way it came.
+func TestProgressOfLayers(t *testing.T) {
+	t.Parallel()
+	layer := func(name string) ocispec.Descriptor {
+		return ocispec.Descriptor{Digest: digest.FromString(name), Size: 100}
+	}
+	kept, resumed, joined, fresh := layer("kept"), layer("resumed"), layer("joined"), layer("fresh")
+	g := &progress{news: make(chan struct{}, 1), p: rundir.Pull{Phase: rundir.PullResolving}}
+	check := func(what string, phase rundir.PullPhase, bytes, present int64, layers int, trouble string) {
+		t.Helper()
+		p := g.now()
+		if p.Phase != phase || p.Bytes != bytes || p.PresentBytes != present || p.Layers != layers || p.Trouble != trouble {
+			t.Errorf("%s: %+v", what, p)
+		}
+	}
+	check("nothing is known", rundir.PullResolving, 0, 0, 0, "")
+	g.is(rundir.PullVerifying)
+	check("it is verified", rundir.PullVerifying, 0, 0, 0, "")
+	g.needs([]ocispec.Descriptor{kept, resumed, joined, fresh, kept})
+	if p := g.now(); p.TotalBytes != 400 || p.TotalLayers != 4 {
+		t.Errorf("%+v", p)
+	}
+	check("the layers are known", rundir.PullDownloading, 0, 0, 0, "")
+	r, j, f := &download{desc: resumed}, &download{desc: joined, n: 30, started: true}, &download{desc: fresh}
+	g.flows(r)
+	check("no download has its turn", rundir.PullWaiting, 0, 0, 0, "")
+	g.has(kept.Digest)
+	g.flows(j)
+	g.flows(f)
+	check("one is here, one flows", rundir.PullDownloading, 130, 130, 0, "")
+	r.n, r.had, r.started = 50, 40, true
+	j.n, f.trouble = 60, "503"
+	check("all flow", rundir.PullDownloading, 210, 170, 0, "503")
+	g.ended(kept.Digest, true)
+	r.n = 100
+	g.ended(resumed.Digest, true)
+	check("two are unpacked", rundir.PullDownloading, 260, 170, 2, "503")
+	// What the other pull had brought was no good: it comes anew.
+	g.stopped(joined.Digest)
+	check("one is gone", rundir.PullWaiting, 200, 140, 2, "503")
+	g.flows(&download{desc: joined, started: true})
+	f.n, f.started, f.trouble = 100, true, ""
+	check("it comes anew", rundir.PullDownloading, 300, 140, 2, "")
+	g.has(joined.Digest)
+	g.stopped(joined.Digest)
+	check("all bytes are here", rundir.PullUnpacking, 400, 140, 2, "")
+	g.ended(joined.Digest, true)
+	g.ended(fresh.Digest, true)
+	check("all are unpacked", rundir.PullUnpacking, 400, 140, 4, "")
+
+	// Nobody looks.
+	var none *progress
+	none.is(rundir.PullVerifying)
+	none.flows(f)
+	none.ended(fresh.Digest, true)
+}
+
+func TestResultOf(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		err  error
+		want string
+	}{
+		{nil, "success"},
+		{errors.New("x"), "error"},
+		{fmt.Errorf("%w: %w", context.Canceled, ErrUnavailable), "canceled"},
+		{fmt.Errorf("%w: %w", ErrUnavailable, context.DeadlineExceeded), "timeout"},
+		{&diskError{&os.PathError{Err: syscall.ENOSPC}}, "no_space"},
+		{fmt.Errorf("x: %w", ErrUnauthorized), "unauthorized"},
+		{errClosed, "canceled"},
+	} {
+		if got := resultOf(c.err); got != c.want {
+			t.Errorf("%v is %s, want %s", c.err, got, c.want)
+		}
+	}
+	s := openAt(t, t.TempDir())
+	if _, err := s.Pull(t.Context(), PullRequest{Ref: "NO:SUCH:NAME"}); err == nil {
+		t.Error("a bad name was pulled")
+	}
+	if st := s.Stats(); st.Pulls["invalid"] != 1 || len(st.Pulls) < 10 {
+		t.Errorf("%v", st.Pulls)
+	}
+}
+
+// A pull that waits for its registry can be seen, with whose it is and why it
+// waits.
+func TestProgressBeforeLayers(t *testing.T) {
+	t.Parallel()
+	f := newFaulty(t, 100_000)
+	asked, gate := make(chan struct{}, 100), make(chan struct{})
+	f.set(func(w http.ResponseWriter, r *http.Request) bool {
+		if strings.Contains(r.URL.Path, "/manifests/") {
+			asked <- struct{}{}
+			<-gate
+		}
+		return true
+	})
+	dir := filepath.Join(t.TempDir(), "pulls")
+	s := openAt(t, t.TempDir(), func(o *Options) { o.ProgressDir = dir })
+	var k sink
+	ended := make(chan error, 1)
+	go func() {
+		r := k.request(f.ref)
+		r.Pod = "team/web"
+		_, err := s.Pull(t.Context(), r)
+		ended <- err
+	}()
+	<-asked
+	var p rundir.Pull
+	eventually(t, "there is a record", func() bool {
+		files, _ := filepath.Glob(filepath.Join(dir, "*.json"))
+		return len(files) == 1 && rundir.ReadRecord(files[0], &p) == nil
+	})
+	if p.Phase != rundir.PullResolving || p.Pod != "team/web" || p.Ref != f.ref || p.TotalBytes != 0 || !p.Daemon.Alive() {
+		t.Errorf("%+v", p)
+	}
+	close(gate)
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,112 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+// Stats are what the store has, and what it did since Open.
+type Stats struct {
+	Pulls     map[string]uint64 // that ended, by result; all results are there
+	Running   []rundir.Pull     // the oldest first; without a Rate
+	Downloads int               // blobs on their way, or waiting for their turn
+
+	Bytes        uint64 // of layers that came from registries
+	ResumedBytes uint64 // of layers that an interrupted download had brought
+	Retries      uint64 // requests for layers that had to be repeated
+	Shared       uint64 // layers that a pull took from the download of another
+	Unpacked     uint64 // layers
+
+	Images     int
+	Usage      Usage // of the blobs
+	Collected  uint64
+	FreedBytes uint64 // of the blobs that were collected
+}
+
+// counters are behind Stats.
+type counters struct {
+	bytes, resumed, retries, shared, unpacked, collected, freed atomic.Uint64
+
+	mu    sync.Mutex
+	pulls map[string]uint64
+}
+
+const (
+	resultSuccess = "success"
+	resultOther   = "error"
+)
+
+// results of a pull that failed; the first that is in the error counts.
+var results = []struct {
+	err  error
+	name string
+}{
+	{context.Canceled, "canceled"},
+	{errClosed, "canceled"},
+	{context.DeadlineExceeded, "timeout"},
+	{syscall.ENOSPC, "no_space"},
+	{syscall.EDQUOT, "no_space"},
+	{ErrInvalidReference, "invalid"},
+	{ErrRejected, "rejected"},
+	{ErrNotFound, "not_found"},
+	{ErrUnauthorized, "unauthorized"},
+	{ErrUnsupported, "unsupported"},
+	{ErrCorrupt, "corrupt"},
+	{ErrUnavailable, "unavailable"},
+}
+
+func resultOf(err error) string {
+	if err == nil {
+		return resultSuccess
+	}
+	for _, r := range results {
+		if errors.Is(err, r.err) {
+			return r.name
+		}
+	}
+	return resultOther
+}
+
+// pulled counts a pull that ended.
+func (c *counters) pulled(err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.pulls == nil {
+		c.pulls = map[string]uint64{}
+	}
+	c.pulls[resultOf(err)]++
+}
+
+// Stats is cheap: nothing is computed, and no file is read.
+func (s *Store) Stats() Stats {
+	c := &s.count
+	st := Stats{Pulls: map[string]uint64{resultSuccess: 0, resultOther: 0},
+		Bytes: c.bytes.Load(), ResumedBytes: c.resumed.Load(), Retries: c.retries.Load(), Shared: c.shared.Load(),
+		Unpacked: c.unpacked.Load(), Collected: c.collected.Load(), FreedBytes: c.freed.Load()}
+	for _, r := range results {
+		st.Pulls[r.name] = 0
+	}
+	c.mu.Lock()
+	for name, n := range c.pulls {
+		st.Pulls[name] = n
+	}
+	c.mu.Unlock()
+	s.mu.Lock()
+	st.Downloads, st.Images, st.Usage = len(s.downloads), len(s.images), s.usage
+	running := make([]*progress, 0, len(s.running))
+	for g := range s.running {
+		running = append(running, g)
+	}
+	s.mu.Unlock()
+	for _, g := range running {
+		st.Running = append(st.Running, g.now())
+	}
+	slices.SortFunc(st.Running, func(a, b rundir.Pull) int { return a.Since.Compare(b.Since) })
+	return st
+}
