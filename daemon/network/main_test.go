@@ -25,6 +25,7 @@ import (
 const (
 	insideEnv = "HOLDFAST_NETWORK_TEST_INSIDE" // the tests run in namespaces of their own
 	addEnv    = "HOLDFAST_NETWORK_TEST_ADD"    // this process is a daemon that adds a pod
+	keepEnv   = "HOLDFAST_NETWORK_TEST_KEEP"   // this process is a daemon that makes a user namespace
 )
 
 // TestMain runs the tests in a network and a mount namespace of their own, so
@@ -34,6 +35,8 @@ func TestMain(m *testing.M) {
 	switch {
 	case os.Getenv(addEnv) != "":
 		os.Exit(addInHelper(os.Getenv(addEnv)))
+	case os.Getenv(keepEnv) != "":
+		os.Exit(keepInHelper())
 	case os.Geteuid() != 0:
 		os.Exit(m.Run())
 	case os.Getenv(insideEnv) != "":

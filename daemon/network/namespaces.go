@@ -14,6 +14,9 @@ import (
 // Want says which namespaces a pod has of its own, and what is set in them.
 type Want struct {
 	Net, IPC, UTS bool
+	// User, if not nil, is a user namespace that the others are made in. With
+	// it the kernel sees whoever is root inside as somebody without rights.
+	User *Userns
 
 	Hostname string            // set if UTS; empty keeps the host's
 	Sysctls  map[string]string // namespaced ones only; see resolveSysctls
@@ -24,18 +27,21 @@ type Namespaces struct {
 	Net string `json:"net,omitempty"`
 	IPC string `json:"ipc,omitempty"`
 	UTS string `json:"uts,omitempty"`
+
+	User string `json:"user,omitempty"`
 }
 
-func (s Namespaces) list() []string { return []string{s.Net, s.IPC, s.UTS} }
+func (s Namespaces) list() []string { return []string{s.Net, s.IPC, s.UTS, s.User} }
 
 // Paths returns where the namespaces of a pod are pinned, if it has them. It
 // derives from the id alone, so that a pin can be found without a record.
 func (n *Network) Paths(id string) Namespaces {
 	ns := n.pinDir(id)
 	return Namespaces{
-		Net: filepath.Join(n.opts.NetnsDir, pinPrefix+id),
-		IPC: filepath.Join(ns, "ipc"),
-		UTS: filepath.Join(ns, "uts"),
+		Net:  filepath.Join(n.opts.NetnsDir, pinPrefix+id),
+		IPC:  filepath.Join(ns, "ipc"),
+		UTS:  filepath.Join(ns, "uts"),
+		User: filepath.Join(ns, "user"),
 	}
 }
 
@@ -45,7 +51,7 @@ func (n *Network) pinDir(id string) string { return filepath.Join(n.opts.PinDir,
 // reboot there is none, even where the files are left.
 func (n *Network) Pinned(id string) Namespaces {
 	p := n.Paths(id)
-	for _, path := range []*string{&p.Net, &p.IPC, &p.UTS} {
+	for _, path := range []*string{&p.Net, &p.IPC, &p.UTS, &p.User} {
 		if !isNamespace(*path) {
 			*path = ""
 		}
@@ -90,7 +96,7 @@ func (n *Network) CreateNamespaces(id string, w Want) (Namespaces, error) {
 	}
 	err = n.createPinFiles(id, pins)
 	if err == nil {
-		err = onThread(func() error { return makeNamespaces(flags, w, settings, pins) })
+		err = onThread(func() error { return n.makeNamespaces(id, flags, w, settings, pins) })
 	}
 	if err != nil {
 		err = fmt.Errorf("cannot create namespaces of pod %s: %w", id, err)
@@ -99,7 +105,7 @@ func (n *Network) CreateNamespaces(id string, w Want) (Namespaces, error) {
 	return pins, nil
 }
 
-// pins returns the flags for unshare and the paths for what it makes.
+// pins returns the flags for unshare or clone and the paths for what it makes.
 func (n *Network) pins(id string, w Want) (flags int, pins Namespaces) {
 	pins = n.Paths(id)
 	for _, c := range []struct {
@@ -110,6 +116,7 @@ func (n *Network) pins(id string, w Want) (flags int, pins Namespaces) {
 		{w.Net, unix.CLONE_NEWNET, &pins.Net},
 		{w.IPC, unix.CLONE_NEWIPC, &pins.IPC},
 		{w.UTS, unix.CLONE_NEWUTS, &pins.UTS},
+		{w.User != nil, unix.CLONE_NEWUSER, &pins.User},
 	} {
 		if c.wanted {
 			flags |= c.flag
@@ -126,7 +133,7 @@ func (n *Network) createPinFiles(id string, pins Namespaces) error {
 			return err
 		}
 	}
-	if pins.IPC != "" || pins.UTS != "" {
+	if pins.IPC != "" || pins.UTS != "" || pins.User != "" {
 		if err := os.MkdirAll(n.pinDir(id), 0o700); err != nil {
 			return fmt.Errorf("cannot create their directory: %w", err)
 		}
@@ -147,9 +154,28 @@ func (n *Network) createPinFiles(id string, pins Namespaces) error {
 // makeNamespaces runs on a thread that ends afterwards, so it leaves the thread
 // in the new namespaces. Mounting happens in the mount namespace that all
 // threads share.
-func makeNamespaces(flags int, w Want, settings []setting, pins Namespaces) error {
-	if err := unix.Unshare(flags); err != nil {
-		return fmt.Errorf("unshare: %w", err)
+func (n *Network) makeNamespaces(id string, flags int, w Want, settings []setting, pins Namespaces) error {
+	if w.User == nil {
+		if err := unix.Unshare(flags); err != nil {
+			return fmt.Errorf("unshare: %w", err)
+		}
+	} else {
+		k, err := n.startKeeper(n.pinDir(id), flags, *w.User)
+		if err != nil {
+			return err
+		}
+		defer k.release()
+		for kind, path := range pins.threads() {
+			if path == "" {
+				continue
+			}
+			if err := k.enter(kind); err != nil {
+				return err
+			}
+		}
+		if err := pin("user", k.ns("user"), pins.User); err != nil {
+			return err
+		}
 	}
 	if pins.UTS != "" && w.Hostname != "" {
 		if err := unix.Sethostname([]byte(w.Hostname)); err != nil {
@@ -157,7 +183,7 @@ func makeNamespaces(flags int, w Want, settings []setting, pins Namespaces) erro
 		}
 	}
 	for _, s := range settings {
-		if err := s.write(); err != nil {
+		if err := s.write(w.User); err != nil {
 			return err
 		}
 	}
@@ -166,13 +192,25 @@ func makeNamespaces(flags int, w Want, settings []setting, pins Namespaces) erro
 			return err
 		}
 	}
-	for kind, path := range map[string]string{"net": pins.Net, "ipc": pins.IPC, "uts": pins.UTS} {
+	for kind, path := range pins.threads() {
 		if path == "" {
 			continue
 		}
-		if err := unix.Mount("/proc/thread-self/ns/"+kind, path, "", unix.MS_BIND, ""); err != nil {
-			return fmt.Errorf("cannot pin the %s namespace at %s: %w", kind, path, err)
+		if err := pin(kind, "/proc/thread-self/ns/"+kind, path); err != nil {
+			return err
 		}
+	}
+	return nil
+}
+
+// threads are those that a thread can be in alone, by their names in /proc.
+func (s Namespaces) threads() map[string]string {
+	return map[string]string{"net": s.Net, "ipc": s.IPC, "uts": s.UTS}
+}
+
+func pin(kind, ns, path string) error {
+	if err := unix.Mount(ns, path, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("cannot pin the %s namespace at %s: %w", kind, path, err)
 	}
 	return nil
 }

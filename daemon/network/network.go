@@ -54,8 +54,12 @@ type Options struct {
 	// built-in network's leases. It has to survive a reboot: leases do.
 	CacheDir string
 
-	PinDir   string // ipc and uts are pinned in PinDir/<id>/ns
+	PinDir   string // ipc, uts and user are pinned in PinDir/<id>/ns
 	NetnsDir string // net is pinned at NetnsDir/holdfast-<id>; default /run/netns
+
+	// Keeper is a static program that does nothing until it is killed. New user
+	// namespaces are made with a process of it inside.
+	Keeper string
 
 	DefaultNetwork bool   // with no file in ConfDir: a built-in bridge
 	Subnet         string // of the built-in bridge; "a,b" for two families

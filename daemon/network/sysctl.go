@@ -17,15 +17,12 @@ type setting struct {
 	name, path, value string
 }
 
-// write sets it for the namespaces of the calling thread: the kernel picks them
-// when the file is opened.
-func (s setting) write() error {
-	f, err := os.OpenFile(s.path, os.O_WRONLY, 0)
-	if err == nil {
-		_, err = f.WriteString(s.value)
-		if cerr := f.Close(); err == nil {
-			err = cerr
-		}
+// write sets it for the namespaces of the calling thread, which may belong to
+// a user namespace: the kernel picks them when the file is opened.
+func (s setting) write(user *Userns) error {
+	err := writeSysctl(s.path, s.value)
+	if user != nil && errors.Is(err, unix.EACCES) {
+		err = user.asRoot(func() error { return writeSysctl(s.path, s.value) })
 	}
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ERANGE) {
 		err = fmt.Errorf("%w: %w", ErrSysctl, err) // the kernel does not take it
@@ -34,6 +31,15 @@ func (s setting) write() error {
 		return fmt.Errorf("cannot set sysctl %s to %q: %w", s.name, s.value, err)
 	}
 	return nil
+}
+
+func writeSysctl(path, value string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(value)
+	return errors.Join(err, f.Close())
 }
 
 // resolveSysctls returns the settings in the order of their names, so that a

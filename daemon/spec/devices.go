@@ -1,6 +1,8 @@
 package spec
 
 import (
+	"slices"
+
 	"github.com/opencontainers/runtime-spec/specs-go"
 )
 
@@ -8,6 +10,7 @@ import (
 type Device struct {
 	specs.LinuxDevice        // Path is the one in the container
 	Access            string // of the device cgroup: some of "rwm"
+	Source            string // its path on the host
 }
 
 // devices: nothing is allowed but what is named here, and the harmless ones
@@ -34,5 +37,26 @@ func (b *builder) devices() error {
 			})
 		}
 	}
+	moved := b.movedDevices()
+	l.Devices = slices.DeleteFunc(l.Devices, func(d specs.LinuxDevice) bool {
+		return slices.ContainsFunc(moved, func(m specs.Mount) bool { return m.Destination == d.Path })
+	})
 	return nil
+}
+
+// movedDevices are mounts for devices that have another path in the container.
+// Nobody can make a device in a user namespace. OCI runtimes bind the host's
+// instead, from the path that it has in the container.
+func (b *builder) movedDevices() []specs.Mount {
+	if Userns(b.Sandbox) == nil {
+		return nil
+	}
+	var list []specs.Mount
+	for _, d := range b.Devices {
+		if d.Source != d.Path {
+			list = append(list, specs.Mount{Destination: d.Path, Type: "bind", Source: d.Source,
+				Options: []string{"bind", "rprivate", "nosuid", "noexec", "rw"}})
+		}
+	}
+	return list
 }

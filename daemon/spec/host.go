@@ -184,6 +184,7 @@ func devicesBelow(src, dst, access string) ([]Device, error) {
 				GID:      new(st.Gid),
 			},
 			Access: access,
+			Source: p,
 		})
 		return nil
 	})

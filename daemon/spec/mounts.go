@@ -33,7 +33,7 @@ func (b *builder) mounts() error {
 		}
 	}
 	var bound []specs.Mount
-	for _, m := range b.podMounts() {
+	for _, m := range slices.Concat(b.podMounts(), b.movedDevices()) {
 		if !taken(m.Destination) {
 			bound = append(bound, m)
 		}
@@ -61,9 +61,19 @@ func (b *builder) kernelMounts() []specs.Mount {
 		procMount,
 		devMount,
 		{Destination: "/dev/pts", Type: "devpts", Source: "devpts",
-			Options: []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"}},
+			Options: []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"}},
 		{Destination: "/dev/mqueue", Type: "mqueue", Source: "mqueue", Options: []string{"nosuid", "noexec", "nodev"}},
 		{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", rw}},
+	}
+	const tty = 5 // the group of this name, everywhere
+	userns := Userns(b.Sandbox)
+	if userns == nil || mapped(userns.GetGids(), tty) {
+		list[2].Options = append(list[2].Options, fmt.Sprintf("gid=%d", tty))
+	}
+	if userns != nil && b.Sandbox.GetLinux().GetSecurityContext().GetNamespaceOptions().GetNetwork() == modeNode {
+		// A sysfs shows a network, and this one's is not of the user namespace.
+		list[4] = specs.Mount{Destination: "/sys", Type: "bind", Source: "/sys",
+			Options: []string{"rbind", "rprivate", "nosuid", "noexec", "nodev", b.readOnly(rw)}}
 	}
 	cgroup := specs.Mount{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup",
 		Options: []string{"nosuid", "noexec", "nodev", "relatime", rw}}
@@ -80,6 +90,14 @@ func (b *builder) kernelMounts() []specs.Mount {
 			Options: []string{"nosuid", "noexec", "nodev", "mode=1777", "size=65536k"}})
 	}
 	return list
+}
+
+// readOnly makes ro count for the mounts below too, where that is possible.
+func (b *builder) readOnly(rw string) string {
+	if rw == "ro" && b.RecursiveReadOnly {
+		return "rro"
+	}
+	return rw
 }
 
 var (
@@ -143,12 +161,19 @@ func (b *builder) criMounts() ([]specs.Mount, error) {
 		if m.GetSelinuxRelabel() && b.SELinuxEnabled && !b.sc.GetPrivileged() {
 			b.warn("%sselinux_relabel: %s keeps its label: relabelling is not supported", field, src)
 		}
-		list = append(list, specs.Mount{
+		mount := specs.Mount{
 			Destination: path.Clean(m.GetContainerPath()),
 			Type:        "bind",
 			Source:      src,
 			Options:     bindOptions(m),
-		})
+		}
+		if len(m.GetUidMappings()) > 0 && m.GetImage() == nil { // images are mounted with mapped owners
+			if !b.MappedMounts {
+				return nil, unsupported(field+"uidMappings", "needs Linux 5.12 and an OCI runtime that knows idmapped mounts")
+			}
+			mount.UIDMappings, mount.GIDMappings = mappings(m.GetUidMappings()), mappings(m.GetGidMappings())
+		}
+		list = append(list, mount)
 		b.propagate(m.GetPropagation())
 	}
 	return list, nil

@@ -37,12 +37,15 @@ func PodInit(in PodInitInput) (*specs.Spec, error) {
 		return nil, err
 	}
 	sc := in.Sandbox.GetLinux().GetSecurityContext()
-	b := &builder{Input: Input{Host: in.Host, Sandbox: in.Sandbox}, sc: &runtimeapi.LinuxContainerSecurityContext{}}
+	b := &builder{Input: Input{Host: in.Host, Sandbox: in.Sandbox, Namespaces: in.Namespaces}, sc: &runtimeapi.LinuxContainerSecurityContext{}}
 	args := in.Args
 	if len(args) == 0 {
 		args = []string{"/pause"}
 	}
 	u := specs.User{UID: nobody, GID: nobody}
+	if m := Userns(in.Sandbox); m != nil && !(mapped(m.GetUids(), nobody) && mapped(m.GetGids(), nobody)) {
+		u = specs.User{} // no rights for the host either
+	}
 	if v := sc.GetRunAsUser(); v != nil {
 		u.UID = uint32(v.GetValue())
 	}
@@ -79,6 +82,9 @@ func PodInit(in PodInitInput) (*specs.Spec, error) {
 			MaskedPaths:   maskedPaths,
 			ReadonlyPaths: readonlyPaths,
 		},
+	}
+	if err := b.userns(); err != nil {
+		return nil, err
 	}
 	if in.CgroupV2 {
 		b.spec.Linux.Namespaces = append(b.spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.CgroupNamespace})

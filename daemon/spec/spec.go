@@ -42,14 +42,17 @@ type Host struct {
 	AppArmorDefault string
 	// RecursiveReadOnly says that the kernel and the OCI runtime know "rro".
 	RecursiveReadOnly bool
+	// MappedMounts says that the kernel and the OCI runtime know idmapped mounts.
+	MappedMounts bool
 	// NodeName is HOSTNAME in containers of pods without a hostname.
 	NodeName string
 }
 
 // Namespaces are the files of namespaces to join. An empty one stands for the
 // host's if the config says NODE, otherwise for a new one of the container's
-// own. UTS follows the network: the CRI has no mode for it.
-type Namespaces struct{ Net, IPC, UTS, PID string }
+// own. UTS follows the network: the CRI has no mode for it. With a User the others
+// are to belong to it.
+type Namespaces struct{ Net, IPC, UTS, PID, User string }
 
 // Input is all that the spec of one container is made of.
 type Input struct {
@@ -130,7 +133,7 @@ func Build(in Input) (*Result, error) {
 	// resources.
 	for _, step := range []func() error{
 		b.process, b.user, b.capabilities, b.lsm, b.seccomp,
-		b.namespaces, b.resources, b.devices, b.mounts,
+		b.namespaces, b.userns, b.resources, b.devices, b.mounts,
 	} {
 		if err := step(); err != nil {
 			return nil, err

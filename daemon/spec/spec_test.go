@@ -112,7 +112,7 @@ func wantField(t *testing.T, err, kind error, field string) {
 }
 
 func TestGolden(t *testing.T) {
-	device := Device{specs.LinuxDevice{Path: "/dev/x", Type: "c", Major: 10, Minor: 200}, "rw"}
+	device := Device{specs.LinuxDevice{Path: "/dev/x", Type: "c", Major: 10, Minor: 200}, "rw", "/dev/x"}
 	tests := map[string]func(*Input){
 		"default": func(in *Input) {},
 		"default-v1": func(in *Input) {
@@ -154,8 +154,8 @@ func TestGolden(t *testing.T) {
 			in.security().MaskedPaths = []string{"/proc/kcore"}
 			in.security().ReadonlyPaths = []string{"/proc/sys"}
 			in.security().Seccomp = &runtimeapi.SecurityProfile{}
-			in.HostDevices = []Device{device, {specs.LinuxDevice{Path: "/dev/y", Type: "b", Major: 7}, "rwm"}}
-			in.Devices = []Device{{specs.LinuxDevice{Path: "/dev/x", Type: "c", Major: 1, Minor: 3}, "rwm"}}
+			in.HostDevices = []Device{device, {specs.LinuxDevice{Path: "/dev/y", Type: "b", Major: 7}, "rwm", "/dev/y"}}
+			in.Devices = []Device{{specs.LinuxDevice{Path: "/dev/x", Type: "c", Major: 1, Minor: 3}, "rwm", "/dev/x"}}
 		},
 		"privileged-v1": func(in *Input) {
 			in.CgroupV2 = false
@@ -168,6 +168,14 @@ func TestGolden(t *testing.T) {
 			in.Namespaces = Namespaces{}
 			in.Shm = ""
 			in.Sandbox.Hostname = ""
+		},
+		"userns": func(in *Input) {
+			in.userns(65536, 65536)
+		},
+		"userns-node-network": func(in *Input) {
+			in.userns(65536, 65536)
+			in.pod().NamespaceOptions.Network = modeNode
+			in.Namespaces.Net, in.Namespaces.UTS, in.Sandbox.Hostname = "", "", ""
 		},
 	}
 	for name, change := range tests {

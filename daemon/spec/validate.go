@@ -48,6 +48,7 @@ func Validate(c *runtimeapi.ContainerConfig, s *runtimeapi.PodSandboxConfig) err
 		validateProcess(c),
 		validateLogPath(c.GetLogPath()),
 		validateMounts(c.GetMounts()),
+		validateImageOwners(c.GetMounts(), Userns(s)),
 		validateDevices(c.GetDevices()),
 		ValidateResources(fieldResources, c.GetLinux().GetResources()),
 		validateContext(c.GetLinux().GetSecurityContext(), s.GetLinux().GetSecurityContext()),
@@ -180,8 +181,11 @@ func validateMount(field string, m *runtimeapi.Mount) error {
 	if m.GetRecursiveReadOnly() && !private {
 		return invalid(field+"recursive_read_only", "needs PROPAGATION_PRIVATE, not %s", m.GetPropagation())
 	}
-	if len(m.GetUidMappings()) > 0 || len(m.GetGidMappings()) > 0 {
-		return unsupported(field+"uidMappings", "mounts with mapped owners are not supported")
+	if (len(m.GetUidMappings()) > 0) != (len(m.GetGidMappings()) > 0) {
+		return invalid(field+"uidMappings", "and gidMappings go together, and one of them is empty")
+	}
+	if err := first(validateMappings(field+"uidMappings", m.GetUidMappings()), validateMappings(field+"gidMappings", m.GetGidMappings())); err != nil {
+		return err
 	}
 	for _, o := range m.GetMountOptions() {
 		if !slices.Contains(mountOptions, o) {
@@ -327,6 +331,9 @@ func validateContainerNamespaces(own, pod *runtimeapi.NamespaceOption) error {
 			return invalid(field+n.name, "is NODE, and the pod's is %s", n.pod)
 		}
 	}
+	if !sameUserns(own, pod) {
+		return invalid(field+"userns_options", "is not that of the pod, and a pod has one user namespace")
+	}
 	return nil
 }
 
@@ -349,14 +356,7 @@ func namespaceModes(field string, o *runtimeapi.NamespaceOption, container bool)
 	if o.GetPid() == modeTarget && o.GetTargetId() == "" {
 		return invalid(field+"target_id", "is empty, and pid is TARGET")
 	}
-	switch u := o.GetUsernsOptions(); {
-	case u == nil || u.GetMode() == modeNode:
-	case u.GetMode() == modePod:
-		return unsupported(field+"userns_options", "user namespaces are not supported")
-	default:
-		return invalid(field+"userns_options.mode", "%s is not possible here", u.GetMode())
-	}
-	return nil
+	return first(validateUserns(field, o.GetUsernsOptions()), validateUsernsModes(field, o))
 }
 
 // namedList is a field of strings.

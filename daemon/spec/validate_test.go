@@ -73,7 +73,7 @@ func TestValidate(t *testing.T) {
 		{"rro", mounts(&mount{HostPath: "/a", ContainerPath: "/b", Readonly: true, RecursiveReadOnly: true, Propagation: private}), nil, ""},
 		{"rro and writable", mounts(&mount{HostPath: "/a", ContainerPath: "/b", RecursiveReadOnly: true}), ErrInvalid, "config.mounts[0].recursive_read_only"},
 		{"rro and slave", mounts(&mount{HostPath: "/a", ContainerPath: "/b", Readonly: true, RecursiveReadOnly: true, Propagation: slave}), ErrInvalid, "config.mounts[0].recursive_read_only"},
-		{"idmap", mounts(&mount{HostPath: "/a", ContainerPath: "/b", UidMappings: []*runtimeapi.IDMapping{{}}}), ErrUnsupported, "config.mounts[0].uidMappings"},
+		{"idmap", mounts(&mount{HostPath: "/a", ContainerPath: "/b", UidMappings: []*runtimeapi.IDMapping{{}}}), ErrInvalid, "config.mounts[0].uidMappings"},
 		{"other option", mounts(&mount{HostPath: "/a", ContainerPath: "/b", MountOptions: []string{"suid"}}), ErrInvalid, "config.mounts[0].mount_options"},
 
 		{"device", device(&runtimeapi.Device{HostPath: "/dev/null", Permissions: "rm"}), nil, ""},
@@ -103,7 +103,7 @@ func TestValidate(t *testing.T) {
 		{"node in a pod that is not", namespaces(&runtimeapi.NamespaceOption{Pid: modeNode}), ErrInvalid, ns + "pid"},
 		{"node network in a pod that is not", namespaces(&runtimeapi.NamespaceOption{Network: modeNode}), ErrInvalid, ns + "network"},
 		{"host user namespace", namespaces(&runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: modeNode}}), nil, ""},
-		{"user namespace", namespaces(&runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: modePod}}), ErrUnsupported, ns + "userns_options"},
+		{"user namespace", namespaces(&runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: modePod}}), ErrInvalid, ns + "userns_options.uids"},
 		{"user namespace of the container", namespaces(&runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: modeContainer}}), ErrInvalid, ns + "userns_options.mode"},
 
 		{"negative shares", resources(&runtimeapi.LinuxContainerResources{CpuShares: -1}), ErrInvalid, fieldResources + ".cpu_shares"},
@@ -199,7 +199,7 @@ func TestValidateSandbox(t *testing.T) {
 		{"group alone", context(&runtimeapi.LinuxSandboxSecurityContext{RunAsGroup: &runtimeapi.Int64Value{Value: 1}}), ErrInvalid, fieldContext + "run_as_group"},
 		{"negative user", context(&runtimeapi.LinuxSandboxSecurityContext{RunAsUser: &runtimeapi.Int64Value{Value: -1}}), ErrInvalid, fieldContext + "run_as_user"},
 		{"pid target", context(&runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{Pid: modeTarget, TargetId: "x"}}), ErrInvalid, fieldContext + "namespace_options.pid"},
-		{"user namespace", context(&runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{}}}), ErrUnsupported, fieldContext + "namespace_options.userns_options"},
+		{"user namespace", context(&runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{}}}), ErrInvalid, fieldContext + "namespace_options.userns_options.uids"},
 		{"user namespace target", context(&runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: &runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: modeTarget}}}), ErrInvalid, fieldContext + "namespace_options.userns_options.mode"},
 		{"seccomp", context(&runtimeapi.LinuxSandboxSecurityContext{Seccomp: &runtimeapi.SecurityProfile{ProfileType: 5}}), ErrInvalid, fieldSeccomp + ".profile_type"},
 
