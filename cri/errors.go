@@ -47,14 +47,15 @@ func toStatus(err error) error {
 	return status.Error(code, err.Error())
 }
 
-// pullStatus also tells the kubelet, which reads the text, that a registry is
-// down or an image not to be trusted.
+// pullStatus also tells the kubelet that a registry is down or an image not to
+// be trusted. The kubelet looks for the names at the begin of the text, which
+// it sees there only if the code is Unknown.
 func pullStatus(err error) error {
 	if errors.Is(err, daemon.ErrRejected) {
-		return status.Errorf(codes.PermissionDenied, "%v: %v", crierrors.ErrSignatureValidationFailed, err)
+		return status.Errorf(codes.Unknown, "%v: %v", crierrors.ErrSignatureValidationFailed, err)
 	}
 	if errors.Is(err, daemon.ErrUnavailable) && !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded) {
-		return status.Errorf(codes.Unavailable, "%v: %v", crierrors.ErrRegistryUnavailable, err)
+		return status.Errorf(codes.Unknown, "%v: %v", crierrors.ErrRegistryUnavailable, err)
 	}
 	return toStatus(err)
 }

@@ -26,7 +26,7 @@ func (s *Server) PullImage(ctx context.Context, r *runtimeapi.PullImageRequest) 
 	if err := checkRef("image.image", ref); err != nil {
 		return nil, err
 	}
-	id, err := s.d.PullImage(ctx, ref, r.GetAuth())
+	id, err := s.d.PullImage(ctx, ref, r.GetAuth(), r.GetSandboxConfig())
 	if err != nil {
 		return nil, pullStatus(err)
 	}

@@ -33,7 +33,7 @@ func (s *Server) Status(_ context.Context, r *runtimeapi.StatusRequest) (*runtim
 		Status: &runtimeapi.RuntimeStatus{Conditions: []*runtimeapi.RuntimeCondition{
 			{Type: runtimeapi.RuntimeReady, Status: true}, network}},
 		RuntimeHandlers: s.d.Handlers(),
-		Features:        &runtimeapi.RuntimeFeatures{SupplementalGroupsPolicy: true, MountOptions: true},
+		Features:        &runtimeapi.RuntimeFeatures{SupplementalGroupsPolicy: true, MountOptions: true, UserNamespacesHostNetwork: true},
 	}
 	if r.GetVerbose() {
 		var err error

@@ -6,6 +6,7 @@ package cri
 import (
 	"context"
 	"log/slog"
+	"path"
 	"time"
 
 	"google.golang.org/grpc"
@@ -14,6 +15,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon"
+	"github.com/holdfast-cri/holdfast/daemon/metrics"
 )
 
 // maxMessage is the largest message that the kubelet sends or takes in.
@@ -30,18 +32,19 @@ type Server struct {
 // NewServer makes a gRPC server that answers from d.
 func NewServer(d *daemon.Daemon, version string, log *slog.Logger) *grpc.Server {
 	s := &Server{d: d, version: version}
-	g := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage), grpc.UnaryInterceptor(logged(log)))
+	g := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage), grpc.UnaryInterceptor(observed(log, d.Config().Metrics)))
 	runtimeapi.RegisterRuntimeServiceServer(g, s)
 	runtimeapi.RegisterImageServiceServer(g, s)
 	return g
 }
 
-// logged writes down what failed. What works and changes something is logged
-// where it happens.
-func logged(log *slog.Logger) grpc.UnaryServerInterceptor {
+// observed counts calls, and writes down what failed. What works and changes
+// something is logged where it happens.
+func observed(log *slog.Logger, m *metrics.Metrics) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 		start := time.Now()
 		resp, err := handle(ctx, req)
+		m.Called(path.Base(info.FullMethod), status.Code(err).String(), time.Since(start))
 		if err == nil {
 			log.Debug("answered", "method", info.FullMethod, "took", time.Since(start).Round(time.Microsecond))
 			return resp, nil

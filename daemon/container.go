@@ -312,7 +312,8 @@ func (d *Daemon) runtimeRoot() string { return filepath.Join(d.cfg.State, "runc"
 // containerSpec mounts the root and makes the OCI spec.
 func (d *Daemon) containerSpec(ctx context.Context, pr *podRecord, rec *containerRecord, img image.Image, root string) (*spec.Result, error) {
 	cfg := rec.Config.M
-	if err := d.layers.Mount(ctx, rec.Layers, d.state.Dir(state.Containers, rec.ID), root); err != nil {
+	owners := pr.mappedOwners()
+	if err := d.layers.MountMapped(ctx, rec.Layers, d.state.Dir(state.Containers, rec.ID), root, owners); err != nil {
 		return nil, as(ErrUnavailable, err)
 	}
 	if err := d.mountSources(cfg); err != nil {
@@ -324,14 +325,14 @@ func (d *Daemon) containerSpec(ctx context.Context, pr *podRecord, rec *containe
 	if err != nil {
 		return nil, err
 	}
-	in.RecursiveReadOnly = h.recursiveReadOnly
+	in.RecursiveReadOnly, in.MappedMounts = h.recursiveReadOnly, h.userns
 	if in.Passwd, err = readOptional(root, "/etc/passwd"); err != nil {
 		return nil, as(ErrInvalid, err)
 	}
 	if in.Group, err = readOptional(root, "/etc/group"); err != nil {
 		return nil, as(ErrInvalid, err)
 	}
-	in.Namespaces = spec.Namespaces{Net: pr.Namespaces.Net, IPC: pr.Namespaces.IPC, UTS: pr.Namespaces.UTS}
+	in.Namespaces = pr.specNamespaces()
 	switch spec.PIDMode(cfg, pr.Config.M) {
 	case runtimeapi.NamespaceMode_POD:
 		in.Namespaces.PID = pr.PIDNamespace
@@ -366,7 +367,7 @@ func (d *Daemon) containerSpec(ctx context.Context, pr *podRecord, rec *containe
 		for path := range img.Config.Volumes {
 			host, err := securejoin.SecureJoin(root, path)
 			if err == nil {
-				err = os.MkdirAll(host, 0o755)
+				err = rootOf(pr.Config.M).mkdirAll(host)
 			}
 			if err != nil {
 				return nil, errorf(ErrInvalid, "config.image: volume %q of the image: %w", path, err)
@@ -378,7 +379,7 @@ func (d *Daemon) containerSpec(ctx context.Context, pr *podRecord, rec *containe
 		if m.GetImage().GetImage() == "" {
 			continue
 		}
-		if in.ImageMounts[i], err = d.mountImage(ctx, rec, i, m); err != nil {
+		if in.ImageMounts[i], err = d.mountImage(ctx, rec, i, m, owners); err != nil {
 			return nil, err
 		}
 	}
@@ -391,7 +392,7 @@ func (d *Daemon) containerSpec(ctx context.Context, pr *podRecord, rec *containe
 
 // mountImage mounts an image that a container wants to read, below its run
 // directory, and gives the host path of what the mount names.
-func (d *Daemon) mountImage(ctx context.Context, rec *containerRecord, i int, m *runtimeapi.Mount) (string, error) {
+func (d *Daemon) mountImage(ctx context.Context, rec *containerRecord, i int, m *runtimeapi.Mount, owners *rootfs.IDMap) (string, error) {
 	img, ok := d.images.Get(m.GetImage().GetImage())
 	if !ok {
 		return "", errorf(ErrNotFound, "config.mounts[%d].image: %q is not here: pull it first", i, m.GetImage().GetImage())
@@ -410,7 +411,7 @@ func (d *Daemon) mountImage(ctx context.Context, rec *containerRecord, i int, m 
 	if err := os.MkdirAll(rw, 0o711); err != nil {
 		return "", as(ErrUnavailable, err)
 	}
-	if err := d.layers.Mount(ctx, img.DiffIDs, rw, target); err != nil {
+	if err := d.layers.MountMapped(ctx, img.DiffIDs, rw, target, owners); err != nil {
 		return "", as(ErrUnavailable, err)
 	}
 	path, err := securejoin.SecureJoin(target, m.GetImageSubPath())

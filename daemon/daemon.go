@@ -23,6 +23,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/cgroup"
 	"github.com/holdfast-cri/holdfast/daemon/image"
+	"github.com/holdfast-cri/holdfast/daemon/metrics"
 	"github.com/holdfast-cri/holdfast/daemon/network"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
 	"github.com/holdfast-cri/holdfast/daemon/shims"
@@ -37,7 +38,7 @@ type Config struct {
 	DefaultRuntime string
 	Runtimes       map[string]Runtime
 	Shim           string // binary of the shim
-	Pause          string // static binary of a pod's init
+	Pause          string // static binary of a pod's init, and of what keeps a namespace until it is pinned
 	LogLevel       string // for shims
 
 	CNIConfDir     string
@@ -62,6 +63,8 @@ type Config struct {
 	// Otherwise it is created as a directory, as pods with an untyped hostPath
 	// rely on.
 	RejectAbsentMounts bool
+
+	Metrics *metrics.Metrics // nil: nobody asks for them
 }
 
 // Runtime is one OCI runtime, a runtime handler of the CRI.
@@ -82,6 +85,7 @@ type Daemon struct {
 	launcher *shims.Launcher
 	host     spec.Host
 	handlers map[string]handler
+	noUserns error // why this machine has no user namespaces for pods; nil if it has
 
 	ctx  context.Context // ends with Close; watchers live in it
 	stop context.CancelFunc
@@ -139,12 +143,12 @@ func Open(cfg Config, log *slog.Logger) (_ *Daemon, err error) {
 	if d.images, err = image.Open(image.Options{Root: filepath.Join(cfg.Root, "images"), RegistryConfigDir: cfg.RegistryConfigDir,
 		ProgressDir: filepath.Join(cfg.State, rundir.PullsName), DropLayers: cfg.DropLayerBlobs,
 		VerifierDir: cfg.ImageVerifierDir, VerifierTimeout: cfg.ImageVerifierTimeout,
-		Log: log, Pinned: func(ref string) bool { return pinned[ref] }}); err != nil {
+		Log: log, Pulled: cfg.Metrics.Pulled, Pinned: func(ref string) bool { return pinned[ref] }}); err != nil {
 		return nil, err
 	}
 	undo = append(undo, func() { d.images.Close() })
 	if d.net, err = network.New(network.Options{ConfDir: cfg.CNIConfDir, BinDirs: cfg.CNIBinDirs, CacheDir: filepath.Join(cfg.Root, "cni"),
-		PinDir: filepath.Join(cfg.State, string(state.Pods)), DefaultNetwork: cfg.DefaultNetwork, Subnet: cfg.Subnet, Log: log}); err != nil {
+		PinDir: filepath.Join(cfg.State, string(state.Pods)), Keeper: cfg.Pause, DefaultNetwork: cfg.DefaultNetwork, Subnet: cfg.Subnet, Log: log}); err != nil {
 		return nil, err
 	}
 	if d.host, err = spec.ProbeHost(); err != nil {
@@ -152,6 +156,9 @@ func Open(cfg Config, log *slog.Logger) (_ *Daemon, err error) {
 	}
 	if d.handlers, err = probeHandlers(cfg, log); err != nil {
 		return nil, err
+	}
+	if d.noUserns = d.probeUserns(); d.noUserns != nil {
+		log.Warn("pods cannot have user namespaces", "error", d.noUserns)
 	}
 	d.launcher = &shims.Launcher{Binary: cfg.Shim, LogLevel: cfg.LogLevel, Place: d.cgroups.PlaceShim, Log: log}
 

@@ -19,6 +19,7 @@ import (
 type handler struct {
 	Runtime
 	recursiveReadOnly bool
+	userns            bool // user namespaces, and mounts with mapped owners
 }
 
 // probeHandlers asks each OCI runtime once for its features. One that does not
@@ -32,6 +33,14 @@ func probeHandlers(cfg Config, log *slog.Logger) (map[string]handler, error) {
 		cancel()
 		var features struct {
 			MountOptions []string `json:"mountOptions"`
+			Linux        struct {
+				Namespaces      []string `json:"namespaces"`
+				MountExtensions struct {
+					IDMap struct {
+						Enabled bool `json:"enabled"`
+					} `json:"idmap"`
+				} `json:"mountExtensions"`
+			} `json:"linux"`
 		}
 		if err == nil {
 			err = json.Unmarshal(out, &features)
@@ -40,6 +49,7 @@ func probeHandlers(cfg Config, log *slog.Logger) (map[string]handler, error) {
 			log.Warn("cannot ask the OCI runtime for its features", "handler", name, "path", r.Path, "error", err)
 		}
 		h.recursiveReadOnly = slices.Contains(features.MountOptions, "rro")
+		h.userns = slices.Contains(features.Linux.Namespaces, "user") && features.Linux.MountExtensions.IDMap.Enabled
 		handlers[name] = h
 	}
 	if _, ok := handlers[cfg.DefaultRuntime]; !ok {
@@ -65,7 +75,8 @@ func (d *Daemon) Handlers() []*runtimeapi.RuntimeHandler {
 	var list []*runtimeapi.RuntimeHandler
 	add := func(name string, h handler) {
 		list = append(list, &runtimeapi.RuntimeHandler{Name: name,
-			Features: &runtimeapi.RuntimeHandlerFeatures{RecursiveReadOnlyMounts: h.recursiveReadOnly}})
+			Features: &runtimeapi.RuntimeHandlerFeatures{RecursiveReadOnlyMounts: h.recursiveReadOnly,
+				UserNamespaces: h.userns && d.noUserns == nil}})
 	}
 	add("", d.handlers[d.cfg.DefaultRuntime])
 	for name, h := range d.handlers {

@@ -8,8 +8,10 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/image"
@@ -19,8 +21,9 @@ import (
 // which knows directories, meet. A layer stays as long as an image, a container
 // or a call under way wants it.
 
-// PullImage makes an image present, unpacked, and gives its id. auth may be nil.
-func (d *Daemon) PullImage(ctx context.Context, ref string, auth *runtimeapi.AuthConfig) (string, error) {
+// PullImage makes an image present, unpacked, and gives its id. auth may be nil,
+// and so may the pod that needs it.
+func (d *Daemon) PullImage(ctx context.Context, ref string, auth *runtimeapi.AuthConfig, pod *runtimeapi.PodSandboxConfig) (string, error) {
 	var credentials *image.Auth
 	if auth != nil {
 		credentials = &image.Auth{Username: auth.GetUsername(), Password: auth.GetPassword(), Auth: auth.GetAuth(),
@@ -29,6 +32,7 @@ func (d *Daemon) PullImage(ctx context.Context, ref string, auth *runtimeapi.Aut
 	img, err := d.images.Pull(ctx, image.PullRequest{
 		Ref:  ref,
 		Auth: credentials,
+		Pod:  readablePod(pod),
 		Have: d.layers.Has,
 		// What a running pull unpacks is wanted by the image store (Wants)
 		// until its reference is written, so nothing collects it.
@@ -39,6 +43,14 @@ func (d *Daemon) PullImage(ctx context.Context, ref string, auth *runtimeapi.Aut
 		return "", imageError("image.image", err)
 	}
 	return img.ID, nil
+}
+
+// readablePod is NAMESPACE/NAME, "" for no pod.
+func readablePod(pod *runtimeapi.PodSandboxConfig) string {
+	if m := pod.GetMetadata(); m.GetName() != "" {
+		return m.GetNamespace() + "/" + m.GetName()
+	}
+	return ""
 }
 
 func (d *Daemon) unpack(ctx context.Context, diffID digest.Digest, r io.Reader) error {
@@ -89,8 +101,9 @@ func (d *Daemon) ImageStatus(ref string, verbose bool) (*runtimeapi.ImageStatusR
 	if !verbose {
 		return resp, nil
 	}
+	spec := ocispec.Image{Created: &img.Created, Platform: img.Platform, Config: img.Config, RootFS: ocispec.RootFS{Type: "layers", DiffIDs: img.DiffIDs}}
 	var err error
-	resp.Info, err = infoJSON(map[string]any{"config": img.Config, "platform": img.Platform, "created": img.Created, "layers": img.DiffIDs})
+	resp.Info, err = infoJSON(map[string]any{"imageSpec": spec}) // where tools look for it
 	return resp, err
 }
 
@@ -111,14 +124,33 @@ func (d *Daemon) RemoveImage(ctx context.Context, ref string) error {
 	return nil
 }
 
-// collect removes layers that nothing wants any more, of these or, with nil, of all.
+// collect removes layers that nothing wants any more, of these or, with nil, of
+// all. What the disk refuses is tried again, less and less often.
 func (d *Daemon) collect(layers []digest.Digest) {
 	if layers == nil {
 		layers = d.layers.List()
 	}
+	failed := d.removeUnwanted(layers)
+	if len(failed) == 0 {
+		return
+	}
+	d.background(func(ctx context.Context) {
+		const first, longest = time.Second, 10 * time.Minute
+		for wait := first; len(failed) > 0; wait = min(2*wait, longest) {
+			select {
+			case <-time.After(wait):
+			case <-ctx.Done():
+				return // the next start does it
+			}
+			failed = d.removeUnwanted(failed)
+		}
+	})
+}
+
+func (d *Daemon) removeUnwanted(layers []digest.Digest) (failed []digest.Digest) {
 	layers = slices.DeleteFunc(slices.Clone(layers), d.images.Wants)
 	if len(layers) == 0 {
-		return // the usual case: the image is still here
+		return nil // the usual case: the image is still here
 	}
 	// The lock keeps a creation from pinning a layer between the question and
 	// the removal, which is a rename; the tree goes in the background.
@@ -134,13 +166,16 @@ func (d *Daemon) collect(layers []digest.Digest) {
 		}
 	}
 	for _, l := range layers {
-		if wanted[l] || d.images.Wants(l) {
+		if wanted[l] {
 			continue
 		}
-		if err := d.layers.Remove(l); err != nil {
-			d.log.Warn("cannot remove a layer", "layer", l, "error", err)
+		// A pull that finds the layer here has said before that it wants it.
+		if err := d.images.IfUnwanted(l, func() error { return d.layers.Remove(l) }); err != nil {
+			d.log.Warn("cannot remove a layer, trying again", "layer", l, "error", err)
+			failed = append(failed, l)
 		}
 	}
+	return failed
 }
 
 // pin keeps layers until unpin.

@@ -93,11 +93,14 @@ func (d *Daemon) makeInit(ctx context.Context, p *pod) error {
 	cl := newClaim("init of pod "+shortID(pr.ID), pr.ID, "")
 	return d.launchContainer(ctx, cl, p, rec, func(ctx context.Context, root string) (*spec.Result, error) {
 		s, err := spec.PodInit(spec.PodInitInput{Host: d.host, ID: pr.ID, Rootfs: root, CgroupsPath: cgroupsPath,
-			Namespaces: spec.Namespaces{Net: pr.Namespaces.Net, IPC: pr.Namespaces.IPC, UTS: pr.Namespaces.UTS}, Sandbox: pr.Config.M})
+			Namespaces: pr.specNamespaces(), Sandbox: pr.Config.M})
 		if err != nil {
 			return nil, specError(err)
 		}
 		// The root is the empty directory itself: nothing to mount, nothing to copy.
+		if err := rootOf(pr.Config.M).take(root); err != nil {
+			return nil, as(ErrUnavailable, err)
+		}
 		s.Mounts = append(s.Mounts, specs.Mount{Destination: "/pause", Source: d.cfg.Pause, Type: "bind", Options: []string{"bind", "ro"}})
 		return &spec.Result{Spec: s}, nil
 	})

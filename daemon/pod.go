@@ -72,7 +72,11 @@ func (d *Daemon) RunPod(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, h
 	if err := spec.ValidateSandbox(cfg); err != nil {
 		return "", specError(err)
 	}
-	if _, err := d.handlerFor(handler); err != nil {
+	h, err := d.handlerFor(handler)
+	if err != nil {
+		return "", err
+	}
+	if err := d.checkUserns(cfg, h); err != nil {
 		return "", err
 	}
 	print, err := fingerprint(cfg, handler)
@@ -133,7 +137,8 @@ func (d *Daemon) makePod(ctx context.Context, c *claim, cfg *runtimeapi.PodSandb
 
 	d.enter(c, "namespaces")
 	hostname := podHostname(cfg)
-	ns, err := d.net.CreateNamespaces(c.id, network.Want{Net: own.Net, IPC: own.IPC, UTS: own.UTS, Hostname: hostname, Sysctls: cfg.GetLinux().GetSysctls()})
+	own.Hostname, own.Sysctls = hostname, cfg.GetLinux().GetSysctls()
+	ns, err := d.net.CreateNamespaces(c.id, own)
 	if err != nil {
 		return d.networkError(err)
 	}
@@ -141,7 +146,7 @@ func (d *Daemon) makePod(ctx context.Context, c *claim, cfg *runtimeapi.PodSandb
 		return as(ErrUnavailable, err)
 	}
 	if own.IPC {
-		if err := mountShm(filepath.Join(dir, "shm")); err != nil {
+		if err := mountShm(filepath.Join(dir, "shm"), rootOf(cfg)); err != nil {
 			return as(ErrUnavailable, err)
 		}
 	}
@@ -156,6 +161,9 @@ func (d *Daemon) makePod(ctx context.Context, c *claim, cfg *runtimeapi.PodSandb
 		}
 	}
 	if err := hostsFile(dir, hostname, p.rec.Load().ips()); err != nil {
+		return as(ErrUnavailable, err)
+	}
+	if err := rootOf(cfg).take(filepath.Join(dir, "hostname"), filepath.Join(dir, "resolv.conf"), filepath.Join(dir, "hosts")); err != nil {
 		return as(ErrUnavailable, err)
 	}
 	if d.cfg.PauseMode {
@@ -408,7 +416,7 @@ func (d *Daemon) erasePod(ctx context.Context, p *pod) error {
 func ownNamespaces(cfg *runtimeapi.PodSandboxConfig) network.Want {
 	o := cfg.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	return network.Want{Net: o.GetNetwork() != runtimeapi.NamespaceMode_NODE, IPC: o.GetIpc() != runtimeapi.NamespaceMode_NODE,
-		UTS: o.GetNetwork() != runtimeapi.NamespaceMode_NODE}
+		UTS: o.GetNetwork() != runtimeapi.NamespaceMode_NODE, User: ownUserns(cfg)}
 }
 
 // podHostname is the name that the pod goes by.
@@ -469,11 +477,12 @@ func hostsFile(dir, hostname string, ips []string) error {
 }
 
 // mountShm makes the /dev/shm that the containers of a pod share.
-func mountShm(path string) error {
+func mountShm(path string, root owner) error {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return err
 	}
-	if err := unix.Mount("shm", path, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=1777,size=67108864"); err != nil {
+	options := fmt.Sprintf("mode=1777,size=67108864,uid=%d,gid=%d", root.uid, root.gid)
+	if err := unix.Mount("shm", path, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, options); err != nil {
 		return fmt.Errorf("cannot mount a tmpfs on %s: %w", path, err)
 	}
 	return nil

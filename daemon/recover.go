@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/holdfast-cri/holdfast/daemon/network"
+	"github.com/holdfast-cri/holdfast/daemon/rootfs"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
@@ -177,7 +178,8 @@ func (d *Daemon) loadContainer(id string, r *recovery) (*containerRecord, *podRe
 	held, herr := dir.Held()
 	if held || herr != nil {
 		// A live shim whose files are damaged: never killed on a guess, though
-		// nobody can say what it keeps.
+		// nobody can say what it keeps. Its layers stay while this daemon lives.
+		d.pin(rootfs.LayersAt(dir.Path(rundir.RootfsName)))
 		d.log.Error("a live shim has no readable record of its container; it is left alone", "container", id, "records", errors.Join(err, lerr, herr))
 		return nil, nil
 	}

@@ -116,6 +116,22 @@ func parseSpec(raw []byte) (*spec, error) {
 	return s, nil
 }
 
+// userns says whether the container has a user namespace.
+func (s *spec) userns() bool {
+	for _, ns := range s.Linux.Namespaces {
+		if ns.Type == "user" {
+			return true
+		}
+	}
+	return false
+}
+
+// shareMode is that of pipes in a user namespace. The OCI runtime makes a pipe the
+// container's, so that a program can open its /dev/stdout; there it may not. The
+// mode protects nothing: the way to a pipe is /proc/PID/fd, and it takes the right
+// to trace a process that has it open.
+const shareMode = 0o666
+
 // privatePID says whether the container has a pid namespace of its own, which
 // ends with its init.
 func (s *spec) privatePID() bool {
@@ -188,6 +204,7 @@ func (m *making) make(ctx context.Context) (err error) {
 	m.c = &container{
 		terminal:   m.spec.Process.Terminal,
 		privatePID: m.spec.privatePID(),
+		userns:     m.spec.userns(),
 		runtime: &runc.Runtime{
 			Path:          m.launch.Runtime.Path,
 			Root:          m.launch.Runtime.Root,
@@ -260,6 +277,13 @@ func (m *making) run(ctx context.Context) error {
 		*file = w
 		child = append(child, w)
 		m.c.stdio.Add(stream, r)
+	}
+	if m.c.userns {
+		for _, f := range child {
+			if err := f.Chmod(shareMode); err != nil {
+				return fmt.Errorf("cannot share the standard files of %s: %w", id, err)
+			}
+		}
 	}
 	return m.c.runtime.Create(ctx, id, o)
 }

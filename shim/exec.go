@@ -220,6 +220,13 @@ func (e *execRun) start(ctx context.Context, p *specs.Process) error {
 		t.log.Warn("exec without a cgroup: only its first process can be killed", "err", err)
 		e.subName = ""
 	}
+	if e.c.userns {
+		for _, o := range []*outlet{e.stdout, e.stderr} {
+			if err := o.child.Chmod(shareMode); err != nil {
+				return fmt.Errorf("cannot share the output of an exec: %w", err)
+			}
+		}
+	}
 	runtime := *e.c.runtime
 	runtime.Log = e.path("log") // of its own, so that its errors are not mixed with others'
 	release := t.reaper.Hold()

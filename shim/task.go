@@ -65,6 +65,7 @@ type task struct {
 type container struct {
 	terminal   bool
 	privatePID bool
+	userns     bool
 	runtimeExe string // what init runs until it runs the container's program
 	cheapEnd   bool   // delete of the OCI runtime would do no more than remove files and cgroups
 	fifo       bool   // start of the OCI runtime would do no more than open a FIFO

@@ -74,10 +74,15 @@ func commands() []*command {
 			examples: []string{"holdfastctl delete 4f1c", "holdfastctl delete -f 4f1c"},
 			setup:    setupDelete},
 		{name: "pull", args: "IMAGE", minArgs: 1, maxArgs: 1, summary: "pull an image, and show how far it is",
-			text: "This is the one command that needs the daemon. The image's id is printed in the end. A password is read from the standard input with --creds USER, " +
-				"so that it stands in no list of processes. Interrupting holdfastctl calls the pull off; what has come so far is kept for the next one.",
+			text: "This is the one command that needs the daemon. The image's id is printed in the end, and how far it is on the standard error. " +
+				"With --creds USER the password is read from the standard input, so that it stands in no list of processes. " +
+				"Interrupting holdfastctl calls the pull off, unless somebody else waits for the same image; what has come so far is kept for the next one.",
 			examples: []string{"holdfastctl pull docker.io/library/busybox:1.37", "holdfastctl pull --creds me registry.example/team/app:1 <password"},
 			setup:    setupPull},
+		{name: "pulls", summary: "list the pulls that run, those of the kubelet too, and how far they are",
+			text:     "A phase in parentheses is what a daemon was at that has died. NOTE says what a registry did that is being tried again.",
+			examples: []string{"holdfastctl pulls", "holdfastctl pulls --json"},
+			setup:    setupPulls},
 		{name: "version", summary: "print the version of holdfastctl and of the shims' protocol that it speaks",
 			examples: []string{"holdfastctl version"},
 			setup:    setupVersion},

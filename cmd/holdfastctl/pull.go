@@ -10,13 +10,14 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strings"
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/containerd/console"
 
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
@@ -25,6 +26,12 @@ func setupPull(a *app, fs *flag.FlagSet) runFunc {
 	address := fs.String("address", "", "the daemon's `SOCKET` (default: as its config says, or holdfast.sock in the state directory)")
 	creds := fs.String("creds", "", "pull as `USER`, with the password from the standard input")
 	return func(ctx context.Context, args []string) (err error) {
+		if args[0] == "" {
+			return usagef("pull: the name of the image is empty")
+		}
+		signals := make(chan os.Signal, 1)
+		signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+		defer signal.Stop(signals)
 		if *address == "" {
 			if *address, err = addressFrom(a.config, a.state); err != nil {
 				return err
@@ -43,15 +50,18 @@ func setupPull(a *app, fs *flag.FlagSet) runFunc {
 			Auth  *auth `json:"auth,omitempty"`
 		}{Image: image{args[0]}}
 		if *creds != "" {
-			b, err := io.ReadAll(io.LimitReader(a.stdin, 64<<10))
-			if err != nil {
-				return fmt.Errorf("cannot read the password: %w", err)
+			if strings.Contains(*creds, ":") {
+				return usagef("pull: --creds takes the user alone: everybody can read a command line, so the password comes from the standard input")
 			}
-			request.Auth = &auth{*creds, strings.TrimRight(string(b), "\r\n")}
+			password, err := a.password(*creds, signals)
+			if err != nil {
+				return err
+			}
+			request.Auth = &auth{*creds, password}
 		}
-		id, err := a.pull(ctx, *address, args[0], request)
+		id, err := a.pull(ctx, *address, args[0], request, signals)
 		if err != nil {
-			return fmt.Errorf("cannot pull %s: %w", args[0], err)
+			return err
 		}
 		if a.json {
 			return a.printJSON(map[string]string{"image": args[0], "id": id})
@@ -61,9 +71,58 @@ func setupPull(a *app, fs *flag.FlagSet) runFunc {
 	}
 }
 
+// password reads one from the standard input: of a terminal a line that it does
+// not show, else all that there is.
+func (a *app) password(user string, signals <-chan os.Signal) (string, error) {
+	var b []byte
+	var err error
+	if c, cerr := console.ConsoleFromFile(a.stdin); cerr == nil {
+		if err := c.DisableEcho(); err != nil {
+			return "", fmt.Errorf("cannot hide the password: %w; use a pipe or a file", err)
+		}
+		fmt.Fprintf(a.stderr, "password of %s: ", user)
+		read := make(chan struct{})
+		go func() {
+			defer close(read)
+			b = make([]byte, 4096) // the longest line that a terminal gives
+			var n int
+			if n, err = a.stdin.Read(b); err == io.EOF {
+				err = nil
+			}
+			b = b[:n]
+		}()
+		select {
+		case <-read:
+		case s := <-signals:
+			err = nil
+			c.Reset()
+			fmt.Fprintln(a.stderr)
+			return "", killed(s)
+		}
+		c.Reset()
+		fmt.Fprintln(a.stderr)
+	} else {
+		b, err = io.ReadAll(io.LimitReader(a.stdin, 64<<10))
+	}
+	if err != nil {
+		return "", fmt.Errorf("cannot read the password: %w", err)
+	}
+	password := strings.TrimRight(string(b), "\r\n")
+	if password == "" {
+		return "", errors.New("cannot pull with an empty password; it is read from the standard input")
+	}
+	return password, nil
+}
+
+// killed is the exit code of a command that a signal ended, as a shell has it.
+func killed(s os.Signal) error {
+	n, _ := s.(syscall.Signal)
+	return exitCode(rundir.CodeSignalOffset + int(n))
+}
+
 // pull lets holdfastd speak to the daemon, and draws meanwhile what the daemon's
 // record says about it.
-func (a *app) pull(ctx context.Context, address, image string, request any) (string, error) {
+func (a *app) pull(ctx context.Context, address, image string, request any, signals <-chan os.Signal) (string, error) {
 	program, err := findDaemon()
 	if err != nil {
 		return "", err
@@ -72,35 +131,44 @@ func (a *app) pull(ctx context.Context, address, image string, request any) (str
 	if err != nil {
 		return "", err
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	cmd := exec.CommandContext(ctx, program, "pull", "--address", address)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(b), &stdout, &stderr
-	// It goes with this process, and the pull with it.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
-	since := time.Now()
+	// It goes with this process, and the pull with it; a terminal tells this
+	// process alone.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // the signal is for the end of the thread that started it
 		done <- cmd.Run()
 	}()
-	f, _ := a.stderr.(*os.File)
-	draw := bar{w: a.stderr, terminal: f != nil && isTerminal(f)}
+	draw := newBar(a.stderr)
 	tick := time.NewTicker(200 * time.Millisecond)
 	defer tick.Stop()
 	for {
 		select {
 		case <-tick.C:
-			if p, ok := findPull(filepath.Join(a.state, rundir.PullsName), image, since); ok {
+			if p, ok := findPull(a.pullsDir(), image); ok {
 				draw.show(p)
 			}
 			continue
+		case s := <-signals:
+			cancel()
+			<-done
+			draw.clear()
+			fmt.Fprintf(a.stderr, "holdfastctl: the pull of %s is called off; what has come so far is kept for the next one\n", image)
+			return "", killed(s)
 		case err = <-done:
 		}
 		break
 	}
 	draw.clear()
 	if said := strings.TrimSpace(stderr.String()); err != nil && said != "" {
-		err = errors.New(strings.TrimPrefix(said, "holdfastd: "))
+		err = errors.New(printable(strings.TrimPrefix(said, "holdfastd: ")))
+	} else if err != nil {
+		err = fmt.Errorf("cannot pull %s: %s: %w", image, program, err)
 	}
 	return strings.TrimSpace(stdout.String()), err
 }
@@ -113,73 +181,21 @@ func findDaemon() (string, error) {
 			return beside, nil
 		}
 	}
-	return exec.LookPath("holdfastd")
+	path, err := exec.LookPath("holdfastd")
+	if err != nil {
+		return "", errors.New("cannot find holdfastd beside holdfastctl or on the PATH: it speaks to the daemon")
+	}
+	return path, nil
 }
 
-// findPull finds the record of the youngest pull under that name.
-func findPull(dir, image string, since time.Time) (found rundir.Pull, ok bool) {
-	files, _ := os.ReadDir(dir) // none: no pull runs
-	for _, f := range files {
-		var p rundir.Pull
-		err := rundir.ReadRecord(filepath.Join(dir, f.Name()), &p)
-		if err == nil && p.Asked == image && !p.Since.Before(since) && (!ok || p.Since.After(found.Since)) {
+// findPull finds the record of the youngest pull under that name. It may be
+// somebody else's until ours is there; both wait for the same bytes.
+func findPull(dir, image string) (found rundir.Pull, ok bool) {
+	list, _ := readPulls(dir) // none: no pull runs
+	for _, p := range list {
+		if p.Asked == image && p.Daemon.Alive() && (!ok || p.Since.After(found.Since)) {
 			found, ok = p, true
 		}
 	}
 	return found, ok
-}
-
-func isTerminal(f *os.File) bool {
-	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	return err == nil
-}
-
-// bar draws: over itself on a terminal, else a line every ten seconds.
-type bar struct {
-	w        io.Writer
-	terminal bool
-	drawn    bool
-	last     time.Time
-}
-
-const barWidth = 30
-
-func (b *bar) show(p rundir.Pull) {
-	if b.terminal {
-		fmt.Fprintf(b.w, "\r\x1b[K%s", pullText(p, true))
-		b.drawn = true
-	} else if time.Since(b.last) >= 10*time.Second {
-		fmt.Fprintln(b.w, pullText(p, false))
-		b.last = time.Now()
-	}
-}
-
-func (b *bar) clear() {
-	if b.drawn {
-		fmt.Fprint(b.w, "\r\x1b[K")
-	}
-}
-
-func pullText(p rundir.Pull, bar bool) string {
-	text := fmt.Sprintf("%s of %s, %d of %d layers, %s/s", sizeText(p.Bytes), sizeText(p.TotalBytes), p.Layers, p.TotalLayers, sizeText(p.Rate))
-	if !bar {
-		return text
-	}
-	n := barWidth
-	if p.TotalBytes > 0 {
-		n = int(float64(barWidth) * min(1, float64(p.Bytes)/float64(p.TotalBytes)))
-	}
-	return fmt.Sprintf("[%s%s] %s", strings.Repeat("#", n), strings.Repeat(".", barWidth-n), text)
-}
-
-// sizeText says a number of bytes with three digits.
-func sizeText(n int64) string {
-	f, units := float64(n), []string{"B", "KiB", "MiB", "GiB", "TiB"}
-	for f >= 1000 && len(units) > 1 {
-		f, units = f/1024, units[1:]
-	}
-	if units[0] == "B" {
-		return fmt.Sprintf("%d B", n)
-	}
-	return fmt.Sprintf("%.3g %s", f, units[0])
 }

@@ -2,22 +2,57 @@ package main
 
 import (
 	"bytes"
+	"cmp"
+	"encoding/json"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
+
+	"github.com/containerd/console"
 
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
 func TestBar(t *testing.T) {
-	p := rundir.Pull{Bytes: 50 << 20, TotalBytes: 200 << 20, Layers: 1, TotalLayers: 3, Rate: 1234567}
-	if got, want := pullText(p, true), "[#######.......................] 50 MiB of 200 MiB, 1 of 3 layers, 1.18 MiB/s"; got != want {
-		t.Errorf("%q, want %q", got, want)
+	const mib = 1 << 20
+	half := rundir.Pull{Phase: rundir.PullDownloading, Bytes: 50 * mib, TotalBytes: 200 * mib, Layers: 1, TotalLayers: 3, Rate: 1234567}
+	for want, change := range map[string]func(*rundir.Pull){
+		"50 MiB of 200 MiB (25%), 1.18 MiB/s, 2m left, 1 of 3 layers": func(*rundir.Pull) {},
+		"50 MiB of 200 MiB (25%), 0 B/s, 1 of 3 layers":               func(p *rundir.Pull) { p.Rate = 0 },
+		"50 MiB of 200 MiB (25%), 1 B/s, days left, 1 of 3 layers":    func(p *rundir.Pull) { p.Rate = 1 },
+		"50 MiB of 200 MiB (25%), waiting for other downloads, 1 of 3 layers, 7 MiB were here": func(p *rundir.Pull) {
+			p.Phase, p.PresentBytes = rundir.PullWaiting, 7*mib
+		},
+		"200 MiB of 200 MiB (100%), unpacking, 2 of 3 layers": func(p *rundir.Pull) {
+			p.Phase, p.Bytes, p.Layers = rundir.PullUnpacking, p.TotalBytes, 2
+		},
+		"50 MiB of 200 MiB (25%), 1 of 3 layers; trying again: 503 ?[31mred": func(p *rundir.Pull) { p.Trouble = "503 \x1b[31mred" },
+		"asking the registry, since 5s": func(p *rundir.Pull) {
+			*p = rundir.Pull{Phase: rundir.PullResolving, Since: time.Now().Add(-5 * time.Second)}
+		},
+	} {
+		p := half
+		change(&p)
+		if got := pullText(p); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
 	}
-	for _, p := range []rundir.Pull{{}, {Bytes: 5, TotalBytes: 3}, {Bytes: 3, TotalBytes: 3}} {
-		if got := pullText(p, true); !strings.HasPrefix(got, "["+strings.Repeat("#", barWidth)+"]") {
+	// It is never longer than the line, and says the most important things first.
+	for width, want := range map[int]string{
+		200: "[#######.......................] 50 MiB of 200 MiB (25%), 1.18 MiB/s, 2m left, 1 of 3 layers",
+		80:  "[###...........] 50 MiB of 200 MiB (25%), 1.18 MiB/s, 2m left, 1 of 3 layers",
+		70:  "50 MiB of 200 MiB (25%), 1.18 MiB/s, 2m left, 1 of 3 layers",
+		20:  "50 MiB of 200 MiB (", 1: "", 0: "",
+	} {
+		if got := barText(half, width); got != want {
+			t.Errorf("in %d columns %q, want %q", width, got, want)
+		}
+	}
+	for _, p := range []rundir.Pull{{}, {Bytes: 5, TotalBytes: 3, TotalLayers: 1}, {Bytes: 3, TotalBytes: 3, TotalLayers: 1}, {TotalLayers: 1}} {
+		if got := barText(p, 100); p.TotalBytes > 0 && !strings.HasPrefix(got, "["+strings.Repeat("#", barWidth)+"]") || p.TotalBytes == 0 && strings.Contains(got, "[") {
 			t.Errorf("%+v: %s", p, got)
 		}
 	}
@@ -26,37 +61,156 @@ func TestBar(t *testing.T) {
 			t.Errorf("%d is %s, want %s", n, got, want)
 		}
 	}
-	// Not on a terminal: no control characters, and not ten lines a second.
+	// Not on a terminal: no control characters, and not ten lines a second; but
+	// as soon as it is known what there is to do, that.
 	var out bytes.Buffer
-	b := bar{w: &out}
+	b := newBar(&out)
+	b.show(rundir.Pull{Phase: rundir.PullResolving, Since: time.Now()})
 	for range 10 {
-		b.show(p)
+		b.show(half)
 	}
 	b.clear()
-	if got := out.String(); strings.Count(got, "\n") != 1 || strings.ContainsAny(got, "\r\x1b") {
+	if got := out.String(); strings.Count(got, "\n") != 2 || strings.ContainsAny(got, "\r\x1b") {
 		t.Errorf("printed %q", got)
 	}
 }
 
-func TestFindPull(t *testing.T) {
-	dir := t.TempDir()
-	since := time.Now()
-	for name, p := range map[string]rundir.Pull{
-		"1.json": {Asked: "busybox", Since: since.Add(-time.Hour), Bytes: 1}, // somebody else's
-		"2.json": {Asked: "busybox", Since: since.Add(time.Second), Bytes: 2},
-		"3.json": {Asked: "alpine", Since: since.Add(time.Minute), Bytes: 3},
-	} {
+// On a terminal it follows the width of that.
+func TestBarOnTerminal(t *testing.T) {
+	master, path, err := console.NewPty()
+	check(t, err)
+	defer master.Close()
+	tty, err := os.OpenFile(path, os.O_RDWR|syscall.O_NOCTTY, 0)
+	check(t, err)
+	defer tty.Close()
+	t.Setenv("TERM", "xterm")
+	b := newBar(tty)
+	p := rundir.Pull{Phase: rundir.PullDownloading, Bytes: 1, TotalBytes: 2, TotalLayers: 1}
+	read := func() string {
+		buf := make([]byte, 4096)
+		n, err := master.Read(buf)
+		check(t, err)
+		return string(buf[:n])
+	}
+	for _, width := range []uint16{60, 30, 0} {
+		check(t, master.Resize(console.WinSize{Width: width, Height: 24}))
+		b.show(p)
+		line, ok := strings.CutPrefix(read(), "\r\x1b[K")
+		if want := barText(p, cmp.Or(int(width), 80)); !ok || line != want {
+			t.Errorf("in %d columns %q, want %q", width, line, want)
+		}
+	}
+	b.clear()
+	if got := read(); got != "\r\x1b[K" {
+		t.Errorf("at the end %q", got)
+	}
+	t.Setenv("TERM", "dumb")
+	if newBar(tty).width != nil {
+		t.Error("draws on a dumb terminal")
+	}
+}
+
+// records writes what pulls of a daemon leave: this process is the living one.
+func records(t *testing.T, dir string, list map[string]rundir.Pull) {
+	t.Helper()
+	self, err := rundir.FindProcess(os.Getpid())
+	check(t, err)
+	check(t, os.MkdirAll(dir, 0o700))
+	for name, p := range list {
+		if p.Daemon.PID == 0 {
+			p.Daemon = self
+		}
 		check(t, rundir.WriteRecord(filepath.Join(dir, name), p, false))
 	}
-	check(t, os.WriteFile(filepath.Join(dir, "4.json"), []byte("torn"), 0o600))
-	if p, ok := findPull(dir, "busybox", since); !ok || p.Bytes != 2 {
+}
+
+var dead = rundir.Process{PID: 1, StartTime: 1 << 40}
+
+func TestFindPull(t *testing.T) {
+	dir := t.TempDir()
+	now := time.Now()
+	records(t, dir, map[string]rundir.Pull{
+		"1.json": {Asked: "busybox", Since: now.Add(-time.Hour), Bytes: 1}, // somebody else's
+		"2.json": {Asked: "busybox", Since: now.Add(time.Second), Bytes: 2},
+		"3.json": {Asked: "alpine", Since: now.Add(time.Minute), Bytes: 3},
+		"4.json": {Asked: "busybox", Since: now.Add(time.Hour), Daemon: dead},
+	})
+	check(t, os.WriteFile(filepath.Join(dir, "5.json"), []byte("torn"), 0o600))
+	if p, ok := findPull(dir, "busybox"); !ok || p.Bytes != 2 {
 		t.Errorf("found %+v", p)
 	}
-	if p, ok := findPull(dir, "none", since); ok {
+	if p, ok := findPull(dir, "none"); ok {
 		t.Errorf("found %+v", p)
 	}
-	if p, ok := findPull(filepath.Join(dir, "none"), "busybox", since); ok {
+	if p, ok := findPull(filepath.Join(dir, "none"), "busybox"); ok {
 		t.Errorf("found %+v", p)
+	}
+}
+
+func TestPulls(t *testing.T) {
+	state := t.TempDir()
+	if r := ctl(t, "--state", state, "pulls"); r.code != 0 || strings.Count(r.stdout, "\n") != 1 {
+		t.Errorf("none: %+v", r)
+	}
+	if r := ctl(t, "--state", state, "pulls", "--json"); r.code != 0 || r.stdout != "[]\n" {
+		t.Errorf("none: %+v", r)
+	}
+	if r := ctl(t, "--state", state+"/none", "pulls"); r.code != 1 || !strings.Contains(r.stderr, "is --state right?") {
+		t.Errorf("no state: %+v", r)
+	}
+	now := time.Now()
+	records(t, filepath.Join(state, rundir.PullsName), map[string]rundir.Pull{
+		"1.json": {Ref: "a.test/half:1", Pod: "ns/web", Since: now.Add(-time.Minute), Phase: rundir.PullDownloading, Bytes: 1 << 20, TotalBytes: 4 << 20,
+			Layers: 2, TotalLayers: 5, Rate: 1 << 10, Trouble: "503 \x1b"},
+		"2.json": {Ref: "a.test/asked:1", Since: now.Add(-3 * time.Second), Phase: rundir.PullResolving},
+		"3.json": {Ref: "a.test/orphan:1", Since: now.Add(-time.Hour), Phase: rundir.PullUnpacking, Daemon: dead},
+	})
+	check(t, os.WriteFile(filepath.Join(state, rundir.PullsName, ".2.json.new"), []byte("torn"), 0o600))
+	r := ctl(t, "--state", state, "pulls")
+	lines := strings.Split(strings.TrimSpace(r.stdout), "\n")
+	if r.code != 0 || len(lines) != 4 {
+		t.Fatalf("%+v", r)
+	}
+	for i, want := range [][]string{
+		{"IMAGE", "POD", "PHASE"},
+		{"a.test/orphan:1", "(unpacking)", "has died"},
+		{"a.test/half:1", "ns/web", "downloading", "25%", "4 MiB", "1 KiB/s", "2/5", "60s", "503 ?"},
+		{"a.test/asked:1", "resolving", "3s"},
+	} {
+		for _, w := range want {
+			if !strings.Contains(lines[i], w) {
+				t.Errorf("line %d has no %q: %s", i, w, lines[i])
+			}
+		}
+	}
+	var list []struct {
+		rundir.Pull
+		Alive bool
+	}
+	if r = ctl(t, "--state", state, "pulls", "--json"); r.code != 0 || json.Unmarshal([]byte(r.stdout), &list) != nil || len(list) != 3 ||
+		list[0].Alive || !list[1].Alive || list[1].Bytes != 1<<20 {
+		t.Errorf("%+v", r)
+	}
+}
+
+// What is wrong with the command line is said before anything is done.
+func TestPullUsage(t *testing.T) {
+	for want, args := range map[string][]string{
+		"the name of the image is empty":    {"pull", ""},
+		"--creds takes the user alone":      {"pull", "--creds", "me:secret", "busybox"},
+		"want IMAGE":                        {"pull"},
+		"there is no command \"push\"; see": {"push"},
+	} {
+		if r := ctl(t, append([]string{"--state", t.TempDir()}, args...)...); r.code != 2 || !strings.Contains(r.stderr, want) {
+			t.Errorf("%q: %+v", args, r)
+		}
+	}
+	null, err := os.Open(os.DevNull)
+	check(t, err)
+	defer null.Close()
+	_, stderr, wait := ctlStart(t.Context(), null, "--state", t.TempDir(), "pull", "--creds", "me", "busybox")
+	if code := wait(); code != 1 || !strings.Contains(stderr.String(), "empty password") {
+		t.Errorf("exit code %d, %s", code, stderr)
 	}
 }
 

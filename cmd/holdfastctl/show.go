@@ -15,6 +15,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 
 	"github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
@@ -262,10 +263,11 @@ func commandLine(pid int) string {
 	return printable(string(bytes.ReplaceAll(b, []byte{0}, []byte{' '})))
 }
 
-// printable keeps what a container chose from driving the terminal.
+// printable keeps what a container or a registry chose from driving the
+// terminal.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
+		if unicode.IsControl(r) {
 			return '?'
 		}
 		return r

@@ -15,6 +15,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/holdfast-cri/holdfast/daemon"
+	"github.com/holdfast-cri/holdfast/daemon/metrics"
 )
 
 const defaultConfigFile = "/etc/holdfast/config.toml"
@@ -139,8 +140,11 @@ func (f file) resolve(logLevel string) (daemon.Config, error) {
 	default:
 		return c, fmt.Errorf("config: containers.absent_mount_source = %q is neither create nor reject", f.Containers.AbsentMountSource)
 	}
-	if f.Metrics.Address != "" {
-		return c, errors.New("config: metrics.address is set, but this build serves no metrics; remove it")
+	if address := f.Metrics.Address; address != "" {
+		if err := checkHostPort(address); err != nil {
+			return c, fmt.Errorf("config: metrics.address = %q is not host:port: %w", address, err)
+		}
+		c.Metrics = metrics.New(version)
 	}
 	if _, ok := f.Runtimes["runc"]; !ok && f.DefaultRuntime == "runc" {
 		f.Runtimes = maps.Clone(f.Runtimes)

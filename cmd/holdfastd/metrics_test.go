@@ -1,0 +1,84 @@
+package main
+
+import (
+	"context"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/holdfast-cri/holdfast/daemon/metrics"
+)
+
+func TestMetricsConfig(t *testing.T) {
+	f := defaults()
+	if c, _ := f.resolve("info"); c.Metrics != nil {
+		t.Error("metrics are on by default")
+	}
+	for _, address := range []string{"127.0.0.1:9464", ":9464", "0.0.0.0:0", "[::1]:9464", "localhost:http"} {
+		f.Metrics.Address = address
+		if c, err := f.resolve("info"); c.Metrics == nil {
+			t.Errorf("%s: %v", address, err)
+		}
+	}
+	for _, address := range []string{"127.0.0.1", "9464", "127.0.0.1:", "127.0.0.1:99999", "127.0.0.1:-1", "::1:9464", "http://127.0.0.1:9464", "127.0.0.1:no-such-port", " "} {
+		f.Metrics.Address = address
+		if _, err := f.resolve("info"); err == nil || !strings.Contains(err.Error(), "metrics.address") || !strings.Contains(err.Error(), address) {
+			t.Errorf("%q: %v", address, err)
+		}
+	}
+}
+
+func TestServeMetrics(t *testing.T) {
+	m := metrics.New("1")
+	log := slog.New(slog.DiscardHandler)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := l.Addr().String()
+	g := m.Gatherer(func() metrics.Snapshot { return metrics.Snapshot{} })
+	if _, err := serveMetrics(address, g, log); err == nil || !strings.Contains(err.Error(), "metrics.address") || !strings.Contains(err.Error(), "in use") {
+		t.Errorf("an address in use: %v", err)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s, err := serveMetrics(address, g, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range []struct {
+		method, path string
+		code         int
+	}{
+		{"GET", "/metrics", 200}, {"HEAD", "/metrics", 200}, {"POST", "/metrics", 405}, {"DELETE", "/metrics", 405},
+		{"GET", "/", 404}, {"GET", "/metrics/x", 404}, {"GET", "/debug/pprof/", 404}, {"GET", "/healthz", 404},
+	} {
+		req, err := http.NewRequestWithContext(t.Context(), r.method, "http://"+address+r.path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if resp.StatusCode != r.code {
+			t.Errorf("%s %s: %s", r.method, r.path, resp.Status)
+		}
+		if r.method == "GET" && r.code == 200 && !strings.Contains(string(b), "holdfast_build_info") {
+			t.Errorf("%s", b)
+		}
+	}
+	// A connection that stands idle does not keep it.
+	s.close(context.Background())
+	if c, err := net.Dial("tcp", address); err == nil {
+		c.Close()
+		t.Error("it still listens")
+	}
+	(*metricsServer)(nil).close(context.Background())
+}
