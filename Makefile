@@ -17,7 +17,7 @@ PLUGINS  = main/bridge main/loopback ipam/host-local meta/portmap
 FOREIGN = bin/runc $(foreach p,$(PLUGINS),bin/cni/$(notdir $p))
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build programs proto check-proto test drill vm-test lint demo update-footprint install clean
+.PHONY: help deps build programs proto check-proto test drill fuzz vm-test lint bench demo update-footprint install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
@@ -54,10 +54,14 @@ check-proto: ## fail if the generated code is not what `make proto` makes
 	@hack/proto.sh --check
 
 test: build ## run everything: format, vet, unit and root tests with -race, e2e, crash
+	@hack/deps.sh test || echo 'going on without; the tests that need it are skipped'
 	@hack/test.sh
 
-drill: build ## run the e2e and crash tests in full length
-	HOLDFAST_DRILL=1 hack/test.sh e2e crash
+drill: build ## run the e2e and crash tests in full length, and the fuzzers
+	HOLDFAST_DRILL=1 hack/test.sh e2e crash fuzz
+
+fuzz: ## run each fuzzer for FUZZTIME (1m)
+	@hack/test.sh fuzz
 
 vm-test: build ## test under systemd and cgroup v2, in a machine that VM=PROGRAM boots
 	@[ -n '$(VM)' ] || { echo 'make vm-test needs VM=PROGRAM; tests/vm/vm_test.go says what it has to do'; exit 2; }
@@ -65,6 +69,9 @@ vm-test: build ## test under systemd and cgroup v2, in a machine that VM=PROGRAM
 
 lint: ## check the format and go vet
 	@hack/test.sh gofmt vet
+
+bench: build ## pull 60 layers of 2 GiB, beside CONTAINERD=PROGRAM (or one on PATH); flags in BENCH
+	go run ./hack/bench -bin bin $(if $(CONTAINERD),-containerd '$(CONTAINERD)') $(BENCH)
 
 demo: build ## see a pod survive its runtime, in under two minutes
 	HOLDFAST_BIN=$(CURDIR)/bin go run ./hack/demo

@@ -2,7 +2,7 @@
 # Installs the Debian packages that a group of targets needs, if they are
 # missing. What is there is not touched, and then no network is needed.
 #
-#   deps.sh build|proto
+#   deps.sh build|proto|test
 set -eu
 
 # PACKAGE|CHECK: the package is missing where the check fails.
@@ -20,11 +20,16 @@ proto='
 protobuf-compiler|command -v protoc
 libprotobuf-dev|test -e /usr/include/google/protobuf/any.proto
 '
+# Tests that need one of these are skipped where it is missing.
+test='
+skopeo|command -v skopeo
+'
 case ${1:-} in
 build) wanted=$build ;;
 proto) wanted=$proto ;;
+test) wanted=$test ;;
 *)
-	echo "usage: deps.sh build|proto" >&2
+	echo "usage: deps.sh build|proto|test" >&2
 	exit 2
 	;;
 esac

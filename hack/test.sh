@@ -2,16 +2,31 @@
 # Runs the checks and tests, all of them or the named ones, and ends with a
 # summary. One that fails does not keep the others from running.
 #
-#   test.sh [gofmt] [vet] [proto] [unit] [layers] [footprint] [e2e] [crash]
+#   test.sh [gofmt] [vet] [proto] [unit] [layers] [footprint] [e2e] [crash] [fuzz]
 #
-# HOLDFAST_DRILL=1 runs e2e and crash in full length. The whole output of each
-# step stays in .cache/test/STEP.log.
+# HOLDFAST_DRILL=1 runs e2e and crash in full length. fuzz, only if named, takes
+# FUZZTIME, 1m, for each target. The whole output of each step stays in
+# .cache/test/STEP.log.
 set -u
 cd "$(dirname "$0")/.." || exit
 logs=.cache/test
 mkdir -p "$logs"
 
 gotest() { go test -v -count=1 -timeout="${TIMEOUT:-20m}" "$@"; }
+
+# fuzz runs all fuzz targets, one after the other. Go would spend up to a minute
+# on making each input smaller that it has not seen the like of, and try nothing
+# else meanwhile; so it is told not to.
+fuzz() {
+	local package target failed=0
+	for package in $(grep -rlE --include='*_test.go' '^func Fuzz' daemon cri shim proto | xargs -n1 dirname | sort -u); do
+		for target in $(grep -rhoE --include='*_test.go' '^func Fuzz\w+' "$package" | cut -c6- | sort); do
+			echo "== $package $target"
+			go test -run='^$' -fuzz="^$target\$" -fuzztime="${FUZZTIME:-1m}" -fuzzminimizetime=1x "./$package" || failed=1
+		done
+	done
+	return $failed
+}
 
 step() {
 	case $1 in
@@ -31,6 +46,10 @@ step() {
 	footprint) gotest ./tests/footprint ;; # measures the shim as it is shipped
 	e2e) gotest -race ./tests/e2e ;;
 	crash) TIMEOUT=60m gotest -race ./tests/crash ;;
+	fuzz)
+		fuzz || return
+		HOLDFAST_DRILL=1 gotest -run='^Test(RandomLayers|Bombs)' ./daemon/rootfs
+		;;
 	*) echo "there is no step $1"; return 2 ;;
 	esac
 }

@@ -108,7 +108,7 @@ func killAtRandom(n *harness.Node, chance *rand.Rand, stop chan struct{}) (int, 
 // lifecycle takes a pod with two containers from nothing to nothing, and does
 // what a kubelet does when an answer stays out: it looks, and tries again.
 func lifecycle(ctx context.Context, n *harness.Node, i int, chance *rand.Rand) error {
-	config := n.PodConfig(fmt.Sprintf("pod%d", i))
+	config := n.PodConfig(fmt.Sprintf("pod%d", i), variety(i))
 	id, err := runSandbox(ctx, n, config)
 	if err != nil {
 		return err
@@ -152,6 +152,22 @@ func lifecycle(ctx context.Context, n *harness.Node, i int, chance *rand.Rand) e
 		return fmt.Errorf("RemovePodSandbox: %w", err)
 	}
 	return nil
+}
+
+// variety gives one pod in three a user namespace, and one in six an init too.
+func variety(i int) func(*cri.PodSandboxConfig) {
+	return func(c *cri.PodSandboxConfig) {
+		if i%3 != 0 {
+			return
+		}
+		o := &cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER}
+		if i%6 == 0 {
+			o.Pid = cri.NamespaceMode_POD
+		}
+		ids := []*cri.IDMapping{{HostId: uint32(1+i) << 16, Length: 1 << 16}}
+		o.UsernsOptions = &cri.UserNamespace{Mode: cri.NamespaceMode_POD, Uids: ids, Gids: ids}
+		c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{NamespaceOptions: o}
+	}
 }
 
 // again repeats a call for as long as the daemon is not there to answer it.

@@ -22,6 +22,7 @@ import (
 var drill = os.Getenv("HOLDFAST_DRILL") != ""
 
 func TestMain(m *testing.M) {
+	becomeSupervised()
 	code := m.Run()
 	harness.RemoveBinaries()
 	os.Exit(code)

@@ -1,11 +1,15 @@
 package e2e
 
 import (
+	"encoding/json"
+	"errors"
 	"os"
 	"strings"
 	"testing"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
@@ -84,4 +88,74 @@ func TestImages(t *testing.T) {
 	}
 	pod.Remove()
 	n.CheckClean()
+}
+
+// Pulls that fail say why in the way that the kubelet looks at, and images are
+// told about in the way that its tools do.
+func TestImageErrors(t *testing.T) {
+	n := harness.New(t)
+	ctx, cancel := harness.Deadline()
+	defer cancel()
+	for host, text := range map[string]string{"down.test": "server = \"http://127.0.0.1:1\"\n", "broken.test": "server = 5\n"} {
+		dir := n.Path("certs.d/" + host)
+		if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(dir+"/hosts.toml", []byte(text), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		ref  string
+		code codes.Code
+		text string // the begin of the message
+	}{
+		{"", codes.InvalidArgument, "image.image: "},
+		{"a/UPPER", codes.InvalidArgument, "image.image: "},
+		{"registry.test/x:" + strings.Repeat("t", 129), codes.InvalidArgument, "image.image: "},
+		{"registry.test/x@sha256:short", codes.InvalidArgument, "image.image: "},
+		{strings.Repeat("0", 64), codes.InvalidArgument, "image.image: "},
+		{"registry.test/x:" + strings.Repeat("t", 5000), codes.InvalidArgument, "image.image: "},
+		{"registry.test/tests/nothing:1", codes.NotFound, "image.image: "},
+		// The kubelet sees a name at the begin only with this code.
+		{"down.test/x:1", codes.Unknown, "RegistryUnavailable: "},
+		{"broken.test/x:1", codes.Unknown, "image.image: "},
+	} {
+		_, err := n.Images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: c.ref}})
+		if s := status.Convert(err); s.Code() != c.code || !strings.HasPrefix(s.Message(), c.text) {
+			t.Errorf("%.50q: %v", c.ref, err)
+		}
+	}
+	for _, ref := range []string{"registry.test/none:1", "not valid!", "sha256:" + strings.Repeat("0", 64), "abc"} {
+		if _, err := n.Images.RemoveImage(ctx, &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: ref}}); err != nil {
+			t.Errorf("remove %s: %v", ref, err)
+		}
+		if r, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: ref}}); err != nil || r.Image != nil {
+			t.Errorf("status of %s: %v %v", ref, r, err)
+		}
+		if r, err := n.Images.ListImages(ctx, &cri.ListImagesRequest{Filter: &cri.ImageFilter{Image: &cri.ImageSpec{Image: ref}}}); err != nil || len(r.Images) != 0 {
+			t.Errorf("list of %s: %v %v", ref, r, err)
+		}
+	}
+	r, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: harness.Image}, Verbose: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var info struct {
+		ImageSpec ocispec.Image `json:"imageSpec"`
+	}
+	if err := json.Unmarshal([]byte(r.Info["info"]), &info); err != nil || len(info.ImageSpec.RootFS.DiffIDs) != 1 || info.ImageSpec.Config.Cmd[0] != "sh" || info.ImageSpec.OS != "linux" {
+		t.Errorf("info %v: %v", r.Info, err)
+	}
+	for name, user := range map[string]string{"named": "app:staff", "root": "", "zero": "0"} {
+		ref := "registry.test/tests/" + name + ":1"
+		if _, err := n.Registry.Push(ref, ocispec.ImageConfig{User: user}); err != nil {
+			t.Fatal(err)
+		}
+		n.Pull(ref)
+		r, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: ref}})
+		if err != nil || r.Image == nil {
+			t.Fatal(r, err)
+		}
+		if i := r.Image; i.Username != strings.TrimSuffix(user, ":staff") && user != "0" || (i.Uid != nil) != (user == "0") {
+			t.Errorf("%s: user %q, uid %v", name, i.Username, i.Uid)
+		}
+	}
 }

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -78,7 +79,7 @@ func TestPullCommand(t *testing.T) {
 	<-blocked
 	eventually(t, "holdfastctl says how far it is", func() bool {
 		b, err := os.ReadFile(said.Name())
-		return err == nil && strings.HasPrefix(string(b), "0 B of ") && strings.Contains(string(b), "0 of 1 layers")
+		return err == nil && strings.Contains(string(b), "0 B of ") && strings.Contains(string(b), "0 of 1 layers")
 	})
 	cancel()
 	cmd.Wait()
@@ -88,4 +89,68 @@ func TestPullCommand(t *testing.T) {
 		l, err := os.ReadDir(filepath.Join(n.State, rundir.PullsName))
 		return err == nil && len(l) == 0
 	})
+}
+
+// Whoever interrupts holdfastctl calls the pull off; a daemon that goes is told
+// apart from a registry that does; and what a killed daemon pulled can be seen.
+func TestPullInterrupted(t *testing.T) {
+	n := harness.New(t)
+	s := newSlow(t, n, "slow.test")
+	const ref = "slow.test/tests/slow:1"
+	if _, err := n.Registry.Push(ref, ocispec.ImageConfig{}, randomLayers(t, 1, 512<<10)...); err != nil {
+		t.Fatal(err)
+	}
+	ctl := func(args ...string) *exec.Cmd {
+		return exec.CommandContext(t.Context(), filepath.Join(n.Bin, "holdfastctl"), append([]string{"--state", n.State}, args...)...)
+	}
+	// pull gives what it said and its exit code, after something was done to it.
+	pull := func(then func(*exec.Cmd)) (string, int) {
+		t.Helper()
+		cmd := ctl("pull", "--address", n.Socket, ref)
+		said, err := os.Create(n.Path("said"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer said.Close()
+		cmd.Stderr = said
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		s.send(1)
+		then(cmd)
+		cmd.Wait()
+		b, err := os.ReadFile(said.Name())
+		if err != nil || strings.ContainsAny(string(b), "\r\x1b") {
+			t.Errorf("%q, %v", b, err)
+		}
+		return string(b), cmd.ProcessState.ExitCode()
+	}
+
+	said, code := pull(func(cmd *exec.Cmd) { cmd.Process.Signal(syscall.SIGINT) })
+	if code != 130 || !strings.Contains(said, "called off") {
+		t.Errorf("interrupted: exit code %d, %s", code, said)
+	}
+	eventually(t, "the daemon's pull has ended", func() bool {
+		out, err := ctl("pulls", "--json").Output()
+		return err == nil && strings.TrimSpace(string(out)) == "[]"
+	})
+
+	said, code = pull(func(*exec.Cmd) { n.Kill() })
+	if code != 1 || !strings.Contains(said, "the daemon has ended meanwhile") {
+		t.Errorf("the daemon went: exit code %d, %s", code, said)
+	}
+	if out, err := ctl("pulls").CombinedOutput(); err != nil || !strings.Contains(string(out), ref) || !strings.Contains(string(out), "has died") {
+		t.Errorf("a dead daemon's pulls: %v\n%s", err, out)
+	}
+	if out, err := ctl("pull", "--address", n.Socket, ref).CombinedOutput(); err == nil || !strings.Contains(string(out), "the daemon does not run") {
+		t.Errorf("without a daemon: %v\n%s", err, out)
+	}
+	n.Start()
+	if out, err := ctl("pulls", "--json").Output(); err != nil || strings.TrimSpace(string(out)) != "[]" {
+		t.Errorf("after the start: %v\n%s", err, out)
+	}
+	s.hurry()
+	if out, err := ctl("pull", "--address", n.Socket, ref).Output(); err != nil || !strings.HasPrefix(string(out), "sha256:") {
+		t.Errorf("in the end: %v\n%s", err, out)
+	}
 }

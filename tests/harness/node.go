@@ -69,6 +69,7 @@ type shared struct {
 	Registry *Registry
 	Runtime  cri.RuntimeServiceClient
 	Images   cri.ImageServiceClient
+	Launcher []string // a program that becomes the daemon, whose command line follows; empty: none
 
 	conn   *grpc.ClientConn
 	before machine
@@ -110,6 +111,10 @@ func New(t T, opts ...Options) *Node {
 	dir, err := os.MkdirTemp("", "hf-")
 	if err != nil {
 		t.Fatalf("cannot make a scratch directory: %v", err)
+	}
+	// Root of a user namespace has to get through to the root file systems.
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatalf("%v", err)
 	}
 	// A subnet by chance, so that nodes of several test binaries seldom meet.
 	chance := make([]byte, 2)
@@ -235,6 +240,7 @@ func (n *Node) launch() error {
 		return err
 	}
 	defer log.Close()
+	args = append(slices.Clone(n.Launcher), args...)
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = log, log
 	// A group of its own, as under a service manager: Ctrl-C is not for it.

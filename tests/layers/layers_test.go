@@ -41,6 +41,8 @@ var allowed = map[string][]string{
 	"shim/stdio":   {module + "pty", module + "shim/logfile", "golang.org/x/sys/unix"},
 	"shim/logfile": {"golang.org/x/sys/unix"},
 
+	"daemon/metrics": {module + "proto/rundir", "github.com/prometheus/client_golang/prometheus", "github.com/prometheus/client_golang/prometheus/collectors"},
+
 	"cmd/holdfast-pause": {},
 	"cmd/holdfast-shim": {
 		module + "proto/...", module + "shim/...", module + "runc", module + "reaper", module + "pty",

@@ -38,7 +38,7 @@ var suites = []suite{
 	{"tests/vm/guest", "."},
 	// What is not here has nothing to do with cgroups or systemd, or needs a
 	// faster machine than an emulated one.
-	{"tests/e2e", "^(TestStop|TestStopOutlivesTheDaemon|TestKilledShim|TestSharedPIDNamespace|TestNamespaces|TestTerminal|TestPodNetwork|TestLostRecords|TestWedgedShim)$"},
+	{"tests/e2e", "^(TestStop|TestStopOutlivesTheDaemon|TestKilledShim|TestSharedPIDNamespace|TestNamespaces|TestTerminal|TestPodNetwork|TestLostRecords|TestWedgedShim|TestUserNamespace|TestUserNamespaceAnd)$"},
 	{"tests/crash", "^TestRandomKills$"},
 }
 

@@ -1,0 +1,81 @@
+package e2e
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/holdfast-cri/holdfast/tests/harness"
+)
+
+// slow is a registry before the node's own that sends layers piece by piece,
+// each when the test says so.
+type slow struct {
+	host   string // of its images' names
+	pieces chan struct{}
+}
+
+// piece is much more than what a connection that breaks there counts as nothing.
+const piece = 64 << 10
+
+// newSlow makes a slow registry for images of that host.
+func newSlow(t *testing.T, n *harness.Node, host string) *slow {
+	t.Helper()
+	s := &slow{host: host, pieces: make(chan struct{})}
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		req, err := http.NewRequestWithContext(r.Context(), r.Method, "http://"+n.Registry.Host+r.URL.RequestURI(), nil)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		req.Header = r.Header
+		resp, err := http.DefaultTransport.RoundTrip(req)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadGateway)
+			return
+		}
+		defer resp.Body.Close()
+		for name, values := range resp.Header {
+			w.Header()[name] = values
+		}
+		w.WriteHeader(resp.StatusCode)
+		for r.Method == http.MethodGet && resp.ContentLength > piece {
+			select {
+			case <-s.pieces:
+			case <-r.Context().Done():
+				return
+			}
+			if _, err := io.CopyN(w, resp.Body, piece); err != nil {
+				return // the end, or the other side has gone
+			}
+			if http.NewResponseController(w).Flush() != nil {
+				return
+			}
+		}
+		io.Copy(w, resp.Body)
+	}))
+	t.Cleanup(server.Close)
+	toml := fmt.Sprintf("server = %q\n[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n", server.URL, server.URL)
+	dir := n.Path("certs.d/" + host)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(toml), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// send lets pieces go, as long as somebody takes them.
+func (s *slow) send(pieces int) {
+	for range pieces {
+		s.pieces <- struct{}{}
+	}
+}
+
+// hurry lets all go from now on.
+func (s *slow) hurry() { close(s.pieces) }
