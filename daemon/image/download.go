@@ -396,8 +396,12 @@ func (s *Store) attempt(ctx context.Context, r *registry, h docker.RegistryHost,
 	return fmt.Errorf("%w: %s broke off at %d of %d bytes: %w", ErrUnavailable, h.Host, w.off, size, err)
 }
 
-// watch cancels an attempt that is not fast enough; call what it returns in
-// the end. A transfer that stands still is noticed after one to two periods.
+// watchSteps is how many times a period watch looks.
+const watchSteps = 10
+
+// watch cancels an attempt that is not fast enough; call what it returns in the
+// end. One that stands still is noticed a period after its last bytes, or a step
+// later.
 func (s *Store) watch(d *download, cancel context.CancelCauseFunc) (stop func()) {
 	period := s.o.ProgressTimeout
 	least := max(1, int64(period.Seconds()*float64(s.o.MinRate)))
@@ -405,20 +409,23 @@ func (s *Store) watch(d *download, cancel context.CancelCauseFunc) (stop func())
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		tick := time.NewTicker(period)
+		tick := time.NewTicker(max(1, period/watchSteps))
 		defer tick.Stop()
-		for last := d.bytes(); ; {
+		for past := []int64{d.bytes()}; ; { // a step apart, the newest last
 			select {
 			case <-quit:
 				return
 			case <-tick.C:
 			}
-			now := d.bytes()
-			if now-last < least {
-				cancel(fmt.Errorf("%w: %w: %d bytes of %s in %s", ErrUnavailable, errTooSlow, now-last, d.desc.Digest, period))
+			past = append(past, d.bytes())
+			if len(past) <= watchSteps {
+				continue
+			}
+			if came := past[watchSteps] - past[0]; came < least {
+				cancel(fmt.Errorf("%w: %w: %d bytes of %s in %s", ErrUnavailable, errTooSlow, came, d.desc.Digest, period))
 				return
 			}
-			last = now
+			past = past[1:]
 		}
 	}()
 	return func() {

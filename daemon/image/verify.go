@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -28,16 +27,13 @@ const maxVerdict = 32 << 10
 //
 // with the descriptor of what the name stands for on stdin. Exit code 0 lets it
 // in, another one does not, and stdout says why. One that cannot be run, or
-// takes too long, does not let it in either. Nothing in the directory, or no
-// directory, asks nobody.
+// takes too long, does not let it in either. Nothing in the directory asks
+// nobody; a directory that has gone lets nothing in.
 func (s *Store) verify(ctx context.Context, name string, target ocispec.Descriptor) error {
 	if s.o.VerifierDir == "" {
 		return nil
 	}
 	programs, err := os.ReadDir(s.o.VerifierDir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
 	if err != nil {
 		return fmt.Errorf("%w: cannot find the image verifiers: %w", ErrRejected, err)
 	}

@@ -111,6 +111,13 @@ func TestVerifiers(t *testing.T) {
 	if _, err := s.Pull(t.Context(), k.request(f.ref)); !errors.Is(err, ErrRejected) {
 		t.Errorf("again: %v", err)
 	}
+	// A directory that has gone is not an empty one.
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Pull(t.Context(), k.request(f.ref)); !errors.Is(err, ErrRejected) {
+		t.Errorf("without the directory: %v", err)
+	}
 }
 
 // alive says whether a process runs; a zombie does not.
