@@ -9,7 +9,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/distribution/reference"
@@ -22,8 +24,9 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
-// unpackers is how many layers of one pull are unpacked at a time.
-const unpackers = 4
+// unpackers is how many layers of one pull are unpacked at a time. Each takes two
+// processors when it is not waiting, and with zstd a window of megabytes.
+var unpackers = min(max(runtime.GOMAXPROCS(0), 2), 4)
 
 // maxDepth of indexes within indexes.
 const maxDepth = 4
@@ -461,14 +464,32 @@ func decompress(r io.Reader) (io.ReadCloser, error) {
 		}
 		return decompressor{z, src}, nil
 	case bytes.HasPrefix(magic, magicZstd), len(magic) == 4 && magic[0]&0xf0 == 0x50 && bytes.HasPrefix(magic[1:], magicSkip):
-		// In the goroutine that reads, and with one window: it has megabytes.
-		z, err := zstd.NewReader(br, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderLowmem(true), zstd.WithDecoderConcurrency(1))
-		if err != nil {
+		z := idleZstd.Get().(zstdReader)
+		if err := z.Reset(br); err != nil {
 			return nil, fmt.Errorf("%w: %w", ErrCorrupt, err)
 		}
-		return decompressor{z.IOReadCloser(), src}, nil
+		return decompressor{z, src}, nil
 	}
 	return io.NopCloser(br), nil
+}
+
+// idleZstd are decoders between two layers. Each has a window of megabytes;
+// made anew for every layer, most of them would be garbage at any time.
+var idleZstd = sync.Pool{New: func() any {
+	// It works in the goroutine that reads, so it needs no end.
+	z, err := zstd.NewReader(nil, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderLowmem(true), zstd.WithDecoderConcurrency(1))
+	if err != nil {
+		panic(err) // the options are wrong
+	}
+	return zstdReader{z}
+}}
+
+type zstdReader struct{ *zstd.Decoder }
+
+func (z zstdReader) Close() error {
+	err := z.Reset(nil) // lets go of what it read from
+	idleZstd.Put(z)
+	return err
 }
 
 // syncBlobNames puts the names of blobs on the disk; their content is.
