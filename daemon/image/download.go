@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -238,9 +237,7 @@ func (s *Store) run(ctx context.Context, r *registry, d *download) error {
 			r.down.Store(host, true) // at least one of them lied
 		}
 	}
-	switch {
-	case err == nil:
-	case errors.Is(err, ErrCorrupt), errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+	if errors.Is(err, ErrCorrupt) || full(err) {
 		// Resuming would not help, or the room is needed by others.
 		os.Remove(path)
 	}

@@ -88,20 +88,28 @@ func (s *Store) endPending(ref string, err error) {
 	if p.pulls > 0 {
 		return
 	}
-	full := errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 	interrupted := errors.Is(err, ErrUnavailable) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, errClosed)
-	if !interrupted || full {
+	if !interrupted {
 		s.dropPending(ref)
 	}
-	if full { // others wait for room: nothing is kept on speculation
-		for other, q := range s.pending {
-			if q.pulls == 0 {
-				s.dropPending(other)
-			}
+}
+
+// full says whether something failed because the disk is full.
+func full(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+}
+
+// makeRoom lets go of all that is kept on speculation.
+func (s *Store) makeRoom() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for ref, p := range s.pending {
+		if p.pulls == 0 {
+			s.dropPending(ref)
 		}
-		s.hungry = true
-		s.kick()
 	}
+	s.hungry = true
+	s.kick()
 }
 
 // dropPending is called with mu held. Where the file cannot be removed, the

@@ -48,6 +48,9 @@ func (s *Store) Pull(ctx context.Context, r PullRequest) (Image, error) {
 	p.how = how
 	img, err := p.run(ctx)
 	stop()
+	if full(err) { // at whatever step; also of what this pull has left
+		s.makeRoom()
+	}
 	if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
 		err = fmt.Errorf("%w: %w", ctx.Err(), err)
 	}

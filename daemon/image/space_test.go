@@ -108,38 +108,52 @@ func TestFullDisk(t *testing.T) {
 	fits := f.push(t, "team/small:1", imageOf(t, "x", layerOf(t, "s", 1<<20, 9, types.OCILayer)))
 	root := small(t, "5m")
 	s := openAt(t, root)
-	// An interrupted pull left something.
-	f.set(func(w http.ResponseWriter, r *http.Request) bool {
-		if f.isLayer(r, 0) && r.Header.Get("Range") == "" {
-			f.sentSome(w, f.layers[0].packed, 2<<20)
-		}
-		return !f.anyLayer(r) || func() bool { w.WriteHeader(http.StatusServiceUnavailable); return false }()
-	})
 	var k sink
-	if _, err := s.Pull(t.Context(), k.request(f.ref)); !errors.Is(err, ErrUnavailable) {
-		t.Fatal(err)
+	interrupt := func() {
+		t.Helper()
+		f.set(func(w http.ResponseWriter, r *http.Request) bool {
+			if f.isLayer(r, 0) && r.Header.Get("Range") == "" {
+				f.sentSome(w, f.layers[0].packed, 2<<20)
+			}
+			return !f.anyLayer(r) || func() bool { w.WriteHeader(http.StatusServiceUnavailable); return false }()
+		})
+		defer f.set(nil)
+		if _, err := s.Pull(t.Context(), k.request(f.ref)); !errors.Is(err, ErrUnavailable) {
+			t.Fatal(err)
+		}
 	}
-	f.set(nil)
+	empty := func() bool {
+		l, err := filepath.Glob(filepath.Join(root, ingestName, "*"))
+		return err == nil && len(l) == 0 && s.Usage() == Usage{}
+	}
+	interrupt()
 	for range 2 {
 		if _, err := s.Pull(t.Context(), k.request(f.ref)); !errors.Is(err, syscall.ENOSPC) {
 			t.Fatalf("got %v", err)
 		}
 		half(t, s)
 	}
-	eventually(t, "nothing is left", func() bool {
-		l, err := filepath.Glob(filepath.Join(root, ingestName, "*"))
-		return err == nil && len(l) == 0 && s.Usage() == Usage{}
-	})
-	mustPull(t, s, k.request(fits))
-	verify(t, s)
-	// Full to the last byte, and with an image: it can be listed and removed.
+	eventually(t, "nothing is left", empty)
 	fill, err := os.Create(filepath.Join(root, "fill"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	for b := make([]byte, 4096); err == nil; {
-		_, err = fill.Write(b)
+	fillUp := func() {
+		for b, err := make([]byte, 4096), error(nil); err == nil; {
+			_, err = fill.Write(b)
+		}
 	}
+	// There is not even room for a manifest, but what a pull left would do.
+	interrupt()
+	fillUp()
+	if _, err := s.Pull(t.Context(), k.request(fits)); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("got %v", err)
+	}
+	eventually(t, "nothing is left", empty)
+	mustPull(t, s, k.request(fits))
+	verify(t, s)
+	// Full to the last byte, and with an image: it can be listed and removed.
+	fillUp()
 	if _, err := s.Pull(t.Context(), k.request(f.ref)); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("got %v", err)
 	}
