@@ -200,7 +200,7 @@ func (s *Store) collect() error {
 		return false
 	}
 	s.mu.Lock()
-	rerr := errors.Join(s.dropStalePending(), s.forgetRemoval(), s.refreshIndex())
+	rerr := errors.Join(s.dropStalePending(), s.forgetRemoval(), s.refreshIndex(), s.dropKept())
 	stale := s.o.StaleIngest
 	if s.hungry {
 		s.hungry, stale = false, 0

@@ -163,6 +163,14 @@ func TestFullDisk(t *testing.T) {
 		t.Fatalf("images %+v", s.List())
 	}
 	verify(t, s)
+	s.Close()
+	s = openAt(t, root, dropping) // there is no room to write that down
+	if len(s.List()) != 1 {
+		t.Fatalf("images %+v", s.List())
+	}
+	verify(t, s)
+	s.Close()
+	s = openAt(t, root)
 	if _, err := s.Remove(t.Context(), fits); err != nil {
 		t.Errorf("remove on a full disk: %v", err)
 	}

@@ -181,9 +181,6 @@ func (s *Store) load() error {
 	}
 	s.finishRemoval()
 	s.loadPending()
-	if err := s.dropKept(); err != nil {
-		return err
-	}
 	if err := errors.Join(s.cleanIngest(), s.measure()); err != nil {
 		return err
 	}
@@ -241,7 +238,8 @@ func (s *Store) loadBlobs(r record) (*loaded, error) {
 	return l, nil
 }
 
-// dropKept lets go of layers that were kept when the setting was another.
+// dropKept lets go of layers that were kept when the setting was another. It is
+// the collector's: a full disk, for one, is no reason not to start. mu is held.
 func (s *Store) dropKept() error {
 	for ref, l := range s.refs {
 		if !s.o.DropLayers || l.LayersDropped {
