@@ -159,11 +159,12 @@ func (s *Store) kick() {
 	}
 }
 
-// collector removes what nothing refers to: after Open, a removal, a pull. What
-// cannot be removed is tried again, less and less often.
+// collector removes what nothing refers to: after Open, a removal, a pull, and
+// when what they left is stale. What cannot be removed is tried again, less and
+// less often.
 func (s *Store) collector() {
 	const first, longest = 100 * time.Millisecond, 10 * time.Minute
-	again := time.NewTimer(0)
+	again := time.NewTimer(0) // the start
 	defer again.Stop()
 	for wait := first; ; {
 		select {
@@ -178,6 +179,7 @@ func (s *Store) collector() {
 			wait = min(2*wait, longest)
 			continue
 		}
+		again.Reset(s.o.StaleIngest)
 		wait = first
 	}
 }

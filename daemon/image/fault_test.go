@@ -168,7 +168,7 @@ func TestAbandonedPullIsForgotten(t *testing.T) {
 		t.Fatalf("the finished blob is gone: %v", err)
 	}
 	s.Close()
-	s = openAt(t, root, func(o *Options) { o.StaleIngest = time.Nanosecond })
+	s = openAt(t, root, func(o *Options) { o.StaleIngest = 100 * time.Millisecond })
 	eventually(t, "all of it is collected", func() bool { return s.Usage() == Usage{} })
 	eventually(t, "nothing is left", func() bool { // partial downloads go after the blobs
 		l, _ := filepath.Glob(filepath.Join(root, "[ip]n*", "*"))

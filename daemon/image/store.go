@@ -127,7 +127,6 @@ func Open(o Options) (*Store, error) {
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.work.Go(s.collector)
-	s.kick()
 	return s, nil
 }
 
