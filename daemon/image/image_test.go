@@ -1251,6 +1251,19 @@ func TestMirrors(t *testing.T) {
 	if m, b := traffic(origin); m != 1 || b != 0 {
 		t.Errorf("origin: %d manifests, %d blobs", m, b)
 	}
+	// What a digest names it may say, the second time too.
+	hash, err := img.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := openAt(t, t.TempDir(), func(o *Options) { o.RegistryConfigDir = certs })
+	for range 2 {
+		mustPull(t, s, PullRequest{Ref: "registry.example/team/app@" + hash.String()})
+	}
+	if hits, _ := origin.reset(); len(hits) != 0 {
+		t.Errorf("origin: %v", hits)
+	}
+	mirror.reset()
 	// The mirror breaks off in the middle: the origin gives the rest.
 	write("registry.example", fmt.Sprintf("server = %q\n[host.%q]\n", origin.URL, mirror.URL))
 	mirror.set(func(w http.ResponseWriter, r *http.Request) bool {

@@ -350,13 +350,22 @@ var manifestTypes = []string{
 // accept also takes what cannot be used: the error tells what it is, then.
 var accept = http.Header{"Accept": {strings.Join(append(slices.Clip(manifestTypes), "*/*"), ", ")}}
 
-// head asks for the digest behind the tag without fetching anything. It is
-// empty if the registry does not say.
-func (r *registry) head(ctx context.Context, tag string) (d digest.Digest, err error) {
-	err = r.onHosts(ctx, docker.HostCapabilityResolve, func(h docker.RegistryHost) error {
+// capability is what a host needs to be asked for a manifest: any may give what
+// a digest names, not any may say what a tag means.
+func capability(object string) docker.HostCapabilities {
+	if digest.Digest(object).Validate() == nil {
+		return docker.HostCapabilityPull
+	}
+	return docker.HostCapabilityResolve
+}
+
+// head asks for the digest behind a tag or digest without fetching anything. It
+// is empty if the registry does not say.
+func (r *registry) head(ctx context.Context, object string) (d digest.Digest, err error) {
+	err = r.onHosts(ctx, capability(object), func(h docker.RegistryHost) error {
 		ctx, cancel := context.WithTimeout(ctx, smallTimeout)
 		defer cancel()
-		resp, err := r.do(ctx, h, http.MethodHead, accept, "manifests", tag)
+		resp, err := r.do(ctx, h, http.MethodHead, accept, "manifests", object)
 		if err != nil {
 			return err
 		}
@@ -372,14 +381,11 @@ func (r *registry) head(ctx context.Context, tag string) (d digest.Digest, err e
 
 // manifest fetches a manifest or index by tag or digest.
 func (r *registry) manifest(ctx context.Context, object string) (desc ocispec.Descriptor, b []byte, err error) {
-	caps := docker.HostCapabilityResolve
 	want := digest.Digest(object)
-	if want.Validate() == nil {
-		caps = docker.HostCapabilityPull
-	} else {
+	if want.Validate() != nil {
 		want = ""
 	}
-	err = r.onHosts(ctx, caps, func(h docker.RegistryHost) error {
+	err = r.onHosts(ctx, capability(object), func(h docker.RegistryHost) error {
 		var typ string
 		b, typ, err = r.small(ctx, h, maxManifest, accept, "manifests", object)
 		if err != nil {
