@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -338,21 +339,24 @@ func (s *Store) transfer(ctx context.Context, r *registry, w *blobWriter) error 
 var errTooSlow = errors.New("too slow")
 
 // attempt is one request for the rest of the blob.
-func (s *Store) attempt(ctx context.Context, r *registry, h docker.RegistryHost, w *blobWriter) error {
+func (s *Store) attempt(ctx context.Context, r *registry, h docker.RegistryHost, w *blobWriter) (err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	defer func() { // at whatever it was
+		if cause := context.Cause(ctx); err != nil && errors.Is(cause, errTooSlow) {
+			err = cause
+		}
+	}()
 	size := w.d.desc.Size
 	header := http.Header{"Accept-Encoding": {"identity"}} // the bytes as they are
 	if w.off > 0 {
 		// With its end: some registries do not know the open form.
 		header.Set("Range", fmt.Sprintf("bytes=%d-%d", w.off, size-1))
 	}
-	defer s.watch(w.d, cancel)()
+	var came tally
+	defer s.watch(&came, w.d.desc.Digest, cancel)()
 	resp, err := r.do(ctx, h, http.MethodGet, header, "blobs", w.d.desc.Digest.String())
 	if err != nil {
-		if cause := context.Cause(ctx); errors.Is(cause, errTooSlow) {
-			return cause
-		}
 		if e, ok := errors.AsType[*statusError](err); ok && e.status == http.StatusRequestedRangeNotSatisfiable {
 			err = fmt.Errorf("%w: %s is shorter than the manifest says: %w", ErrCorrupt, w.d.desc.Digest, err)
 		}
@@ -375,17 +379,15 @@ func (s *Store) attempt(ctx context.Context, r *registry, h docker.RegistryHost,
 			return fmt.Errorf("%w: %s has %d bytes for %s, the manifest says %d", ErrCorrupt, h.Host, resp.ContentLength, w.d.desc.Digest, size)
 		}
 		// It does not know ranges: what is here already comes again.
-		if _, err := io.CopyN(io.Discard, body, w.off); err != nil {
+		if _, err := io.CopyN(&came, body, w.off); err != nil {
 			return fmt.Errorf("%w: %s: %w", ErrUnavailable, h.Host, err)
 		}
 	default:
 		return fmt.Errorf("%w: %s answered %s", ErrUnavailable, h.Host, resp.Status)
 	}
-	if _, err = io.CopyBuffer(w, struct{ io.Reader }{io.LimitReader(body, size-w.off)}, make([]byte, 64<<10)); err == nil && w.off < size {
+	body = io.TeeReader(io.LimitReader(body, size-w.off), &came)
+	if _, err = io.CopyBuffer(w, body, make([]byte, 64<<10)); err == nil && w.off < size {
 		err = io.ErrUnexpectedEOF
-	}
-	if cause := context.Cause(ctx); errors.Is(cause, errTooSlow) {
-		return cause
 	}
 	if _, ok := errors.AsType[*diskError](err); err == nil || ok {
 		return err
@@ -393,13 +395,21 @@ func (s *Store) attempt(ctx context.Context, r *registry, h docker.RegistryHost,
 	return fmt.Errorf("%w: %s broke off at %d of %d bytes: %w", ErrUnavailable, h.Host, w.off, size, err)
 }
 
+// tally counts what is written to it.
+type tally struct{ atomic.Int64 }
+
+func (t *tally) Write(b []byte) (int, error) {
+	t.Add(int64(len(b)))
+	return len(b), nil
+}
+
 // watchSteps is how many times a period watch looks.
 const watchSteps = 10
 
 // watch cancels an attempt that is not fast enough; call what it returns in the
-// end. One that stands still is noticed a period after its last bytes, or a step
-// later.
-func (s *Store) watch(d *download, cancel context.CancelCauseFunc) (stop func()) {
+// end. What came counts, also what was here already and is thrown away. One that
+// stands still is noticed a period after its last bytes, or a step later.
+func (s *Store) watch(came *tally, of digest.Digest, cancel context.CancelCauseFunc) (stop func()) {
 	period := s.o.ProgressTimeout
 	least := max(1, int64(period.Seconds()*float64(s.o.MinRate)))
 	quit := make(chan struct{})
@@ -408,18 +418,18 @@ func (s *Store) watch(d *download, cancel context.CancelCauseFunc) (stop func())
 		defer close(done)
 		tick := time.NewTicker(max(1, period/watchSteps))
 		defer tick.Stop()
-		for past := []int64{d.bytes()}; ; { // a step apart, the newest last
+		for past := []int64{0}; ; { // a step apart, the newest last
 			select {
 			case <-quit:
 				return
 			case <-tick.C:
 			}
-			past = append(past, d.bytes())
+			past = append(past, came.Load())
 			if len(past) <= watchSteps {
 				continue
 			}
-			if came := past[watchSteps] - past[0]; came < least {
-				cancel(fmt.Errorf("%w: %w: %d bytes of %s in %s", ErrUnavailable, errTooSlow, came, d.desc.Digest, period))
+			if n := past[watchSteps] - past[0]; n < least {
+				cancel(fmt.Errorf("%w: %w: %d bytes of %s in %s", ErrUnavailable, errTooSlow, n, of, period))
 				return
 			}
 			past = past[1:]
@@ -438,8 +448,6 @@ func (d *download) doubtful() bool {
 	defer d.mu.Unlock()
 	return d.had > 0 || d.mirrored
 }
-
-func (d *download) bytes() int64 { return d.progress().n }
 
 // flow is how far a download is.
 type flow struct {

@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -318,7 +319,7 @@ func TestTrickle(t *testing.T) {
 			s2.mu.Lock()
 			defer s2.mu.Unlock()
 			d := s2.downloads[f.digest(0)]
-			return d != nil && d.bytes() > 10
+			return d != nil && d.progress().n > 10
 		})
 		cancel()
 	}()
@@ -326,6 +327,32 @@ func TestTrickle(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	half(t, s2)
+}
+
+// A registry that knows no ranges sends again what is here. That takes its time
+// and is no standstill.
+func TestNoRanges(t *testing.T) {
+	t.Parallel()
+	f := newFaulty(t, 1<<20)
+	b := f.layers[0].packed
+	s := openAt(t, t.TempDir(), func(o *Options) { o.ProgressTimeout, o.MinRate = 400*time.Millisecond, 10_000 })
+	if err := os.WriteFile(s.ingestPath(f.digest(0)), b[:len(b)-10], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f.set(func(w http.ResponseWriter, r *http.Request) bool {
+		if !f.isLayer(r, 0) {
+			return true
+		}
+		w.Header().Set("Content-Length", fmt.Sprint(len(b)))
+		for part := range slices.Chunk(b, 64<<10) {
+			w.Write(part)
+			http.NewResponseController(w).Flush()
+			time.Sleep(100 * time.Millisecond)
+		}
+		return false
+	})
+	var k sink
+	mustPull(t, s, k.request(f.ref))
 }
 
 // A registry that lies about the blob once is not believed, and a mirror that
