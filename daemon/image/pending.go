@@ -2,8 +2,6 @@ package image
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"io/fs"
 	"os"
@@ -32,8 +30,7 @@ type pending struct {
 }
 
 func (s *Store) pendingPath(ref string) string {
-	sum := sha256.Sum256([]byte(ref))
-	return filepath.Join(s.o.Root, pendingName, hex.EncodeToString(sum[:])+".json")
+	return filepath.Join(s.o.Root, pendingName, fileName(ref))
 }
 
 // loadPending is part of Open. A record that cannot be used costs a download.

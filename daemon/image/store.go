@@ -3,8 +3,6 @@ package image
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -267,9 +265,11 @@ func (s *Store) quarantine(path string, cause error) {
 }
 
 func (s *Store) recordPath(ref string) string {
-	sum := sha256.Sum256([]byte(ref))
-	return filepath.Join(s.o.Root, refsName, hex.EncodeToString(sum[:])+".json")
+	return filepath.Join(s.o.Root, refsName, fileName(ref))
 }
+
+// fileName is of the records about a reference, which may be longer than a name.
+func fileName(ref string) string { return digest.FromString(ref).Encoded() + ".json" }
 
 // commit makes a reference point to an image whose blobs are all on the disk.
 // The digest goes first, so that a tag that moved never leaves an image that
