@@ -51,11 +51,11 @@ func (s *Server) ImageStatus(_ context.Context, r *runtimeapi.ImageStatusRequest
 }
 
 // RemoveImage removes an image with all its names.
-func (s *Server) RemoveImage(ctx context.Context, r *runtimeapi.RemoveImageRequest) (*runtimeapi.RemoveImageResponse, error) {
+func (s *Server) RemoveImage(_ context.Context, r *runtimeapi.RemoveImageRequest) (*runtimeapi.RemoveImageResponse, error) {
 	if err := checkRef("image.image", r.GetImage().GetImage()); err != nil {
 		return nil, err
 	}
-	if err := s.d.RemoveImage(ctx, r.GetImage().GetImage()); err != nil {
+	if err := s.d.RemoveImage(r.GetImage().GetImage()); err != nil {
 		return nil, toStatus(err)
 	}
 	return &runtimeapi.RemoveImageResponse{}, nil

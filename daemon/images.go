@@ -68,7 +68,7 @@ func (d *Daemon) ensureLayers(ctx context.Context, img image.Image) error {
 		err := d.images.Unpack(ctx, image.PullRequest{Ref: img.ID, Have: d.layers.Has, Unpack: d.unpack})
 		if errors.Is(err, image.ErrNotFound) {
 			d.log.Error("image forgotten, it has to be pulled again", "id", img.ID, "tags", img.RepoTags, "error", err)
-			err = errors.Join(err, d.RemoveImage(ctx, img.ID))
+			err = errors.Join(err, d.RemoveImage(img.ID))
 		}
 		return imageError("config.image.image", err)
 	}
@@ -115,8 +115,8 @@ func (d *Daemon) ImageUsage() (bytes, inodes uint64) {
 
 // RemoveImage removes an image with all its references. Layers that containers
 // use stay until those are gone.
-func (d *Daemon) RemoveImage(ctx context.Context, ref string) error {
-	freed, err := d.images.Remove(ctx, ref)
+func (d *Daemon) RemoveImage(ref string) error {
+	freed, err := d.images.Remove(ref)
 	if err != nil {
 		return imageError("image.image", err)
 	}

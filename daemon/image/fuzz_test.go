@@ -222,7 +222,7 @@ func FuzzRecord(f *testing.F) {
 		}
 		s := openAt(t, root)
 		for _, img := range s.List() {
-			if _, err := s.Remove(t.Context(), img.ID); err != nil {
+			if _, err := s.Remove(img.ID); err != nil {
 				t.Fatal(err)
 			}
 			if l := slices.Concat(img.RepoTags, img.RepoDigests); len(l) == 0 {

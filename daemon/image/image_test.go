@@ -544,7 +544,7 @@ func TestTagsMoveAndRemove(t *testing.T) {
 		t.Errorf("tag is of %s", got.ID)
 	}
 	// By one tag, all go.
-	free, err := s.Remove(t.Context(), other)
+	free, err := s.Remove(other)
 	if err != nil || !slices.Equal(free, []digest.Digest{img1.DiffIDs[1]}) {
 		t.Errorf("freed %v, want what is not shared: %v", free, err)
 	}
@@ -553,10 +553,10 @@ func TestTagsMoveAndRemove(t *testing.T) {
 	}
 	verify(t, s)
 	eventually(t, "blobs are collected", func() bool { return s.Usage().Inodes == 3 })
-	if free, err = s.Remove(t.Context(), other); err != nil || free != nil {
+	if free, err = s.Remove(other); err != nil || free != nil {
 		t.Errorf("again: %v %v", free, err)
 	}
-	if free, err = s.Remove(t.Context(), img2.ID); err != nil || len(free) != 1 {
+	if free, err = s.Remove(img2.ID); err != nil || len(free) != 1 {
 		t.Errorf("by id: %v %v", free, err)
 	}
 	eventually(t, "all is collected", func() bool { return s.Usage() == Usage{} })

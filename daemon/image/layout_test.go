@@ -102,7 +102,7 @@ func TestLayoutForCraneAndOras(t *testing.T) {
 	check()
 
 	gone := h.host + "/multi:1"
-	if _, err := s.Remove(t.Context(), gone); err != nil {
+	if _, err := s.Remove(gone); err != nil {
 		t.Fatal(err)
 	}
 	delete(want, gone)

@@ -118,7 +118,7 @@ func TestPowerCut(t *testing.T) {
 		}
 		mustPull(t, s, k.request(f.ref))
 		verify(t, s)
-		if _, err := s.Remove(t.Context(), f.ref); err != nil {
+		if _, err := s.Remove(f.ref); err != nil {
 			t.Fatal(err)
 		}
 		eventually(t, "all is collected", func() bool { return s.Usage() == Usage{} })
@@ -143,7 +143,7 @@ func TestPowerCutAtRemoval(t *testing.T) {
 		img := mustPull(t, s, k.request(f.ref))
 		other := f.push(t, "team/other:1", imageOf(t, fmt.Sprint(synced), f.layers[0]))
 		kept := mustPull(t, s, k.request(other))
-		if _, err := s.Remove(t.Context(), img.ID); err != nil {
+		if _, err := s.Remove(img.ID); err != nil {
 			t.Fatal(err)
 		}
 		if synced { // as far as the collector has come
@@ -158,7 +158,7 @@ func TestPowerCutAtRemoval(t *testing.T) {
 			t.Errorf("synced %v: another image went along: %+v", synced, s.List())
 		}
 		for _, i := range s.List() {
-			if _, err := s.Remove(t.Context(), i.ID); err != nil {
+			if _, err := s.Remove(i.ID); err != nil {
 				t.Fatal(err)
 			}
 		}

@@ -77,7 +77,7 @@ func TestLayersDropped(t *testing.T) {
 	if err := s.Unpack(t.Context(), r); err != nil {
 		t.Errorf("unpack with credentials: %v", err)
 	}
-	if free, err := s.Remove(t.Context(), f.ref); err != nil || len(free) != 2 {
+	if free, err := s.Remove(f.ref); err != nil || len(free) != 2 {
 		t.Errorf("removed: %v %v", free, err)
 	}
 	eventually(t, "all is collected", func() bool { return s.Usage() == Usage{} })
@@ -171,7 +171,7 @@ func TestFullDisk(t *testing.T) {
 	verify(t, s)
 	s.Close()
 	s = openAt(t, root)
-	if _, err := s.Remove(t.Context(), fits); err != nil {
+	if _, err := s.Remove(fits); err != nil {
 		t.Errorf("remove on a full disk: %v", err)
 	}
 	noRefs(t, s)

@@ -478,7 +478,7 @@ func (s *Store) find(ref string) (int, bool) {
 // Remove removes an image, found as by Get, with all its references. It returns
 // the diff ids that no other image of the store has and no running pull wants.
 // Removing what is not there is no error.
-func (s *Store) Remove(ctx context.Context, ref string) ([]digest.Digest, error) {
+func (s *Store) Remove(ref string) ([]digest.Digest, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	i, ok := s.find(ref)
