@@ -201,8 +201,9 @@ func (s *Store) collect() error {
 		}
 		return false
 	}
+	rerr := s.dropKept()
 	s.mu.Lock()
-	rerr := errors.Join(s.dropStalePending(), s.forgetRemoval(), s.refreshIndex(), s.dropKept())
+	rerr = errors.Join(rerr, s.dropStalePending(), s.forgetRemoval(), s.refreshIndex())
 	stale := s.o.StaleIngest
 	if s.hungry {
 		s.hungry, stale = false, 0

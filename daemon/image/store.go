@@ -72,9 +72,13 @@ type Store struct {
 	count  counters
 	serial atomic.Uint64 // of records about running pulls
 
+	// records is held while refs/ is changed, which waits for the disk: who lists
+	// images waits for mu alone. It is taken before mu.
+	records sync.Mutex
+
 	mu        sync.Mutex
-	closed    bool
-	refs      map[string]*loaded // by record.Ref
+	closed    bool               // changed with records held too
+	refs      map[string]*loaded // by record.Ref; the same
 	images    []Image            // derived from refs by rebuild; sorted by id
 	byID      map[string]int     // index into images
 	byRef     map[string]int
@@ -144,9 +148,11 @@ func (s *Store) makeDirs() error {
 
 // Close cancels what runs and waits for it.
 func (s *Store) Close() error {
+	s.records.Lock()
 	s.mu.Lock()
 	s.closed = true
 	s.mu.Unlock()
+	s.records.Unlock()
 	s.cancel()
 	s.work.Wait()
 	return nil
@@ -236,23 +242,30 @@ func (s *Store) loadBlobs(r record) (*loaded, error) {
 }
 
 // dropKept lets go of layers that were kept when the setting was another. It is
-// the collector's: a full disk, for one, is no reason not to start. mu is held.
+// the collector's: a full disk, for one, is no reason not to start.
 func (s *Store) dropKept() error {
+	if !s.o.DropLayers {
+		return nil
+	}
+	s.records.Lock()
+	defer s.records.Unlock()
 	for ref, l := range s.refs {
-		if !s.o.DropLayers || l.LayersDropped {
+		if l.LayersDropped {
 			continue
 		}
 		r := l.record
 		r.LayersDropped = true
-		// On the disk before a blob goes, or the record would miss it.
-		if err := rundir.WriteRecord(s.recordPath(ref), r, true); err != nil {
-			return err
-		}
 		fresh, err := s.loadBlobs(r)
 		if err != nil {
 			return err
 		}
+		// On the disk before a blob goes, or the record would miss it.
+		if err := rundir.WriteRecord(s.recordPath(ref), r, true); err != nil {
+			return err
+		}
+		s.mu.Lock()
 		s.refs[ref] = fresh
+		s.mu.Unlock()
 	}
 	return nil
 }
@@ -279,19 +292,37 @@ func (s *Store) commit(name reference.Named, target, manifest ocispec.Descriptor
 	if t, ok := name.(reference.Tagged); ok {
 		names = append(names, reference.TrimNamed(name).Name()+":"+t.Tag())
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
+	s.records.Lock()
+	defer s.records.Unlock()
 	if s.closed {
 		return Image{}, errClosed
 	}
+	fresh, err := s.writeRecords(names, record{Target: target, Manifest: manifest, PulledAt: time.Now().UTC(), LayersDropped: s.o.DropLayers})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, l := range fresh {
+		s.refs[l.Ref] = l
+	}
+	s.rebuild() // also after an error: what has a record is listed, and can be removed
+	if err != nil {
+		return Image{}, err
+	}
+	return s.images[s.byRef[names[len(names)-1]]], nil
+}
+
+// writeRecords puts a record of an image under each name, and gives those that
+// were not there yet. records is held.
+func (s *Store) writeRecords(names []string, r record) (fresh []*loaded, err error) {
+	img, err := s.loadBlobs(r)
+	if err != nil {
+		return nil, err
+	}
 	for _, ref := range names {
-		l, err := s.loadBlobs(record{Ref: ref, Target: target, Manifest: manifest, PulledAt: time.Now().UTC(), LayersDropped: s.o.DropLayers})
-		if err != nil {
-			return Image{}, err
-		}
-		if old := s.refs[ref]; old != nil && old.Target.Digest == target.Digest && old.Manifest.Digest == manifest.Digest && old.LayersDropped == l.LayersDropped {
-			var r record
-			if err := rundir.ReadRecord(s.recordPath(ref), &r); err == nil {
+		l := *img
+		l.Ref = ref
+		if old := s.refs[ref]; old != nil && old.Target.Digest == r.Target.Digest && old.Manifest.Digest == r.Manifest.Digest && old.LayersDropped == r.LayersDropped {
+			var there record
+			if err := rundir.ReadRecord(s.recordPath(ref), &there); err == nil {
 				continue
 			} // it was damaged behind our back
 		}
@@ -299,12 +330,11 @@ func (s *Store) commit(name reference.Named, target, manifest ocispec.Descriptor
 			s.quarantine(s.recordPath(ref), errors.New("it is not a file")) // a rename would not replace it
 		}
 		if err := rundir.WriteRecord(s.recordPath(ref), l.record, true); err != nil {
-			return Image{}, err
+			return fresh, err
 		}
-		s.refs[ref] = l
+		fresh = append(fresh, &l)
 	}
-	s.rebuild()
-	return s.images[s.byRef[names[len(names)-1]]], nil
+	return fresh, nil
 }
 
 // rebuild derives the images and index.json from the records. mu is held.
@@ -479,6 +509,8 @@ func (s *Store) find(ref string) (int, bool) {
 // the diff ids that no other image of the store has and no running pull wants.
 // Removing what is not there is no error.
 func (s *Store) Remove(ref string) ([]digest.Digest, error) {
+	s.records.Lock()
+	defer s.records.Unlock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	i, ok := s.find(ref)
