@@ -136,7 +136,8 @@ func (s *Store) eachBlob(f func(path string, d digest.Digest) error) error {
 
 // dropIfDamaged removes a blob whose content is not what its name says.
 func (s *Store) dropIfDamaged(d ocispec.Descriptor) bool {
-	f, err := os.Open(s.blobPath(d.Digest))
+	path := s.blobPath(d.Digest)
+	f, err := os.Open(path)
 	if err != nil {
 		return errors.Is(err, fs.ErrNotExist)
 	}
@@ -148,7 +149,11 @@ func (s *Store) dropIfDamaged(d ocispec.Descriptor) bool {
 	s.o.Log.Error("blob damaged on the disk, removed", "blob", d.Digest, "content", got, "error", err)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.removeBlob(s.blobPath(d.Digest), d.Digest) == nil
+	read, err := f.Stat()
+	if now, nerr := os.Lstat(path); err == nil && nerr == nil && !os.SameFile(read, now) {
+		return true // whoever saw it before has brought a good one
+	}
+	return s.removeBlob(path, d.Digest) == nil
 }
 
 // kick wakes the collector.

@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -882,6 +883,34 @@ func TestDamageIsMended(t *testing.T) {
 		eventually(t, "what is left is collected", func() bool { return s.Usage() == Usage{} })
 		mustPull(t, s, k.request(ref))
 	})
+}
+
+// Two pulls see the same damage, and the second one says so when the first has
+// mended it already.
+func TestDamageIsMendedOnce(t *testing.T) {
+	t.Parallel()
+	s := openAt(t, t.TempDir())
+	good := []byte("good")
+	d := ocispec.Descriptor{Digest: digest.FromBytes(good), Size: int64(len(good))}
+	s.hold([]digest.Digest{d.Digest})
+	if err := syscall.Mkfifo(s.blobPath(d.Digest), 0o600); err != nil { // is read for as long as the test wants
+		t.Fatal(err)
+	}
+	gone := make(chan bool, 1)
+	go func() { gone <- s.dropIfDamaged(d) }()
+	f, err := os.OpenFile(s.blobPath(d.Digest), os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Remove(s.blobPath(d.Digest)), s.addBlob(d, good)); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil { // its content is another one
+		t.Fatal(err)
+	}
+	if !<-gone || !s.hasBlob(d) {
+		t.Error("the good one was removed")
+	}
 }
 
 func TestConcurrentPullsShareBlobs(t *testing.T) {
