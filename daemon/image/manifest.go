@@ -83,6 +83,10 @@ func mediaType(b []byte, said string) string {
 	return ocispec.MediaTypeImageManifest
 }
 
+// maxLayers of an image: overlayfs mounts no more, and each costs memory while
+// it is pulled. A layer that an image has several times is one.
+const maxLayers = 500
+
 func checkManifest(m *ocispec.Manifest) error {
 	switch m.Config.MediaType {
 	case ocispec.MediaTypeImageConfig, typeDockerConfig, typeOctets:
@@ -94,10 +98,15 @@ func checkManifest(m *ocispec.Manifest) error {
 			return err
 		}
 	}
+	layers := map[digest.Digest]bool{}
 	for _, l := range m.Layers {
 		if err := checkLayerType(l.MediaType); err != nil {
 			return err
 		}
+		layers[l.Digest] = true
+	}
+	if len(layers) > maxLayers {
+		return fmt.Errorf("%w: %d layers, the limit is %d", ErrUnsupported, len(layers), maxLayers)
 	}
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -919,7 +920,14 @@ func TestOddManifests(t *testing.T) {
 		"size of the config": {change(func(m, c, l map[string]any) { c["size"] = 1 << 40 }), ErrUnsupported},
 		"size as a string":   {change(func(m, c, l map[string]any) { l["size"] = "1" }), ErrCorrupt},
 		"layers missing":     {change(func(m, c, l map[string]any) { m["layers"] = []any{} }), ErrCorrupt},
-		"helm":               {change(func(m, c, l map[string]any) { c["mediaType"] = "application/vnd.cncf.helm.config.v1+json" }), ErrUnsupported},
+		"many layers": {change(func(m, c, l map[string]any) {
+			for i := range maxLayers {
+				more := maps.Clone(l)
+				more["digest"] = digest.FromString(fmt.Sprint(i))
+				m["layers"] = append(m["layers"].([]any), more)
+			}
+		}), ErrUnsupported},
+		"helm": {change(func(m, c, l map[string]any) { c["mediaType"] = "application/vnd.cncf.helm.config.v1+json" }), ErrUnsupported},
 		"foreign": {change(func(m, c, l map[string]any) {
 			l["mediaType"] = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
 		}), ErrUnsupported},
