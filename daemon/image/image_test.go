@@ -4,8 +4,6 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
-	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -593,96 +591,6 @@ func basicAuth(user, password string) func(http.ResponseWriter, *http.Request) b
 	}
 }
 
-func TestBasicAuth(t *testing.T) {
-	h := newHub(t)
-	ref := h.push(t, "private:1", imageOf(t, "x", layerOf(t, "f", 1000, 1, types.OCILayer)))
-	h.set(basicAuth("me", "secret"))
-	for name, c := range map[string]struct {
-		auth *Auth
-		ok   bool
-	}{
-		"none":             {nil, false},
-		"right":            {&Auth{Username: "me", Password: "secret"}, true},
-		"wrong":            {&Auth{Username: "me", Password: "guess"}, false},
-		"encoded":          {&Auth{Auth: "bWU6c2VjcmV0"}, true},
-		"encoded badly":    {&Auth{Auth: "%%%"}, false},
-		"for this host":    {&Auth{Username: "me", Password: "secret", ServerAddress: "http://" + h.host + "/v1/"}, true},
-		"bare host":        {&Auth{Username: "me", Password: "secret", ServerAddress: h.host}, true},
-		"for another host": {&Auth{Username: "me", Password: "secret", ServerAddress: "https://registry.example"}, false},
-	} {
-		t.Run(name, func(t *testing.T) {
-			s := openAt(t, t.TempDir())
-			var k sink
-			r := k.request(ref)
-			r.Auth = c.auth
-			_, err := s.Pull(t.Context(), r)
-			if c.ok && err != nil || !c.ok && !errors.Is(err, ErrUnauthorized) {
-				t.Error(err)
-			}
-			if strings.Contains(fmt.Sprint(err), "secret") {
-				t.Errorf("it tells the password: %v", err)
-			}
-		})
-	}
-}
-
-func TestTokenAuth(t *testing.T) {
-	h := newHub(t)
-	ref := h.push(t, "team/private:1", imageOf(t, "x", layerOf(t, "f", 1000, 1, types.OCILayer)))
-	var mu sync.Mutex
-	var asked []string
-	tokens := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		r.ParseForm()
-		mu.Lock()
-		asked = append(asked, r.Method+" "+r.Form.Get("grant_type")+" "+r.Form.Get("scope"))
-		mu.Unlock()
-		user, password, _ := r.BasicAuth()
-		if r.Form.Get("refresh_token") == "identity" || r.Form.Get("username") == "me" && r.Form.Get("password") == "secret" || user == "me" && password == "secret" {
-			json.NewEncoder(w).Encode(map[string]any{"access_token": "letmein", "token": "letmein"})
-			return
-		}
-		w.WriteHeader(http.StatusUnauthorized)
-	}))
-	defer tokens.Close()
-	h.set(func(w http.ResponseWriter, r *http.Request) bool {
-		if a := r.Header.Get("Authorization"); a == "Bearer letmein" || a == "Bearer given" {
-			return true
-		}
-		w.Header().Set("WWW-Authenticate", fmt.Sprintf(`Bearer realm="%s/token",service="x",scope="repository:team/private:pull"`, tokens.URL))
-		w.WriteHeader(http.StatusUnauthorized)
-		return false
-	})
-	for name, c := range map[string]struct {
-		auth *Auth
-		ok   bool
-	}{
-		"none":                     {nil, false},
-		"password":                 {&Auth{Username: "me", Password: "secret"}, true},
-		"wrong password":           {&Auth{Username: "me", Password: "guess"}, false},
-		"identity token":           {&Auth{IdentityToken: "identity", Username: "00000000-0000-0000-0000-000000000000"}, true},
-		"wrong identity token":     {&Auth{IdentityToken: "other"}, false},
-		"registry token":           {&Auth{RegistryToken: "given"}, true},
-		"wrong registry token":     {&Auth{RegistryToken: "taken"}, false},
-		"registry token elsewhere": {&Auth{RegistryToken: "given", ServerAddress: "elsewhere"}, false},
-	} {
-		t.Run(name, func(t *testing.T) {
-			s := openAt(t, t.TempDir())
-			var k sink
-			r := k.request(ref)
-			r.Auth = c.auth
-			_, err := s.Pull(t.Context(), r)
-			if c.ok && err != nil || !c.ok && !errors.Is(err, ErrUnauthorized) {
-				t.Error(err)
-			}
-		})
-	}
-	mu.Lock()
-	defer mu.Unlock()
-	if !slices.Contains(asked, "POST refresh_token repository:team/private:pull") {
-		t.Errorf("token requests: %q", asked)
-	}
-}
-
 // Blobs are behind a redirect to another host, as with object stores.
 func TestRedirectsGetNoCredentials(t *testing.T) {
 	h := newHub(t)
@@ -719,27 +627,17 @@ func TestRedirectsGetNoCredentials(t *testing.T) {
 		return true
 	})
 	certs := t.TempDir()
-	dir := filepath.Join(certs, strings.Replace(h.host, ":", "_", 1)+"_")
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		t.Fatal(err)
+	hostsToml(t, certs, h.host, fmt.Sprintf("server = %q\n[host.%q.header]\nx-secret = \"header\"\n", h.URL, h.URL))
+	a := &Auth{Username: "me", Password: "secret"}
+	if _, err := pullOnce(t, certs, ref, a); err != nil {
+		t.Error(err)
 	}
-	toml := fmt.Sprintf("server = %q\n[host.%q.header]\nx-secret = \"header\"\n", h.URL, h.URL)
-	if err := os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(toml), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	s := openAt(t, t.TempDir(), func(o *Options) { o.RegistryConfigDir = certs })
-	var k sink
-	r := k.request(ref)
-	r.Auth = &Auth{Username: "me", Password: "secret"}
-	mustPull(t, s, r)
 	mu.Lock()
 	asks = true
 	mu.Unlock()
-	s2 := openAt(t, t.TempDir())
-	if _, err := s2.Pull(t.Context(), r); !errors.Is(err, ErrUnauthorized) {
+	if _, err := pullOnce(t, "", ref, a); !errors.Is(err, ErrUnauthorized) {
 		t.Errorf("the storage asks: %v", err)
 	}
-	noRefs(t, s2)
 	mu.Lock()
 	defer mu.Unlock()
 	if len(secrets) > 0 {
@@ -1237,17 +1135,8 @@ func TestMirrors(t *testing.T) {
 	mirror.push(t, "team/app:1", img)
 	origin.push(t, "team/app:1", img)
 	certs := t.TempDir()
-	write := func(name, text string) {
-		t.Helper()
-		dir := filepath.Join(certs, name)
-		if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(text), 0o644)); err != nil {
-			t.Fatal(err)
-		}
-	}
 	pull := func(ref string) error {
-		s := openAt(t, t.TempDir(), func(o *Options) { o.RegistryConfigDir = certs })
-		var k sink
-		img, err := s.Pull(t.Context(), k.request(ref))
+		img, err := pullOnce(t, certs, ref, nil)
 		if err == nil && img.RepoTags[0] != ref {
 			t.Errorf("tags %v, want the name without the mirror", img.RepoTags)
 		}
@@ -1259,7 +1148,7 @@ func TestMirrors(t *testing.T) {
 	}
 	const ref = "registry.example/team/app:1"
 
-	write("registry.example", fmt.Sprintf("server = %q\n[host.%q]\n", origin.URL, mirror.URL))
+	hostsToml(t, certs, "registry.example", fmt.Sprintf("server = %q\n[host.%q]\n", origin.URL, mirror.URL))
 	if err := pull(ref); err != nil {
 		t.Fatal(err)
 	}
@@ -1270,7 +1159,7 @@ func TestMirrors(t *testing.T) {
 		t.Errorf("origin: %d manifests, %d blobs", m, b)
 	}
 	// The mirror may not say what a tag means.
-	write("registry.example", fmt.Sprintf("server = %q\n[host.%q]\ncapabilities = [\"pull\"]\n", origin.URL, mirror.URL))
+	hostsToml(t, certs, "registry.example", fmt.Sprintf("server = %q\n[host.%q]\ncapabilities = [\"pull\"]\n", origin.URL, mirror.URL))
 	if err := pull(ref); err != nil {
 		t.Fatal(err)
 	}
@@ -1294,7 +1183,7 @@ func TestMirrors(t *testing.T) {
 	}
 	mirror.reset()
 	// The mirror breaks off in the middle: the origin gives the rest.
-	write("registry.example", fmt.Sprintf("server = %q\n[host.%q]\n", origin.URL, mirror.URL))
+	hostsToml(t, certs, "registry.example", fmt.Sprintf("server = %q\n[host.%q]\n", origin.URL, mirror.URL))
 	mirror.set(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Header.Get("Range") != "" {
 			w.WriteHeader(http.StatusNotFound)
@@ -1314,45 +1203,13 @@ func TestMirrors(t *testing.T) {
 	if err := os.RemoveAll(filepath.Join(certs, "registry.example")); err != nil {
 		t.Fatal(err)
 	}
-	write("_default", fmt.Sprintf("[host.%q]\n[host.\"%s/v2\"]\noverride_path = true\n", mirror.URL, origin.URL))
+	hostsToml(t, certs, "_default", fmt.Sprintf("[host.%q]\n[host.\"%s/v2\"]\noverride_path = true\n", mirror.URL, origin.URL))
 	if err := pull(ref); err != nil {
 		t.Error(err)
 	}
-	write("_default", "this is not toml")
+	hostsToml(t, certs, "_default", "this is not toml")
 	if err := pull(ref); err == nil {
 		t.Error("a broken hosts.toml was ignored")
-	}
-}
-
-func TestTLS(t *testing.T) {
-	plain := newHub(t)
-	plain.push(t, "app:1", imageOf(t, "x", layerOf(t, "a", 1000, 1, types.OCILayer)))
-	srv := httptest.NewTLSServer(plain.Config.Handler)
-	srv.Config.ErrorLog = log.New(io.Discard, "", 0)
-	defer srv.Close()
-	certs := t.TempDir()
-	dir := filepath.Join(certs, "registry.example")
-	ca := filepath.Join(dir, "ca.pem")
-	cert := pemOf(srv.Certificate().Raw)
-	if err := errors.Join(os.Mkdir(dir, 0o755), os.WriteFile(ca, cert, 0o644)); err != nil {
-		t.Fatal(err)
-	}
-	for _, c := range []struct {
-		toml string
-		ok   bool
-	}{
-		{fmt.Sprintf("server = %q\nca = %q\n", srv.URL, ca), true},
-		{fmt.Sprintf("server = %q\nskip_verify = true\n", srv.URL), true},
-		{fmt.Sprintf("server = %q\n", srv.URL), false},
-	} {
-		if err := os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(c.toml), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		s := openAt(t, t.TempDir(), func(o *Options) { o.RegistryConfigDir = certs })
-		_, err := s.Pull(t.Context(), PullRequest{Ref: "registry.example/app:1"})
-		if c.ok && err != nil || !c.ok && !errors.Is(err, ErrUnavailable) {
-			t.Errorf("%s: %v", c.toml, err)
-		}
 	}
 }
 
@@ -1375,8 +1232,4 @@ func TestStalePartsAreRemoved(t *testing.T) {
 	if _, err := os.Stat(fresh); err != nil {
 		t.Error(err)
 	}
-}
-
-func pemOf(der []byte) []byte {
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }

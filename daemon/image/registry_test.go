@@ -93,7 +93,7 @@ func (a *authority) write(name string, c *x509.Certificate, key *ecdsa.PrivateKe
 	a.t.Helper()
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	cert, keyFile = filepath.Join(a.dir, name+".crt"), filepath.Join(a.dir, name+".key")
-	err = errors.Join(err, os.WriteFile(cert, pemOf(c.Raw), 0o600),
+	err = errors.Join(err, os.WriteFile(cert, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}), 0o600),
 		os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600))
 	if err != nil {
 		a.t.Fatal(err)
@@ -335,9 +335,11 @@ func TestRealRegistry(t *testing.T) {
 		{"open, needless credentials", open, password, true},
 		{"basic", basic, password, true},
 		{"basic, encoded", basic, encoded, true},
+		{"basic, encoded badly", basic, &Auth{Auth: "%%%"}, false},
 		{"basic, none", basic, nil, false},
 		{"basic, wrong", basic, &Auth{Username: "me", Password: "guess"}, false},
 		{"basic, for this host", basic, with(password, basic.URL), true},
+		{"basic, for this host, with a path", basic, with(password, basic.URL+"/v1/"), true},
 		{"basic, for this host, bare", basic, with(password, basic.host), true},
 		{"basic, for another host", basic, with(password, "https://registry.example"), false},
 		{"basic, for another port", basic, with(password, "127.0.0.1:1"), false},
@@ -348,6 +350,7 @@ func TestRealRegistry(t *testing.T) {
 		{"token, wrong", bearer, &Auth{Username: "me", Password: "guess"}, false},
 		{"token, for another host", bearer, with(password, token.URL), false},
 		{"identity token", bearer, &Auth{IdentityToken: "identity"}, true},
+		{"identity token, and a user", bearer, &Auth{IdentityToken: "identity", Username: "00000000-0000-0000-0000-000000000000"}, true},
 		{"identity token, wrong", bearer, &Auth{IdentityToken: "other"}, false},
 		{"identity token for another host", bearer, with(&Auth{IdentityToken: "identity"}, "https://registry.example"), false},
 		{"registry token", bearer, signed, true},
