@@ -74,40 +74,44 @@ func setupPull(a *app, fs *flag.FlagSet) runFunc {
 // password reads one from the standard input: of a terminal a line that it does
 // not show, else all that there is.
 func (a *app) password(user string, signals <-chan os.Signal) (string, error) {
-	var b []byte
-	var err error
-	if c, cerr := console.ConsoleFromFile(a.stdin); cerr == nil {
+	read := func() ([]byte, error) { return io.ReadAll(io.LimitReader(a.stdin, 64<<10)) }
+	if c, err := console.ConsoleFromFile(a.stdin); err == nil {
 		if err := c.DisableEcho(); err != nil {
 			return "", fmt.Errorf("cannot hide the password: %w; use a pipe or a file", err)
 		}
-		fmt.Fprintf(a.stderr, "password of %s: ", user)
-		read := make(chan struct{})
-		go func() {
-			defer close(read)
-			b = make([]byte, 4096) // the longest line that a terminal gives
-			var n int
-			if n, err = a.stdin.Read(b); err == io.EOF {
-				err = nil
-			}
-			b = b[:n]
-		}()
-		select {
-		case <-read:
-		case s := <-signals:
-			err = nil
+		defer func() {
 			c.Reset()
 			fmt.Fprintln(a.stderr)
-			return "", killed(s)
+		}()
+		fmt.Fprintf(a.stderr, "password of %s: ", user)
+		read = func() ([]byte, error) {
+			b := make([]byte, 4096) // the longest line that a terminal gives
+			n, err := a.stdin.Read(b)
+			if err == io.EOF {
+				err = nil
+			}
+			return b[:n], err
 		}
-		c.Reset()
-		fmt.Fprintln(a.stderr)
-	} else {
-		b, err = io.ReadAll(io.LimitReader(a.stdin, 64<<10))
 	}
-	if err != nil {
-		return "", fmt.Errorf("cannot read the password: %w", err)
+	type answer struct {
+		b   []byte
+		err error
 	}
-	password := strings.TrimRight(string(b), "\r\n")
+	done := make(chan answer, 1)
+	go func() {
+		b, err := read()
+		done <- answer{b, err}
+	}()
+	var got answer
+	select {
+	case got = <-done:
+	case s := <-signals:
+		return "", killed(s)
+	}
+	if got.err != nil {
+		return "", fmt.Errorf("cannot read the password: %w", got.err)
+	}
+	password := strings.TrimRight(string(got.b), "\r\n")
 	if password == "" {
 		return "", errors.New("cannot pull with an empty password; it is read from the standard input")
 	}

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"encoding/json"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -212,6 +213,32 @@ func TestPullUsage(t *testing.T) {
 	if code := wait(); code != 1 || !strings.Contains(stderr.String(), "empty password") {
 		t.Errorf("exit code %d, %s", code, stderr)
 	}
+}
+
+// Whoever waits for a password that does not come can give up.
+func TestPullWithoutPassword(t *testing.T) {
+	r, w, err := os.Pipe()
+	check(t, err)
+	defer r.Close()
+	defer w.Close()
+	own := make(chan os.Signal, 1) // so that one that comes too early harms nobody
+	signal.Notify(own, syscall.SIGHUP)
+	defer signal.Stop(own)
+	_, _, wait := ctlStart(t.Context(), r, "--state", t.TempDir(), "pull", "--creds", "me", "busybox")
+	code := make(chan int, 1)
+	go func() { code <- wait() }()
+	eventually(t, "it gives up", func() bool {
+		check(t, syscall.Kill(os.Getpid(), syscall.SIGHUP))
+		select {
+		case got := <-code:
+			if got != rundir.CodeSignalOffset+int(syscall.SIGHUP) {
+				t.Errorf("exit code %d", got)
+			}
+			return true
+		default:
+			return false
+		}
+	})
 }
 
 func TestAddress(t *testing.T) {
