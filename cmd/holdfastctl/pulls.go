@@ -23,7 +23,7 @@ func readPulls(dir string) ([]rundir.Pull, error) {
 	if err != nil {
 		return nil, err
 	}
-	list := []rundir.Pull{}
+	var list []rundir.Pull
 	for _, f := range files {
 		var p rundir.Pull
 		// One that does not read has just gone, or is of no use; it is also not
@@ -43,7 +43,7 @@ func setupPulls(a *app, _ *flag.FlagSet) runFunc {
 			if _, serr := os.Stat(a.state); serr != nil {
 				return fmt.Errorf("cannot find pulls: there is no %s; is --state right?", a.state)
 			}
-			list, err = []rundir.Pull{}, nil // a daemon that has not come that far
+			err = nil // a daemon that has not come that far
 		}
 		if err != nil {
 			return fmt.Errorf("cannot find pulls: %w", err)
