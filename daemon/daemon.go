@@ -136,14 +136,10 @@ func Open(cfg Config, log *slog.Logger) (_ *Daemon, err error) {
 		return nil, err
 	}
 	undo = append(undo, func() { d.layers.Close() })
-	pinned := map[string]bool{}
-	for _, ref := range cfg.PinnedImages {
-		pinned[ref] = true
-	}
 	if d.images, err = image.Open(image.Options{Root: filepath.Join(cfg.Root, "images"), RegistryConfigDir: cfg.RegistryConfigDir,
 		ProgressDir: filepath.Join(cfg.State, rundir.PullsName), DropLayers: cfg.DropLayerBlobs,
 		VerifierDir: cfg.ImageVerifierDir, VerifierTimeout: cfg.ImageVerifierTimeout,
-		Log: log, Pulled: cfg.Metrics.Pulled, Pinned: func(ref string) bool { return pinned[ref] }}); err != nil {
+		Log: log, Pulled: cfg.Metrics.Pulled, Pinned: cfg.PinnedImages}); err != nil {
 		return nil, err
 	}
 	undo = append(undo, func() { d.images.Close() })

@@ -94,8 +94,8 @@ type Options struct {
 	// hosts.toml as containerd's users have it. Empty: none.
 	RegistryConfigDir string
 	Log               *slog.Logger // slog.Default()
-	// Pinned says whether an image with this reference is pinned. nil: none is.
-	Pinned func(ref string) bool
+	// Pinned images, by names as users write them.
+	Pinned []string
 	// Platform to choose from an index; the machine's own.
 	Platform *ocispec.Platform
 	// Downloads at a time, over all pulls; 6.

@@ -459,11 +459,17 @@ func TestNames(t *testing.T) {
 		if n, err := parse(in); err != nil || n.String() != want {
 			t.Errorf("%s: %v %v, want %s", in, n, err, want)
 		}
+		if s := openAt(t, t.TempDir(), func(o *Options) { o.Pinned = []string{in} }); !s.pinned[want] {
+			t.Errorf("%s pins %v", in, s.pinned)
+		}
 	}
 	s := openAt(t, t.TempDir())
 	for _, in := range []string{"", "A/B", "a:b:c", "a@sha256:123", strings.Repeat("0", 64), "a b"} {
 		if _, err := s.Pull(t.Context(), PullRequest{Ref: in}); !errors.Is(err, ErrInvalidReference) {
 			t.Errorf("%q: %v", in, err)
+		}
+		if _, err := Open(Options{Root: t.TempDir(), Pinned: []string{in}}); !errors.Is(err, ErrInvalidReference) {
+			t.Errorf("pinned %q: %v", in, err)
 		}
 	}
 }
@@ -526,7 +532,7 @@ func TestTagsMoveAndRemove(t *testing.T) {
 	shared := layerOf(t, "shared", 1000, 1, types.OCILayer)
 	one, two := imageOf(t, "one", shared, layerOf(t, "one", 1000, 2, types.OCILayer)), imageOf(t, "two", shared)
 	root := t.TempDir()
-	s := openAt(t, root, func(o *Options) { o.Pinned = func(ref string) bool { return strings.HasSuffix(ref, ":pin") } })
+	s := openAt(t, root, func(o *Options) { o.Pinned = []string{h.host + "/elsewhere/app:pin"} })
 	var k sink
 	ref := h.push(t, "app:latest", one)
 	img1 := mustPull(t, s, k.request(ref))

@@ -71,6 +71,7 @@ type Store struct {
 	slots  chan struct{}  // one per download at a time
 	count  counters
 	serial atomic.Uint64 // of records about running pulls
+	pinned map[string]bool
 
 	// records is held while refs/ is changed, which waits for the disk: who lists
 	// images waits for mu alone. It is taken before mu.
@@ -93,9 +94,9 @@ type Store struct {
 	outdated  error                   // why a derived file could not be written
 }
 
-// Open loads the store at o.Root, making it if needed. It fails only if the
-// directories cannot be made or read: a record that cannot be used is
-// quarantined. One process at a time may have a root open.
+// Open loads the store at o.Root, making it if needed. It fails only if an option
+// makes no sense or the directories cannot be made or read: a record that cannot
+// be used is quarantined. One process at a time may have a root open.
 func Open(o Options) (*Store, error) {
 	if o.Platform == nil {
 		cpuinfo, _ := os.ReadFile("/proc/cpuinfo") // without it, the oldest
@@ -119,6 +120,14 @@ func Open(o Options) (*Store, error) {
 		running:   map[*progress]struct{}{},
 		pending:   map[string]pending{},
 		sizes:     map[digest.Digest]int64{},
+		pinned:    map[string]bool{},
+	}
+	for _, ref := range o.Pinned {
+		name, err := parse(ref)
+		if err != nil {
+			return nil, fmt.Errorf("cannot pin an image: %w", err)
+		}
+		s.pinned[name.String()] = true
 	}
 	err := s.makeDirs()
 	if err == nil {
@@ -361,7 +370,7 @@ func (s *Store) rebuild() {
 			} else {
 				img.RepoDigests = append(img.RepoDigests, l.Ref)
 			}
-			img.Pinned = img.Pinned || s.o.Pinned != nil && s.o.Pinned(l.Ref)
+			img.Pinned = img.Pinned || s.pinned[l.Ref]
 		}
 		s.images = append(s.images, img)
 	}
