@@ -314,8 +314,8 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// verify checks the store from outside: every blob is what its name says,
-// every file beside the blobs is expected, and crane's library can read it.
+// verify checks the store from outside: every blob is what its name says, no
+// record is in quarantine, and crane's library can read it.
 func verify(t testing.TB, s *Store) {
 	t.Helper()
 	err := s.eachBlob(func(path string, d digest.Digest) error {
@@ -1238,4 +1238,22 @@ func TestStalePartsAreRemoved(t *testing.T) {
 	if _, err := os.Stat(fresh); err != nil {
 		t.Error(err)
 	}
+}
+
+// A container that finds no room for its layers is worth more than what an
+// interrupted pull left.
+func TestUnpackMakesRoom(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	s := openAt(t, t.TempDir())
+	img := mustPull(t, s, PullRequest{Ref: h.push(t, "app:1", imageOf(t, "x", layerOf(t, "a", 1000, 1, types.OCILayer)))})
+	part := s.ingestPath(digest.FromString("part"))
+	if err := os.WriteFile(part, []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	err := s.Unpack(t.Context(), PullRequest{Ref: img.ID, Unpack: func(context.Context, digest.Digest, io.Reader) error { return syscall.ENOSPC }})
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("got %v", err)
+	}
+	eventually(t, "the part is gone", func() bool { _, err := os.Stat(part); return errors.Is(err, os.ErrNotExist) })
 }

@@ -393,6 +393,9 @@ func (s *Store) Unpack(ctx context.Context, r PullRequest) error {
 		})
 	}
 	if err := g.Wait(); err != nil {
+		if full(err) {
+			s.makeRoom()
+		}
 		return fmt.Errorf("cannot unpack %s: %w", r.Ref, told(err))
 	}
 	return nil
