@@ -310,7 +310,7 @@ func TestHostileLayers(t *testing.T) {
 			if err == nil {
 				t.Fatal("it was taken")
 			}
-			if !errors.Is(err, ErrBadLayer) && !errors.Is(err, unix.ELOOP) {
+			if !errors.Is(err, ErrBadLayer) {
 				t.Errorf("not ErrBadLayer: %v", err)
 			}
 			if len(s.List()) != 0 {
@@ -403,58 +403,25 @@ func TestLimits(t *testing.T) {
 // A file of 1 TiB that is nothing but a hole, as GNU tar writes it: beyond the
 // limit it is refused, below it takes no room.
 func TestSparse(t *testing.T) {
-	sparse := func(size int64) []byte {
-		body := "1\n0\n4096\n" // one piece of data at 0
-		body += strings.Repeat("\x00", 512-len(body)) + strings.Repeat("data", 1024)
-		return archive(t, e{name: "GNUSparseFile.0/hole", body: body, raw: func(h *tar.Header) {
-			h.PAXRecords = map[string]string{"COMMENT": fmt.Sprint(size)}
-		}})
-	}
-	// archive/tar refuses to write the real keys; they have the same length as
-	// a record of the other name.
-	rewrite := func(b []byte, size int64) []byte {
-		rec := func(k, v string) string {
-			n := len(k) + len(v) + 3
-			for len(fmt.Sprint(n+len(fmt.Sprint(n)))) != len(fmt.Sprint(n)) {
-				n++
-			}
-			s := fmt.Sprintf("%d %s=%s\n", len(k)+len(v)+3+len(fmt.Sprint(n)), k, v)
-			if len(s) != len(k)+len(v)+3+len(fmt.Sprint(n)) {
-				t.Fatalf("bad record %q", s)
-			}
-			return s
-		}
-		pax := rec("GNU.sparse.major", "1") + rec("GNU.sparse.minor", "0") + rec("GNU.sparse.name", "hole") + rec("GNU.sparse.realsize", fmt.Sprint(size))
-		// The PAX header is the first block, its records the second.
-		sum := func(h []byte) {
-			copy(h[148:156], "        ")
-			n := 0
-			for _, c := range h[:512] {
-				n += int(c)
-			}
-			copy(h[148:156], fmt.Sprintf("%06o\x00 ", n))
-		}
-		copy(b[124:136], fmt.Sprintf("%011o\x00", len(pax)))
-		sum(b)
-		clear(b[512:1024])
-		copy(b[512:1024], pax)
-		return b
+	tail := strings.Repeat("data", 1024) + strings.Repeat("\x00", 8192) // its end becomes a hole as well
+	hole := func(size int64) []byte {
+		return archiveOf([]entry{{kind: tar.TypeReg, name: "hole", hole: size, body: tail}})
 	}
 	s := open(t, t.TempDir())
 	s.Limits.Bytes = 2 << 20
-	b := rewrite(sparse(1<<20), 1<<20)
+	b := hole(1 << 20)
 	d := digest.FromBytes(b)
 	if err := s.Apply(t.Context(), d, bytes.NewReader(b)); err != nil {
 		t.Fatal(err)
 	}
 	st := lstat(t, s.layerDir(d), "diff", "hole")
-	if st.Size != 1<<20 || st.Blocks*512 > 64<<10 {
+	if st.Size != int64(1<<20+len(tail)) || st.Blocks*512 > 64<<10 {
 		t.Errorf("size %d, %d bytes on disk", st.Size, st.Blocks*512)
 	}
-	if got := read(t, s.layerDir(d), "diff", "hole"); got[:4096] != strings.Repeat("data", 1024) || strings.Trim(got[4096:], "\x00") != "" {
+	if got := read(t, s.layerDir(d), "diff", "hole"); got[1<<20:] != tail || strings.Trim(got[:1<<20], "\x00") != "" {
 		t.Error("content differs")
 	}
-	b = rewrite(sparse(1<<40), 1<<40)
+	b = hole(1 << 40)
 	if err := s.Apply(t.Context(), digest.FromBytes(b), bytes.NewReader(b)); !errors.Is(err, ErrBadLayer) {
 		t.Errorf("1 TiB: %v", err)
 	}
