@@ -281,7 +281,9 @@ func (s *Store) has(diffID digest.Digest) bool {
 func (s *Store) intact(diffID digest.Digest, r record) bool {
 	f, err := os.OpenFile(filepath.Join(s.layerDir(diffID), diffName), unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
-		return false
+		// Nothing is known of a layer when this process or machine is short of
+		// something, and containers may run on it.
+		return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) || errors.Is(err, unix.ENOMEM)
 	}
 	defer f.Close()
 	if r.Inodes <= 1 {

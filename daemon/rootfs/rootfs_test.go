@@ -584,6 +584,29 @@ func TestRemove(t *testing.T) {
 	empty(t, filepath.Join(dir, tmpName))
 }
 
+// Without a free descriptor nobody can say whether a layer is whole. It is not
+// removed for that: containers may run on it.
+func TestNoDescriptorsLeft(t *testing.T) {
+	s := open(t, t.TempDir())
+	d := apply(t, s, e{name: "a", body: "x"})
+	s.Close()
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Max: was.Max}); err != nil {
+		t.Fatal(err)
+	}
+	has := s.Has(d)
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	if !has {
+		t.Error("the layer counts as gone")
+	}
+	read(t, s.layerDir(d), diffName, "a")
+}
+
 func TestManyLayers(t *testing.T) {
 	for name, long := range map[string]string{"short": "", "long": strings.Repeat("x", 200)} {
 		for _, n := range []int{1, 2, 130, 200} {
