@@ -51,8 +51,8 @@ func (x *extractor) hasRoom() bool {
 // in bytes. It is enough for more than a million of them with names of 100 bytes.
 const maxMemory = 256 << 20
 
-func (x *extractor) remember(name string) error {
-	if x.memory += len(name) + 128; x.memory > maxMemory {
+func (x *extractor) remember(bytes int) error {
+	if x.memory += bytes + 128; x.memory > maxMemory {
 		return fmt.Errorf("%w: too many directories, or with names too long", ErrBadLayer)
 	}
 	return nil

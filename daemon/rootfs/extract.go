@@ -2,6 +2,7 @@ package rootfs
 
 import (
 	"archive/tar"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,6 +26,7 @@ const (
 	whiteoutOpaque = ".wh..wh..opq"
 
 	opaqueXattr = "trusted.overlay.opaque"
+	defaultACL  = "system.posix_acl_default"
 )
 
 // extractor writes the entries of one archive below root.
@@ -44,18 +46,21 @@ type extractor struct {
 	parentName string
 	parent     int
 
-	times   map[uint64]dirTime // by inode number; set last, writing changes them
-	implied map[uint64]string  // by inode number; see record.Implied
-	memory  int                // roughly what times and implied take, in bytes
+	dirs    map[uint64]dirEntry // with an entry, by inode number
+	implied map[uint64]string   // by inode number; see record.Implied
+	memory  int                 // roughly what dirs and implied take, in bytes
 	trashed int
 	bytes   uint64 // taken on the file system
 	inodes  uint64
 	logical int64 // sizes as the headers have them
 }
 
-type dirTime struct {
+// dirEntry is what a directory gets last: making something in it changes its
+// time, and what is made would inherit the ACL.
+type dirEntry struct {
 	name string
 	t    time.Time
+	acl  string // "": none
 }
 
 // extract reads stream to its end, writes its entries below diff, and compares
@@ -76,7 +81,7 @@ func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stre
 		root: root, trash: trashFd, limits: limits,
 		buf:        make([]byte, 64<<10),
 		parentName: ".", parent: root,
-		times:   map[uint64]dirTime{},
+		dirs:    map[uint64]dirEntry{},
 		implied: map[uint64]string{},
 		inodes:  1,
 	}
@@ -99,7 +104,7 @@ func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stre
 		return record{}, fmt.Errorf("%w: its digest is %s", ErrBadLayer, got)
 	}
 	if err := x.finish(); err != nil {
-		return record{}, err
+		return record{}, x.blame(err, nil)
 	}
 	if x.trashed > 0 {
 		if err := x.recount(); err != nil {
@@ -495,16 +500,24 @@ func (x *extractor) setDir(fd int, name string, h *tar.Header) error {
 	if err := unix.Fchmod(fd, uint32(h.Mode&0o7777)); err != nil {
 		return fmt.Errorf("cannot set its mode: %w", err)
 	}
-	if err := setXattrs(h, func(n string, v []byte) error { return unix.Fsetxattr(fd, n, v, 0) }); err != nil {
-		return err
-	}
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err
 	}
-	x.times[st.Ino] = dirTime{name, h.ModTime}
+	d := dirEntry{name, h.ModTime, x.dirs[st.Ino].acl}
+	err := setXattrs(h, func(n string, v []byte) error {
+		if n == defaultACL {
+			d.acl = string(v)
+			return nil
+		}
+		return unix.Fsetxattr(fd, n, v, 0)
+	})
+	if err != nil {
+		return err
+	}
+	x.dirs[st.Ino] = d
 	delete(x.implied, st.Ino)
-	return x.remember(name)
+	return x.remember(len(name) + len(d.acl))
 }
 
 // imply notes a directory that the archive has no entry for, so far.
@@ -514,20 +527,25 @@ func (x *extractor) imply(fd int, name string) error {
 		return err
 	}
 	x.implied[st.Ino] = name
-	return x.remember(name)
+	return x.remember(len(name))
 }
 
-// finish sets the times of directories and sorts out what was replaced.
+// finish sees to directories and sorts out what was replaced.
 func (x *extractor) finish() error {
-	for ino, d := range x.times {
+	for ino, d := range x.dirs {
 		fd, err := x.openStill(d.name, ino)
 		if err != nil {
 			continue // replaced by something else
 		}
-		err = setTime(fd, ".", d.t)
+		if d.acl != "" {
+			err = setXattr(defaultACL, d.acl, func(n string, v []byte) error {
+				return unix.Setxattr(fmt.Sprintf("/proc/self/fd/%d", fd), n, v, 0)
+			})
+		}
+		err = cmp.Or(err, setTime(fd, ".", d.t))
 		unix.Close(fd)
 		if err != nil {
-			return err
+			return fmt.Errorf("entry %.200q: %w", d.name, err)
 		}
 	}
 	for ino, name := range x.implied {
@@ -577,16 +595,20 @@ func setXattrs(h *tar.Header, set func(name string, value []byte) error) error {
 			continue
 		}
 		user := strings.HasPrefix(name, "user.") && !strings.HasPrefix(name, "user.overlay.")
-		if !user && name != "security.capability" && name != "system.posix_acl_access" && name != "system.posix_acl_default" {
+		if !user && name != "security.capability" && name != "system.posix_acl_access" && name != defaultACL {
 			continue
 		}
-		err := set(name, []byte(v))
-		if errors.Is(err, unix.ENOTSUP) && name != "security.capability" {
-			continue // the file system has none of them
-		}
-		if err != nil {
-			return &attributeError{name: name, size: len(v), err: err}
+		if err := setXattr(name, v, set); err != nil {
+			return err
 		}
 	}
 	return nil
+}
+
+func setXattr(name, value string, set func(name string, value []byte) error) error {
+	err := set(name, []byte(value))
+	if err == nil || errors.Is(err, unix.ENOTSUP) && name != "security.capability" {
+		return nil // it is set, or the file system has none of them
+	}
+	return &attributeError{name: name, size: len(value), err: err}
 }

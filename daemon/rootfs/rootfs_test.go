@@ -201,6 +201,36 @@ func TestEveryKindOfEntry(t *testing.T) {
 	}
 }
 
+// What a directory passes on to files to come is not for those in the archive.
+func TestDefaultACL(t *testing.T) {
+	s := open(t, t.TempDir())
+	const acl, def = "system.posix_acl_access", "system.posix_acl_default"
+	// user::rwx user:7:rwx group::--- mask::rwx other::---
+	value := "\x02\x00\x00\x00" + "\x01\x00\x07\x00\xff\xff\xff\xff" + "\x02\x00\x07\x00\x07\x00\x00\x00" +
+		"\x04\x00\x00\x00\xff\xff\xff\xff" + "\x10\x00\x07\x00\xff\xff\xff\xff" + "\x20\x00\x00\x00\xff\xff\xff\xff"
+	diff := filepath.Join(s.layerDir(apply(t, s,
+		e{name: "d", typ: tar.TypeDir, pax: map[string]string{"SCHILY.xattr." + def: value}},
+		e{name: "d/file", body: "x", mode: 0o640}, e{name: "d/fifo", typ: tar.TypeFifo}, e{name: "d/sub", typ: tar.TypeDir},
+		e{name: "d/made/up", body: "x"},
+		e{name: "d/own", body: "x", pax: map[string]string{"SCHILY.xattr." + acl: value}},
+	)), diffName)
+	if got := xattrs(filepath.Join(diff, "d")); got[def] != value || got[acl] != "" {
+		t.Errorf("the directory has %q", got)
+	}
+	for _, name := range []string{"d/file", "d/fifo", "d/sub", "d/made", "d/made/up"} {
+		if got := xattrs(filepath.Join(diff, name)); len(got) != 0 {
+			t.Errorf("%s has %q", name, got)
+		}
+	}
+	if got := xattrs(filepath.Join(diff, "d/own")); got[acl] != value {
+		t.Errorf("a file with its own has %q", got)
+	}
+	b := archive(t, e{name: "d", typ: tar.TypeDir, pax: map[string]string{"SCHILY.xattr." + def: value[:20]}})
+	if err := s.Apply(t.Context(), digest.FromBytes(b), bytes.NewReader(b)); !errors.Is(err, ErrBadLayer) {
+		t.Errorf("one that is none: %v", err)
+	}
+}
+
 func TestWhiteouts(t *testing.T) {
 	s := open(t, t.TempDir())
 	base := apply(t, s,
