@@ -80,9 +80,8 @@ type Store struct {
 	// Limits may be changed before the first Apply.
 	Limits Limits
 
-	dir     string
-	log     *slog.Logger
-	dropped []digest.Digest
+	dir string
+	log *slog.Logger
 
 	background sync.WaitGroup // deletions and the syncer; Close waits
 	wake       chan struct{}  // of the syncer; closed by Close
@@ -224,7 +223,6 @@ func (s *Store) loadLayer(d digest.Digest, used func() map[string]bool) {
 	}
 	if err != nil {
 		s.log.Warn("layer removed, it has to be unpacked again", "layer", d, "error", err)
-		s.dropped = append(s.dropped, d)
 		if used()[d.Encoded()] && os.Rename(dir, filepath.Join(s.dir, tmpName, usedPrefix+d.Encoded())) == nil {
 			return
 		}
@@ -318,10 +316,6 @@ func (s *Store) Count() int {
 	defer s.mu.Unlock()
 	return len(s.layers)
 }
-
-// Dropped are the layers that Open removed; images that have them need them
-// unpacked again.
-func (s *Store) Dropped() []digest.Digest { return slices.Clone(s.dropped) }
 
 // Usage is cheap: it is kept up to date, not computed.
 func (s *Store) Usage() Usage {
