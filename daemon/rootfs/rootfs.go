@@ -90,9 +90,9 @@ type Store struct {
 
 	mu       sync.Mutex
 	closed   bool
-	layers   map[digest.Digest]record
+	layers   map[digest.Digest]*record
 	flights  map[digest.Digest]chan struct{} // closed when an Apply ends
-	unsynced []digest.Digest
+	unsynced []*record                       // also of layers that are gone meanwhile
 	usage    Usage
 }
 
@@ -109,7 +109,7 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 		log:     log,
 		wake:    make(chan struct{}, 1),
 		closing: make(chan struct{}),
-		layers:  map[digest.Digest]record{},
+		layers:  map[digest.Digest]*record{},
 		flights: map[digest.Digest]chan struct{}{},
 	}
 	if err := s.makeDirs(); err != nil {
@@ -136,7 +136,11 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 	if err := s.load(used); err != nil {
 		return nil, fmt.Errorf("cannot open the layers: %w", err)
 	}
-	s.background.Go(s.syncer)
+	synced, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("cannot open the layers: %w", err)
+	}
+	s.background.Go(func() { s.syncer(synced) })
 	s.kick()
 	return s, nil
 }
@@ -214,7 +218,7 @@ func (s *Store) loadLayer(d digest.Digest, used func() map[string]bool) {
 	if err == nil && r.DiffID != d {
 		err = fmt.Errorf("the record is about %s", r.DiffID)
 	}
-	if err == nil && !s.intact(d, r) {
+	if err == nil && !s.intact(&r) {
 		err = errors.New("it has no files")
 	}
 	_, notSynced := os.Lstat(filepath.Join(dir, syncedName))
@@ -229,12 +233,7 @@ func (s *Store) loadLayer(d digest.Digest, used func() map[string]bool) {
 		s.discard(dir)
 		return
 	}
-	s.layers[d] = r
-	s.usage.Bytes += r.Bytes
-	s.usage.Inodes += r.Inodes
-	if notSynced != nil {
-		s.unsynced = append(s.unsynced, d)
-	}
+	s.note(&r, notSynced == nil)
 }
 
 // Close waits for the work in the background: syncs and deletions. What it
@@ -266,18 +265,18 @@ func (s *Store) Has(diffID digest.Digest) bool {
 // mu is held.
 func (s *Store) has(diffID digest.Digest) bool {
 	r, ok := s.layers[diffID]
-	if ok && !s.intact(diffID, r) {
+	if ok && !s.intact(r) {
 		s.log.Error("layer is gone, it has to be unpacked again", "layer", diffID)
 		s.discard(s.layerDir(diffID)) // what is left of it
-		s.forget(diffID, r)
+		s.forget(r)
 		ok = false
 	}
 	return ok
 }
 
 // intact says whether a layer has files, if it has to; not whether it has all.
-func (s *Store) intact(diffID digest.Digest, r record) bool {
-	f, err := os.OpenFile(filepath.Join(s.layerDir(diffID), diffName), unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+func (s *Store) intact(r *record) bool {
+	f, err := os.OpenFile(filepath.Join(s.layerDir(r.DiffID), diffName), unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		// Nothing is known of a layer when this process or machine is short of
 		// something, and containers may run on it.
@@ -291,9 +290,19 @@ func (s *Store) intact(diffID digest.Digest, r record) bool {
 	return err == nil
 }
 
+// note puts a layer on the books. mu is held, or the caller is Open.
+func (s *Store) note(r *record, synced bool) {
+	s.layers[r.DiffID] = r
+	s.usage.Bytes += r.Bytes
+	s.usage.Inodes += r.Inodes
+	if !synced {
+		s.unsynced = append(s.unsynced, r)
+	}
+}
+
 // forget takes a layer off the books. mu is held.
-func (s *Store) forget(diffID digest.Digest, r record) {
-	delete(s.layers, diffID)
+func (s *Store) forget(r *record) {
+	delete(s.layers, r.DiffID)
 	s.usage.Bytes -= r.Bytes
 	s.usage.Inodes -= r.Inodes
 }
@@ -368,10 +377,7 @@ func (s *Store) Apply(ctx context.Context, diffID digest.Digest, stream io.Reade
 	if err != nil {
 		return fmt.Errorf("cannot unpack layer %s: %w", diffID, err)
 	}
-	s.layers[diffID] = r
-	s.usage.Bytes += r.Bytes
-	s.usage.Inodes += r.Inodes
-	s.unsynced = append(s.unsynced, diffID)
+	s.note(&r, false)
 	s.kick()
 	return nil
 }
@@ -433,7 +439,7 @@ func (s *Store) Remove(diffID digest.Digest) error {
 	if err := s.discard(s.layerDir(diffID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("cannot remove layer %s: %w", diffID, err)
 	}
-	s.forget(diffID, r)
+	s.forget(r)
 	return nil
 }
 
@@ -479,8 +485,10 @@ func (s *Store) kick() {
 }
 
 // syncer puts layers on the disk and marks them. One syncfs serves all layers
-// that were unpacked before it began, and nobody waits for it.
-func (s *Store) syncer() {
+// that were unpacked before it began, and nobody waits for it. dir was opened before
+// this process wrote any: a later one is not told of what failed until then.
+func (s *Store) syncer(dir *os.File) {
+	defer dir.Close()
 	for range s.wake {
 		s.mu.Lock()
 		todo := s.unsynced
@@ -489,29 +497,28 @@ func (s *Store) syncer() {
 		if len(todo) == 0 {
 			continue
 		}
-		if err := s.syncAndMark(todo); err != nil {
+		if err := unix.Syncfs(int(dir.Fd())); err != nil {
+			// Not tried again: the kernel says once that something could not be
+			// written, and then takes it for written.
+			s.log.Error("cannot sync layers, they have to be unpacked again after a reboot", "layers", len(todo), "error", err)
+			continue
+		}
+		if err := s.mark(todo); err != nil {
 			s.mu.Lock()
 			s.unsynced = append(s.unsynced, todo...) // with the next ones
 			s.mu.Unlock()
-			s.log.Error("cannot sync layers, a power cut would lose them", "layers", len(todo), "error", err)
+			s.log.Error("cannot mark layers as synced, a power cut would lose them", "layers", len(todo), "error", err)
 		}
 	}
 }
 
-func (s *Store) syncAndMark(todo []digest.Digest) error {
-	d, err := os.Open(s.dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	if err := unix.Syncfs(int(d.Fd())); err != nil {
-		return fmt.Errorf("cannot sync the file system of %s: %w", s.dir, err)
-	}
-	for _, l := range todo {
+// mark marks those of the layers that are still there; one that was unpacked anew
+// meanwhile is another.
+func (s *Store) mark(todo []*record) (err error) {
+	for _, r := range todo {
 		s.mu.Lock()
-		_, still := s.layers[l]
-		if still { // under the lock: Remove may not take it away in between
-			err = cmp.Or(err, os.WriteFile(filepath.Join(s.layerDir(l), syncedName), nil, 0o600))
+		if s.layers[r.DiffID] == r { // under the lock: Remove may not take it away in between
+			err = cmp.Or(err, os.WriteFile(filepath.Join(s.layerDir(r.DiffID), syncedName), nil, 0o600))
 		}
 		s.mu.Unlock()
 	}

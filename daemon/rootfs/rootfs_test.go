@@ -591,6 +591,34 @@ func TestOpenAfterACrash(t *testing.T) {
 	}
 }
 
+// A layer that was removed and unpacked again during a sync is not marked by it.
+func TestMarkOfAnother(t *testing.T) {
+	s := open(t, t.TempDir())
+	unpack := func() *record {
+		t.Helper()
+		d := apply(t, s, e{name: "a", body: "x"})
+		mark := filepath.Join(s.layerDir(d), syncedName)
+		eventually(t, "the mark", func() bool { _, err := os.Stat(mark); return err == nil })
+		if err := os.Remove(mark); err != nil {
+			t.Fatal(err)
+		}
+		return s.layers[d]
+	}
+	first := unpack()
+	if err := s.Remove(first.DiffID); err != nil {
+		t.Fatal(err)
+	}
+	second := unpack()
+	if err := s.mark([]*record{first}); err != nil {
+		t.Fatal(err)
+	}
+	gone(t, s.layerDir(first.DiffID), syncedName)
+	if err := s.mark([]*record{second}); err != nil {
+		t.Fatal(err)
+	}
+	read(t, s.layerDir(first.DiffID), syncedName)
+}
+
 func TestRemove(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, dir)
