@@ -313,7 +313,7 @@ func (d *Daemon) runtimeRoot() string { return filepath.Join(d.cfg.State, "runc"
 func (d *Daemon) containerSpec(ctx context.Context, pr *podRecord, rec *containerRecord, img image.Image, root string) (*spec.Result, error) {
 	cfg := rec.Config.M
 	owners := pr.mappedOwners()
-	if err := d.layers.MountMapped(ctx, rec.Layers, d.state.Dir(state.Containers, rec.ID), root, owners); err != nil {
+	if err := d.layers.Mount(ctx, rec.Layers, d.state.Dir(state.Containers, rec.ID), root, owners); err != nil {
 		return nil, as(ErrUnavailable, err)
 	}
 	if err := d.mountSources(cfg); err != nil {
@@ -411,7 +411,7 @@ func (d *Daemon) mountImage(ctx context.Context, rec *containerRecord, i int, m 
 	if err := os.MkdirAll(rw, 0o711); err != nil {
 		return "", as(ErrUnavailable, err)
 	}
-	if err := d.layers.MountMapped(ctx, img.DiffIDs, rw, target, owners); err != nil {
+	if err := d.layers.Mount(ctx, img.DiffIDs, rw, target, owners); err != nil {
 		return "", as(ErrUnavailable, err)
 	}
 	path, err := securejoin.SecureJoin(target, m.GetImageSubPath())

@@ -373,7 +373,7 @@ func checkUnion(t testing.TB, g *guarded, layers [][]entry) {
 		t.Fatal(err)
 	}
 	defer Unmount(target)
-	if err := g.Mount(context.Background(), diffIDs, rw, target); err != nil {
+	if err := g.Mount(context.Background(), diffIDs, rw, target, nil); err != nil {
 		t.Fatalf("%s\n%v", show(layers...), err)
 	}
 	if err := m.compare(target); err != nil {

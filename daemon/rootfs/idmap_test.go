@@ -56,7 +56,7 @@ func mountMapped(t testing.TB, s *Store, m *IDMap, layers ...digest.Digest) (rw,
 	if err := errors.Join(os.Chmod(rw, 0o711), os.Mkdir(target, 0o711)); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.MountMapped(t.Context(), layers, rw, target, m); err != nil {
+	if err := s.Mount(t.Context(), layers, rw, target, m); err != nil {
 		t.Fatal(err)
 	}
 	return rw, target
@@ -200,7 +200,7 @@ func TestMappedMounts(t *testing.T) {
 		if n := strings.Count(string(b), " "+rw+"/"); n != 1 {
 			t.Errorf("%d mounts below %s, want 1", n, rw)
 		}
-		if err := s.MountMapped(t.Context(), layers, rw, root, m); err != nil {
+		if err := s.Mount(t.Context(), layers, rw, root, m); err != nil {
 			t.Errorf("once more: %v", err)
 		}
 	}
@@ -236,7 +236,7 @@ func TestMappedLeftovers(t *testing.T) {
 		t.Errorf("writing through the attached layers: %v, want read-only", err)
 	}
 	left()
-	if err := s.MountMapped(t.Context(), []digest.Digest{layer}, rw, target, m); err != nil {
+	if err := s.Mount(t.Context(), []digest.Digest{layer}, rw, target, m); err != nil {
 		t.Fatal(err)
 	}
 	gone(t, target+mappedSuffix)
@@ -250,11 +250,11 @@ func TestMappedLeftovers(t *testing.T) {
 		t.Errorf("still mounted: %v, %v", on, err)
 	}
 	read(t, s.layerDir(layer), diffName, "file")
-	if err := s.MountMapped(t.Context(), []digest.Digest{"sha256:" + digest.Digest(strings.Repeat("0", 64))}, rw, target, m); !errors.Is(err, ErrNoLayer) {
+	if err := s.Mount(t.Context(), []digest.Digest{"sha256:" + digest.Digest(strings.Repeat("0", 64))}, rw, target, m); !errors.Is(err, ErrNoLayer) {
 		t.Errorf("a layer that is not there: %v", err)
 	}
 	gone(t, target+mappedSuffix)
-	if err := s.MountMapped(t.Context(), []digest.Digest{layer}, rw, target, &IDMap{Userns: "/proc/self/ns/net"}); err == nil {
+	if err := s.Mount(t.Context(), []digest.Digest{layer}, rw, target, &IDMap{Userns: "/proc/self/ns/net"}); err == nil {
 		t.Error("no user namespace, and mounted")
 	}
 	gone(t, target+mappedSuffix)

@@ -28,14 +28,11 @@ var ErrBusy = errors.New("something else is mounted there")
 // Mount mounts the layers (the lowest first; none is an empty root) at target,
 // with a writable layer in rw/upper and rw/work, which are made. If that is
 // mounted there already, nothing happens.
-func (s *Store) Mount(ctx context.Context, diffIDs []digest.Digest, rw, target string) error {
-	return s.MountMapped(ctx, diffIDs, rw, target, nil)
-}
-
-// MountMapped is Mount for a user namespace: who owns a file in a layer owns it
-// in there. The layers stay as they are; the writable one holds the ids of the
-// host. A nil map is none.
-func (s *Store) MountMapped(ctx context.Context, diffIDs []digest.Digest, rw, target string, m *IDMap) error {
+//
+// With an IDMap, nil being none, who owns a file in a layer owns it in the user
+// namespace. The layers stay as they are; the writable one holds the ids of the
+// host.
+func (s *Store) Mount(ctx context.Context, diffIDs []digest.Digest, rw, target string, m *IDMap) error {
 	err := ctx.Err()
 	if err == nil {
 		err = s.mount(diffIDs, rw, target, m)

@@ -113,7 +113,7 @@ func mount(t testing.TB, s *Store, layers ...digest.Digest) string {
 			t.Error(err)
 		}
 	})
-	if err := s.Mount(t.Context(), layers, dir, target); err != nil {
+	if err := s.Mount(t.Context(), layers, dir, target, nil); err != nil {
 		t.Fatal(err)
 	}
 	return target
@@ -631,7 +631,7 @@ func TestRemove(t *testing.T) {
 	if s.Has(d) || s.Usage() != (Usage{}) {
 		t.Errorf("still there: %+v", s.Usage())
 	}
-	if err := s.Mount(t.Context(), []digest.Digest{d}, t.TempDir(), t.TempDir()); !errors.Is(err, ErrNoLayer) {
+	if err := s.Mount(t.Context(), []digest.Digest{d}, t.TempDir(), t.TempDir(), nil); !errors.Is(err, ErrNoLayer) {
 		t.Errorf("mount: %v", err)
 	}
 	s.Close()
@@ -723,14 +723,14 @@ func TestMountTwiceUnmountTwice(t *testing.T) {
 	}
 	t.Cleanup(func() { Unmount(target) })
 	for range 2 {
-		if err := s.Mount(t.Context(), []digest.Digest{d}, dir, target); err != nil {
+		if err := s.Mount(t.Context(), []digest.Digest{d}, dir, target, nil); err != nil {
 			t.Fatal(err)
 		}
 	}
 	if m, err := Mounted(target); !m || err != nil {
 		t.Errorf("mounted: %v %v", m, err)
 	}
-	if err := s.Mount(t.Context(), []digest.Digest{d}, t.TempDir(), target); !errors.Is(err, ErrBusy) {
+	if err := s.Mount(t.Context(), []digest.Digest{d}, t.TempDir(), target, nil); !errors.Is(err, ErrBusy) {
 		t.Errorf("another one on it: %v", err)
 	}
 	if err := os.WriteFile(filepath.Join(target, "written"), []byte("w"), 0o644); err != nil {
@@ -752,7 +752,7 @@ func TestMountTwiceUnmountTwice(t *testing.T) {
 	}
 	f.Close()
 	// What was written is there again, though the first mount was volatile.
-	if err := s.Mount(t.Context(), []digest.Digest{d}, dir, target); err != nil {
+	if err := s.Mount(t.Context(), []digest.Digest{d}, dir, target, nil); err != nil {
 		t.Fatal(err)
 	}
 	if read(t, target, "written") != "w" {
