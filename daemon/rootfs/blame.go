@@ -28,7 +28,7 @@ func (e *attributeError) Unwrap() error { return e.err }
 // blame makes an error of extracting one of the layer where it is: unless the
 // stream could not be read, or the machine could not do what it was asked for.
 func (x *extractor) blame(err, stream error) error {
-	if err == nil || stream != nil || errors.Is(err, ErrBadLayer) {
+	if stream != nil || errors.Is(err, ErrBadLayer) {
 		return err
 	}
 	// What a file system has no room for in one inode is not a full disk.

@@ -97,7 +97,7 @@ func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stre
 		return record{}, x.blame(err, ahead.failed)
 	}
 	// The archive may be padded; the digest covers that too.
-	if _, err := io.CopyBuffer(io.Discard, ahead, x.buf); err != nil {
+	if _, err := io.Copy(io.Discard, ahead); err != nil {
 		return record{}, err
 	}
 	if got := digest.NewDigest(diffID.Algorithm(), hash); got != diffID {

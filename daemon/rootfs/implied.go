@@ -74,13 +74,6 @@ func truth(layers []layered, name string) (attributes, error) {
 	return madeUp, nil
 }
 
-func openBeneath(root int, name string) (int, error) {
-	return unix.Openat2(root, name, &unix.OpenHow{
-		Flags:   unix.O_PATH | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
-	})
-}
-
 // hidden says whether a layer hides a name of the layers below: it, or a
 // directory above it, is opaque. (A whiteout shows up as not a directory.)
 func hidden(root int, name string) bool {

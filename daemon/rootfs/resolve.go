@@ -15,11 +15,16 @@ import (
 // openIn opens a path with every ".." and every symbolic link resolved inside
 // root, as if root were "/".
 func openIn(root int, name string, flags uint64) (int, error) {
-	return openHow(root, name, unix.OpenHow{Flags: flags, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS})
+	return openat2(root, name, flags, unix.RESOLVE_IN_ROOT|unix.RESOLVE_NO_MAGICLINKS)
 }
 
-func openHow(root int, name string, how unix.OpenHow) (int, error) {
-	how.Flags |= unix.O_CLOEXEC
+// openBeneath opens a directory by a path without any link: with one it is ELOOP.
+func openBeneath(root int, name string) (int, error) {
+	return openat2(root, name, unix.O_PATH|unix.O_DIRECTORY, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_SYMLINKS)
+}
+
+func openat2(root int, name string, flags, resolve uint64) (int, error) {
+	how := unix.OpenHow{Flags: flags | unix.O_CLOEXEC, Resolve: resolve}
 	for {
 		fd, err := unix.Openat2(root, name, &how)
 		switch {
@@ -90,8 +95,7 @@ const maxLinked = unix.PathMax / 2
 
 // openShallow is openDir for a directory that something is going to be put in.
 func (x *extractor) openShallow(name string) (int, error) {
-	const flags = unix.O_PATH | unix.O_DIRECTORY
-	fd, err := openHow(x.root, name, unix.OpenHow{Flags: flags, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS})
+	fd, err := openBeneath(x.root, name)
 	if !errors.Is(err, unix.ELOOP) {
 		return fd, err
 	}
