@@ -3,6 +3,7 @@ package crash
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"syscall"
@@ -104,12 +105,12 @@ func supervisedStore(t *testing.T, config string) (*harness.Node, *depot, *super
 	steps := scenario(d)
 	n.Restart()
 	settle(t, n, d)
-	s.expect(func(int, string) syscall.Errno { return 0 })
+	s.allow()
 	if _, err := play(n, steps); err != nil {
 		t.Fatal(err)
 	}
 	settle(t, n, d)
-	calls := s.calls()
+	calls := s.allow()
 	kinds := map[string]int{}
 	for _, c := range calls {
 		kinds[strings.Fields(c)[0]]++
@@ -136,18 +137,19 @@ func TestKilledBetweenAnyTwoSteps(t *testing.T) {
 	}
 }
 
+// nth names a call for people; it may not have come.
+func nth(calls []string, n int) string {
+	if n > len(calls) {
+		return "a call that never came"
+	}
+	return calls[n-1]
+}
+
 func killAtStep(t *testing.T, n *harness.Node, d *depot, s *supervisor, steps []step, at int) {
 	t.Helper()
-	var where string
-	s.expect(func(i int, call string) syscall.Errno {
-		if i == at {
-			where = call
-			return die
-		}
-		return 0
-	})
+	s.expect(at, die)
 	killed, err := play(n, steps)
-	s.expect(func(int, string) syscall.Errno { return 0 })
+	where := nth(s.allow(), at)
 	if err == nil {
 		// It was killed in the background, after the last answer, or is now.
 		n.Restart()
@@ -162,16 +164,10 @@ func killAtStep(t *testing.T, n *harness.Node, d *depot, s *supervisor, steps []
 	n.Kill() // reap it
 	atKill := take(n)
 	// Recovery is killed too, early or late.
-	second := 1 + at%7
-	s.expect(func(i int, _ string) syscall.Errno {
-		if i == second {
-			return die
-		}
-		return 0
-	})
+	s.expect(1+at%7, die)
 	n.Bounce() // an error: it was killed before it served
 	n.Kill()
-	s.expect(func(int, string) syscall.Errno { return 0 })
+	s.allow()
 	n.Start()
 	h := settle(t, n, d)
 	about := fmt.Sprintf("killed at %d, before %s, in %v", at, where, steps[killed])
@@ -193,7 +189,7 @@ func killAtStep(t *testing.T, n *harness.Node, d *depot, s *supervisor, steps []
 			t.Errorf("%s: the image has %d of its %d names left", about, left, before)
 		}
 	}
-	for _, ref := range slices.Sorted(keys(refsAfter(d, steps[:killed]))) {
+	for _, ref := range slices.Sorted(maps.Keys(refsAfter(d, steps[:killed]))) {
 		if _, ok := h.refs[ref]; !ok && (!steps[killed].remove || d.of(ref) != d.of(steps[killed].name)) {
 			t.Errorf("%s: %s is lost", about, ref)
 		}
@@ -227,16 +223,6 @@ func refsAfter(d *depot, steps []step) map[string]bool {
 		refs[s.name], refs[p.digestRef(s.name)] = true, true
 	}
 	return refs
-}
-
-func keys[K comparable, V any](m map[K]V) func(func(K) bool) {
-	return func(yield func(K) bool) {
-		for k := range m {
-			if !yield(k) {
-				return
-			}
-		}
-	}
 }
 
 // checkKept: what an interrupted pull had finished is still there, and what it
@@ -286,18 +272,11 @@ func TestEveryStepFailsOnce(t *testing.T) {
 	n, d, s, steps, count := supervisedStore(t, "")
 	for k, at := range some(count, 14) {
 		errno := []syscall.Errno{syscall.ENOSPC, syscall.EIO, syscall.EROFS}[k%3]
-		var where string
-		s.expect(func(i int, call string) syscall.Errno {
-			if i == at {
-				where = call
-				return errno
-			}
-			return 0
-		})
+		s.expect(at, errno)
 		done, err := play(n, steps)
 		for tries := 1; err != nil; tries++ {
 			if tries == 3 {
-				t.Fatalf("%v once at %d, %s: still after three times: %v", errno, at, where, err)
+				t.Fatalf("%v once at %d, %s: still after three times: %v", errno, at, nth(s.allow(), at), err)
 			}
 			var more int
 			more, err = play(n, steps[done:])
@@ -308,7 +287,7 @@ func TestEveryStepFailsOnce(t *testing.T) {
 		}
 		h := settle(t, n, d)
 		if len(h.refs)+len(h.blobs)+len(h.layers) > 0 {
-			t.Fatalf("%v once at %d, %s: after all is removed there are %v, %v, %v", errno, at, where, h.refs, h.blobs, h.layers)
+			t.Fatalf("%v once at %d, %s: after all is removed there are %v, %v, %v", errno, at, nth(s.allow(), at), h.refs, h.blobs, h.layers)
 		}
 	}
 }

@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -26,15 +25,14 @@ type supervisor struct {
 	listen *net.UnixListener
 	work   sync.WaitGroup
 
-	mu    sync.Mutex
-	count int
-	log   []string // each of the calls
-	// decide is called with the number of the call, from 1 on. The call is made
-	// if it says 0; fails with that errno; or the daemon is killed (die).
-	decide func(n int, call string) syscall.Errno
+	mu   sync.Mutex
+	log  []string // each of the calls since expect
+	at   int      // the one that is not made, from 1 on; 0: none
+	fate syscall.Errno
 }
 
-// die is what decide says to have the daemon killed in place of the call.
+// die is the fate of a call that has the daemon killed in its place; any other is
+// what it fails with.
 const die = syscall.Errno(0xffff)
 
 // superviseArg makes this test binary the launcher: it takes the filter upon
@@ -48,7 +46,7 @@ func supervise(t harness.T, n *harness.Node) (s *supervisor, end func()) {
 	if err != nil {
 		t.Fatalf("%v", err)
 	}
-	s = &supervisor{n: n, decide: func(int, string) syscall.Errno { return 0 }}
+	s = &supervisor{n: n}
 	path := n.Path("supervisor.sock")
 	if s.listen, err = net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"}); err != nil {
 		t.Fatalf("%v", err)
@@ -62,19 +60,18 @@ func supervise(t harness.T, n *harness.Node) (s *supervisor, end func()) {
 	}
 }
 
-// expect starts the count again, with another decision.
-func (s *supervisor) expect(decide func(n int, call string) syscall.Errno) {
+// expect starts the count again, for one call that is not made. It gives the calls
+// of the count before.
+func (s *supervisor) expect(at int, fate syscall.Errno) (calls []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.count, s.log, s.decide = 0, nil, decide
+	calls = s.log
+	s.log, s.at, s.fate = nil, at, fate
+	return calls
 }
 
-// calls are those since expect.
-func (s *supervisor) calls() []string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return slices.Clone(s.log)
-}
+// allow is expect with all calls made.
+func (s *supervisor) allow() (calls []string) { return s.expect(0, 0) }
 
 func (s *supervisor) accept() {
 	for {
@@ -176,13 +173,14 @@ func (s *supervisor) answer(n *notification, daemon int) syscall.Errno {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.count++
 	s.log = append(s.log, call)
-	errno := s.decide(s.count, call)
-	if errno == die {
+	if len(s.log) != s.at {
+		return 0
+	}
+	if s.fate == die {
 		unix.Kill(daemon, unix.SIGKILL)
 	}
-	return errno
+	return s.fate
 }
 
 // describe says what a call is about, and whether that lies in the stores.
