@@ -30,15 +30,7 @@ func TestImages(t *testing.T) {
 	}
 	ctx, cancel := harness.Deadline()
 	defer cancel()
-	image := func(ref string) *cri.Image {
-		t.Helper()
-		r, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: ref}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return r.Image
-	}
-	if i := image(ref); i != nil {
+	if i := imageOf(t, n, ref); i != nil {
 		t.Errorf("an image that was never pulled is there: %v", i)
 	}
 	id := n.Pull(ref)
@@ -48,7 +40,7 @@ func TestImages(t *testing.T) {
 	}
 	n.Restart()
 	for _, name := range []string{ref, byDigest, id} {
-		i := image(name)
+		i := imageOf(t, n, name)
 		if i == nil || i.Id != id {
 			t.Fatalf("ImageStatus of %s gives %v, want id %s", name, i, id)
 		}
@@ -60,7 +52,7 @@ func TestImages(t *testing.T) {
 		}
 	}
 
-	box := image(harness.Image)
+	box := imageOf(t, n, harness.Image)
 	pod := n.RunPod("images")
 	c := pod.Run("box", []string{"sleep", "1000"})
 	if s := c.Status(); s.ImageId != box.Id || s.GetImage().GetImage() != harness.Image {
@@ -83,7 +75,7 @@ func TestImages(t *testing.T) {
 	if _, err := n.Images.RemoveImage(ctx, &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: ref}}); err != nil {
 		t.Fatal(err)
 	}
-	if i := image(byDigest); i != nil {
+	if i := imageOf(t, n, byDigest); i != nil {
 		t.Errorf("a removed image is still there: %v", i)
 	}
 	pod.Remove()

@@ -101,7 +101,7 @@ func TestMetricsOfPulls(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	go pull(ctx, ended)
-	eventually(t, "its size is known", func() bool {
+	harness.Eventually(t, patience, "its size is known", func() bool {
 		return scrape(t, address).value("holdfast_image_pull_size_bytes", "image", ref) > 2*size
 	})
 	total := scrape(t, address).value("holdfast_image_pull_size_bytes", "image", ref)
@@ -109,7 +109,7 @@ func TestMetricsOfPulls(t *testing.T) {
 		t.Errorf("%v bytes are here before any came", got)
 	}
 	s.send(3)
-	eventually(t, "three pieces are here", func() bool { return done() == 3*piece })
+	harness.Eventually(t, patience, "three pieces are here", func() bool { return done() == 3*piece })
 	if got := scrape(t, address).value("holdfast_image_pulls_running"); got != 1 {
 		t.Errorf("%v pulls run", got)
 	}
@@ -123,18 +123,18 @@ func TestMetricsOfPulls(t *testing.T) {
 	if err := <-ended; err == nil {
 		t.Error("a pull that was called off went well")
 	}
-	eventually(t, "it is gone", func() bool { return done() == -1 })
+	harness.Eventually(t, patience, "it is gone", func() bool { return done() == -1 })
 	if got := grown("holdfast_image_pulls_total", "result", "canceled"); got != 1 {
 		t.Errorf("%v pulls were called off", got)
 	}
-	eventually(t, "its downloads have ended", func() bool { return scrape(t, address).value("holdfast_image_downloads_running") == 0 })
+	harness.Eventually(t, patience, "its downloads have ended", func() bool { return scrape(t, address).value("holdfast_image_downloads_running") == 0 })
 	kept := grown("holdfast_image_downloaded_bytes_total")
 
 	// Two want it; what has come is not fetched again, and nothing twice.
 	go pull(t.Context(), ended)
-	eventually(t, "it goes on", func() bool { return done() == kept })
+	harness.Eventually(t, patience, "it goes on", func() bool { return done() == kept })
 	go pull(t.Context(), ended)
-	eventually(t, "the other one joins", func() bool { return grown("holdfast_image_downloads_shared_total") == 2 })
+	harness.Eventually(t, patience, "the other one joins", func() bool { return grown("holdfast_image_downloads_shared_total") == 2 })
 	s.hurry()
 	for range 2 {
 		if err := <-ended; err != nil {
@@ -163,7 +163,7 @@ func TestMetricsOfPulls(t *testing.T) {
 	}
 
 	removeImage(t, n, ref)
-	eventually(t, "its blobs are gone", func() bool { return grown("holdfast_image_blob_bytes") == 0 })
+	harness.Eventually(t, patience, "its blobs are gone", func() bool { return grown("holdfast_image_blob_bytes") == 0 })
 	if blobs, bytes := grown("holdfast_image_blobs_collected_total"), grown("holdfast_image_collected_bytes_total"); blobs != 4 || bytes <= total {
 		t.Errorf("%v blobs with %v bytes were collected", blobs, bytes)
 	}
@@ -188,7 +188,7 @@ func TestMetricsOfPods(t *testing.T) {
 	p.Create("waits", []string{"true"})
 	check := func() {
 		t.Helper()
-		eventually(t, "all are counted", func() bool {
+		harness.Eventually(t, patience, "all are counted", func() bool {
 			s := scrape(t, address)
 			return s.value("holdfast_pods", "state", "ready") == 1 && s.value("holdfast_pods", "state", "notready") == 0 &&
 				s.value("holdfast_containers", "state", "running") == 1 && s.value("holdfast_containers", "state", "created") == 1

@@ -20,14 +20,9 @@ import (
 // holdfastctl pulls as the kubelet does, and says why it cannot.
 func TestPullCommand(t *testing.T) {
 	n := harness.New(t)
-	layer, err := harness.MakeLayer(map[string]string{"file": rand.Text()})
-	if err != nil {
-		t.Fatal(err)
-	}
 	const ref = "registry.test/tests/pulled:1"
-	if _, err := n.Registry.Push(ref, ocispec.ImageConfig{}, layer); err != nil {
-		t.Fatal(err)
-	}
+	layer := [2]string{"file", rand.Text()}
+	push(t, n, ref, layer)
 	pull := func(ref string) (string, error) {
 		ctx, cancel := harness.Deadline()
 		defer cancel()
@@ -43,12 +38,10 @@ func TestPullCommand(t *testing.T) {
 		t.Errorf("an image that is nowhere: %q, %v", out, err)
 	}
 	// It says how far it is; and when it goes, the pull goes with it.
-	if _, err := n.Registry.Push("registry.test/tests/stuck:1", ocispec.ImageConfig{}, layer); err != nil {
-		t.Fatal(err)
-	}
+	push(t, n, "registry.test/tests/stuck:1", layer)
 	layers := layersOf(t, n, ref) // or the layer would be here already
 	removeImage(t, n, ref)
-	eventually(t, "the layer is gone", func() bool { return !exists(layers[0]) })
+	harness.Eventually(t, patience, "the layer is gone", func() bool { return !exists(layers[0]) })
 	blocked, ended := make(chan struct{}, 1), make(chan struct{}, 1)
 	n.Registry.Break(func(r *http.Request) bool {
 		if strings.Contains(r.URL.Path, "stuck/blobs/") {
@@ -77,7 +70,7 @@ func TestPullCommand(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-blocked
-	eventually(t, "holdfastctl says how far it is", func() bool {
+	harness.Eventually(t, patience, "holdfastctl says how far it is", func() bool {
 		b, err := os.ReadFile(said.Name())
 		return err == nil && strings.Contains(string(b), "0 B of ") && strings.Contains(string(b), "0 of 1 layers")
 	})
@@ -85,7 +78,7 @@ func TestPullCommand(t *testing.T) {
 	cmd.Wait()
 	<-ended
 	n.Registry.Break(nil)
-	eventually(t, "its record is gone", func() bool {
+	harness.Eventually(t, patience, "its record is gone", func() bool {
 		l, err := os.ReadDir(filepath.Join(n.State, rundir.PullsName))
 		return err == nil && len(l) == 0
 	})
@@ -130,7 +123,7 @@ func TestPullInterrupted(t *testing.T) {
 	if code != 130 || !strings.Contains(said, "called off") {
 		t.Errorf("interrupted: exit code %d, %s", code, said)
 	}
-	eventually(t, "the daemon's pull has ended", func() bool {
+	harness.Eventually(t, patience, "the daemon's pull has ended", func() bool {
 		out, err := ctl("pulls", "--json").Output()
 		return err == nil && strings.TrimSpace(string(out)) == "[]"
 	})

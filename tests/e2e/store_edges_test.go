@@ -82,7 +82,7 @@ func TestNamesOfImages(t *testing.T) {
 				t.Errorf("removed by %s, %s is still there", by, name)
 			}
 		}
-		eventually(t, "its layers are gone", func() bool { return !exists(layers[0]) })
+		harness.Eventually(t, patience, "its layers are gone", func() bool { return !exists(layers[0]) })
 	}
 	if i := imageOf(t, n, tag); i == nil || i.Id != fresh {
 		t.Errorf("the tag is of %v, want %s", i, fresh)
@@ -298,7 +298,7 @@ func TestImageTooLarge(t *testing.T) {
 		t.Errorf("the pull ends with %v", err)
 	}
 	for _, dir := range []string{"images/ingest", "images/pending", "layers/tmp"} {
-		eventually(t, dir+" is empty", func() bool {
+		harness.Eventually(t, patience, dir+" is empty", func() bool {
 			l, err := os.ReadDir(filepath.Join(n.Root, dir))
 			return err == nil && len(l) == 0
 		})
@@ -353,7 +353,7 @@ func TestUnknownContainerKeepsItsLayers(t *testing.T) {
 	n.Start()
 	pod.Remove()
 	for _, l := range layers {
-		eventually(t, "the layers are gone", func() bool { return !exists(l) })
+		harness.Eventually(t, patience, "the layers are gone", func() bool { return !exists(l) })
 	}
 	n.CheckClean()
 }

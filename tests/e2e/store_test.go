@@ -42,15 +42,6 @@ func layersOf(t *testing.T, n *harness.Node, ref string) (dirs []string) {
 
 func exists(path string) bool { _, err := os.Lstat(path); return err == nil }
 
-func eventually(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("it never came: %s", what)
-		}
-	}
-}
-
 func removeImage(t *testing.T, n *harness.Node, ref string) {
 	t.Helper()
 	ctx, cancel := harness.Deadline()
@@ -79,7 +70,7 @@ func TestRemovedImageInUse(t *testing.T) {
 	}
 	pod.Remove()
 	for _, l := range layers {
-		eventually(t, "the layers are gone", func() bool { return !exists(l) })
+		harness.Eventually(t, patience, "the layers are gone", func() bool { return !exists(l) })
 	}
 	n.CheckClean()
 }
@@ -160,14 +151,8 @@ func TestVerifier(t *testing.T) {
 	}
 	verdict("exit 0")
 	n := harness.New(t, harness.Options{Config: "[images]\nverifier_dir = \"" + dir + "\"\nverifier_timeout = \"5s\"\n"})
-	layer, err := harness.MakeLayer(map[string]string{"f": "x"})
-	if err != nil {
-		t.Fatal(err)
-	}
 	const ref = "registry.test/tests/unsigned:1"
-	if _, err := n.Registry.Push(ref, ocispec.ImageConfig{}, layer); err != nil {
-		t.Fatal(err)
-	}
+	push(t, n, ref, [2]string{"f", "x"})
 	verdict(`case "$2" in */unsigned:*) echo nobody signed it; exit 1;; esac`)
 	pull := func(ctx context.Context, ref string) error {
 		_, err := n.Images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}})
@@ -175,7 +160,7 @@ func TestVerifier(t *testing.T) {
 	}
 	ctx, cancel := harness.Deadline()
 	defer cancel()
-	err = pull(ctx, ref)
+	err := pull(ctx, ref)
 	if status.Code(err) != codes.Unknown || !strings.HasPrefix(status.Convert(err).Message(), "SignatureValidationFailed: ") || !strings.Contains(err.Error(), "nobody signed it") {
 		t.Errorf("got %v", err)
 	}
