@@ -81,7 +81,7 @@ func (r results) measure(k kind, reg *registry) (s sample, err error) {
 		defer unmount()
 	}
 	unix.Sync() // of what was before
-	d, err := k.start(dir, reg.host, o.log)
+	d, err := k.start(dir, reg.host, o.dir)
 	if err != nil {
 		return s, err
 	}

@@ -35,7 +35,7 @@ func TestBench(t *testing.T) {
 		t.Fatalf("cannot measure: run make build first: %v", err)
 	}
 	dir := t.TempDir()
-	o := options{dir: dir, log: dir, bin: bin, images: 2, layers: 3, bytes: 8 << 20, compress: "gzip", rounds: 1, plain: true}
+	o := options{dir: dir, bin: bin, images: 2, layers: 3, bytes: 8 << 20, compress: "gzip", rounds: 1, plain: true}
 	r, err := bench(o, t.Logf)
 	if err != nil {
 		b, _ := os.ReadFile(filepath.Join(dir, "holdfast.log"))

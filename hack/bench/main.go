@@ -22,7 +22,7 @@ import (
 )
 
 type options struct {
-	dir        string
+	dir        string // for the images and the logs of the daemons, and to pull into
 	bin        string // folder of holdfastd
 	containerd string // the program; empty: none
 	images     int    // pulled at the same time
@@ -30,8 +30,7 @@ type options struct {
 	bytes      int64  // of all images, unpacked
 	compress   string
 	rounds     int
-	plain      bool   // on the file system of dir, not on a fresh one
-	log        string // folder for the logs of the daemons
+	plain      bool // on the file system of dir, not on a fresh one
 }
 
 func main() {
@@ -83,7 +82,6 @@ func command(o options) error {
 			return err
 		}
 	}
-	o.log = o.dir
 	r, err := bench(o, log.Printf)
 	if err != nil {
 		return err
