@@ -28,6 +28,13 @@ fuzz() {
 	return $failed
 }
 
+# count adds up the results of tests in the output of go test.
+count() {
+	awk '
+		/^ *--- PASS/ { p++ } /^ *--- FAIL/ { f++ } /^ *--- SKIP/ { s++ }
+		END { printf "%d passed, %d failed, %d skipped\n", p, f, s }' "$@"
+}
+
 step() {
 	case $1 in
 	gofmt)
@@ -69,15 +76,11 @@ for s in "${steps[@]}"; do
 	fi
 	counts=
 	if grep -qE '^ *--- ' "$log"; then
-		counts=$(awk '
-			/^ *--- PASS/ { p++ } /^ *--- FAIL/ { f++ } /^ *--- SKIP/ { s++ }
-			END { printf "%d passed, %d failed, %d skipped", p, f, s }' "$log")
+		counts=$(count "$log")
 	fi
 	summary+=$(printf '%-10s %-5s %4ds  %s' "$s" "$result" $((SECONDS - start)) "$counts")$'\n'
 done
 printf '\n%s' "$summary"
-for s in "${steps[@]}"; do cat "$logs/$s.log"; done | awk '
-	/^ *--- PASS/ { p++ } /^ *--- FAIL/ { f++ } /^ *--- SKIP/ { s++ }
-	END { printf "%d passed, %d failed, %d skipped\n", p, f, s }'
+for s in "${steps[@]}"; do cat "$logs/$s.log"; done | count
 if [ $status = 0 ]; then echo "all passed"; else echo "FAILED: the output is in $logs"; fi
 exit $status
