@@ -121,8 +121,10 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 	}
 	used := sync.OnceValue(layersInUse)
 	for _, e := range garbage {
-		if hex, ok := strings.CutPrefix(e.Name(), usedPrefix); ok && used()[hex] {
-			continue
+		if name, ok := strings.CutPrefix(e.Name(), usedPrefix); ok {
+			if hex, _, _ := strings.Cut(name, "-"); used()[hex] {
+				continue
+			}
 		}
 		s.deleteLater(filepath.Join(dir, tmpName, e.Name()))
 	}
@@ -160,8 +162,9 @@ func (s *Store) makeDirs() error {
 	return nil
 }
 
-// usedPrefix is of names in tmp: a damaged layer that a container runs on. It
-// stays until that is gone, and another is unpacked for those that come.
+// usedPrefix is of names in tmp, used-HEX-TIME: a damaged layer that a container
+// runs on. It stays until that is gone, and another is unpacked for those that
+// come; which may be damaged as well.
 const usedPrefix = "used-"
 
 var layerInOptions = regexp.MustCompile(`/([a-z0-9]+)/([0-9a-f]{32,})/` + diffName)
@@ -227,7 +230,8 @@ func (s *Store) loadLayer(d digest.Digest, used func() map[string]bool) {
 	}
 	if err != nil {
 		s.log.Warn("layer removed, it has to be unpacked again", "layer", d, "error", err)
-		if used()[d.Encoded()] && os.Rename(dir, filepath.Join(s.dir, tmpName, usedPrefix+d.Encoded())) == nil {
+		kept := fmt.Sprint(usedPrefix, d.Encoded(), "-", time.Now().UnixNano())
+		if used()[d.Encoded()] && os.Rename(dir, filepath.Join(s.dir, tmpName, kept)) == nil {
 			return
 		}
 		s.discard(dir)

@@ -591,6 +591,37 @@ func TestOpenAfterACrash(t *testing.T) {
 	}
 }
 
+// Whoever runs on a damaged layer keeps it, however often that happens, and it
+// goes after them.
+func TestDamagedInUse(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	var roots []string
+	for range 3 {
+		d := apply(t, s, e{name: "a", body: "x"})
+		roots = append(roots, mount(t, s, d))
+		if err := os.Remove(filepath.Join(s.layerDir(d), recordName)); err != nil {
+			t.Fatal(err)
+		}
+		s.Close()
+		s = open(t, dir)
+		s.Close() // nothing is deleted in the background any more
+		s = open(t, dir)
+	}
+	for i, root := range roots {
+		if b, err := os.ReadFile(filepath.Join(root, "a")); string(b) != "x" {
+			t.Errorf("root %d: %q, %v", i, b, err)
+		}
+		if err := Unmount(root); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.Close()
+	s = open(t, dir)
+	s.Close()
+	empty(t, filepath.Join(dir, tmpName))
+}
+
 // A layer that was removed and unpacked again during a sync is not marked by it.
 func TestMarkOfAnother(t *testing.T) {
 	s := open(t, t.TempDir())
