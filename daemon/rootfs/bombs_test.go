@@ -198,15 +198,7 @@ func TestBombs(t *testing.T) {
 // ext4 has 4 KiB for all attributes of a file. That is no full disk, which a
 // pull would make room for.
 func TestAttributesBeyondTheFileSystem(t *testing.T) {
-	needRoot(t)
-	file, dir := filepath.Join(t.TempDir(), "disk"), t.TempDir()
-	run(t, "truncate", "-s", "32M", file)
-	run(t, "mkfs.ext4", "-q", file)
-	run(t, "mount", "-o", "loop", file, dir)
-	t.Cleanup(func() {
-		eventually(t, "nobody uses the disk", func() bool { return unix.Unmount(dir, 0) == nil })
-	})
-	s := open(t, filepath.Join(dir, "layers"))
+	s := open(t, filepath.Join(smallDisk(t, "32M"), "layers"))
 	b := archive(t, e{name: "f", pax: map[string]string{"SCHILY.xattr.user.a": strings.Repeat("x", 5000)}})
 	err := s.Apply(t.Context(), digest.FromBytes(b), bytes.NewReader(b))
 	if !errors.Is(err, ErrBadLayer) || errors.Is(err, unix.ENOSPC) || !strings.Contains(err.Error(), `entry "f"`) {

@@ -128,16 +128,23 @@ func TestPowerCut(t *testing.T) {
 	t.Logf("%d of 12 layers had to be unpacked again", dropped)
 }
 
-// A full disk fails a layer, not the store.
-func TestFullDisk(t *testing.T) {
+// smallDisk mounts an ext4 of its own until the end of the test.
+func smallDisk(t *testing.T, size string, mkfs ...string) (dir string) {
+	t.Helper()
 	needRoot(t)
 	file, dir := filepath.Join(t.TempDir(), "disk"), t.TempDir()
-	run(t, "truncate", "-s", "3M", file)
-	run(t, "mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", file)
+	run(t, "truncate", "-s", size, file)
+	run(t, "mkfs.ext4", append(mkfs, "-q", file)...)
 	run(t, "mount", "-o", "loop", file, dir)
 	t.Cleanup(func() {
 		eventually(t, "nobody uses the disk", func() bool { return unix.Unmount(dir, 0) == nil })
 	})
+	return dir
+}
+
+// A full disk fails a layer, not the store.
+func TestFullDisk(t *testing.T) {
+	dir := smallDisk(t, "3M", "-m", "0", "-O", "^has_journal")
 	s := open(t, filepath.Join(dir, "layers"))
 	kept := apply(t, s, e{name: "kept", body: strings.Repeat("x", 500_000)})
 	big := archive(t, e{name: "a", body: strings.Repeat("a", 1_000_000)}, e{name: "b", body: strings.Repeat("b", 1_500_000)})
