@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -165,10 +166,7 @@ func (n *Network) makeNamespaces(id string, flags int, w Want, settings []settin
 			return err
 		}
 		defer k.release()
-		for kind, path := range pins.threads() {
-			if path == "" {
-				continue
-			}
+		for kind := range pins.threads() {
 			if err := k.enter(kind); err != nil {
 				return err
 			}
@@ -193,9 +191,6 @@ func (n *Network) makeNamespaces(id string, flags int, w Want, settings []settin
 		}
 	}
 	for kind, path := range pins.threads() {
-		if path == "" {
-			continue
-		}
 		if err := pin(kind, "/proc/thread-self/ns/"+kind, path); err != nil {
 			return err
 		}
@@ -203,9 +198,11 @@ func (n *Network) makeNamespaces(id string, flags int, w Want, settings []settin
 	return nil
 }
 
-// threads are those that a thread can be in alone, by their names in /proc.
+// threads are those of s that a thread can be in alone, by their names in /proc.
 func (s Namespaces) threads() map[string]string {
-	return map[string]string{"net": s.Net, "ipc": s.IPC, "uts": s.UTS}
+	m := map[string]string{"net": s.Net, "ipc": s.IPC, "uts": s.UTS}
+	maps.DeleteFunc(m, func(_, path string) bool { return path == "" })
+	return m
 }
 
 func pin(kind, ns, path string) error {
