@@ -8,6 +8,7 @@
 //	refs/HASH.json           one record per reference: the truth
 //	ingest/                  partial downloads, resumed by the next pull
 //	pending/HASH.json        pulls that were interrupted: their blobs are kept
+//	removing.json            the image that is being removed
 //	quarantine/              records that could not be used
 //
 // The package knows nothing of unpacked layers: a pull hands each layer's

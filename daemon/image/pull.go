@@ -174,6 +174,7 @@ func (p *pull) choose(ctx context.Context, desc ocispec.Descriptor, b []byte, de
 	}
 	p.hold(child.Digest)
 	b, err = p.s.readBlob(child, maxManifest)
+	child.Size = int64(len(b)) // whatever the index says
 	if err != nil {
 		var got ocispec.Descriptor
 		if got, b, err = p.reg.manifest(ctx, child.Digest.String()); err != nil {

@@ -72,5 +72,9 @@ func (s *Store) finishRemoval() {
 			delete(s.refs, rec.Ref)
 		}
 	}
-	s.o.Log.Info("finished the removal of an image that was cut short", "id", r.ID, "error", errors.Join(err, os.RemoveAll(path)))
+	if err = errors.Join(err, os.RemoveAll(path)); err != nil {
+		s.o.Log.Warn("cannot finish the removal of an image that was cut short, some of its names may be left", "id", r.ID, "error", err)
+		return
+	}
+	s.o.Log.Info("finished the removal of an image that was cut short", "id", r.ID)
 }

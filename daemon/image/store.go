@@ -320,7 +320,8 @@ func (s *Store) commit(name reference.Named, target, manifest ocispec.Descriptor
 }
 
 // writeRecords puts a record of an image under each name, and gives those that
-// were not there yet. records is held.
+// were not there yet. Where it fails, a name that meant nothing before means
+// nothing after. records is held.
 func (s *Store) writeRecords(names []string, r record) (fresh []*loaded, err error) {
 	img, err := s.loadBlobs(r)
 	if err != nil {
@@ -339,7 +340,9 @@ func (s *Store) writeRecords(names []string, r record) (fresh []*loaded, err err
 			s.quarantine(s.recordPath(ref), errors.New("it is not a file")) // a rename would not replace it
 		}
 		if err := rundir.WriteRecord(s.recordPath(ref), l.record, true); err != nil {
-			return fresh, err
+			return slices.DeleteFunc(fresh, func(l *loaded) bool {
+				return s.refs[l.Ref] == nil && os.Remove(s.recordPath(l.Ref)) == nil
+			}), err
 		}
 		fresh = append(fresh, &l)
 	}

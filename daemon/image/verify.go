@@ -2,6 +2,7 @@ package image
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 )
 
 // maxVerdict bounds what is kept of a verifier's output, in bytes.
@@ -62,11 +64,15 @@ func (s *Store) runVerifier(ctx context.Context, program, name string, d digest.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = time.Second
-	err := cmd.Run()
-	if cmd.Process != nil {
-		// What it left behind is of its process group, whose number stays
-		// taken for as long as anybody is in it.
+	err := cmd.Start()
+	if err == nil {
+		// What it left behind is of its process group, whose number is its own
+		// until it is reaped.
+		for err = unix.EINTR; errors.Is(err, unix.EINTR); {
+			err = unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
+		}
 		cmd.Cancel()
+		err = cmp.Or(cmd.Wait(), err)
 	}
 	if stderr.Len() > 0 {
 		s.o.Log.Debug("image verifier", "verifier", program, "image", name, "stderr", stderr.String())

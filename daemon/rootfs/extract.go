@@ -534,8 +534,11 @@ func (x *extractor) imply(fd int, name string) error {
 func (x *extractor) finish() error {
 	for ino, d := range x.dirs {
 		fd, err := x.openStill(d.name, ino)
+		if replaced(err) {
+			continue
+		}
 		if err != nil {
-			continue // replaced by something else
+			return fmt.Errorf("entry %.200q: %w", d.name, err)
 		}
 		if d.acl != "" {
 			err = setXattr(defaultACL, d.acl, func(n string, v []byte) error {
@@ -550,13 +553,21 @@ func (x *extractor) finish() error {
 	}
 	for ino, name := range x.implied {
 		fd, err := x.openStill(name, ino)
-		if err != nil {
+		if replaced(err) {
 			delete(x.implied, ino)
 			continue
+		}
+		if err != nil {
+			return fmt.Errorf("directory %.200q: %w", name, err)
 		}
 		unix.Close(fd)
 	}
 	return nil
+}
+
+// replaced says that openStill found something else, or nothing.
+func replaced(err error) bool {
+	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENAMETOOLONG)
 }
 
 // openStill opens a directory if the name still means the one with this inode

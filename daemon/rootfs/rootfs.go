@@ -122,7 +122,7 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 	used := sync.OnceValue(layersInUse)
 	for _, e := range garbage {
 		if name, ok := strings.CutPrefix(e.Name(), usedPrefix); ok {
-			if hex, _, _ := strings.Cut(name, "-"); used()[hex] {
+			if hex, _, _ := strings.Cut(name, "-"); used()(hex) {
 				continue
 			}
 		}
@@ -181,20 +181,24 @@ func LayersAt(target string) (layers []digest.Digest) {
 	return layers
 }
 
-// layersInUse are the layers, without their algorithm, that something mounted
-// has among its lower directories.
-func layersInUse() map[string]bool {
+// layersInUse finds the layers that something mounted has among its lower
+// directories, and tells for each, by its digest without the algorithm. Where it
+// cannot find out, all are.
+func layersInUse() func(hex string) bool {
 	used := map[string]bool{}
-	mounts, _ := mountinfo.GetMounts(mountinfo.FSTypeFilter("overlay")) // none: as if there were no container
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("overlay"))
+	if err != nil {
+		return func(string) bool { return true }
+	}
 	for _, m := range mounts {
 		for _, l := range layerInOptions.FindAllStringSubmatch(m.VFSOptions, -1) {
 			used[l[2]] = true
 		}
 	}
-	return used
+	return func(hex string) bool { return used[hex] }
 }
 
-func (s *Store) load(used func() map[string]bool) error {
+func (s *Store) load(used func() func(string) bool) error {
 	algorithms, err := os.ReadDir(s.dir)
 	if err != nil {
 		return err
@@ -214,7 +218,7 @@ func (s *Store) load(used func() map[string]bool) error {
 	return nil
 }
 
-func (s *Store) loadLayer(d digest.Digest, used func() map[string]bool) {
+func (s *Store) loadLayer(d digest.Digest, used func() func(string) bool) {
 	var r record
 	dir := s.layerDir(d)
 	err := rundir.ReadRecord(filepath.Join(dir, recordName), &r)
@@ -231,7 +235,7 @@ func (s *Store) loadLayer(d digest.Digest, used func() map[string]bool) {
 	if err != nil {
 		s.log.Warn("layer removed, it has to be unpacked again", "layer", d, "error", err)
 		kept := fmt.Sprint(usedPrefix, d.Encoded(), "-", time.Now().UnixNano())
-		if used()[d.Encoded()] && os.Rename(dir, filepath.Join(s.dir, tmpName, kept)) == nil {
+		if used()(d.Encoded()) && os.Rename(dir, filepath.Join(s.dir, tmpName, kept)) == nil {
 			return
 		}
 		s.discard(dir)

@@ -92,7 +92,7 @@ func validateMappings(field string, maps []*runtimeapi.IDMapping) error {
 func validateImageOwners(mounts []*runtimeapi.Mount, pod *runtimeapi.UserNamespace) error {
 	for i, m := range mounts {
 		own := &runtimeapi.UserNamespace{Uids: m.GetUidMappings(), Gids: m.GetGidMappings()}
-		if m.GetImage() != nil && len(own.GetUids()) > 0 && !proto.Equal(own, pod) {
+		if m.GetImage() != nil && len(own.GetUids())+len(own.GetGids()) > 0 && !proto.Equal(own, pod) {
 			return invalid(fmt.Sprintf("config.mounts[%d].uidMappings", i), "are not those of the pod, with which images are mounted")
 		}
 	}
