@@ -221,9 +221,8 @@ func TestPullWithoutPassword(t *testing.T) {
 	check(t, err)
 	defer r.Close()
 	defer w.Close()
-	own := make(chan os.Signal, 1) // so that one that comes too early harms nobody
-	signal.Notify(own, syscall.SIGHUP)
-	defer signal.Stop(own)
+	// For good, so that one that comes too early or too late harms nobody.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
 	_, _, wait := ctlStart(t.Context(), r, "--state", t.TempDir(), "pull", "--creds", "me", "busybox")
 	code := make(chan int, 1)
 	go func() { code <- wait() }()
