@@ -247,13 +247,19 @@ func (s *Store) collect() error {
 	return errors.Join(rerr, err, s.collectIngest(stale))
 }
 
-// cleanIngest removes what nobody resumes. It is part of Open.
+// cleanIngest removes what no interrupted pull will resume. It is part of Open.
 func (s *Store) cleanIngest() error {
+	resumed := map[string]bool{}
+	for _, p := range s.pending {
+		for _, d := range p.Blobs {
+			resumed[s.ingestPath(d)] = true
+		}
+	}
 	dir := filepath.Join(s.o.Root, ingestName)
 	files, err := os.ReadDir(dir)
 	for _, e := range files {
-		if strings.HasPrefix(e.Name(), smallPrefix) || !e.Type().IsRegular() {
-			os.RemoveAll(filepath.Join(dir, e.Name()))
+		if path := filepath.Join(dir, e.Name()); !resumed[path] || !e.Type().IsRegular() {
+			os.RemoveAll(path)
 		}
 	}
 	return err

@@ -1223,8 +1223,11 @@ func TestStalePartsAreRemoved(t *testing.T) {
 	root := t.TempDir()
 	s := openAt(t, root)
 	s.Close()
-	old, fresh := s.ingestPath(digest.FromString("old")), s.ingestPath(digest.FromString("fresh"))
-	for _, p := range []string{old, fresh} {
+	old, fresh, orphan := s.ingestPath(digest.FromString("old")), s.ingestPath(digest.FromString("fresh")), s.ingestPath(digest.FromString("orphan"))
+	if err := s.beginPending("registry.test/a:1", []digest.Digest{digest.FromString("old"), digest.FromString("fresh")}); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range []string{old, fresh, orphan} {
 		if err := os.WriteFile(p, []byte("x"), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -1237,6 +1240,9 @@ func TestStalePartsAreRemoved(t *testing.T) {
 	eventually(t, "the old one is gone", func() bool { _, err := os.Stat(old); return errors.Is(err, os.ErrNotExist) })
 	if _, err := os.Stat(fresh); err != nil {
 		t.Error(err)
+	}
+	if _, err := os.Stat(orphan); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("what no interrupted pull has: %v", err)
 	}
 }
 

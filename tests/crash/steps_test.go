@@ -274,6 +274,9 @@ func TestEveryStepFailsOnce(t *testing.T) {
 		errno := []syscall.Errno{syscall.ENOSPC, syscall.EIO, syscall.EROFS}[k%3]
 		s.expect(at, errno)
 		done, err := play(n, steps)
+		if err != nil {
+			checkUnseen(t, n, d, steps, done, fmt.Sprintf("%v at %d", errno, at))
+		}
 		for tries := 1; err != nil; tries++ {
 			if tries == 3 {
 				t.Fatalf("%v once at %d, %s: still after three times: %v", errno, at, nth(s.allow(), at), err)
@@ -288,6 +291,17 @@ func TestEveryStepFailsOnce(t *testing.T) {
 		h := settle(t, n, d)
 		if len(h.refs)+len(h.blobs)+len(h.layers) > 0 {
 			t.Fatalf("%v once at %d, %s: after all is removed there are %v, %v, %v", errno, at, nth(s.allow(), at), h.refs, h.blobs, h.layers)
+		}
+	}
+}
+
+// checkUnseen: a pull that failed has left no name that was not there before.
+func checkUnseen(t *testing.T, n *harness.Node, d *depot, steps []step, failed int, about string) {
+	t.Helper()
+	before := refsAfter(d, steps[:failed])
+	for ref := range take(n).refs {
+		if !before[ref] {
+			t.Errorf("%s: %v failed, and left %s", about, steps[failed], ref)
 		}
 	}
 }

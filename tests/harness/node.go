@@ -8,6 +8,7 @@ package harness
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -87,6 +88,7 @@ type Options struct {
 	Config  string            // more lines for config.toml
 	Plugins map[string]string // CNI plugins of the test, as scripts, last in the chain
 	RootMiB int               // root is a tmpfs of that size, to be filled up
+	Root    string            // that outlives the node; empty: below its scratch directory
 	Service string            // an installed systemd unit that runs the daemon, instead of a child of the test
 }
 
@@ -132,6 +134,7 @@ func New(t T, opts ...Options) *Node {
 		cgroupParent: "/hf-test-" + tag,
 		service:      o.Service,
 	}}
+	n.Root = cmp.Or(o.Root, n.Root)
 	t.Cleanup(n.cleanup)
 	n.Registry = StartRegistry(t)
 	if err := n.configure(o); err != nil {

@@ -7,17 +7,26 @@
 //	PROGRAM run -s FOLDER -t SECONDS -- COMMAND...
 //
 // copies FOLDER to /host in the machine, runs COMMAND there as root, and gives
-// back its output and its exit status.
+// back its output and its exit status. With
+//
+//	-d FILE -k REGEX -n N -l LOSE
+//
+// FILE is a disk that outlives the machine, /dev/vdb, made if it is not there. It
+// fails from the Nth write on, and the power goes when a line of the output
+// matches, with exit status 137. LOSE is what of the disk goes with it: none, all
+// that was not flushed, or a number that seeds a choice.
 package vm
 
 import (
 	"bufio"
-	"bytes"
+	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -46,13 +55,7 @@ var suites = []suite{
 const limit = 40 * time.Minute
 
 func TestVM(t *testing.T) {
-	runner := os.Getenv("HOLDFAST_VM")
-	if runner == "" {
-		t.Skip("HOLDFAST_VM is not set to a program that boots a machine: make vm-test VM=PROGRAM")
-	}
-	if _, err := os.Stat(runner); err != nil {
-		t.Fatalf("HOLDFAST_VM: %v", err)
-	}
+	runner := program(t)
 	// HOLDFAST_VM_SUITES picks some, as NAME or NAME=REGEXP.
 	chosen := suites
 	if s := os.Getenv("HOLDFAST_VM_SUITES"); s != "" {
@@ -67,42 +70,136 @@ func TestVM(t *testing.T) {
 			chosen = append(chosen, suite{name, run})
 		}
 	}
-	share := t.TempDir()
+	share := makeShare(t)
+	var script strings.Builder
+	script.WriteString("status=0\n")
+	for _, s := range chosen {
+		addTest(t, share, s.name)
+		fmt.Fprintf(&script, "(cd %s && ./test -test.v -test.timeout=%s -test.run '%s') || status=1\n", s.name, limit, s.run)
+	}
+	script.WriteString("exit $status\n")
+	all, code := boot(t, runner, share, script.String())
+	if code != 0 {
+		t.Errorf("the tests in the machine ended with exit status %d", code)
+	}
+	// A machine that ran nothing has proved nothing.
+	passed := len(regexp.MustCompile(`(?m)^--- PASS: `).FindAllString(all, -1))
+	if passed < len(chosen) || strings.Contains(all, "--- SKIP") {
+		t.Errorf("%d tests passed in the machine, want %d or more, and none skipped", passed, len(chosen))
+	}
+}
+
+// The power is cut at random writes while images are pulled and removed; see
+// TestPowerCut of tests/crash. HOLDFAST_DRILL=1 cuts it more often.
+func TestPowerCut(t *testing.T) {
+	runner := program(t)
+	if os.Getenv("HOLDFAST_VM_SUITES") != "" {
+		t.Skip("HOLDFAST_VM_SUITES picks other tests")
+	}
+	cuts := 4
+	if os.Getenv("HOLDFAST_DRILL") != "" {
+		cuts = 25
+	}
+	share := makeShare(t)
+	addTest(t, share, "tests/crash")
+	before, disk := filepath.Join(share, "before"), filepath.Join(t.TempDir(), "disk")
+	live := func(load time.Duration, options ...string) int {
+		t.Helper()
+		out, code := boot(t, runner, share, fmt.Sprintf("export HOLDFAST_DISK=/dev/vdb HOLDFAST_BEFORE=/host/before HOLDFAST_LOAD=%s\n"+
+			"cd tests/crash && exec ./test -test.v -test.run '^TestPowerCut$'\n", load), append([]string{"-d", disk}, options...)...)
+		f, err := os.OpenFile(before, os.O_APPEND|os.O_WRONLY, 0)
+		if err == nil {
+			_, err = f.WriteString(out)
+			err = errors.Join(err, f.Close())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(out, "power: broken: ") || code != 0 && code != cutStatus {
+			t.Fatalf("a life of the machine ended with exit status %d", code)
+		}
+		return code
+	}
+	if err := os.WriteFile(before, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for i := range cuts {
+		load := 5*time.Second + rand.N(40*time.Second)
+		at := 100 + rand.IntN(800)
+		lose := []string{"all", strconv.Itoa(rand.IntN(1000)), strconv.Itoa(rand.IntN(1000)), "none"}[i%4]
+		t.Logf("cut %d after %s of load or at write %d, losing %s", i, load, at, lose)
+		if code := live(load, "-k", "^power: dark", "-n", strconv.Itoa(at), "-l", lose); code != cutStatus {
+			t.Errorf("the power was not cut: exit status %d", code)
+		}
+	}
+	if code := live(0); code != 0 {
+		t.Errorf("the last life ended with exit status %d", code)
+	}
+}
+
+// cutStatus is the exit status of a machine whose power was cut.
+const cutStatus = 137
+
+// program is HOLDFAST_VM.
+func program(t *testing.T) string {
+	t.Helper()
+	runner := os.Getenv("HOLDFAST_VM")
+	if runner == "" {
+		t.Skip("HOLDFAST_VM is not set to a program that boots a machine: make vm-test VM=PROGRAM")
+	}
+	if _, err := os.Stat(runner); err != nil {
+		t.Fatalf("HOLDFAST_VM: %v", err)
+	}
+	return runner
+}
+
+// build runs a command in the source tree.
+func build(t *testing.T, args ...string) {
+	t.Helper()
 	root, err := harness.Root()
 	if err != nil {
 		t.Fatal(err)
 	}
-	build := func(args ...string) {
-		t.Helper()
-		cmd := exec.CommandContext(t.Context(), args[0], args[1:]...)
-		cmd.Dir = root
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0") // runc has its own say in the Makefile
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("%s: %v\n%s", strings.Join(args, " "), err, out)
-		}
+	cmd := exec.CommandContext(t.Context(), args[0], args[1:]...)
+	cmd.Dir = root
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0") // runc has its own say in the Makefile
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", strings.Join(args, " "), err, out)
 	}
-	build("make", "--no-print-directory", "install", "DESTDIR="+filepath.Join(share, "tree"), "PREFIX=/usr/local")
-	build("go", "build", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(share, "tree", libexec, "testbox"), "./tests/harness/testbox")
-	var script strings.Builder
-	fmt.Fprintf(&script, `cp -a tree/. /
+}
+
+// makeShare makes the folder that becomes /host, with all that is installed.
+func makeShare(t *testing.T) string {
+	t.Helper()
+	share := t.TempDir()
+	build(t, "make", "--no-print-directory", "install", "DESTDIR="+filepath.Join(share, "tree"), "PREFIX=/usr/local")
+	build(t, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(share, "tree", libexec, "testbox"), "./tests/harness/testbox")
+	return share
+}
+
+// addTest adds the tests of a package as NAME/test.
+func addTest(t *testing.T, share, name string) {
+	t.Helper()
+	build(t, "go", "test", "-c", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(share, name, "test"), "./"+name)
+}
+
+// boot runs a script in a machine where the share is installed. It prints the
+// output line by line, because a run takes minutes.
+func boot(t *testing.T, runner, share, script string, options ...string) (output string, status int) {
+	t.Helper()
+	script = fmt.Sprintf(`cp -a tree/. /
 ln -s %[1]s bin
 systemctl daemon-reload
 export HOLDFAST_GUEST=1 HOLDFAST_SLOW=15 HOLDFAST_BIN=%[1]s HOLDFAST_TEST_SHIM=%[1]s/holdfast-shim
-status=0
-`, libexec)
-	for _, s := range chosen {
-		build("go", "test", "-c", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(share, s.name, "test"), "./"+s.name)
-		fmt.Fprintf(&script, "(cd %s && ./test -test.v -test.timeout=%s -test.run '%s') || status=1\n", s.name, limit, s.run)
-	}
-	script.WriteString("exit $status\n")
-	if err := os.WriteFile(filepath.Join(share, "run"), []byte(script.String()), 0o755); err != nil {
+`, libexec) + script
+	if err := os.WriteFile(filepath.Join(share, "run"), []byte(script), 0o755); err != nil {
 		t.Fatal(err)
 	}
-
-	cmd := exec.CommandContext(t.Context(), runner, "run", "-s", share, "-t", fmt.Sprint(int(limit.Seconds())), "--", "sh", "./run")
+	args := append([]string{"run", "-s", share, "-t", fmt.Sprint(int(limit.Seconds()))}, options...)
+	cmd := exec.CommandContext(t.Context(), runner, append(args, "--", "sh", "./run")...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) } // it ends its machine
 	cmd.WaitDelay = time.Minute
-	var all bytes.Buffer
+	var all strings.Builder
 	pr, pw, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
@@ -114,19 +211,12 @@ status=0
 	if err != nil {
 		t.Fatalf("cannot boot a machine: %v", err)
 	}
-	// Line by line, because a run takes minutes.
 	for lines := bufio.NewScanner(pr); lines.Scan(); {
 		fmt.Println("vm: " + lines.Text())
 		fmt.Fprintln(&all, lines.Text())
 	}
-	if err := cmd.Wait(); err != nil {
-		t.Errorf("the tests in the machine: %v", err)
-	}
-	// A machine that ran nothing has proved nothing.
-	passed := len(regexp.MustCompile(`(?m)^--- PASS: `).FindAll(all.Bytes(), -1))
-	if passed < len(chosen) || bytes.Contains(all.Bytes(), []byte("--- SKIP")) {
-		t.Errorf("%d tests passed in the machine, want %d or more, and none skipped", passed, len(chosen))
-	}
+	cmd.Wait() // its state tells
+	return all.String(), cmd.ProcessState.ExitCode()
 }
 
 // libexec is where make install puts the programs.
