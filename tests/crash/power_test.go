@@ -2,6 +2,7 @@ package crash
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -107,7 +108,7 @@ func mountDisk(t *testing.T, device string) string {
 	t.Cleanup(func() {
 		// The disk goes before the rest of the machine, and what is made of it
 		// is nobody's fault.
-		if err := os.WriteFile(filepath.Join(dir, "probe"), nil, 0o600); err != nil {
+		if err := probe(dir); err != nil {
 			t.Logf("the disk is gone: %v", err)
 			awaitDark()
 		}
@@ -116,6 +117,15 @@ func mountDisk(t *testing.T, device string) string {
 		}
 	})
 	return dir
+}
+
+// probe says whether the disk takes writes.
+func probe(dir string) error {
+	f, err := os.Create(filepath.Join(dir, "probe"))
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }
 
 // answeredBefore are the references whose pull was answered, and that nobody
