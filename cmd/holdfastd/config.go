@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
@@ -94,10 +95,31 @@ func readConfig(name string) (file, error) {
 	if errors.As(err, &strict) {
 		return f, fmt.Errorf("cannot use the config %s: unknown key\n%s", name, strict.String())
 	}
+	if e, ok := errors.AsType[*toml.DecodeError](err); ok {
+		return f, fmt.Errorf("cannot use the config %w", decodeError(name, e))
+	}
 	if err != nil {
 		return f, fmt.Errorf("cannot use the config %s: %w", name, err)
 	}
 	return f, nil
+}
+
+// decodeError says where a file is wrong, and of a value of the wrong type its
+// key: the library's text has the fields of our structs instead.
+func decodeError(name string, e *toml.DecodeError) error {
+	line, column := e.Position()
+	where := fmt.Sprintf("%s:%d:%d", name, line, column)
+	text := strings.TrimPrefix(e.Error(), "toml: ")
+	key := strings.Join(e.Key(), ".")
+	if key == "" {
+		return fmt.Errorf("%s: %s", where, text)
+	}
+	if what, ok := strings.CutPrefix(text, "cannot decode TOML "); ok {
+		is, _, _ := strings.Cut(what, " into ")
+		kinds := map[string]string{"bool": "true or false", "string": "a string", "[]string": "a list of strings"}
+		text = fmt.Sprintf("is a TOML %s, and has to be %s", is, cmp.Or(kinds[what[strings.LastIndex(what, " ")+1:]], "a table"))
+	}
+	return fmt.Errorf("%s: %s: %s", where, key, text)
 }
 
 // resolve checks the values and finds the binaries.

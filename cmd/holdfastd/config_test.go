@@ -1,0 +1,30 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// Whoever wrote the file is told where it is wrong, in its own words.
+func TestConfigMistakes(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "config.toml")
+	for text, want := range map[string]string{
+		"[images]\nkeep_blobs = \"yes\"":   name + ":2:14: images.keep_blobs: is a TOML string, and has to be true or false",
+		"[images]\npinned = \"a\"":         name + ":2:10: images.pinned: is a TOML string, and has to be a list of strings",
+		"[images]\npinned = [1]":           name + ":2:11: images.pinned: is a TOML integer, and has to be a string",
+		"[registry]\nconfig_dir = [\"a\"]": name + ":2:14: registry.config_dir: is a TOML array, and has to be a string",
+		"[runtimes]\nrunc = \"x\"":         name + ":2:8: runtimes.runc: is a TOML string, and has to be a table",
+		"images = 1":                       name + ":1:10: images: is a TOML integer, and has to be a table",
+		"x = [":                            name + ":1:6: array is incomplete",
+		"[images]\nkeep_blob = true":       "keep_blob",
+	} {
+		if err := os.WriteFile(name, []byte(text+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := readConfig(name); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}
