@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/distribution/reference"
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/holdfast-cri/holdfast/daemon"
@@ -134,6 +135,11 @@ func (f file) resolve(logLevel string) (daemon.Config, error) {
 		}
 	}
 	c.Root, c.State = filepath.Clean(f.Root), filepath.Clean(f.State)
+	for _, ref := range f.Images.Pinned {
+		if _, err := reference.ParseDockerRef(ref); err != nil {
+			return c, fmt.Errorf("config: images.pinned: %q is not the name of an image: %w", ref, err)
+		}
+	}
 	if dir := f.Images.VerifierDir; dir != "" {
 		// A verifier that is not there would let everything in.
 		if st, err := os.Stat(dir); err != nil || !filepath.IsAbs(dir) || !st.IsDir() {

@@ -35,6 +35,7 @@ func TestImagesConfig(t *testing.T) {
 		"verifier_dir = \"relative\"":         "images.verifier_dir",
 		"verifier_timeout = \"soon\"":         "images.verifier_timeout",
 		"verifier_timeout = \"-1s\"":          "images.verifier_timeout",
+		"pinned = [\"no name\"]":              "images.pinned",
 	} {
 		if _, err := read("[images]\n" + text + "\n").resolve("info"); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", text, err)
