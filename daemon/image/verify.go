@@ -28,7 +28,7 @@ const maxVerdict = 32 << 10
 //	PROGRAM -name NAME -digest DIGEST -stdin-media-type application/vnd.oci.descriptor.v1+json
 //
 // with the descriptor of what the name stands for on stdin. Exit code 0 lets it
-// in, another one does not, and stdout says why. One that cannot be run, or
+// in, another one does not, and stdout says why, or else stderr. One that cannot be run, or
 // takes too long, does not let it in either. Nothing in the directory asks
 // nobody; a directory that has gone lets nothing in.
 func (s *Store) verify(ctx context.Context, name string, target ocispec.Descriptor) error {
@@ -78,6 +78,9 @@ func (s *Store) runVerifier(ctx context.Context, program, name string, d digest.
 		s.o.Log.Debug("image verifier", "verifier", program, "image", name, "stderr", stderr.String())
 	}
 	said := strings.TrimSpace(stdout.String())
+	if said == "" && err != nil {
+		said = strings.TrimSpace(stderr.String()) // a program that failed has its reasons there
+	}
 	exit, exited := errors.AsType[*exec.ExitError](err)
 	switch {
 	case ctx.Err() != nil:

@@ -73,6 +73,10 @@ func TestVerifiers(t *testing.T) {
 	if err := pull(t.Context(), 0); !errors.Is(err, ErrRejected) || !strings.Contains(err.Error(), "no signature by a friend") || !strings.Contains(err.Error(), "20-second (exit code 3)") {
 		t.Errorf("got %v", err)
 	}
+	script("20-second", "echo no key >&2; exit 1")
+	if err := pull(t.Context(), 0); !errors.Is(err, ErrRejected) || !strings.Contains(err.Error(), "(exit code 1): no key") {
+		t.Errorf("the reason on stderr: %v", err)
+	}
 	script("20-second", "kill -9 $$")
 	if err := pull(t.Context(), 0); !errors.Is(err, ErrRejected) {
 		t.Errorf("killed: %v", err)
