@@ -50,8 +50,10 @@ func observed(log *slog.Logger, m *metrics.Metrics) grpc.UnaryServerInterceptor 
 			return resp, nil
 		}
 		level := slog.LevelWarn
-		switch status.Code(err) {
-		case codes.NotFound, codes.Unimplemented, codes.Canceled:
+		switch code := status.Code(err); {
+		case code == codes.NotFound, code == codes.Unimplemented, code == codes.Canceled,
+			// The image store tells about a pull that failed, once its name is one.
+			info.FullMethod == runtimeapi.ImageService_PullImage_FullMethodName && code != codes.InvalidArgument:
 			level = slog.LevelDebug
 		}
 		log.Log(ctx, level, "call failed", "method", info.FullMethod, "took", time.Since(start).Round(time.Microsecond), "error", err)

@@ -55,15 +55,25 @@ func (s *Store) Pull(ctx context.Context, r PullRequest) (Image, error) {
 		err = fmt.Errorf("%w: %w", ctx.Err(), err)
 	}
 	s.count.pulled(err)
+	took := time.Since(began)
+	log := s.o.Log.With("image", name.String())
+	if r.Pod != "" {
+		log = log.With("pod", r.Pod)
+	}
 	if err != nil {
 		err = told(err)
-		s.o.Log.Warn("cannot pull image", "image", name.String(), "after", time.Since(began).Round(time.Millisecond), "error", err)
+		if errors.Is(ctx.Err(), context.Canceled) {
+			// What was interrupted says nothing about the image or the registry.
+			log.Info("image pull called off, the next one goes on from here", "after", took.Round(time.Millisecond))
+		} else {
+			log.Warn("cannot pull image", "after", took.Round(time.Millisecond), "error", err)
+		}
 		return Image{}, fmt.Errorf("cannot pull %s: %w", name, err)
 	}
 	if s.o.Pulled != nil {
-		s.o.Pulled(time.Since(began))
+		s.o.Pulled(took)
 	}
-	s.o.Log.Info("image pulled", "image", name.String(), "id", img.ID, "size", img.Size, "took", time.Since(began).Round(time.Millisecond))
+	log.Info("image pulled", "id", img.ID, "size", img.Size, "took", took.Round(time.Millisecond))
 	return img, nil
 }
 
