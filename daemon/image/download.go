@@ -41,6 +41,7 @@ type download struct {
 	had      int64  // bytes that f had from an earlier attempt
 	trouble  string // what went wrong and is being tried again; empty once bytes come
 	mirrored bool   // a mirror is asked, whose content another host may correct
+	queued   bool   // others had to go first
 	started  bool   // it has its turn
 }
 
@@ -205,10 +206,15 @@ func (s *Store) ingestPath(d digest.Digest) string {
 func (s *Store) run(ctx context.Context, r *registry, d *download) error {
 	select {
 	case s.slots <- struct{}{}:
-		defer func() { <-s.slots }()
-	case <-ctx.Done():
-		return ctx.Err()
+	default:
+		d.update(func() { d.queued = true })
+		select {
+		case s.slots <- struct{}{}:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
+	defer func() { <-s.slots }()
 	path := s.ingestPath(d.desc.Digest)
 	if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
 		os.RemoveAll(path) // not ours
@@ -452,6 +458,7 @@ func (d *download) doubtful() bool {
 // flow is how far a download is.
 type flow struct {
 	n, had  int64
+	waiting bool // for its turn
 	started bool
 	trouble string
 }
@@ -459,5 +466,5 @@ type flow struct {
 func (d *download) progress() flow {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return flow{d.n, d.had, d.started, d.trouble}
+	return flow{d.n, d.had, d.queued && !d.started, d.started, d.trouble}
 }

@@ -122,7 +122,7 @@ func (l *part) look() (n int64, waiting bool, trouble string) {
 	case now.started:
 		l.had = min(l.had, now.n) // a partial blob was no good, and it comes anew
 	}
-	return now.n, !now.started, now.trouble
+	return now.n, now.waiting, now.trouble
 }
 
 func (g *progress) now() rundir.Pull {

@@ -42,6 +42,8 @@ func TestProgressOfLayers(t *testing.T) {
 	check("the layers are known", rundir.PullDownloading, 0, 0, 0, "")
 	r, j, f := &download{desc: resumed}, &download{desc: joined, n: 30, started: true}, &download{desc: fresh}
 	g.flows(r)
+	check("a download begins", rundir.PullDownloading, 0, 0, 0, "")
+	r.queued, f.queued = true, true
 	check("no download has its turn", rundir.PullWaiting, 0, 0, 0, "")
 	g.has(kept.Digest)
 	g.flows(j)
