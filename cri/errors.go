@@ -25,6 +25,7 @@ func toStatus(err error) error {
 		kind error
 		code codes.Code
 	}{
+		{daemon.ErrClosing, codes.Unavailable},
 		{context.Canceled, codes.Canceled},
 		{context.DeadlineExceeded, codes.DeadlineExceeded},
 		{daemon.ErrTimeout, codes.DeadlineExceeded},

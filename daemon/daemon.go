@@ -91,6 +91,9 @@ type Daemon struct {
 	stop context.CancelFunc
 	work sync.WaitGroup // attempts and background work
 
+	pulls    context.Context // ends with EndPulls
+	endPulls context.CancelFunc
+
 	mu         sync.Mutex
 	closing    bool
 	pods       map[string]*pod
@@ -108,6 +111,7 @@ func Open(cfg Config, log *slog.Logger) (_ *Daemon, err error) {
 	d := &Daemon{cfg: cfg, log: log,
 		pods: map[string]*pod{}, containers: map[string]*container{}, claims: map[string]*claim{}, pins: map[digest.Digest]int{}}
 	d.ctx, d.stop = context.WithCancel(context.Background())
+	d.pulls, d.endPulls = context.WithCancel(context.Background())
 	var undo []func()
 	defer func() {
 		if err != nil {
@@ -167,6 +171,10 @@ func Open(cfg Config, log *slog.Logger) (_ *Daemon, err error) {
 		"cgroup_driver", driver, "took", time.Since(start).Round(time.Microsecond))
 	return d, nil
 }
+
+// EndPulls calls off the pulls that run and those that come: a shutdown need not
+// wait for them, as the next pull goes on where they were.
+func (d *Daemon) EndPulls() { d.endPulls() }
 
 // Close ends what this process does and leaves every container alone. Creations
 // under way are waited for until ctx ends; what they leave, the next start undoes.

@@ -21,6 +21,7 @@ var (
 	ErrUnsupported  = errors.New("not supported")
 	ErrUnauthorized = errors.New("not authorized")
 	ErrRejected     = errors.New("rejected") // an image, by a verifier
+	ErrClosing      = errors.New("shutting down")
 )
 
 // kindError gives an error a kind without changing its text.

@@ -29,6 +29,9 @@ func (d *Daemon) PullImage(ctx context.Context, ref string, auth *runtimeapi.Aut
 		credentials = &image.Auth{Username: auth.GetUsername(), Password: auth.GetPassword(), Auth: auth.GetAuth(),
 			ServerAddress: auth.GetServerAddress(), IdentityToken: auth.GetIdentityToken(), RegistryToken: auth.GetRegistryToken()}
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(d.pulls, cancel)()
 	img, err := d.images.Pull(ctx, image.PullRequest{
 		Ref:  ref,
 		Auth: credentials,
@@ -40,6 +43,9 @@ func (d *Daemon) PullImage(ctx context.Context, ref string, auth *runtimeapi.Aut
 	})
 	if err != nil {
 		d.collect(nil) // layers of a failed pull
+		if d.pulls.Err() != nil && errors.Is(err, context.Canceled) {
+			return "", errorf(ErrClosing, "cannot pull %s: the daemon is shutting down", ref)
+		}
 		return "", imageError("image.image", err)
 	}
 	return img.ID, nil

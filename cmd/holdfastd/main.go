@@ -124,6 +124,7 @@ func run() error {
 // shutdown lets calls under way end, within a bound: what is cut short is
 // finished or undone by the next start.
 func shutdown(d *daemon.Daemon, server *grpc.Server, scraped *metricsServer) error {
+	d.EndPulls()
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	if server != nil {
@@ -132,6 +133,9 @@ func shutdown(d *daemon.Daemon, server *grpc.Server, scraped *metricsServer) err
 		stop()
 	}
 	scraped.close(ctx)
+	// What was cut short has to end as well.
+	ctx, cancel = context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
 	return d.Close(ctx)
 }
 

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -127,6 +128,18 @@ func TestPullInterrupted(t *testing.T) {
 		out, err := ctl("pulls", "--json").Output()
 		return err == nil && strings.TrimSpace(string(out)) == "[]"
 	})
+
+	// A shutdown waits for no pull, and tells why it ended.
+	var took time.Duration
+	said, code = pull(func(*exec.Cmd) {
+		began := time.Now()
+		n.Stop()
+		took = time.Since(began)
+	})
+	if code != 1 || !strings.Contains(said, "the daemon has ended meanwhile") || !strings.Contains(said, "shutting down") || took > 8*time.Second {
+		t.Errorf("a shutdown: exit code %d after %s, %s", code, took, said)
+	}
+	n.Start()
 
 	said, code = pull(func(*exec.Cmd) { n.Kill() })
 	if code != 1 || !strings.Contains(said, "the daemon has ended meanwhile") {
