@@ -89,7 +89,9 @@ func (s *Store) hosts(ctx context.Context, domain string) ([]docker.RegistryHost
 	var broken decodeErrors
 	o := config.HostOptions{
 		HostDir: func(string) (d string, err error) {
-			dir, err = hostDir(s.o.RegistryConfigDir, domain)
+			if dir, err = hostDir(s.o.RegistryConfigDir, domain); err == nil && dir != "" {
+				_, err = present(filepath.Join(dir, "hosts.toml")) // without one, certificates alone
+			}
 			return dir, err
 		},
 		UpdateClient: func(c *http.Client) error {
@@ -132,12 +134,25 @@ func hostDir(list, domain string) (string, error) {
 	for _, root := range filepath.SplitList(list) {
 		for _, name := range names {
 			dir := filepath.Join(root, name)
-			if _, err := os.Stat(dir); err == nil || !errors.Is(err, fs.ErrNotExist) {
+			if there, err := present(dir); there || err != nil {
 				return dir, err
 			}
 		}
 	}
 	return "", nil
+}
+
+// present says whether there is a file. A link to nothing is an error: it was
+// meant to say something, and hosts that it would exclude must not be asked.
+func present(path string) (bool, error) {
+	_, err := os.Stat(path)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err == nil, err
+	}
+	if to, err := os.Readlink(path); err == nil {
+		return false, fmt.Errorf("%s is a link to %s, which is not there", path, to)
+	}
+	return false, nil
 }
 
 // decodeErrors catches what the library only writes to its log, to go on as if

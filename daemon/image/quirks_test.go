@@ -426,6 +426,17 @@ func TestBrokenHostsToml(t *testing.T) {
 			t.Errorf("%q: %v", text, err)
 		}
 	}
+	// So is a link to nothing: neither the next directory nor the registry itself
+	// is asked instead.
+	for _, link := range []string{file, filepath.Dir(file)} {
+		if err := errors.Join(os.RemoveAll(link), os.Symlink("/none", link)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := pullOnce(t, certs, "registry.example/team/app:1", nil); err == nil || !strings.Contains(err.Error(), link+" is a link to /none") {
+			t.Errorf("%s: %v", link, err)
+		}
+	}
+	os.Remove(filepath.Dir(file))
 	// It is read anew by each pull, and what is not known is only said.
 	var logged bytes.Buffer
 	hostsToml(t, certs, "registry.example", "server = \""+h.URL+"\"\nfuture = 1\n[host.\""+h.URL+"\"]\nskip_verfy = true\n")
