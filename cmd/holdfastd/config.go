@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"os"
 	"os/exec"
@@ -123,6 +124,16 @@ func decodeError(name string, e *toml.DecodeError) error {
 	return fmt.Errorf("%s: %s: %s", where, key, text)
 }
 
+// warn tells about what is no mistake now and may be one: without hosts.toml
+// files, every pull goes to the registry itself.
+func (f file) warn(log *slog.Logger) {
+	for _, dir := range filepath.SplitList(f.Registry.ConfigDir) {
+		if _, err := os.Stat(dir); err != nil && f.Registry.ConfigDir != defaults().Registry.ConfigDir {
+			log.Warn("a directory of registry.config_dir cannot be read; it counts once it is there", "path", dir, "error", err)
+		}
+	}
+}
+
 // resolve checks the values and finds the binaries.
 func (f file) resolve(logLevel string) (daemon.Config, error) {
 	c := daemon.Config{Root: f.Root, State: f.State, DefaultRuntime: f.DefaultRuntime, Runtimes: map[string]daemon.Runtime{}, LogLevel: logLevel,
@@ -135,6 +146,11 @@ func (f file) resolve(logLevel string) (daemon.Config, error) {
 		}
 	}
 	c.Root, c.State = filepath.Clean(f.Root), filepath.Clean(f.State)
+	for _, dir := range filepath.SplitList(f.Registry.ConfigDir) {
+		if !filepath.IsAbs(dir) {
+			return c, fmt.Errorf("config: registry.config_dir = %q: %q is not an absolute path", f.Registry.ConfigDir, dir)
+		}
+	}
 	for _, ref := range f.Images.Pinned {
 		if _, err := reference.ParseDockerRef(ref); err != nil {
 			return c, fmt.Errorf("config: images.pinned: %q is not the name of an image: %w", ref, err)

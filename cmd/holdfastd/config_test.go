@@ -27,4 +27,9 @@ func TestConfigMistakes(t *testing.T) {
 			t.Errorf("%s: %v", text, err)
 		}
 	}
+	f := defaults()
+	f.Registry.ConfigDir = "/etc/certs.d:certs.d"
+	if _, err := f.resolve("info"); err == nil || !strings.Contains(err.Error(), `registry.config_dir = "/etc/certs.d:certs.d": "certs.d" is not`) {
+		t.Errorf("a relative directory: %v", err)
+	}
 }

@@ -77,6 +77,7 @@ func run() error {
 	if err != nil {
 		return err
 	}
+	f.warn(log)
 	if os.Geteuid() != 0 {
 		return errors.New("cannot run without root")
 	}
