@@ -282,8 +282,10 @@ func (s *Store) dropKept() error {
 // quarantine takes a record away so that it can be looked at, and never harms.
 func (s *Store) quarantine(path string, cause error) {
 	to := filepath.Join(s.o.Root, quarantineName, fmt.Sprintf("%s.%d", filepath.Base(path), time.Now().UnixNano()))
-	err := os.Rename(path, to)
-	s.o.Log.Error("image reference quarantined, the image has to be pulled again", "record", path, "moved", to, "moveError", err, "error", cause)
+	if err := os.Rename(path, to); err != nil {
+		cause = fmt.Errorf("%w; and it stays where it is: %w", cause, err)
+	}
+	s.o.Log.Error("image reference quarantined, the image has to be pulled again", "record", path, "moved", to, "error", cause)
 }
 
 func (s *Store) recordPath(ref string) string {
