@@ -205,7 +205,8 @@ func (d *Daemon) Info() (map[string]string, error) {
 	cfg := d.cfg
 	config, err := json.Marshal(map[string]any{"rootDir": cfg.Root, "stateDir": cfg.State, "defaultRuntime": cfg.DefaultRuntime,
 		"runtimes": slices.Sorted(maps.Keys(cfg.Runtimes)), "cgroupDriver": d.cgroups.Driver(), "cniConfDir": cfg.CNIConfDir, "cniBinDirs": cfg.CNIBinDirs,
-		"registryConfigDir": cfg.RegistryConfigDir, "pauseMode": cfg.PauseMode})
+		"registryConfigDir": cfg.RegistryConfigDir, "pauseMode": cfg.PauseMode,
+		"keepBlobs": !cfg.DropLayerBlobs, "pinnedImages": cfg.PinnedImages, "imageVerifierDir": cfg.ImageVerifierDir})
 	if err != nil {
 		return nil, err
 	}
