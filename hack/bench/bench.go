@@ -73,6 +73,7 @@ func (r results) measure(k kind, reg *registry) (s sample, err error) {
 		return s, err
 	}
 	defer os.RemoveAll(dir)
+	defer os.RemoveAll(socketDir(dir))
 	if !o.plain {
 		unmount, err := freshDisk(dir, 3*(r.Packed+r.Unpacked)+4<<30)
 		if err != nil {

@@ -130,6 +130,10 @@ type kind struct {
 	make func(dir, socket, certs string) (config string, args []string)
 }
 
+// socketDir is for the sockets of containerd's shims: it takes 42 bytes at most,
+// which a temporary directory below another one exceeds.
+func socketDir(dir string) string { return filepath.Join("/run", "hf-bench-"+filepath.Base(dir)) }
+
 func kinds(o options) []kind {
 	l := []kind{{"holdfast", func(dir, socket, certs string) (string, []string) {
 		return fmt.Sprintf("root = %q\nstate = %q\naddress = %q\n[registry]\nconfig_dir = %q\n",
@@ -152,14 +156,14 @@ imports = []
 [plugins.'io.containerd.transfer.v1.local']
   config_path = '%[3]s'
 [plugins.'io.containerd.shim.v1.manager']
-  socket_dir = '%[1]s/s'
+  socket_dir = '%[4]s'
 [plugins.'io.containerd.internal.v1.opt']
   path = '%[1]s/opt'
 [plugins.'io.containerd.nri.v1.nri']
   disable = true
 [plugins.'io.containerd.cri.v1.runtime'.cni]
   conf_dir = '%[1]s/net.d'
-`, dir, socket, certs), []string{o.containerd, "-c"}
+`, dir, socket, certs, socketDir(dir)), []string{o.containerd, "-c"}
 	}})
 }
 

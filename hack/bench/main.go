@@ -5,8 +5,8 @@
 //	make bench [CONTAINERD=path-of-containerd] [BENCH='-layers 1 -bytes 1G']
 //
 // It needs root and what `make build` makes, and room for three times the size
-// of the image. It leaves nothing behind; with -dir it keeps the images for the
-// next run.
+// of the image. It leaves nothing behind but the logs of a run that failed; with
+// -dir it keeps the images for the next run.
 package main
 
 import (
@@ -58,14 +58,13 @@ func main() {
 	}
 }
 
-func command(o options) error {
+func command(o options) (err error) {
 	if flag.NArg() > 0 {
 		return fmt.Errorf("unexpected argument %q", flag.Arg(0))
 	}
 	if os.Geteuid() != 0 {
 		return errors.New("cannot run daemons: this needs root")
 	}
-	var err error
 	if o.containerd == "" {
 		o.containerd, _ = exec.LookPath("containerd")
 	} else if o.containerd, err = exec.LookPath(o.containerd); err != nil {
@@ -75,7 +74,17 @@ func command(o options) error {
 		if o.dir, err = os.MkdirTemp("", "hf-bench-"); err != nil {
 			return err
 		}
-		defer os.RemoveAll(o.dir)
+		defer func() {
+			if err == nil {
+				os.RemoveAll(o.dir)
+				return
+			}
+			// The error may name a log, so the logs stay.
+			images, _ := filepath.Glob(filepath.Join(o.dir, "image-*"))
+			for _, dir := range images {
+				os.RemoveAll(dir)
+			}
+		}()
 	}
 	for _, p := range []*string{&o.dir, &o.bin} {
 		if *p, err = filepath.Abs(*p); err != nil {
