@@ -191,7 +191,7 @@ func (s *Store) collector() {
 
 func (s *Store) collect() error {
 	needed := func(d digest.Digest) bool { // mu is held
-		if s.held[d] > 0 || s.downloads[d] != nil {
+		if s.held[d] > 0 {
 			return true
 		}
 		for _, l := range s.refs {
@@ -249,17 +249,17 @@ func (s *Store) collect() error {
 
 // cleanIngest removes what no interrupted pull will resume. It is part of Open.
 func (s *Store) cleanIngest() error {
-	resumed := map[string]bool{}
+	resumed := map[digest.Digest]bool{}
 	for _, p := range s.pending {
 		for _, d := range p.Blobs {
-			resumed[s.ingestPath(d)] = true
+			resumed[d] = true
 		}
 	}
 	dir := filepath.Join(s.o.Root, ingestName)
 	files, err := os.ReadDir(dir)
 	for _, e := range files {
-		if path := filepath.Join(dir, e.Name()); !resumed[path] || !e.Type().IsRegular() {
-			os.RemoveAll(path)
+		if !resumed[blobOfPart(e.Name())] || !e.Type().IsRegular() {
+			os.RemoveAll(filepath.Join(dir, e.Name()))
 		}
 	}
 	return err
@@ -278,9 +278,8 @@ func (s *Store) collectIngest(stale time.Duration) error {
 		if err != nil || !old(st.ModTime(), stale) || strings.HasPrefix(e.Name(), smallPrefix) {
 			continue // small ones are being written, or go with the next start
 		}
-		d := digest.Digest(strings.Replace(e.Name(), "-", ":", 1))
 		s.mu.Lock()
-		switch running := s.downloads[d]; {
+		switch running := s.downloads[e.Name()]; {
 		case running == nil:
 			errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
 		case running.users == 0 && stale == 0:

@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"hash"
@@ -27,6 +28,7 @@ import (
 //	        \-> failed     pulls go on at done: the blob is on the disk and has its name
 type download struct {
 	desc   ocispec.Descriptor
+	name   string // of its file in ingest/; see ingestName
 	cancel context.CancelFunc
 	ended  chan struct{} // closed after the last change
 
@@ -117,20 +119,24 @@ func (d *download) wait(ctx context.Context) error {
 // join gives the download of a blob, starting it if there is none, or nil if
 // the blob is in the store. joined says that somebody else started it. The
 // caller leaves it in the end.
+//
+// Those of one registry share a download. What another registry sends, and how
+// slowly, is no business of this one's images: anybody may name its digests.
 func (s *Store) join(ctx context.Context, r *registry, desc ocispec.Descriptor) (d *download, joined bool, err error) {
+	name := partName(r.domain, desc)
 	for {
 		s.mu.Lock()
 		if s.closed {
 			s.mu.Unlock()
 			return nil, false, errClosed
 		}
-		d := s.downloads[desc.Digest]
+		if s.hasBlob(desc) {
+			s.mu.Unlock()
+			return nil, false, nil
+		}
+		d := s.downloads[name]
 		if d == nil {
-			if s.hasBlob(desc) {
-				s.mu.Unlock()
-				return nil, false, nil
-			}
-			d = s.start(r, desc)
+			d = s.start(r, desc, name)
 			s.mu.Unlock()
 			return d, false, nil
 		}
@@ -175,17 +181,18 @@ func (d *download) over() bool {
 
 // start is called with mu held. The download belongs to no single pull: it
 // ends when all have left, or with the store.
-func (s *Store) start(r *registry, desc ocispec.Descriptor) *download {
+func (s *Store) start(r *registry, desc ocispec.Descriptor, name string) *download {
 	ctx, cancel := context.WithCancel(s.ctx)
-	d := &download{desc: desc, cancel: cancel, ended: make(chan struct{}), users: 1}
+	d := &download{desc: desc, name: name, cancel: cancel, ended: make(chan struct{}), users: 1}
 	d.change.L = &d.mu
-	s.downloads[desc.Digest] = d
+	s.downloads[name] = d
+	slots := s.slotsOf(r.domain)
 	s.work.Go(func() {
-		err := s.run(ctx, r, d)
+		err := s.run(ctx, r, d, slots)
 		cancel()
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		delete(s.downloads, desc.Digest)
+		delete(s.downloads, name)
 		s.kick() // those who wanted the blob may have gone
 		d.update(func() {
 			d.err = err
@@ -199,23 +206,44 @@ func (s *Store) start(r *registry, desc ocispec.Descriptor) *download {
 	return d
 }
 
-func (s *Store) ingestPath(d digest.Digest) string {
-	return filepath.Join(s.o.Root, ingestName, d.Algorithm().String()+"-"+d.Encoded())
+// partName is what a partial download is called: by the blob, the registry that
+// it comes from, and the size that its manifest says. A wrong one of these does
+// not spoil what somebody else has begun.
+func partName(domain string, d ocispec.Descriptor) string {
+	sum := sha256.Sum256([]byte(domain))
+	return fmt.Sprintf("%s-%s-%x-%d", d.Digest.Algorithm(), d.Digest.Encoded(), sum[:6], d.Size)
 }
 
-func (s *Store) run(ctx context.Context, r *registry, d *download) error {
+// blobOfPart is the blob that a partial download of this name is of, or something
+// that no blob is called.
+func blobOfPart(name string) digest.Digest {
+	algorithm, rest, _ := strings.Cut(name, "-")
+	hex, _, _ := strings.Cut(rest, "-")
+	return digest.NewDigestFromEncoded(digest.Algorithm(algorithm), hex)
+}
+
+// slotsOf gives what a download from a registry takes its turn by. Each registry
+// has its own, so that a slow one keeps nobody else waiting. mu is held.
+func (s *Store) slotsOf(domain string) chan struct{} {
+	if s.slots[domain] == nil {
+		s.slots[domain] = make(chan struct{}, s.o.Downloads)
+	}
+	return s.slots[domain]
+}
+
+func (s *Store) run(ctx context.Context, r *registry, d *download, slots chan struct{}) error {
 	select {
-	case s.slots <- struct{}{}:
+	case slots <- struct{}{}:
 	default:
 		d.update(func() { d.queued = true })
 		select {
-		case s.slots <- struct{}{}:
+		case slots <- struct{}{}:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
-	defer func() { <-s.slots }()
-	path := s.ingestPath(d.desc.Digest)
+	defer func() { <-slots }()
+	path := filepath.Join(s.o.Root, ingestName, d.name)
 	if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
 		os.RemoveAll(path) // not ours
 	}

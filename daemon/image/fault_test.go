@@ -318,7 +318,7 @@ func TestTrickle(t *testing.T) {
 		eventually(t, "bytes come", func() bool {
 			s2.mu.Lock()
 			defer s2.mu.Unlock()
-			d := s2.downloads[f.digest(0)]
+			d := s2.downloadOf(f.digest(0))
 			return d != nil && d.progress().n > 10
 		})
 		cancel()
@@ -336,7 +336,7 @@ func TestNoRanges(t *testing.T) {
 	f := newFaulty(t, 1<<20)
 	b := f.layers[0].packed
 	s := openAt(t, t.TempDir(), func(o *Options) { o.ProgressTimeout, o.MinRate = 400*time.Millisecond, 10_000 })
-	if err := os.WriteFile(s.ingestPath(f.digest(0)), b[:len(b)-10], 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(s.o.Root, ingestName, partName(f.host, descOf(f.layers[0]))), b[:len(b)-10], 0o600); err != nil {
 		t.Fatal(err)
 	}
 	f.set(func(w http.ResponseWriter, r *http.Request) bool {
@@ -392,8 +392,10 @@ func TestMirrorLies(t *testing.T) {
 	}
 }
 
-func descOf(l *testLayer) ocispec.Descriptor {
-	return ocispec.Descriptor{Digest: digest.FromBytes(l.packed), Size: int64(len(l.packed))}
+func descOf(l *testLayer) ocispec.Descriptor { return descOfBytes(l.packed) }
+
+func descOfBytes(b []byte) ocispec.Descriptor {
+	return ocispec.Descriptor{Digest: digest.FromBytes(b), Size: int64(len(b))}
 }
 
 func hostNamed(name string) docker.RegistryHost { return docker.RegistryHost{Host: name} }

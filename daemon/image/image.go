@@ -99,7 +99,7 @@ type Options struct {
 	Pinned []string
 	// Platform to choose from an index; the machine's own.
 	Platform *ocispec.Platform
-	// Downloads at a time, over all pulls; 6.
+	// Downloads at a time from each registry, over all pulls; 6.
 	Downloads int
 	// ProgressTimeout ends an attempt when no byte came for so long; 5 minutes.
 	ProgressTimeout time.Duration

@@ -304,6 +304,16 @@ func mustPull(t testing.TB, s *Store, r PullRequest) Image {
 	return img
 }
 
+// downloadOf finds a download by its blob; mu is held.
+func (s *Store) downloadOf(d digest.Digest) *download {
+	for _, x := range s.downloads {
+		if x.desc.Digest == d {
+			return x
+		}
+	}
+	return nil
+}
+
 // eventually polls until ok: what is waited for happens in the background.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
@@ -714,7 +724,7 @@ func TestDamageIsMended(t *testing.T) {
 		for name, b := range map[string][]byte{"garbage": bad, "good begin": append(slices.Clone(l.packed[:1000]), bad...), "too long": append(slices.Clone(l.packed), bad...)} {
 			t.Run(name, func(t *testing.T) {
 				s := openAt(t, t.TempDir())
-				if err := os.WriteFile(s.ingestPath(d), b, 0o600); err != nil {
+				if err := os.WriteFile(filepath.Join(s.o.Root, ingestName, partName(h.host, descOfBytes(l.packed))), b, 0o600); err != nil {
 					t.Fatal(err)
 				}
 				var k sink
@@ -888,7 +898,7 @@ func TestJoinerOutlivesStarter(t *testing.T) {
 	users := func() int {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if d := s.downloads[digest.FromBytes(l.packed)]; d != nil {
+		if d := s.downloadOf(digest.FromBytes(l.packed)); d != nil {
 			return d.users
 		}
 		return 0
@@ -1223,7 +1233,10 @@ func TestStalePartsAreRemoved(t *testing.T) {
 	root := t.TempDir()
 	s := openAt(t, root)
 	s.Close()
-	old, fresh, orphan := s.ingestPath(digest.FromString("old")), s.ingestPath(digest.FromString("fresh")), s.ingestPath(digest.FromString("orphan"))
+	part := func(s string) string {
+		return filepath.Join(root, ingestName, partName("registry.example", descOfBytes([]byte(s))))
+	}
+	old, fresh, orphan := part("old"), part("fresh"), part("orphan")
 	if err := s.beginPending("registry.test/a:1", []digest.Digest{digest.FromString("old"), digest.FromString("fresh")}); err != nil {
 		t.Fatal(err)
 	}
@@ -1253,7 +1266,7 @@ func TestUnpackMakesRoom(t *testing.T) {
 	h := newHub(t)
 	s := openAt(t, t.TempDir())
 	img := mustPull(t, s, PullRequest{Ref: h.push(t, "app:1", imageOf(t, "x", layerOf(t, "a", 1000, 1, types.OCILayer)))})
-	part := s.ingestPath(digest.FromString("part"))
+	part := filepath.Join(s.o.Root, ingestName, partName(h.host, descOfBytes([]byte("part"))))
 	if err := os.WriteFile(part, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}

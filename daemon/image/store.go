@@ -68,7 +68,6 @@ type Store struct {
 	cancel context.CancelFunc
 	work   sync.WaitGroup // downloads and the collector
 	wake   chan struct{}  // of the collector
-	slots  chan struct{}  // one per download at a time
 	count  counters
 	serial atomic.Uint64 // of records about running pulls
 	pinned map[string]bool
@@ -85,7 +84,8 @@ type Store struct {
 	byRef     map[string]int
 	layers    map[digest.Digest]bool // of images
 	held      map[digest.Digest]int  // blobs and layers that running calls need
-	downloads map[digest.Digest]*download
+	downloads map[string]*download     // by partName
+	slots     map[string]chan struct{} // by registry; see slotsOf
 	running   map[*progress]struct{}
 	pending   map[string]pending      // by name; see pending.go
 	hungry    bool                    // the disk was full: partial downloads go at once
@@ -113,10 +113,10 @@ func Open(o Options) (*Store, error) {
 	s := &Store{
 		o:         o,
 		wake:      make(chan struct{}, 1),
-		slots:     make(chan struct{}, o.Downloads),
+		slots:     map[string]chan struct{}{},
 		refs:      map[string]*loaded{},
 		held:      map[digest.Digest]int{},
-		downloads: map[digest.Digest]*download{},
+		downloads: map[string]*download{},
 		running:   map[*progress]struct{}{},
 		pending:   map[string]pending{},
 		sizes:     map[digest.Digest]int64{},

@@ -79,7 +79,8 @@ func take(n *harness.Node) *holdings {
 	}
 	for _, e := range h.list(images, "ingest") {
 		if st, err := e.Info(); err == nil {
-			h.partial[digest.Digest(strings.Replace(e.Name(), "-", ":", 1))] = st.Size()
+			part := strings.Split(e.Name(), "-") // ALGORITHM-HEX-REGISTRY-SIZE
+			h.partial[digest.NewDigestFromEncoded(digest.Algorithm(part[0]), part[min(1, len(part)-1)])] = st.Size()
 		}
 	}
 	for _, e := range h.list(layers, "sha256") {
