@@ -139,3 +139,77 @@ func TestSlowRegistryHindersNoOther(t *testing.T) {
 	}
 	verify(t, s)
 }
+
+// Who knows the digests of a private image, which the status of its pods tells,
+// does not get it, nor can it be spoiled, by an image that names them.
+func TestDigestsAreNoKeys(t *testing.T) {
+	t.Parallel()
+	for _, drop := range []bool{false, true} {
+		t.Run(fmt.Sprint("drop=", drop), func(t *testing.T) {
+			h, bad := newHub(t), newHostile(t)
+			l := layerOf(t, "f", 1000, 1, types.OCILayer).(*testLayer)
+			private := imageOf(t, "x", l)
+			ref := h.push(t, "private:1", private)
+			h.set(basicAuth("me", "secret"))
+			root := t.TempDir()
+			s := openAt(t, root, func(o *Options) { o.DropLayers = drop })
+			var k sink
+			r := k.request(ref)
+			r.Auth = &Auth{Username: "me", Password: "secret"}
+			img := mustPull(t, s, r)
+			manifest, err := private.Digest()
+			if err != nil {
+				t.Fatal(err)
+			}
+			raw, err := private.RawConfigFile()
+			if err != nil {
+				t.Fatal(err)
+			}
+			config := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: digest.Digest(img.ID), Size: int64(len(raw))}
+			junk := bad.has(ocispec.MediaTypeImageLayerGzip, []byte("junk"))
+			other := layerOf(t, "g", 1000, 2, types.OCILayer).(*testLayer)
+			own := bad.has(ocispec.MediaTypeImageLayerGzip, other.packed)
+			for name, ref := range map[string]string{
+				"config":   bad.tag(t, "1", manifestOf(config, junk)),
+				"manifest": bad.tag(t, "2", ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, Manifests: []ocispec.Descriptor{{Digest: digest.Digest(manifest.String()), Size: 7}}}),
+				"diff id":  bad.tag(t, "3", manifestOf(bad.configOf(t, "", img.DiffIDs[0]), junk)),
+				"one blob as two layers": bad.tag(t, "4", manifestOf(
+					bad.configOf(t, "", digest.FromBytes(other.raw), img.DiffIDs[0]), own, own)),
+			} {
+				if _, err := s.Pull(t.Context(), k.request(ref)); err == nil {
+					t.Errorf("it came for its %s", name)
+				}
+			}
+			k = sink{}
+			r.Ref = img.ID
+			if err := s.Unpack(t.Context(), r); err != nil {
+				t.Errorf("the layer is lost: %v", err)
+			}
+			if len(s.List()) != 1 {
+				t.Errorf("%v", s.List())
+			}
+		})
+	}
+}
+
+// What an index says about a manifest, beside the digest, is not passed on.
+func TestIndexLies(t *testing.T) {
+	t.Parallel()
+	h := newHostile(t)
+	b, err := json.Marshal(manifestOf(h.configOf(t, "")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := h.has(ocispec.MediaTypeImageManifest, b)
+	s := openAt(t, t.TempDir())
+	for i, size := range []int64{1, 1 << 40} { // the manifest is here the second time
+		x := ocispec.Descriptor{MediaType: "application/x", Digest: d.Digest, Size: size, Data: []byte("data"), URLs: []string{"http://elsewhere.example"}, Annotations: map[string]string{"k": "v"}}
+		mustPull(t, s, PullRequest{Ref: h.tag(t, fmt.Sprint(i), ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, Manifests: []ocispec.Descriptor{x}})})
+	}
+	for ref, l := range s.refs {
+		if m := l.Manifest; m.Size != d.Size || m.Data != nil || m.URLs != nil || m.Annotations != nil || m.MediaType != ocispec.MediaTypeImageManifest {
+			t.Errorf("%s: %+v", ref, m)
+		}
+	}
+	verify(t, s)
+}

@@ -204,10 +204,16 @@ func parseConfig(b []byte, m *ocispec.Manifest) (c ocispec.Image, err error) {
 	if len(c.RootFS.DiffIDs) != len(m.Layers) {
 		return c, fmt.Errorf("%w: %d layers and %d diff ids", ErrCorrupt, len(m.Layers), len(c.RootFS.DiffIDs))
 	}
-	for _, d := range c.RootFS.DiffIDs {
+	content := map[digest.Digest]digest.Digest{}
+	for i, d := range c.RootFS.DiffIDs {
 		if err := d.Validate(); err != nil {
 			return c, fmt.Errorf("%w: diff id %q: %w", ErrCorrupt, d, err)
 		}
+		blob := m.Layers[i].Digest
+		if other, twice := content[blob]; twice && other != d {
+			return c, fmt.Errorf("%w: layer %s is %s and %s", ErrCorrupt, blob, other, d)
+		}
+		content[blob] = d
 	}
 	return c, nil
 }

@@ -183,25 +183,34 @@ func (p *pull) choose(ctx context.Context, desc ocispec.Descriptor, b []byte, de
 		return desc, nil, err
 	}
 	p.hold(child.Digest)
-	b, err = p.s.readBlob(child, maxManifest)
-	child.Size = int64(len(b)) // whatever the index says
+	// Nothing but the digest of what an index says is to be believed.
+	got := ocispec.Descriptor{MediaType: child.MediaType, Digest: child.Digest}
+	b, err = p.ours(child, maxManifest)
 	if err != nil {
-		var got ocispec.Descriptor
 		if got, b, err = p.reg.manifest(ctx, child.Digest.String()); err != nil {
 			return desc, nil, err
 		}
-		got.Platform = child.Platform
-		child = got
-		if err := p.keep(&child, b); err != nil {
-			return desc, nil, err
-		}
 	}
-	return p.choose(ctx, child, b, depth+1)
+	got.Size, got.Platform = int64(len(b)), child.Platform
+	if err := p.keep(&got, b); err != nil {
+		return desc, nil, err
+	}
+	return p.choose(ctx, got, b, depth+1)
+}
+
+// ours reads a small blob of the store if an image from the same repository has
+// it. Who knows no more than a digest, of an image that somebody else may pull,
+// does not get it by naming that in a repository of his own.
+func (p *pull) ours(d ocispec.Descriptor, limit int64) ([]byte, error) {
+	if !p.s.inRepository(p.name, d.Digest) {
+		return nil, ErrNotFound
+	}
+	return p.s.readBlob(d, limit)
 }
 
 // config gives the image's config, from the store or the registry.
 func (p *pull) config(ctx context.Context, m *ocispec.Manifest) (ocispec.Image, error) {
-	b, err := p.s.readBlob(m.Config, maxConfig)
+	b, err := p.ours(m.Config, maxConfig)
 	if err != nil {
 		if b, err = p.reg.blob(ctx, m.Config, maxConfig); err != nil {
 			return ocispec.Image{}, err
@@ -232,8 +241,7 @@ func (p *pull) blobs(ctx context.Context, m *ocispec.Manifest) error {
 	})
 	seen := map[digest.Digest]bool{}
 	for i, desc := range m.Layers {
-		// A layer that an image has twice is one: the diff ids are compared by
-		// the other one's digest, so they cannot differ.
+		// A layer that an image has twice is one; see parseConfig.
 		if seen[desc.Digest] {
 			continue
 		}
@@ -271,7 +279,7 @@ func (l *layer) bring(ctx context.Context) (err error) {
 		if err != nil {
 			return err
 		}
-		if l.p.req.Have(diffID) {
+		if l.p.req.Have(diffID) && l.p.s.isProven(l.desc.Digest, diffID) {
 			l.p.how.has(l.desc.Digest)
 			return nil // its blob is not kept, so it is not fetched either
 		}
@@ -337,13 +345,16 @@ func (l *layer) unpackBlob(ctx context.Context) error {
 	return err
 }
 
-// unpack hands the layer to the caller of Pull if it wants it.
+// unpack hands the layer to the caller of Pull if it wants it. Where it is
+// unpacked already, the blob has to be that layer all the same: it may be needed
+// to unpack it again, and who pulls the image has to have it.
 func (l *layer) unpack(ctx context.Context, r io.Reader) error {
 	diffID, err := l.diffID()
 	if err != nil {
 		return err
 	}
-	if l.p.req.Unpack == nil || l.p.req.Have != nil && l.p.req.Have(diffID) {
+	have := l.p.req.Have != nil && l.p.req.Have(diffID)
+	if l.p.req.Unpack == nil || have && l.p.s.isProven(l.desc.Digest, diffID) {
 		return nil
 	}
 	select {
@@ -357,11 +368,35 @@ func (l *layer) unpack(ctx context.Context, r io.Reader) error {
 		return err
 	}
 	defer u.Close()
-	if err := l.p.req.Unpack(ctx, diffID, u); err != nil {
-		return err
+	read := &readFlag{r: u}
+	if !have {
+		if err := l.p.req.Unpack(ctx, diffID, read); err != nil {
+			return err
+		}
+		l.p.s.count.unpacked.Add(1)
 	}
-	l.p.s.count.unpacked.Add(1)
+	if !read.begun { // another pull has unpacked it, from whatever blob
+		got, err := diffID.Algorithm().FromReader(u)
+		if err != nil {
+			return err
+		}
+		if got != diffID {
+			return fmt.Errorf("%w: its content is %s, the config says %s", ErrCorrupt, got, diffID)
+		}
+	}
+	l.p.s.proves(l.desc.Digest, diffID)
 	return nil
+}
+
+// readFlag notes whether anybody has begun to read.
+type readFlag struct {
+	r     io.Reader
+	begun bool
+}
+
+func (f *readFlag) Read(p []byte) (int, error) {
+	f.begun = true
+	return f.r.Read(p)
 }
 
 // Unpack hands the layers that r.Have does not know to r.Unpack, from the

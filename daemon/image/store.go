@@ -82,10 +82,11 @@ type Store struct {
 	images    []Image            // derived from refs by rebuild; sorted by id
 	byID      map[string]int     // index into images
 	byRef     map[string]int
-	layers    map[digest.Digest]bool // of images
-	held      map[digest.Digest]int  // blobs and layers that running calls need
-	downloads map[string]*download     // by partName
-	slots     map[string]chan struct{} // by registry; see slotsOf
+	layers    map[digest.Digest]bool          // of images
+	proven    map[digest.Digest]digest.Digest // what a layer's blob is once uncompressed
+	held      map[digest.Digest]int           // blobs and layers that running calls need
+	downloads map[string]*download            // by partName
+	slots     map[string]chan struct{}        // by registry; see slotsOf
 	running   map[*progress]struct{}
 	pending   map[string]pending      // by name; see pending.go
 	hungry    bool                    // the disk was full: partial downloads go at once
@@ -120,6 +121,7 @@ func Open(o Options) (*Store, error) {
 		running:   map[*progress]struct{}{},
 		pending:   map[string]pending{},
 		sizes:     map[digest.Digest]int64{},
+		proven:    map[digest.Digest]digest.Digest{},
 		pinned:    map[string]bool{},
 	}
 	for _, ref := range o.Pinned {
@@ -359,6 +361,7 @@ func (s *Store) rebuild() {
 	}
 	s.images = make([]Image, 0, len(byID))
 	s.byID, s.byRef, s.layers = map[string]int{}, map[string]int{}, map[digest.Digest]bool{}
+	s.proven = map[digest.Digest]digest.Digest{}
 	for id, refs := range byID {
 		slices.SortFunc(refs, func(a, b *loaded) int { return strings.Compare(a.Ref, b.Ref) })
 		c := refs[0].config
@@ -368,6 +371,11 @@ func (s *Store) rebuild() {
 		}
 		for _, d := range refs[0].manifest.Layers {
 			img.Size += uint64(d.Size)
+		}
+		for _, l := range refs {
+			for i, d := range l.manifest.Layers {
+				s.proven[d.Digest] = l.config.RootFS.DiffIDs[i]
+			}
 		}
 		for _, l := range refs {
 			if l.tagged() {
@@ -567,6 +575,33 @@ func (s *Store) IfUnwanted(diffID digest.Digest, f func() error) error {
 
 func (s *Store) wants(diffID digest.Digest) bool {
 	return s.held[diffID] > 0 || s.layers[diffID]
+}
+
+// isProven says whether a layer's blob is known to be this once uncompressed: it
+// was when it was unpacked, or an image says so that was pulled before.
+func (s *Store) isProven(blob, diffID digest.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.proven[blob] == diffID
+}
+
+func (s *Store) proves(blob, diffID digest.Digest) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.proven[blob] = diffID
+}
+
+// inRepository says whether an image from the same repository has a blob.
+func (s *Store) inRepository(name reference.Named, d digest.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for ref, l := range s.refs {
+		rest, ok := strings.CutPrefix(ref, name.Name())
+		if ok && (rest[0] == ':' || rest[0] == '@') && slices.Contains(l.blobs, d) {
+			return true
+		}
+	}
+	return false
 }
 
 // Usage is cheap: it is kept up to date, not computed.
