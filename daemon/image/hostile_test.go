@@ -3,10 +3,12 @@ package image
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"path"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -212,4 +214,34 @@ func TestIndexLies(t *testing.T) {
 		}
 	}
 	verify(t, s)
+}
+
+// A small image does not take much memory, not while it is pulled nor later.
+func TestImagesTakeLittleMemory(t *testing.T) { // not parallel: it measures
+	h := newHostile(t)
+	s := openAt(t, t.TempDir())
+	history := `,"history":[{}` + strings.Repeat(",{}", (6<<20)/3) + `]`
+	before := heapInUse()
+	mustPull(t, s, PullRequest{Ref: h.tag(t, "1", manifestOf(h.configOf(t, history)))})
+	if took := heapInUse() - before; took > 64<<20 {
+		t.Errorf("%d bytes for an image without layers", took)
+	}
+	var layers []ocispec.Descriptor
+	var diffIDs []digest.Digest
+	for i := range maxLayers + 1 {
+		d := digest.FromString(fmt.Sprint(i))
+		diffIDs = append(diffIDs, d)
+		layers = append(layers, ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: d, Size: 1})
+	}
+	if _, err := s.Pull(t.Context(), PullRequest{Ref: h.tag(t, "2", manifestOf(h.configOf(t, "", diffIDs...), layers...))}); !errors.Is(err, ErrUnsupported) {
+		t.Errorf("%d layers: %v", len(layers), err)
+	}
+}
+
+func heapInUse() int64 {
+	runtime.GC()
+	runtime.GC() // what a finalizer or a pool held on to
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int64(m.HeapAlloc)
 }

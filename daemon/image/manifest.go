@@ -195,9 +195,16 @@ func machine(cpuinfo string) ocispec.Platform {
 
 // parseConfig reads an image's config and compares it with the manifest.
 func parseConfig(b []byte, m *ocispec.Manifest) (c ocispec.Image, err error) {
-	if err := json.Unmarshal(b, &c); err != nil {
+	var all struct {
+		ocispec.Image
+		// Nobody asks for it, and as a slice it may take 20 times its text, for
+		// as long as the image is here.
+		History json.RawMessage `json:"history"`
+	}
+	if err := json.Unmarshal(b, &all); err != nil {
 		return c, fmt.Errorf("%w: the config is not JSON: %w", ErrCorrupt, err)
 	}
+	c = all.Image
 	if c.OS != "" && c.OS != "linux" {
 		return c, fmt.Errorf("%w: an image for %s", ErrUnsupported, c.OS)
 	}
