@@ -3,9 +3,12 @@ package rootfs
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
 // byContent are the errors of the kernel that a layer brings about on any
@@ -28,7 +31,7 @@ func (e *attributeError) Unwrap() error { return e.err }
 // blame makes an error of extracting one of the layer where it is: unless the
 // stream could not be read, or the machine could not do what it was asked for.
 func (x *extractor) blame(err, stream error) error {
-	if stream != nil || errors.Is(err, ErrBadLayer) {
+	if stream != nil || x.ctx.Err() != nil || errors.Is(err, ErrBadLayer) {
 		return err
 	}
 	// What a file system has no room for in one inode is not a full disk.
@@ -50,6 +53,37 @@ func (x *extractor) hasRoom() bool {
 // maxMemory bounds what is kept about the directories of a layer until its end,
 // in bytes. It is enough for more than a million of them with names of 100 bytes.
 const maxMemory = 256 << 20
+
+// maxImplied bounds the names in the record of a layer, in bytes. In JSON a byte
+// may take six, and a reader takes no more than 64 MiB.
+const maxImplied = 8 << 20
+
+// maxKept is what stays in memory of those of each layer.
+const maxKept = 64 << 10
+
+func (l names) size() (n int) {
+	for _, name := range l {
+		n += len(name) + 16 // quotes, a comma, and the string's header
+	}
+	return n
+}
+
+// abridge makes the record what stays in memory.
+func (r *record) abridge() {
+	if r.Implied.size() > maxKept {
+		r.Implied, r.abridged = nil, true
+	}
+}
+
+// full is the record with all of its names.
+func (s *Store) full(r *record) (*record, error) {
+	if !r.abridged {
+		return r, nil
+	}
+	var all record
+	err := rundir.ReadRecord(filepath.Join(s.layerDir(r.DiffID), recordName), &all)
+	return &all, err
+}
 
 func (x *extractor) remember(bytes int) error {
 	if x.memory += bytes + 128; x.memory > maxMemory {

@@ -36,6 +36,7 @@ const (
 // exclusively in it, replaced, or not followed. Nobody else writes below root
 // meanwhile.
 type extractor struct {
+	ctx    context.Context
 	root   int // fd of the layer's root
 	trash  int // fd of a directory for what later entries replace
 	limits Limits
@@ -78,7 +79,7 @@ func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stre
 	}
 	defer unix.Close(trashFd)
 	x := &extractor{
-		root: root, trash: trashFd, limits: limits,
+		ctx: ctx, root: root, trash: trashFd, limits: limits,
 		buf:        make([]byte, 64<<10),
 		parentName: ".", parent: root,
 		dirs:    map[uint64]dirEntry{},
@@ -106,6 +107,10 @@ func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stre
 	if err := x.finish(); err != nil {
 		return record{}, x.blame(err, nil)
 	}
+	implied := names(slices.Sorted(maps.Values(x.implied)))
+	if implied.size() > maxImplied {
+		return record{}, fmt.Errorf("%w: too many directories without entries, or with names too long", ErrBadLayer)
+	}
 	if x.trashed > 0 {
 		if err := x.recount(); err != nil {
 			return record{}, err
@@ -113,7 +118,7 @@ func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stre
 	}
 	return record{
 		DiffID: diffID, Bytes: x.bytes, Inodes: x.inodes, BootID: rundir.BootID(),
-		Implied: slices.Sorted(maps.Values(x.implied)),
+		Implied: implied,
 	}, nil
 }
 
@@ -318,6 +323,9 @@ const block = 4096
 // copy writes size bytes of r; with holes, blocks of zeros become holes.
 func (x *extractor) copy(fd int, r io.Reader, size int64, holes bool) error {
 	for off := int64(0); off < size; {
+		if err := x.ctx.Err(); err != nil {
+			return err // a hole is not read from the stream, which would tell
+		}
 		b := x.buf[:min(int64(len(x.buf)), size-off)]
 		if _, err := io.ReadFull(r, b); err != nil {
 			if err == io.EOF || err == io.ErrUnexpectedEOF {

@@ -110,6 +110,10 @@ func (s *Store) prepareUpper(upper string, diffIDs []digest.Digest, m *IDMap) er
 		if !ok {
 			return fmt.Errorf("%w: %s", ErrNoLayer, d)
 		}
+		r, err := s.full(r)
+		if err != nil {
+			return err
+		}
 		fd, err := unix.Open(filepath.Join(s.layerDir(d), diffName), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			return fmt.Errorf("cannot open layer %s: %w", d, err)

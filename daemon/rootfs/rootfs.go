@@ -72,6 +72,8 @@ type record struct {
 	// Implied are the directories that the archive has files in, but no entry
 	// for. What they look like is up to the layers below (see implied.go).
 	Implied names `json:"implied,omitempty"`
+
+	abridged bool // Implied is left out, as it is long; see Store.full
 }
 
 // Store keeps one directory per layer. It is safe for concurrent use. One
@@ -300,6 +302,7 @@ func (s *Store) intact(r *record) bool {
 
 // note puts a layer on the books. mu is held, or the caller is Open.
 func (s *Store) note(r *record, synced bool) {
+	r.abridge()
 	s.layers[r.DiffID] = r
 	s.usage.Bytes += r.Bytes
 	s.usage.Inodes += r.Inodes
