@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"path"
@@ -244,4 +246,87 @@ func heapInUse() int64 {
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return int64(m.HeapAlloc)
+}
+
+// A registry on loopback may speak plain HTTP; whom it names by https may not.
+// And no address tells the next host what the one before had in its query.
+func TestOthersGetNothingInTheClear(t *testing.T) {
+	t.Parallel()
+	var mu sync.Mutex
+	var got []string
+	note := func(r *http.Request) {
+		b, _ := io.ReadAll(r.Body)
+		mu.Lock()
+		defer mu.Unlock()
+		got = append(got, fmt.Sprint(r.Method, " ", r.URL, " ", r.Header, " ", string(b)))
+	}
+	plain := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		note(r)
+		w.Write([]byte(`{"token":"x","access_token":"x"}`))
+	}))
+	t.Cleanup(plain.Close)
+	for realm, want := range map[string]string{
+		"https://" + strings.TrimPrefix(plain.URL, "http://") + "/token": "",
+		"/redirect?signature=secret":                                     "GET /token",
+	} {
+		h := newHub(t)
+		h.set(func(w http.ResponseWriter, r *http.Request) bool {
+			switch {
+			case r.URL.Path == "/redirect" && r.Method == http.MethodPost:
+				w.WriteHeader(http.StatusNotFound) // only the older way
+			case r.URL.Path == "/redirect":
+				http.Redirect(w, r, plain.URL+"/token", http.StatusTemporaryRedirect)
+			default:
+				w.Header().Set("WWW-Authenticate", fmt.Sprintf("Bearer realm=%q,service=\"s\"", realm))
+				w.WriteHeader(http.StatusUnauthorized)
+			}
+			return false
+		})
+		s := openAt(t, t.TempDir())
+		_, err := s.Pull(t.Context(), PullRequest{Ref: h.host + "/app:1", Auth: &Auth{Username: "me", Password: "secret"}})
+		if err == nil || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%s: %v", realm, err)
+		}
+		mu.Lock()
+		for _, r := range got {
+			if want == "" || !strings.HasPrefix(r, want) || strings.Contains(r, "secret") {
+				t.Errorf("%s: sent in the clear: %s", realm, r)
+			}
+		}
+		got = nil
+		mu.Unlock()
+	}
+}
+
+// A pull leaves no connection behind.
+func TestConnectionsAreClosed(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	var mu sync.Mutex
+	open := map[net.Conn]bool{}
+	ref := h.push(t, "app:1", imageOf(t, "x", layerOf(t, "f", 1000, 1, types.OCILayer)))
+	proxy := httptest.NewUnstartedServer(h.Config.Handler)
+	proxy.Config.ConnState = func(c net.Conn, st http.ConnState) {
+		mu.Lock()
+		defer mu.Unlock()
+		open[c] = st != http.StateClosed && st != http.StateHijacked
+	}
+	proxy.Start()
+	t.Cleanup(proxy.Close)
+	s := openAt(t, t.TempDir())
+	mustPull(t, s, PullRequest{Ref: strings.Replace(ref, h.host, strings.TrimPrefix(proxy.URL, "http://"), 1)})
+	began := time.Now()
+	eventually(t, "all are closed", func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		for _, still := range open {
+			if still {
+				return false
+			}
+		}
+		return true
+	})
+	if took := time.Since(began); took > 10*time.Second {
+		t.Errorf("after %s", took)
+	}
 }

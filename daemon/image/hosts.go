@@ -87,6 +87,7 @@ func (r *registry) close() {
 func (s *Store) hosts(ctx context.Context, domain string) ([]docker.RegistryHost, error) {
 	var dir string
 	var broken decodeErrors
+	plain := map[*http.Client]*http.Transport{} // as they were before any fallback
 	o := config.HostOptions{
 		HostDir: func(string) (d string, err error) {
 			if dir, err = hostDir(s.o.RegistryConfigDir, domain); err == nil && dir != "" {
@@ -98,6 +99,7 @@ func (s *Store) hosts(ctx context.Context, domain string) ([]docker.RegistryHost
 			c.CheckRedirect = checkRedirect(nil)
 			if t, ok := c.Transport.(*http.Transport); ok {
 				t.MaxResponseHeaderBytes = maxHeader
+				plain[c] = t
 			}
 			return nil
 		},
@@ -105,6 +107,11 @@ func (s *Store) hosts(ctx context.Context, domain string) ([]docker.RegistryHost
 	hosts, err := config.ConfigureHosts(clog.WithLogger(ctx, newQuiet(&broken)), o)(domain)
 	if err == nil {
 		err = broken.err
+	}
+	for _, h := range hosts {
+		if t := plain[h.Client]; t != nil && h.Client.Transport != http.RoundTripper(t) {
+			h.Client.Transport = &fallback{Transport: t, host: h.Host, own: h.Client.Transport}
+		}
 	}
 	if dir == "" {
 		return hosts, err
@@ -122,6 +129,23 @@ func (s *Store) hosts(ctx context.Context, domain string) ([]docker.RegistryHost
 	}
 	warnUnknown(s.o.Log, file)
 	return hosts, nil
+}
+
+// fallback confines what the library does for a registry that may speak plain
+// HTTP after all to that registry. Of a token server, or a storage, that is named
+// by https an answer in the clear is an error, and no reason to send it a secret
+// that way.
+type fallback struct {
+	*http.Transport // whose idle connections can be closed
+	host            string
+	own             http.RoundTripper
+}
+
+func (f *fallback) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.URL.Host == f.host {
+		return f.own.RoundTrip(r)
+	}
+	return f.Transport.RoundTrip(r)
 }
 
 // hostDir finds the directory of a registry host, or else _default, in a list
@@ -223,7 +247,9 @@ func checkRedirect(secret http.Header) func(*http.Request, []*http.Request) erro
 		if req.Method != http.MethodGet && req.Method != http.MethodHead {
 			return fmt.Errorf("refused a redirect of %s to %s", req.Method, req.URL.Host)
 		}
-		for _, k := range slices.Concat([]string{"Authorization", "Cookie", "Proxy-Authorization"}, slices.Collect(maps.Keys(secret))) {
+		// The address that led here may have the user's name in its query, or a
+		// signature.
+		for _, k := range slices.Concat([]string{"Authorization", "Cookie", "Proxy-Authorization", "Referer"}, slices.Collect(maps.Keys(secret))) {
 			req.Header.Del(k)
 		}
 		return nil
