@@ -28,6 +28,11 @@ func (s *Store) hasBlob(d ocispec.Descriptor) bool {
 	return err == nil && st.Mode().IsRegular() && st.Size() == d.Size
 }
 
+// hasAll says whether the config and all layers are here.
+func (s *Store) hasAll(m *ocispec.Manifest) bool {
+	return s.hasBlob(m.Config) && !slices.ContainsFunc(m.Layers, func(d ocispec.Descriptor) bool { return !s.hasBlob(d) })
+}
+
 // addBlob stores a small blob that is verified already.
 func (s *Store) addBlob(d ocispec.Descriptor, b []byte) error {
 	if old, err := s.readBlob(d, int64(len(b))+1); err == nil && len(old) == len(b) {

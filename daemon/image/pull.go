@@ -112,10 +112,20 @@ func (p *pull) run(ctx context.Context) (img Image, err error) {
 	}
 	blobs := blobsOf(target.Digest, manifest.Digest, m)
 	p.hold(blobs...)
-	if err := p.s.beginPending(p.name.String(), blobs); err != nil {
-		return img, err
+	// What is here already needs no record, and no room for one: on a full disk a
+	// pod whose image is here is to start.
+	if p.s.hasAll(m) {
+		defer func() {
+			if err == nil {
+				p.s.completePending(p.name.String())
+			}
+		}()
+	} else {
+		if err := p.s.beginPending(p.name.String(), blobs); err != nil {
+			return img, err
+		}
+		defer func() { p.s.endPending(p.name.String(), err) }()
 	}
-	defer func() { p.s.endPending(p.name.String(), err) }()
 	p.how.needs(m.Layers)
 	if err := p.blobs(ctx, m); err != nil {
 		return img, err

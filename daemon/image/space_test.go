@@ -157,6 +157,7 @@ func TestFullDisk(t *testing.T) {
 	if _, err := s.Pull(t.Context(), k.request(f.ref)); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("got %v", err)
 	}
+	mustPull(t, s, k.request(fits)) // it is here already
 	s.Close()
 	s = openAt(t, root)
 	if len(s.List()) != 1 {
