@@ -25,6 +25,9 @@ type pending struct {
 	Ref   string          `json:"ref"`
 	Blobs []digest.Digest `json:"blobs"`
 	Since time.Time       `json:"since"`
+	// Had are those of Blobs that the registry has sent for this reference, and
+	// that are not to be had by their digest alone; see ours.
+	Had   []digest.Digest `json:"had,omitempty"`
 	pulls int             // that run; guarded by Store.mu
 	over  bool            // it keeps nothing any more, only its file is still there
 }
@@ -62,15 +65,33 @@ func (s *Store) loadPending() {
 func (s *Store) beginPending(ref string, blobs []digest.Digest) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	p := pending{Ref: ref, Blobs: blobs, Since: time.Now().UTC(), pulls: s.pending[ref].pulls + 1}
-	path := s.pendingPath(ref)
+	before := s.pending[ref]
+	had := slices.DeleteFunc(slices.Clone(before.Had), func(d digest.Digest) bool { return !slices.Contains(blobs, d) })
+	return s.writePending(pending{Ref: ref, Blobs: blobs, Since: time.Now().UTC(), Had: had, pulls: before.pulls + 1})
+}
+
+// notePending notes that the registry has sent a blob, before that has its name.
+func (s *Store) notePending(ref string, d digest.Digest) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p, ok := s.pending[ref]
+	if !ok || slices.Contains(p.Had, d) {
+		return nil
+	}
+	p.Had = append(slices.Clone(p.Had), d)
+	return s.writePending(p)
+}
+
+// writePending is called with mu held.
+func (s *Store) writePending(p pending) error {
+	path := s.pendingPath(p.Ref)
 	if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
 		os.RemoveAll(path) // a rename would not replace it
 	}
 	if err := rundir.WriteRecord(path, p, false); err != nil {
 		return err
 	}
-	s.pending[ref] = p
+	s.pending[p.Ref] = p
 	return nil
 }
 

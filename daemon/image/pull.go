@@ -209,7 +209,7 @@ func (p *pull) choose(ctx context.Context, desc ocispec.Descriptor, b []byte, de
 }
 
 // ours reads a small blob of the store if an image from the same repository has
-// it. Who knows no more than a digest, of an image that somebody else may pull,
+// it, or an interrupted pull had got it from there. Who knows no more than a digest, of an image that somebody else may pull,
 // does not get it by naming that in a repository of his own.
 func (p *pull) ours(d ocispec.Descriptor, limit int64) ([]byte, error) {
 	if !p.s.inRepository(p.name, d.Digest) {
@@ -223,6 +223,9 @@ func (p *pull) config(ctx context.Context, m *ocispec.Manifest) (ocispec.Image, 
 	b, err := p.ours(m.Config, maxConfig)
 	if err != nil {
 		if b, err = p.reg.blob(ctx, m.Config, maxConfig); err != nil {
+			return ocispec.Image{}, err
+		}
+		if err := p.s.notePending(p.name.String(), m.Config.Digest); err != nil {
 			return ocispec.Image{}, err
 		}
 		if err := p.s.addBlob(m.Config, b); err != nil {

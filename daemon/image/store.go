@@ -591,13 +591,21 @@ func (s *Store) proves(blob, diffID digest.Digest) {
 	s.proven[blob] = diffID
 }
 
-// inRepository says whether an image from the same repository has a blob.
+// inRepository says whether a blob has come from the same repository.
 func (s *Store) inRepository(name reference.Named, d digest.Digest) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for ref, l := range s.refs {
+	same := func(ref string) bool {
 		rest, ok := strings.CutPrefix(ref, name.Name())
-		if ok && (rest[0] == ':' || rest[0] == '@') && slices.Contains(l.blobs, d) {
+		return ok && (rest[0] == ':' || rest[0] == '@')
+	}
+	for ref, l := range s.refs {
+		if same(ref) && slices.Contains(l.blobs, d) {
+			return true
+		}
+	}
+	for ref, p := range s.pending {
+		if same(ref) && slices.Contains(p.Had, d) {
 			return true
 		}
 	}
