@@ -25,8 +25,8 @@ type pending struct {
 	Ref   string          `json:"ref"`
 	Blobs []digest.Digest `json:"blobs"`
 	Since time.Time       `json:"since"`
-	// Had are those of Blobs that the registry has sent for this reference, and
-	// that are not to be had by their digest alone; see ours.
+	// Had are those of Blobs that are not to be had by their digest alone, and
+	// have come from the repository of this reference; see ours.
 	Had   []digest.Digest `json:"had,omitempty"`
 	pulls int             // that run; guarded by Store.mu
 	over  bool            // it keeps nothing any more, only its file is still there
@@ -70,7 +70,7 @@ func (s *Store) beginPending(ref string, blobs []digest.Digest) error {
 	return s.writePending(pending{Ref: ref, Blobs: blobs, Since: time.Now().UTC(), Had: had, pulls: before.pulls + 1})
 }
 
-// notePending notes that the registry has sent a blob, before that has its name.
+// notePending notes that a blob has come from the repository of a reference.
 func (s *Store) notePending(ref string, d digest.Digest) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -225,12 +225,14 @@ func (p *pull) config(ctx context.Context, m *ocispec.Manifest) (ocispec.Image, 
 		if b, err = p.reg.blob(ctx, m.Config, maxConfig); err != nil {
 			return ocispec.Image{}, err
 		}
-		if err := p.s.notePending(p.name.String(), m.Config.Digest); err != nil {
-			return ocispec.Image{}, err
-		}
-		if err := p.s.addBlob(m.Config, b); err != nil {
-			return ocispec.Image{}, err
-		}
+	}
+	// Noted before the blob has its name, or loses the image that it was known by.
+	err = p.s.notePending(p.name.String(), m.Config.Digest)
+	if err == nil {
+		err = p.s.addBlob(m.Config, b)
+	}
+	if err != nil {
+		return ocispec.Image{}, err
 	}
 	return parseConfig(b, m)
 }
