@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
@@ -344,6 +345,7 @@ func (s *Store) writeRecords(names []string, r record) (fresh []*loaded, err err
 			s.quarantine(s.recordPath(ref), errors.New("it is not a file")) // a rename would not replace it
 		}
 		if err := rundir.WriteRecord(s.recordPath(ref), l.record, true); err != nil {
+			s.restore(ref)
 			return slices.DeleteFunc(fresh, func(l *loaded) bool {
 				return s.refs[l.Ref] == nil && os.Remove(s.recordPath(l.Ref)) == nil
 			}), err
@@ -351,6 +353,21 @@ func (s *Store) writeRecords(names []string, r record) (fresh []*loaded, err err
 		fresh = append(fresh, &l)
 	}
 	return fresh, nil
+}
+
+// restore makes a record what it was before a write that failed: it may be in
+// place already, and only its name not on the disk. records is held.
+func (s *Store) restore(ref string) {
+	path := s.recordPath(ref)
+	var err error
+	if old := s.refs[ref]; old != nil {
+		err = rundir.WriteRecord(path, old.record, false)
+	} else if err = os.Remove(path); errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	if err != nil {
+		s.o.Log.Error("cannot restore the record of an image reference, it may be another one after a restart", "record", path, "error", err)
+	}
 }
 
 // rebuild derives the images and index.json from the records. mu is held.
