@@ -325,8 +325,8 @@ func (s *Store) commit(name reference.Named, target, manifest ocispec.Descriptor
 }
 
 // writeRecords puts a record of an image under each name, and gives those that
-// were not there yet. Where it fails, a name that meant nothing before means
-// nothing after. records is held.
+// were not there yet. Where it fails, the names mean what they did before: it
+// gives those that could not be restored. records is held.
 func (s *Store) writeRecords(names []string, r record) (fresh []*loaded, err error) {
 	img, err := s.loadBlobs(r)
 	if err != nil {
@@ -346,9 +346,7 @@ func (s *Store) writeRecords(names []string, r record) (fresh []*loaded, err err
 		}
 		if err := rundir.WriteRecord(s.recordPath(ref), l.record, true); err != nil {
 			s.restore(ref)
-			return slices.DeleteFunc(fresh, func(l *loaded) bool {
-				return s.refs[l.Ref] == nil && os.Remove(s.recordPath(l.Ref)) == nil
-			}), err
+			return slices.DeleteFunc(fresh, func(l *loaded) bool { return s.restore(l.Ref) }), err
 		}
 		fresh = append(fresh, &l)
 	}
@@ -357,7 +355,7 @@ func (s *Store) writeRecords(names []string, r record) (fresh []*loaded, err err
 
 // restore makes a record what it was before a write that failed: it may be in
 // place already, and only its name not on the disk. records is held.
-func (s *Store) restore(ref string) {
+func (s *Store) restore(ref string) bool {
 	path := s.recordPath(ref)
 	var err error
 	if old := s.refs[ref]; old != nil {
@@ -368,6 +366,7 @@ func (s *Store) restore(ref string) {
 	if err != nil {
 		s.o.Log.Error("cannot restore the record of an image reference, it may be another one after a restart", "record", path, "error", err)
 	}
+	return err == nil
 }
 
 // rebuild derives the images and index.json from the records. mu is held.
