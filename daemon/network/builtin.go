@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"github.com/containernetworking/cni/libcni"
+
+	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
 const (
@@ -36,7 +38,12 @@ func (n *Network) SetPodCIDR(cidr string) error {
 		n.log.Debug("pod CIDR ignored, no built-in network", "cidr", cidr)
 		return nil
 	}
-	if err := replaceFile(n.podCIDRFile(), []byte(cidr+"\n")); err != nil {
+	// Not synced: after a power cut the kubelet starts anew and sends it again.
+	err = os.MkdirAll(n.opts.CacheDir, 0o700)
+	if err == nil {
+		err = rundir.ReplaceFile(n.podCIDRFile(), []byte(cidr+"\n"), 0o600, false)
+	}
+	if err != nil {
 		return fmt.Errorf("cannot store the pod CIDR: %w", err)
 	}
 	n.mu.Lock()
@@ -133,17 +140,4 @@ func (n *Network) builtin() (conf, error) {
 func hasCommand(name string) bool {
 	_, err := exec.LookPath(name)
 	return err == nil
-}
-
-// replaceFile writes data so that a reader finds the old content or the new
-// one. Not synced: after a power cut the kubelet starts anew and sends it again.
-func replaceFile(path string, data []byte) error {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return err
-	}
-	tmp := path + ".tmp"
-	if err := os.WriteFile(tmp, data, 0o600); err != nil {
-		return err
-	}
-	return os.Rename(tmp, path)
 }

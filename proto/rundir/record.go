@@ -64,20 +64,29 @@ func Decode(b []byte, v any) error {
 	return nil
 }
 
-// WriteRecord replaces the record at path atomically: written to a temporary
-// name beside it, then renamed. With sync it is also on the disk, name
-// included, before WriteRecord returns. Mode 0600: environments hold secrets.
+// WriteRecord replaces the record at path, as ReplaceFile does. Mode 0600:
+// environments hold secrets.
 func WriteRecord(path string, v any, sync bool) error {
 	b, err := Encode(v)
 	if err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	return ReplaceFile(path, b, 0o600, sync)
+}
+
+// ReplaceFile replaces the file at path atomically: b is written to a hidden
+// name beside it, .NAME.RANDOM, and renamed. With sync it is also on the disk,
+// name included, before ReplaceFile returns.
+func ReplaceFile(path string, b []byte, mode fs.FileMode, sync bool) error {
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*") // 0600
 	if err != nil {
 		return fmt.Errorf("cannot write %s: %w", path, err)
 	}
 	defer os.Remove(f.Name()) // gone already if the rename worked
 	_, err = f.Write(b)
+	if err == nil && mode != 0o600 {
+		err = f.Chmod(mode)
+	}
 	if err == nil && sync {
 		err = f.Sync()
 	}
