@@ -194,30 +194,29 @@ func (s *Store) collector() {
 	}
 }
 
-func (s *Store) collect() error {
-	needed := func(d digest.Digest) bool { // mu is held
-		if s.held[d] > 0 {
+// resumes says whether an interrupted pull, or one that runs, is to bring the
+// blob. mu is held.
+func (s *Store) resumes(d digest.Digest) bool {
+	for _, p := range s.pending {
+		if !p.over && slices.Contains(p.Blobs, d) {
 			return true
 		}
+	}
+	return false
+}
+
+func (s *Store) collect() error {
+	needed := func(d digest.Digest) bool { // mu is held
 		for _, l := range s.refs {
 			if slices.Contains(l.blobs, d) {
 				return true
 			}
 		}
-		for _, p := range s.pending {
-			if !p.over && slices.Contains(p.Blobs, d) {
-				return true
-			}
-		}
-		return false
+		return s.held[d] > 0 || s.resumes(d)
 	}
 	rerr := s.dropKept()
 	s.mu.Lock()
 	rerr = errors.Join(rerr, s.dropStalePending(), s.forgetRemoval(), s.refreshIndex())
-	stale := s.o.StaleIngest
-	if s.hungry {
-		s.hungry, stale = false, 0
-	}
 	named := map[digest.Digest]bool{}
 	for _, l := range s.refs {
 		for _, d := range l.blobs {
@@ -249,29 +248,19 @@ func (s *Store) collect() error {
 	if count > 0 {
 		s.o.Log.Info("unused blobs removed", "blobs", count)
 	}
-	return errors.Join(rerr, err, s.collectIngest(stale))
+	return errors.Join(rerr, err, s.collectIngest())
 }
 
-// cleanIngest removes what no interrupted pull will resume. It is part of Open.
-func (s *Store) cleanIngest() error {
-	resumed := map[digest.Digest]bool{}
-	for _, p := range s.pending {
-		for _, d := range p.Blobs {
-			resumed[d] = true
-		}
+// cleanIngest removes small blobs that were being written. It is part of Open.
+func (s *Store) cleanIngest() {
+	files, _ := filepath.Glob(filepath.Join(s.o.Root, ingestName, smallPrefix+"*"))
+	for _, path := range files {
+		os.RemoveAll(path)
 	}
-	dir := filepath.Join(s.o.Root, ingestName)
-	files, err := os.ReadDir(dir)
-	for _, e := range files {
-		if !resumed[blobOfPart(e.Name())] || !e.Type().IsRegular() {
-			os.RemoveAll(filepath.Join(dir, e.Name()))
-		}
-	}
-	return err
 }
 
-// collectIngest removes partial downloads of that age that nobody came back for.
-func (s *Store) collectIngest(stale time.Duration) error {
+// collectIngest removes partial downloads that no pull goes on with.
+func (s *Store) collectIngest() error {
 	dir := filepath.Join(s.o.Root, ingestName)
 	files, err := os.ReadDir(dir)
 	if err != nil {
@@ -279,16 +268,12 @@ func (s *Store) collectIngest(stale time.Duration) error {
 	}
 	var errs []error
 	for _, e := range files {
-		st, err := e.Info()
-		if err != nil || !old(st.ModTime(), stale) || strings.HasPrefix(e.Name(), smallPrefix) {
-			continue // small ones are being written, or go with the next start
+		if strings.HasPrefix(e.Name(), smallPrefix) {
+			continue // its writer removes it
 		}
 		s.mu.Lock()
-		switch running := s.downloads[e.Name()]; {
-		case running == nil:
+		if s.downloads[e.Name()] == nil && !s.resumes(blobOfPart(e.Name())) {
 			errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
-		case running.users == 0 && stale == 0:
-			s.hungry = true // it is about to end, and wakes the collector then
 		}
 		s.mu.Unlock()
 	}

@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/distribution/reference"
 	"github.com/google/go-containerregistry/pkg/name"
 	ggcr "github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -1229,34 +1230,31 @@ func TestMirrors(t *testing.T) {
 	}
 }
 
-func TestStalePartsAreRemoved(t *testing.T) {
+func TestPartsAreRemoved(t *testing.T) {
 	root := t.TempDir()
 	s := openAt(t, root)
 	s.Close()
 	part := func(s string) string {
 		return filepath.Join(root, ingestName, partName("registry.example", descOfBytes([]byte(s))))
 	}
-	old, fresh, orphan := part("old"), part("fresh"), part("orphan")
-	if err := s.beginPending("registry.test/a:1", []digest.Digest{digest.FromString("old"), digest.FromString("fresh")}); err != nil {
+	resumed, orphan, small := part("resumed"), part("orphan"), filepath.Join(root, ingestName, smallPrefix+"1")
+	if err := s.beginPending(named(t, "registry.test/a:1"), []digest.Digest{digest.FromString("resumed")}); err != nil {
 		t.Fatal(err)
 	}
-	for _, p := range []string{old, fresh, orphan} {
+	for _, p := range []string{resumed, orphan, small} {
 		if err := os.WriteFile(p, []byte("x"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	then := time.Now().Add(-48 * time.Hour)
-	if err := os.Chtimes(old, then, then); err != nil {
-		t.Fatal(err)
+	gone := func(path string) bool { _, err := os.Stat(path); return errors.Is(err, os.ErrNotExist) }
+	s = openAt(t, root)
+	eventually(t, "what no interrupted pull has is gone", func() bool { return gone(orphan) && gone(small) })
+	if gone(resumed) {
+		t.Error("what an interrupted pull has is gone")
 	}
-	openAt(t, root)
-	eventually(t, "the old one is gone", func() bool { _, err := os.Stat(old); return errors.Is(err, os.ErrNotExist) })
-	if _, err := os.Stat(fresh); err != nil {
-		t.Error(err)
-	}
-	if _, err := os.Stat(orphan); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("what no interrupted pull has: %v", err)
-	}
+	s.completePending("registry.test/a:1") // it needed nothing more
+	s.kick()
+	eventually(t, "it is gone when the pull went well", func() bool { return gone(resumed) })
 }
 
 // A container that finds no room for its layers is worth more than what an
@@ -1275,4 +1273,13 @@ func TestUnpackMakesRoom(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	eventually(t, "the part is gone", func() bool { _, err := os.Stat(part); return errors.Is(err, os.ErrNotExist) })
+}
+
+func named(t *testing.T, ref string) reference.Named {
+	t.Helper()
+	n, err := parse(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }

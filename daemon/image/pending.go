@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/holdfast-cri/holdfast/proto/rundir"
@@ -61,13 +62,14 @@ func (s *Store) loadPending() {
 }
 
 // beginPending notes that a pull is going to fetch blobs. It is not synced: a
-// power cut may cost what was fetched, not more.
-func (s *Store) beginPending(ref string, blobs []digest.Digest) error {
+// power cut may cost what was fetched, not more. What is here by an image of the
+// same repository stays this pull's, also when that image is removed meanwhile.
+func (s *Store) beginPending(name reference.Named, blobs []digest.Digest) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	before := s.pending[ref]
-	had := slices.DeleteFunc(slices.Clone(before.Had), func(d digest.Digest) bool { return !slices.Contains(blobs, d) })
-	return s.writePending(pending{Ref: ref, Blobs: blobs, Since: time.Now().UTC(), Had: had, pulls: before.pulls + 1})
+	known := s.broughtBy(name.Name())
+	had := slices.DeleteFunc(slices.Clone(blobs), func(d digest.Digest) bool { return !known[d] })
+	return s.writePending(pending{Ref: name.String(), Blobs: blobs, Since: time.Now().UTC(), Had: had, pulls: s.pending[name.String()].pulls + 1})
 }
 
 // notePending notes that a blob has come from the repository of a reference.
@@ -126,7 +128,6 @@ func (s *Store) makeRoom() {
 			s.dropPending(ref)
 		}
 	}
-	s.hungry = true
 	s.kick()
 }
 

@@ -121,7 +121,7 @@ func (p *pull) run(ctx context.Context) (img Image, err error) {
 			}
 		}()
 	} else {
-		if err := p.s.beginPending(p.name.String(), blobs); err != nil {
+		if err := p.s.beginPending(p.name, blobs); err != nil {
 			return img, err
 		}
 		defer func() { p.s.endPending(p.name.String(), err) }()

@@ -90,7 +90,6 @@ type Store struct {
 	slots     map[string]chan struct{}        // by registry; see slotsOf
 	running   map[*progress]struct{}
 	pending   map[string]pending      // by name; see pending.go
-	hungry    bool                    // the disk was full: partial downloads go at once
 	sizes     map[digest.Digest]int64 // of all blobs that have their names; see account
 	usage     Usage                   // the sum
 	outdated  error                   // why a derived file could not be written
@@ -196,7 +195,8 @@ func (s *Store) load() error {
 	}
 	s.finishRemoval()
 	s.loadPending()
-	if err := errors.Join(s.cleanIngest(), s.measure()); err != nil {
+	s.cleanIngest()
+	if err := s.measure(); err != nil {
 		return err
 	}
 	s.rebuild()
@@ -478,15 +478,7 @@ func replace(path string, b []byte) error {
 	if old, err := os.ReadFile(path); err == nil && string(old) == string(b) {
 		return nil
 	}
-	tmp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
-	if err := os.RemoveAll(tmp); err != nil {
-		return err
-	}
-	if err := os.WriteFile(tmp, b, 0o644); err != nil {
-		os.Remove(tmp)
-		return err
-	}
-	return os.Rename(tmp, path)
+	return rundir.ReplaceFile(path, b, 0o644, false)
 }
 
 // target is what a name stands for in the store.
@@ -611,21 +603,26 @@ func (s *Store) proves(blob, diffID digest.Digest) {
 func (s *Store) inRepository(name reference.Named, d digest.Digest) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	same := func(ref string) bool {
-		rest, ok := strings.CutPrefix(ref, name.Name())
-		return ok && (rest[0] == ':' || rest[0] == '@')
+	return s.broughtBy(name.Name())[d]
+}
+
+// broughtBy gives what is known to have come from a repository. mu is held.
+func (s *Store) broughtBy(repository string) map[digest.Digest]bool {
+	known := map[digest.Digest]bool{}
+	add := func(ref string, l []digest.Digest) {
+		if rest, ok := strings.CutPrefix(ref, repository); ok && (rest[0] == ':' || rest[0] == '@') {
+			for _, d := range l {
+				known[d] = true
+			}
+		}
 	}
 	for ref, l := range s.refs {
-		if same(ref) && slices.Contains(l.blobs, d) {
-			return true
-		}
+		add(ref, l.blobs)
 	}
 	for ref, p := range s.pending {
-		if same(ref) && slices.Contains(p.Had, d) {
-			return true
-		}
+		add(ref, p.Had)
 	}
-	return false
+	return known
 }
 
 // Usage is cheap: it is kept up to date, not computed.

@@ -36,6 +36,7 @@ type reference struct {
 type interrupted struct {
 	Ref   string          `json:"ref"`
 	Blobs []digest.Digest `json:"blobs"`
+	Had   []digest.Digest `json:"had"`
 }
 
 // holdings is what a store has on the disk.
