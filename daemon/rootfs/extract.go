@@ -191,7 +191,9 @@ func (x *extractor) entry(h *tar.Header, r io.Reader) error {
 	case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:
 		return x.file(parent, base, h, r)
 	case tar.TypeLink:
-		return x.hardLink(parent, base, h.Linkname)
+		// What the entry says goes for the file, whatever its names, as where a
+		// file comes twice.
+		err = x.hardLink(parent, base, h.Linkname)
 	case tar.TypeSymlink:
 		err = x.create(parent, base, func() error { return unix.Symlinkat(h.Linkname, parent, base) })
 	case tar.TypeChar:
@@ -249,19 +251,26 @@ func (x *extractor) mknod(parent int, base string, kind uint32, h *tar.Header) e
 	return x.create(parent, base, func() error { return unix.Mknodat(parent, base, kind|0o600, int(dev)) })
 }
 
-// setNode sets the attributes of a symbolic link, device or fifo just created.
+// setNode sets the attributes of what was just created, or linked to: of anything
+// but a directory.
 func (x *extractor) setNode(parent int, base string, h *tar.Header) error {
-	if err := unix.Fchownat(parent, base, h.Uid, h.Gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return fmt.Errorf("cannot set its owner: %w", err)
+	var st unix.Stat_t
+	if err := unix.Fstatat(parent, base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return err
 	}
-	if h.Typeflag != tar.TypeSymlink {
+	if st.Uid != uint32(h.Uid) || st.Gid != uint32(h.Gid) { // else capabilities stay
+		if err := unix.Fchownat(parent, base, h.Uid, h.Gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return fmt.Errorf("cannot set its owner: %w", err)
+		}
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFLNK {
 		if err := unix.Fchmodat(parent, base, uint32(h.Mode&0o7777), 0); err != nil {
 			return fmt.Errorf("cannot set its mode: %w", err)
 		}
 	}
 	err := setXattrs(h, func(name string, value []byte) error {
 		err := unix.Lsetxattr(fmt.Sprintf("/proc/self/fd/%d/%s", parent, base), name, value, 0)
-		if errors.Is(err, unix.EPERM) {
+		if errors.Is(err, unix.EPERM) && st.Mode&unix.S_IFMT != unix.S_IFREG {
 			return nil // the kernel has user attributes for files and directories only
 		}
 		return err

@@ -83,7 +83,7 @@ func TestMappedOwners(t *testing.T) {
 		e{name: "setuid", body: "#!", mode: 0o6755, uid: 7},
 		e{name: "caps", body: "c", mode: 0o755, pax: map[string]string{"SCHILY.xattr.security.capability": caps}},
 		e{name: "xattr", body: "x", pax: map[string]string{"SCHILY.xattr.user.name": "value"}},
-		e{name: "one", body: "1", uid: 7}, e{name: "two", typ: tar.TypeLink, link: "one"},
+		e{name: "one", body: "1", uid: 7}, e{name: "two", typ: tar.TypeLink, link: "one", uid: 7},
 		e{name: "null", typ: tar.TypeChar, mode: 0o666, dev: [2]int64{1, 3}},
 		e{name: "fifo", typ: tar.TypeFifo, uid: 7},
 		e{name: "link", typ: tar.TypeSymlink, link: "one", uid: 7},

@@ -242,7 +242,14 @@ func (m *model) put(parent *node, base string, h entry) error {
 			return err
 		}
 		parent.kids[base] = to
-		return nil
+		if n.uid != to.uid || n.gid != to.gid {
+			delete(to.xattrs, "security.capability") // the kernel does it
+		}
+		if to.kind != tar.TypeSymlink {
+			to.mode = n.mode
+		}
+		to.uid, to.gid, to.mtime = n.uid, n.gid, n.mtime
+		return to.setXattrs(h)
 	case tar.TypeSymlink:
 		if h.link == "" || len(h.link) >= unix.PathMax {
 			return refuse("a link of %d bytes", len(h.link))

@@ -155,7 +155,7 @@ func TestEveryKindOfEntry(t *testing.T) {
 		e{name: "bin/ping", body: "y", mode: 0o755, pax: map[string]string{
 			"SCHILY.xattr.security.capability": capability, "SCHILY.xattr.user.note": "hi",
 			"SCHILY.xattr.trusted.overlay.redirect": "/etc"}},
-		e{name: "bin/hard", typ: tar.TypeLink, link: "bin/su"},
+		e{name: "bin/hard", typ: tar.TypeLink, link: "bin/su", mode: 0o4755, uid: 3},
 		e{name: "bin/soft", typ: tar.TypeSymlink, link: "/etc/../bin/su"},
 		e{name: "bin/hardsoft", typ: tar.TypeLink, link: "/bin/soft"},
 		e{name: "dev/null", typ: tar.TypeChar, mode: 0o666, dev: [2]int64{1, 3}},
@@ -198,6 +198,38 @@ func TestEveryKindOfEntry(t *testing.T) {
 	}
 	if u := s.Usage(); u.Bytes < 1_000_000 || u.Inodes < 130 || u.Inodes > 140 {
 		t.Errorf("usage %+v", u)
+	}
+}
+
+// A hard link's entry has attributes as any other, and the last one counts.
+func TestHardLinksHaveAttributes(t *testing.T) {
+	s := open(t, t.TempDir())
+	capability := "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+	later := func(h *tar.Header) { h.ModTime = then.Add(time.Hour) }
+	root := mount(t, s, apply(t, s,
+		e{name: "a", body: "a", mode: 0o4755},
+		e{name: "b", typ: tar.TypeLink, link: "a", mode: 0o640, uid: 5, raw: later, pax: map[string]string{"SCHILY.xattr.user.note": "hi"}},
+		e{name: "s", typ: tar.TypeSymlink, link: "/etc/passwd"},
+		e{name: "t", typ: tar.TypeLink, link: "s", mode: 0o600, uid: 6, raw: later},
+		e{name: "p", body: "p", mode: 0o755, pax: map[string]string{"SCHILY.xattr.security.capability": capability}},
+		e{name: "q", typ: tar.TypeLink, link: "p", mode: 0o755},
+	))
+	for name, want := range map[string]unix.Stat_t{
+		"a": {Mode: unix.S_IFREG | 0o640, Uid: 5, Gid: 5, Nlink: 2, Mtim: unix.Timespec{Sec: then.Unix() + 3600}},
+		"s": {Mode: unix.S_IFLNK | 0o777, Uid: 6, Gid: 6, Nlink: 2, Mtim: unix.Timespec{Sec: then.Unix() + 3600}},
+		"p": {Mode: unix.S_IFREG | 0o755, Nlink: 2, Mtim: unix.Timespec{Sec: then.Unix()}},
+	} {
+		st := lstat(t, root, name)
+		if got := (unix.Stat_t{Mode: st.Mode, Uid: st.Uid, Gid: st.Gid, Nlink: st.Nlink, Mtim: st.Mtim}); got != want {
+			t.Errorf("%s: %+v, want %+v", name, got, want)
+		}
+	}
+	for file, want := range map[string][2]string{"a": {"user.note", "hi"}, "q": {"security.capability", capability}} {
+		b := make([]byte, 64)
+		n, _ := unix.Lgetxattr(filepath.Join(root, file), want[0], b)
+		if got := string(b[:max(n, 0)]); got != want[1] {
+			t.Errorf("%s of %s is %q, want %q", want[0], file, got, want[1])
+		}
 	}
 }
 
