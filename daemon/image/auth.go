@@ -21,7 +21,11 @@ import (
 )
 
 // credentials as the caller gave them. host limits them, "" does not.
-type credentials struct{ host, user, secret, token string }
+type credentials struct {
+	host, user, secret, token string
+	// basic is for a host that knows no tokens, where secret is an identity token.
+	basic struct{ user, secret string }
+}
 
 // given says whether there are any.
 func (c credentials) given() bool { return c.secret != "" || c.user != "" || c.token != "" }
@@ -65,6 +69,13 @@ func (a *Auth) credentials() (c credentials, err error) {
 		c.token = a.RegistryToken
 	case a.IdentityToken != "":
 		c.secret = a.IdentityToken
+		c.basic.user, c.basic.secret = a.Username, a.Password
+		if a.Username == "" { // a broken auth is no error, beside a token
+			c.basic.user, c.basic.secret, _ = decodeAuth(a.Auth)
+		}
+		if c.basic.user == "<token>" {
+			c.basic.user = ""
+		}
 	case a.Username != "":
 		c.user, c.secret = a.Username, a.Password
 	case a.Auth != "":
@@ -151,7 +162,6 @@ func (r *registry) challenged(ctx context.Context, h docker.RegistryHost, resp *
 	if l.header != sent {
 		return nil // another request has got a newer one
 	}
-	user, secret := r.secrets(h)
 	for _, c := range auth.ParseAuthHeader(apart(resp.Header)) { // the best first
 		switch c.Scheme {
 		case auth.BearerAuth:
@@ -165,6 +175,10 @@ func (r *registry) challenged(ctx context.Context, h docker.RegistryHost, resp *
 			l.token, l.header = &o, ""
 			return nil
 		case auth.BasicAuth:
+			user, secret := r.secrets(h)
+			if b := r.creds.basic; b.user != "" && r.creds.match(h.Host) {
+				user, secret = b.user, b.secret
+			}
 			if user == "" {
 				return errors.New("it wants a user name and a password, there are none for it")
 			}

@@ -313,6 +313,41 @@ func TestOddLogins(t *testing.T) {
 	}
 }
 
+// An identity token is for token servers. A registry that wants a password gets
+// that, where there is one as well.
+func TestIdentityTokenBesidePassword(t *testing.T) {
+	t.Parallel()
+	basic := lock{challenge: []string{`Basic realm="x"`}}
+	bearer := lock{challenge: []string{`Bearer realm="$T"`}, serve: func(w http.ResponseWriter, r *http.Request, token string) {
+		if r.PostForm.Get("refresh_token") != "identity" {
+			token = "no"
+		}
+		asJSON(w, token, "access_token")
+	}}
+	b64 := base64.StdEncoding.EncodeToString
+	for _, a := range []Auth{{Username: "me", Password: "secret"}, {Auth: b64([]byte("me:secret"))}} {
+		a.IdentityToken = "identity"
+		for _, l := range []lock{basic, bearer} {
+			if err := l.quirk(t).pull(t, &a); err != nil {
+				t.Errorf("%s: %v", l.challenge, err)
+			}
+		}
+		a.ServerAddress = "https://other.example"
+		if err := basic.quirk(t).pull(t, &a); !errors.Is(err, ErrUnauthorized) {
+			t.Errorf("for another host: %v", err)
+		}
+	}
+	for _, a := range []Auth{{Auth: "%"}, {Auth: b64([]byte("<token>:"))}, {Username: "<token>"}} {
+		a.IdentityToken = "identity"
+		if err := bearer.quirk(t).pull(t, &a); err != nil {
+			t.Error(err)
+		}
+		if err := basic.quirk(t).pull(t, &a); !errors.Is(err, ErrUnauthorized) {
+			t.Error(err)
+		}
+	}
+}
+
 // One pull asks for one token, and a stranger asks three times at most.
 func TestTokenIsShared(t *testing.T) {
 	t.Parallel()
