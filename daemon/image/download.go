@@ -268,8 +268,8 @@ func (s *Store) run(ctx context.Context, r *registry, d *download, slots chan st
 		err = s.finish(w, path)
 	}
 	if errors.Is(err, ErrCorrupt) {
-		for _, host := range w.mirrors {
-			r.down.Store(host, true) // at least one of them lied
+		for _, mirror := range w.mirrors {
+			r.down.Store(mirror, true) // at least one of them lied
 		}
 	}
 	if errors.Is(err, ErrCorrupt) || full(err) {
@@ -301,7 +301,7 @@ type blobWriter struct {
 	hash  hash.Hash
 	off   int64
 	count *counters
-	// mirrors are the hosts asked, without the registry itself.
+	// mirrors are the hosts asked, as in down, without the registry itself.
 	mirrors []string
 }
 
@@ -332,7 +332,7 @@ func (s *Store) transfer(ctx context.Context, r *registry, w *blobWriter) error 
 	candidates := r.candidates(docker.HostCapabilityPull)
 	for i, h := range candidates {
 		if i < len(candidates)-1 && w.off < w.d.desc.Size {
-			w.mirrors = append(w.mirrors, h.Host)
+			w.mirrors = append(w.mirrors, addressOf(h))
 			w.d.update(func() { w.d.mirrored = true })
 		}
 		for failures := 0; w.off < w.d.desc.Size; {

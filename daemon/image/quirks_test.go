@@ -3,6 +3,7 @@ package image
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -555,7 +556,7 @@ func TestSilentMirror(t *testing.T) {
 	if _, ok := r.again(h, fmt.Errorf("%w: %w", ErrUnavailable, context.DeadlineExceeded), 1); ok {
 		t.Error("it is asked again")
 	}
-	if _, down := r.down.Load("mirror"); !down {
+	if _, down := r.down.Load(addressOf(h)); !down {
 		t.Error("it is asked for the next blob")
 	}
 	busy := &statusError{kind: ErrUnavailable, status: 503, retryAfter: time.Minute}
@@ -564,6 +565,29 @@ func TestSilentMirror(t *testing.T) {
 	}
 	if _, ok := r.again(hostNamed("registry"), fmt.Errorf("%w: %w", ErrUnavailable, context.DeadlineExceeded), 1); !ok {
 		t.Error("the registry itself is not asked again")
+	}
+}
+
+// A mirror that speaks no TLS, or wants a certificate that there is none of, is
+// given up at once, and its address without TLS is another mirror.
+func TestMirrorOfTheWrongScheme(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	h.push(t, "team/app:1", someImage(t))
+	locked := httptest.NewUnstartedServer(h.Config.Handler)
+	locked.TLS = &tls.Config{ClientAuth: tls.RequireAnyClientCert}
+	locked.Config.ErrorLog = log.New(io.Discard, "", 0)
+	locked.StartTLS()
+	t.Cleanup(locked.Close)
+	certs := t.TempDir()
+	hostsToml(t, certs, "registry.example", fmt.Sprintf("server = \"http://127.0.0.1:1\"\n[host.%q]\n[host.%q]\nskip_verify = true\n[host.%q]\n",
+		"https://"+h.host, locked.URL, h.URL))
+	began := time.Now()
+	if _, err := pullOnce(t, certs, "registry.example/team/app:1", nil); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(began); took > 1200*time.Millisecond { // one mirror that is tried four times takes 1.4 s
+		t.Errorf("it took %v", took)
 	}
 }
 

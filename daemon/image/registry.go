@@ -58,15 +58,18 @@ type registry struct {
 	domain string
 	hosts  []docker.RegistryHost
 	creds  credentials
-	down   sync.Map // by host: mirrors that this pull could not connect to
+	down   sync.Map // by addressOf: mirrors that this pull could not connect to
 	logins sync.Map // by address: *login
 }
+
+// addressOf tells hosts apart: the same one may be named for HTTPS and for HTTP.
+func addressOf(h docker.RegistryHost) string { return h.Scheme + "://" + h.Host }
 
 // candidates are the hosts to ask for something, best first. The last of all is
 // the registry itself, unless hosts.toml says otherwise; it is always tried.
 func (r *registry) candidates(caps docker.HostCapabilities) (l []docker.RegistryHost) {
 	for i, h := range r.hosts {
-		_, down := r.down.Load(h.Host)
+		_, down := r.down.Load(addressOf(h))
 		if h.Capabilities.Has(caps) && (!down || i == len(r.hosts)-1) {
 			l = append(l, h)
 		}
@@ -78,9 +81,9 @@ func (r *registry) candidates(caps docker.HostCapabilities) (l []docker.Registry
 // how long to wait. A mirror that does not answer is left out from then on.
 func (r *registry) again(h docker.RegistryHost, err error, failures int) (time.Duration, bool) {
 	dial, silent, hopeless := reachable(err)
-	mirror := h.Host != r.hosts[len(r.hosts)-1].Host
+	mirror := addressOf(h) != addressOf(r.hosts[len(r.hosts)-1])
 	if mirror && (dial || silent || hopeless) {
-		r.down.Store(h.Host, true)
+		r.down.Store(addressOf(h), true)
 		return 0, false
 	}
 	if !errors.Is(err, ErrUnavailable) || failures >= attempts || hopeless || dial && silent {
@@ -100,13 +103,17 @@ func (r *registry) again(h docker.RegistryHost, err error, failures int) (time.D
 // nobody in time, there is nothing to wait for.
 func reachable(err error) (dial, silent, hopeless bool) {
 	op, ok := errors.AsType[*net.OpError](err)
-	dial = ok && op.Op == "dial"
+	// An alert comes where TLS does: there is no client certificate for it, say.
+	dial = ok && (op.Op == "dial" || op.Op == "remote error")
 	timeout, ok := errors.AsType[net.Error](err)
 	silent = ok && timeout.Timeout() || errors.Is(err, errTooSlow)
 	name, ok := errors.AsType[*net.DNSError](err)
 	hopeless = ok && name.IsNotFound
 	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
 		hopeless = true
+	}
+	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok || errors.Is(err, http.ErrSchemeMismatch) {
+		hopeless = true // it speaks no TLS
 	}
 	return dial, silent, hopeless
 }
