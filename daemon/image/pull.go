@@ -14,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/distribution/reference"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -142,8 +143,9 @@ func (p *pull) hold(l ...digest.Digest) {
 	p.held = append(p.held, l...)
 }
 
-// resolve finds out what the name stands for now. If that is in the store, only
-// its digest is asked for, which registries do not count as a pull.
+// resolve finds out what the name stands for now. If that is in the store, or to be
+// had from a mirror by its digest, only the digest is asked for, which registries
+// do not count as a pull.
 func (p *pull) resolve(ctx context.Context) (ocispec.Descriptor, []byte, error) {
 	known, have := p.s.target(p.name)
 	object := ""
@@ -153,16 +155,20 @@ func (p *pull) resolve(ctx context.Context) (ocispec.Descriptor, []byte, error) 
 	case reference.Tagged:
 		object = n.Tag()
 	}
-	if have {
+	fromMirror := capability(object) == docker.HostCapabilityResolve && p.reg.pullsFirst()
+	if have || fromMirror {
 		d, err := p.reg.head(ctx, object)
 		if errors.Is(err, ErrUnavailable) || ctx.Err() != nil {
 			return ocispec.Descriptor{}, nil, err
 		} // any other error: some registries do not know, or refuse, HEAD
-		if d == known.Digest {
+		if have && d == known.Digest {
 			p.hold(d)
 			if b, err := p.s.readBlob(known, maxManifest); err == nil {
 				return known, b, nil
 			}
+		}
+		if fromMirror && d != "" {
+			object = d.String()
 		}
 	}
 	desc, b, err := p.reg.manifest(ctx, object)

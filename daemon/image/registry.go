@@ -77,6 +77,13 @@ func (r *registry) candidates(caps docker.HostCapabilities) (l []docker.Registry
 	return l
 }
 
+// pullsFirst says whether the first to be asked for blobs may not say what a tag
+// means.
+func (r *registry) pullsFirst() bool {
+	l := r.candidates(docker.HostCapabilityPull)
+	return len(l) > 0 && !l[0].Capabilities.Has(docker.HostCapabilityResolve)
+}
+
 // again says whether a request that failed may work later at the same host, and
 // how long to wait. A mirror that does not answer is left out from then on.
 func (r *registry) again(h docker.RegistryHost, err error, failures int) (time.Duration, bool) {
