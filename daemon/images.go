@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -107,9 +108,12 @@ func (d *Daemon) ImageStatus(ref string, verbose bool) (*runtimeapi.ImageStatusR
 	if !verbose {
 		return resp, nil
 	}
-	spec := ocispec.Image{Created: &img.Created, Platform: img.Platform, Config: img.Config, RootFS: ocispec.RootFS{Type: "layers", DiffIDs: img.DiffIDs}}
-	var err error
-	resp.Info, err = infoJSON(map[string]any{"imageSpec": spec}) // where tools look for it
+	spec, err := d.images.Spec(img)
+	if err != nil { // it is damaged, or was just removed: what is known will do
+		spec = image.Spec{Image: ocispec.Image{Created: &img.Created, Platform: img.Platform, Config: img.Config, RootFS: ocispec.RootFS{Type: "layers", DiffIDs: img.DiffIDs}}}
+	}
+	// By the names that tools know them by.
+	resp.Info, err = infoJSON(map[string]any{"chainID": identity.ChainID(img.DiffIDs), "imageSpec": spec})
 	return resp, err
 }
 

@@ -17,6 +17,7 @@ package image
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"log/slog"
@@ -65,6 +66,13 @@ type Image struct {
 	DiffIDs []digest.Digest
 	// Pinned images are not to be collected by the kubelet.
 	Pinned bool
+}
+
+// Spec is all of an image's config.
+type Spec struct {
+	ocispec.Image
+	// History is for people to read. As a slice it may take 20 times its text.
+	History json.RawMessage `json:"history,omitempty"`
 }
 
 // Auth is CRI's AuthConfig. ServerAddress, where given, limits the rest to that

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -457,6 +458,42 @@ func TestPull(t *testing.T) {
 		t.Errorf("unpacked %v: %v", k2.layers, err)
 	}
 	verify(t, s)
+}
+
+// What people ask for is read from the config, and not only what runs it.
+func TestSpec(t *testing.T) {
+	h := newHub(t)
+	img := imageOf(t, "x", layerOf(t, "a", 1000, 1, types.OCILayer))
+	c, err := img.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c = c.DeepCopy()
+	c.Author, c.History = "somebody", []v1.History{{CreatedBy: "RUN x"}, {CreatedBy: "CMD y", EmptyLayer: true}}
+	if img, err = mutate.ConfigFile(img, c); err != nil {
+		t.Fatal(err)
+	}
+	h.push(t, "team/app:1", img)
+	s := openAt(t, t.TempDir())
+	pulled := mustPull(t, s, PullRequest{Ref: h.host + "/team/app:1"})
+	spec, err := s.Spec(pulled)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := json.Marshal(spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got ocispec.Image
+	if err := json.Unmarshal(b, &got); err != nil || got.Author != "somebody" || len(got.History) != 2 || !got.History[1].EmptyLayer || got.Config.Cmd[0] != "x" || got.RootFS.DiffIDs[0] != pulled.DiffIDs[0] {
+		t.Errorf("%s: %v", b, err)
+	}
+	if err := os.Remove(s.blobPath(digest.Digest(pulled.ID))); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Spec(pulled); err == nil {
+		t.Error("no error without the blob")
+	}
 }
 
 func TestNames(t *testing.T) {

@@ -195,12 +195,7 @@ func machine(cpuinfo string) ocispec.Platform {
 
 // parseConfig reads an image's config and compares it with the manifest.
 func parseConfig(b []byte, m *ocispec.Manifest) (c ocispec.Image, err error) {
-	var all struct {
-		ocispec.Image
-		// Nobody asks for it, and as a slice it may take 20 times its text, for
-		// as long as the image is here.
-		History json.RawMessage `json:"history"`
-	}
+	var all Spec
 	if err := json.Unmarshal(b, &all); err != nil {
 		return c, fmt.Errorf("%w: the config is not JSON: %w", ErrCorrupt, err)
 	}

@@ -511,6 +511,15 @@ func (s *Store) Get(ref string) (Image, bool) {
 	return s.images[i], true
 }
 
+// Spec reads the config of an image, for what Image has not.
+func (s *Store) Spec(img Image) (c Spec, err error) {
+	b, err := s.readBlob(ocispec.Descriptor{Digest: digest.Digest(img.ID)}, maxConfig)
+	if err == nil {
+		err = json.Unmarshal(b, &c)
+	}
+	return c, err
+}
+
 // find is Get with mu held; it gives an index into images.
 func (s *Store) find(ref string) (int, bool) {
 	if i, ok := s.byID[ref]; ok {

@@ -131,9 +131,10 @@ func TestImageErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	var info struct {
+		ChainID   string        `json:"chainID"`
 		ImageSpec ocispec.Image `json:"imageSpec"`
 	}
-	if err := json.Unmarshal([]byte(r.Info["info"]), &info); err != nil || len(info.ImageSpec.RootFS.DiffIDs) != 1 || info.ImageSpec.Config.Cmd[0] != "sh" || info.ImageSpec.OS != "linux" {
+	if err := json.Unmarshal([]byte(r.Info["info"]), &info); err != nil || len(info.ImageSpec.RootFS.DiffIDs) != 1 || info.ChainID != info.ImageSpec.RootFS.DiffIDs[0].String() || info.ImageSpec.Config.Cmd[0] != "sh" || info.ImageSpec.OS != "linux" {
 		t.Errorf("info %v: %v", r.Info, err)
 	}
 	for name, user := range map[string]string{"named": "app:staff", "root": "", "zero": "0"} {
