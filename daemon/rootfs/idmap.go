@@ -1,6 +1,7 @@
 package rootfs
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -30,6 +31,33 @@ func (m *IDMap) host(a attributes) (uid, gid int) {
 		gid = int(m.HostGID + a.gid)
 	}
 	return uid, gid
+}
+
+// Extended attributes with ACLs: acl(5), and posix_acl_xattr.h of the kernel.
+const (
+	aclPrefix = "system.posix_acl_"
+	aclUser   = 0x02 // the tag of an entry for a user by id
+	aclGroup  = 0x08
+)
+
+// hostACL gives an ACL the ids of the host: a version of 4 bytes, and entries of a
+// tag, permissions and an id.
+func (m *IDMap) hostACL(acl string) string {
+	if m == nil {
+		return acl
+	}
+	b := []byte(acl)
+	for i := 4; i+8 <= len(b); i += 8 {
+		id := binary.LittleEndian.Uint32(b[i+4:])
+		uid, gid := m.host(attributes{uid: id, gid: id})
+		switch binary.LittleEndian.Uint16(b[i:]) {
+		case aclUser:
+			binary.LittleEndian.PutUint32(b[i+4:], uint32(uid))
+		case aclGroup:
+			binary.LittleEndian.PutUint32(b[i+4:], uint32(gid))
+		}
+	}
+	return string(b)
 }
 
 // Overlayfs makes private copies of the mounts its lower directories are on. So

@@ -7,6 +7,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
@@ -26,9 +27,48 @@ import (
 type attributes struct {
 	mode     uint32
 	uid, gid uint32
+	mtime    unix.Timespec     // {}: none that anybody gave it
+	xattrs   map[string]string // those that a layer may set; see setXattrs
 }
 
 var madeUp = attributes{mode: 0o755}
+
+// shows says whether a directory with these attributes differs from a made-up
+// one. The time does not count, as what is made in a directory changes it.
+func (a attributes) shows() bool {
+	return a.mode != madeUp.mode || a.uid != 0 || a.gid != 0 || len(a.xattrs) > 0
+}
+
+func attributesOf(fd int) (attributes, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return attributes{}, err
+	}
+	a := attributes{mode: st.Mode & 0o7777, uid: st.Uid, gid: st.Gid, mtime: st.Mtim}
+	path := fmt.Sprintf("/proc/self/fd/%d", fd) // the fd is good for no more than a path
+	b := make([]byte, 1<<16)                    // what the kernel has at most
+	n, err := unix.Listxattr(path, b)
+	if errors.Is(err, unix.ENOTSUP) {
+		return a, nil
+	}
+	if err != nil {
+		return a, err
+	}
+	for name := range strings.SplitSeq(strings.TrimRight(string(b[:n]), "\x00"), "\x00") {
+		if !strings.HasPrefix(name, "user.") && !strings.HasPrefix(name, aclPrefix) {
+			continue
+		}
+		n, err := unix.Getxattr(path, name, b)
+		if err != nil {
+			return a, err
+		}
+		if a.xattrs == nil {
+			a.xattrs = map[string]string{}
+		}
+		a.xattrs[name] = string(b[:n])
+	}
+	return a, nil
+}
 
 // layered is one layer of a mount, the fd being its diff directory.
 type layered struct {
@@ -45,10 +85,12 @@ func (l layered) implies(name string) bool {
 // first: those of the highest layer with an entry for it.
 func truth(layers []layered, name string) (attributes, error) {
 	for _, l := range layers {
-		var st unix.Stat_t
+		var a attributes
 		fd, err := openBeneath(l.fd, name)
 		if err == nil {
-			err = unix.Fstat(fd, &st)
+			if !l.implies(name) {
+				a, err = attributesOf(fd)
+			}
 			unix.Close(fd)
 		}
 		if errors.Is(err, unix.ENOENT) {
@@ -64,7 +106,7 @@ func truth(layers []layered, name string) (attributes, error) {
 			return madeUp, fmt.Errorf("cannot look up %q in a layer: %w", name, err)
 		}
 		if !l.implies(name) {
-			return attributes{mode: st.Mode & 0o7777, uid: st.Uid, gid: st.Gid}, nil
+			return a, nil
 		}
 		// It may be opaque itself: that hides what is in it.
 		if name != "." && hidden(l.fd, path.Dir(name)) {
@@ -121,18 +163,25 @@ func (s *Store) prepareUpper(upper string, diffIDs []digest.Digest, m *IDMap) er
 		layers = append(layers, layered{fd, r.Implied})
 		names = append(names, r.Implied...)
 	}
-	slices.Sort(names) // parents before children
+	slices.Sort(names)
+	made := map[string]attributes{}
 	for _, name := range slices.Compact(names) {
 		a, err := truth(layers, name)
 		if err != nil {
 			return err
 		}
 		if name == "." {
-			err = setAttributes(upper, a, m)
-		} else if a != madeUp && !shownRight(layers, name) {
-			err = makeUpper(upper, layers, name, m)
+			made[name] = a
+		} else if a.shows() && !shownRight(layers, name) {
+			err = makeUpper(upper, layers, name, made)
 		}
 		if err != nil {
+			return err
+		}
+	}
+	// What is made in a directory changes its time, and inherits from its ACL.
+	for name, a := range made {
+		if err := setAttributes(filepath.Join(upper, name), a, m); err != nil {
 			return err
 		}
 	}
@@ -155,24 +204,26 @@ func shownRight(layers []layered, name string) bool {
 	return true
 }
 
-// makeUpper makes a directory in the writable layer, and those above it.
-func makeUpper(upper string, layers []layered, name string, m *IDMap) error {
-	dir := filepath.Join(upper, name)
+// makeUpper makes a directory in the writable layer, and those above it. made is
+// what has yet to get its attributes.
+func makeUpper(upper string, layers []layered, name string, made map[string]attributes) error {
+	if _, done := made[name]; done {
+		return nil
+	}
 	if parent := path.Dir(name); parent != "." {
-		if _, err := os.Lstat(filepath.Join(upper, parent)); err != nil {
-			if err := makeUpper(upper, layers, parent, m); err != nil {
-				return err
-			}
+		if err := makeUpper(upper, layers, parent, made); err != nil {
+			return err
 		}
 	}
 	a, err := truth(layers, name)
 	if err != nil {
 		return err
 	}
-	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := os.Mkdir(filepath.Join(upper, name), 0o700); err != nil {
 		return err
 	}
-	return setAttributes(dir, a, m)
+	made[name] = a
+	return nil
 }
 
 // setAttributes is for directories of the writable layer before it is mounted:
@@ -182,5 +233,19 @@ func setAttributes(dir string, a attributes, m *IDMap) error {
 	if err := os.Lchown(dir, uid, gid); err != nil {
 		return err
 	}
-	return unix.Chmod(dir, a.mode)
+	if err := unix.Chmod(dir, a.mode); err != nil {
+		return err
+	}
+	for name, value := range a.xattrs {
+		if strings.HasPrefix(name, aclPrefix) {
+			value = m.hostACL(value)
+		}
+		if err := unix.Lsetxattr(dir, name, []byte(value), 0); err != nil {
+			return fmt.Errorf("cannot set the attribute %s of %s: %w", name, dir, err)
+		}
+	}
+	if a.mtime == (unix.Timespec{}) {
+		return nil
+	}
+	return unix.UtimesNanoAt(unix.AT_FDCWD, dir, []unix.Timespec{a.mtime, a.mtime}, unix.AT_SYMLINK_NOFOLLOW)
 }

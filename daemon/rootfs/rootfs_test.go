@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -321,6 +322,37 @@ func TestMadeUpDirectoriesLookAsBelow(t *testing.T) {
 // A directory without an entry is a directory, also over a base where the name
 // is a symbolic link: what a layer is does not depend on what is below it.
 // containerd's overlayfs snapshots look the same.
+// Not the mode alone is that of below: attributes, ACLs and the time are, also of
+// a directory that has one in it whose attributes have to be put right.
+func TestMadeUpDirectoriesHaveAttributes(t *testing.T) {
+	s := open(t, t.TempDir())
+	const def = "system.posix_acl_default"
+	// user::rwx user:7:rwx group::--- mask::rwx other::---
+	acl := "\x02\x00\x00\x00" + "\x01\x00\x07\x00\xff\xff\xff\xff" + "\x02\x00\x07\x00\x07\x00\x00\x00" +
+		"\x04\x00\x00\x00\xff\xff\xff\xff" + "\x10\x00\x07\x00\xff\xff\xff\xff" + "\x20\x00\x00\x00\xff\xff\xff\xff"
+	base := apply(t, s,
+		e{name: "./", typ: tar.TypeDir, pax: map[string]string{"SCHILY.xattr.user.a": "root"}},
+		e{name: "d", typ: tar.TypeDir, pax: map[string]string{"SCHILY.xattr." + def: acl}},
+		e{name: "d/sub", typ: tar.TypeDir, pax: map[string]string{"SCHILY.xattr.user.a": "sub"}},
+		e{name: "d/plain", typ: tar.TypeDir})
+	top := apply(t, s, e{name: "d", typ: tar.TypeDir, mode: 0o750, pax: map[string]string{"SCHILY.xattr." + def: acl}}, e{name: "d/sub/x", body: "x"}, e{name: "d/plain/x", body: "x"})
+	root := mount(t, s, base, top)
+	for name, want := range map[string]map[string]string{".": {"user.a": "root"}, "d": {def: acl}, "d/sub": {"user.a": "sub"}, "d/plain": {}} {
+		got := xattrs(filepath.Join(root, name))
+		maps.DeleteFunc(got, func(k, _ string) bool { return strings.HasPrefix(k, "trusted.") })
+		if !maps.Equal(got, want) {
+			t.Errorf("%s has %q, want %q", name, got, want)
+		}
+		if st := lstat(t, root, name); st.Mtim.Sec != then.Unix() && name != "d/plain" { // that is as the layer made it up
+			t.Errorf("%s is of %d", name, st.Mtim.Sec)
+		}
+	}
+	m := &IDMap{HostUID: 1000, UIDs: 8, HostGID: 2000, GIDs: 8}
+	if got := m.hostACL(acl); got != strings.Replace(acl, "\x02\x00\x07\x00\x07\x00\x00\x00", "\x02\x00\x07\x00\xef\x03\x00\x00", 1) {
+		t.Errorf("with ids of the host: %q", got)
+	}
+}
+
 func TestMadeUpDirectoryOverALink(t *testing.T) {
 	s := open(t, t.TempDir())
 	base := apply(t, s,
