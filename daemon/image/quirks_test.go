@@ -591,6 +591,32 @@ func TestMirrorOfTheWrongScheme(t *testing.T) {
 	}
 }
 
+// A mirror whose server is out of order is asked twice and no more: the registry
+// has what is wanted.
+func TestMirrorOutOfOrder(t *testing.T) {
+	t.Parallel()
+	mirror, origin := newHub(t), newHub(t)
+	origin.push(t, "team/app:1", imageOf(t, "x", layerOf(t, "a", 1000, 1, types.OCILayer)))
+	mirror.set(func(w http.ResponseWriter, r *http.Request) bool {
+		w.WriteHeader(http.StatusBadGateway)
+		return false
+	})
+	certs := t.TempDir()
+	hostsToml(t, certs, "registry.example", fmt.Sprintf("server = %q\n[host.%q]\n", origin.URL, mirror.URL))
+	if _, err := pullOnce(t, certs, "registry.example/team/app:1", nil); err != nil {
+		t.Fatal(err)
+	}
+	hits, _ := mirror.reset()
+	for what, n := range hits {
+		if n > 2 {
+			t.Errorf("%s: asked %d times", what, n)
+		}
+	}
+	if len(hits) != 3 {
+		t.Errorf("asked for %v", hits)
+	}
+}
+
 func TestRetryAfterDate(t *testing.T) {
 	e := newStatusError(ErrUnavailable, 429, "", nil, time.Now().Add(10*time.Second).UTC().Format(http.TimeFormat)).(*statusError)
 	if e.retryAfter < 5*time.Second || e.retryAfter > 10*time.Second {

@@ -35,7 +35,8 @@ const (
 	maxConfig   = 8 << 20
 	maxAnswer   = 4 << 10 // of an error's text
 
-	attempts   = 4 // without any progress, per host
+	attempts   = 4 // without any progress, of the registry
+	ofMirror   = 2 // the same, of each mirror: there is somebody else to ask
 	maxBackoff = 30 * time.Second
 )
 
@@ -93,7 +94,11 @@ func (r *registry) again(h docker.RegistryHost, err error, failures int) (time.D
 		r.down.Store(addressOf(h), true)
 		return 0, false
 	}
-	if !errors.Is(err, ErrUnavailable) || failures >= attempts || hopeless || dial && silent {
+	limit := attempts
+	if mirror {
+		limit = ofMirror
+	}
+	if !errors.Is(err, ErrUnavailable) || failures >= limit || hopeless || dial && silent {
 		return 0, false
 	}
 	wait := 100 * time.Millisecond << failures
