@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
@@ -80,12 +81,13 @@ func (s *Store) Pull(ctx context.Context, r PullRequest) (Image, error) {
 
 // pull is one call of Pull.
 type pull struct {
-	s    *Store
-	req  PullRequest
-	name reference.Named
-	reg  *registry
-	how  *progress       // nil: nobody is told
-	held []digest.Digest // blobs and diff ids kept from the collector; see hold
+	s     *Store
+	req   PullRequest
+	name  reference.Named
+	reg   *registry
+	how   *progress       // nil: nobody is told
+	blank bool            // an index does not say what machine its manifest is for
+	held  []digest.Digest // blobs and diff ids kept from the collector; see hold
 }
 
 func (p *pull) run(ctx context.Context) (img Image, err error) {
@@ -189,6 +191,7 @@ func (p *pull) keep(desc *ocispec.Descriptor, b []byte) error {
 func (p *pull) choose(ctx context.Context, desc ocispec.Descriptor, b []byte, depth int) (ocispec.Descriptor, *ocispec.Manifest, error) {
 	doc, err := parseDocument(b, desc.MediaType)
 	if err != nil || doc.manifest != nil {
+		p.blank = depth > 0 && desc.Platform == nil
 		return desc, doc.manifest, err
 	}
 	if depth == maxDepth {
@@ -240,7 +243,11 @@ func (p *pull) config(ctx context.Context, m *ocispec.Manifest) (ocispec.Image, 
 	if err != nil {
 		return ocispec.Image{}, err
 	}
-	return parseConfig(b, m)
+	c, err := parseConfig(b, m)
+	if want := *p.s.o.Platform; err == nil && p.blank && c.Architecture != "" && !platforms.Only(want).Match(c.Platform) {
+		err = fmt.Errorf("%w: no image for %s, the one that the index has without a platform is for %s", ErrUnsupported, platforms.Format(want), platforms.FormatAll(c.Platform))
+	}
+	return c, err
 }
 
 // blobs brings the config and all layers. The layers begin to flow before the

@@ -25,6 +25,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/platforms"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/klauspost/compress/gzip"
@@ -728,6 +729,7 @@ func TestPlatformsOfAnIndex(t *testing.T) {
 		"only what is too new":      {v3, []*v1.Platform{amd("v4"), arm}, -1},
 		"features of a snapshotter": {v3, []*v1.Platform{amd("", "nydus.remoteimage.v1"), amd("")}, 1},
 		"no platform at all":        {v3, []*v1.Platform{nil, none}, 0},
+		"no platform and wrong":     {ocispec.Platform{OS: "linux", Architecture: "arm64", Variant: "v8"}, []*v1.Platform{nil}, -1}, // the images are for amd64
 		"no platform and another":   {v3, []*v1.Platform{arm, none, nil}, 2},
 		"arm64 for arm64/v8":        {ocispec.Platform{OS: "linux", Architecture: "arm64"}, []*v1.Platform{amd(""), arm}, 1},
 		"nothing":                   {v3, nil, -1},
@@ -738,7 +740,7 @@ func TestPlatformsOfAnIndex(t *testing.T) {
 			var k sink
 			img, err := s.Pull(t.Context(), k.request(ref))
 			if c.want < 0 {
-				if !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "linux/amd64/v3") {
+				if !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "no image for "+platforms.Format(c.on)) {
 					t.Errorf("%v", err)
 				}
 				return
