@@ -8,7 +8,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
@@ -124,7 +126,7 @@ type overlay struct {
 	lower       []string // the highest first
 	upper, work string
 	target      string
-	fds         []int // see name; closed by close
+	fds         map[string]int // by path, see short; closed by close
 }
 
 var overlayFlags = [][2]string{{"index", "off"}, {"metacopy", "off"}}
@@ -135,16 +137,36 @@ func (o *overlay) close() {
 	}
 }
 
-// short gives a short name of a directory, good until close. It costs an fd and
-// makes mountinfo less readable, so it is used where paths are too long only.
-func (o *overlay) short(path string) (string, error) {
-	fd, err := unix.Open(path, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return "", fmt.Errorf("cannot open %s: %w", path, err)
+// short gives a name of a directory that is shorter, good until close: an fd in
+// the place of its beginning. Of its last components it keeps what fits into that
+// many bytes: by them mountinfo tells which layer or container it is. It makes
+// mountinfo less readable all the same, so it is used where it has to be only.
+func (o *overlay) short(path string, keep int) (string, error) {
+	cut := max(len(path)-keep, strings.LastIndexByte(path, '\\')+1, 1)
+	dir, rest := path, ""
+	if i := strings.IndexByte(path[cut:], '/'); i >= 0 {
+		dir, rest = path[:cut+i], path[cut+i:]
 	}
-	o.fds = append(o.fds, fd)
-	return fmt.Sprintf("/proc/self/fd/%d", fd), nil
+	fd, ok := o.fds[dir]
+	if !ok {
+		var err error
+		if fd, err = unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
+			return "", fmt.Errorf("cannot open %s: %w", dir, err)
+		}
+		if o.fds == nil {
+			o.fds = map[string]int{}
+		}
+		o.fds[dir] = fd
+	}
+	return fmt.Sprintf("%s%d%s", fdPrefix, fd, rest), nil
 }
+
+const (
+	fdPrefix = "/proc/self/fd/"
+	// kept is what short keeps at least: a layer, ALGORITHM/HEX/diff, or ID/upper
+	// of a container. With an fd it is shorter than maxString.
+	kept = 160
+)
 
 // errNoAppend says that the kernel cannot take lower directories one by one
 // (Linux 6.8).
@@ -160,8 +182,9 @@ func (o *overlay) mountNew() error {
 	}
 	defer unix.Close(fsfd)
 	set := func(key, path string) error {
-		if len(path) >= maxString {
-			if path, err = o.short(path); err != nil {
+		// A backslash is taken as it is in some of them, and escapes in others.
+		if len(path) >= maxString || strings.Contains(path, `\`) {
+			if path, err = o.short(path, kept); err != nil {
 				return err
 			}
 		}
@@ -223,7 +246,13 @@ func fsLog(fsfd int) string {
 func (o *overlay) mountClassic() error {
 	data, err := o.data(func(p string) (string, error) { return escape.Replace(p), nil })
 	if err == nil && len(data) >= os.Getpagesize() {
-		data, err = o.data(o.short)
+		data, err = o.data(func(p string) (string, error) {
+			if p == o.upper { // isOverlay looks for it
+				p, err := o.short(p, kept)
+				return escape.Replace(p), err
+			}
+			return o.short(p, 0)
+		})
 	}
 	if err != nil {
 		return err
@@ -272,11 +301,34 @@ func isOverlay(target, upper string) error {
 		return fmt.Errorf("cannot read the mounts: %w", err)
 	}
 	for _, m := range mounts {
-		if m.FSType == "overlay" && slices.Contains(strings.Split(m.VFSOptions, ","), "upperdir="+upper) {
-			return nil
+		for o := range strings.SplitSeq(m.VFSOptions, ",") {
+			if shown, ok := strings.CutPrefix(o, "upperdir="); ok && m.FSType == "overlay" && shownAs(unescape(shown), upper) {
+				return nil
+			}
 		}
 	}
 	return ErrBusy
+}
+
+// shownAs says whether overlayfs shows a directory as it was named: in full or as
+// short has made it, and maybe escaped for a classic mount.
+func shownAs(shown, path string) bool {
+	rest, short := strings.CutPrefix(shown, fdPrefix)
+	if !short {
+		return shown == path || shown == escape.Replace(path)
+	}
+	rest = strings.TrimLeft(rest, "0123456789")
+	return rest != "" && (strings.HasSuffix(path, rest) || strings.HasSuffix(escape.Replace(path), rest))
+}
+
+var octal = regexp.MustCompile(`\\[0-7]{3}`)
+
+// unescape undoes what the kernel does to spaces, commas and others in mountinfo.
+func unescape(shown string) string {
+	return octal.ReplaceAllStringFunc(shown, func(o string) string {
+		c, _ := strconv.ParseUint(o[1:], 8, 8)
+		return string([]byte{byte(c)})
+	})
 }
 
 // Mounted says whether target is a mount point. It does not follow a symbolic

@@ -169,7 +169,11 @@ func (s *Store) makeDirs() error {
 // come; which may be damaged as well.
 const usedPrefix = "used-"
 
-var layerInOptions = regexp.MustCompile(`/([a-z0-9]+)/([0-9a-f]{32,})/` + diffName)
+var (
+	layerInOptions = regexp.MustCompile(`/([a-z0-9]+)/([0-9a-f]{32,})/` + diffName)
+	// A mount of so many layers that their names had to go; see mountClassic.
+	nameless = regexp.MustCompile(`lowerdir\+?=` + fdPrefix + `\d+(:|,|$)`)
+)
 
 // LayersAt are the layers of the root file system that is mounted at target, as
 // far as its mount tells. It is for a container whose records are lost.
@@ -193,6 +197,9 @@ func layersInUse() func(hex string) bool {
 		return func(string) bool { return true }
 	}
 	for _, m := range mounts {
+		if nameless.MatchString(m.VFSOptions) {
+			return func(string) bool { return true }
+		}
 		for _, l := range layerInOptions.FindAllStringSubmatch(m.VFSOptions, -1) {
 			used[l[2]] = true
 		}

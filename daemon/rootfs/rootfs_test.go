@@ -13,6 +13,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -800,8 +801,52 @@ func TestClassicMount(t *testing.T) {
 					t.Fatal(err)
 				}
 				read(t, o.target, "f")
+				if err := isOverlay(o.target, o.upper); err != nil {
+					t.Errorf("mounted again: %v", err)
+				}
+				if err := isOverlay(o.target, o.upper+"2"); !errors.Is(err, ErrBusy) {
+					t.Errorf("another one on it: %v", err)
+				}
 			})
 		}
+	}
+}
+
+// Directories that overlayfs does not take, or that mountinfo does not show, as
+// they are: a second Mount finds the first, and a start the layers in use.
+func TestOddDirectories(t *testing.T) {
+	long := strings.Repeat("x", 200)
+	for name, odd := range map[string]string{"space": "a b", "comma": "a,b", "backslash": `a\b`, "equals": "a=b", "newline": "a\nb", "long": long, "long with all": long + `/ ,:=\` + long} {
+		t.Run(name, func(t *testing.T) {
+			needRoot(t)
+			dir := filepath.Join(t.TempDir(), odd)
+			id := strings.Repeat("0f", 32)
+			rw, target := filepath.Join(dir, id), filepath.Join(dir, "target")
+			if err := errors.Join(os.MkdirAll(rw, 0o700), os.Mkdir(target, 0o700)); err != nil {
+				t.Fatal(err)
+			}
+			s := open(t, filepath.Join(dir, "layers"))
+			d := apply(t, s, e{name: "a", body: "x"})
+			t.Cleanup(func() { Unmount(target) })
+			for range 2 {
+				if err := s.Mount(t.Context(), []digest.Digest{d}, rw, target, nil); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := s.Mount(t.Context(), []digest.Digest{d}, rw+"2", target, nil); !errors.Is(err, ErrBusy) {
+				t.Errorf("another one on it: %v", err)
+			}
+			if l := LayersAt(target); !slices.Equal(l, []digest.Digest{d}) {
+				t.Errorf("the mount tells of layers %v, not of %s", l, d)
+			}
+			if err := errors.Join(s.Close(), os.Remove(filepath.Join(s.layerDir(d), recordName))); err != nil {
+				t.Fatal(err)
+			}
+			if err := open(t, s.dir).Close(); err != nil { // and what it removes is gone
+				t.Fatal(err)
+			}
+			read(t, target, "a")
+		})
 	}
 }
 
