@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // ErrDamaged is wrapped by every error about a record that is there but cannot
@@ -144,15 +146,19 @@ func SyncDir(path string) error {
 
 // MakeDir makes the directory root/name, 0700, with its parents. A file in the
 // place of root, or of one below it, is renamed and never removed; moved is then
-// what it is called. A symbolic link is followed, as it is somebody's intention.
+// what it is called. A symbolic link to a directory is followed, as it is
+// somebody's intention; another one is such a file.
 func MakeDir(root, name string) (moved string, err error) {
 	path := filepath.Join(root, name)
 	if err = os.MkdirAll(path, 0o700); err == nil {
 		return "", nil
 	}
 	for at := path; len(at) >= len(root); at = filepath.Dir(at) {
-		st, serr := os.Lstat(at)
-		if serr != nil || st.IsDir() || st.Mode()&fs.ModeSymlink != 0 {
+		st, err := os.Stat(at)
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ELOOP) {
+			st, err = os.Lstat(at) // of a link that leads nowhere
+		}
+		if err != nil || st.IsDir() {
 			continue
 		}
 		moved = fmt.Sprintf("%s.damaged-%d", at, time.Now().UnixNano())
