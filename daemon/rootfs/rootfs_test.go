@@ -777,6 +777,21 @@ func TestManyLayers(t *testing.T) {
 	}
 }
 
+// An image may have the same layer thousands of times.
+func TestRepeatedLayer(t *testing.T) {
+	s := open(t, t.TempDir())
+	d := apply(t, s, e{name: "a", body: "x"})
+	var was unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 500, Max: was.Max}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Setrlimit(unix.RLIMIT_NOFILE, &was) })
+	read(t, mount(t, s, slices.Repeat([]digest.Digest{d}, 1000)...), "a")
+}
+
 func TestClassicMount(t *testing.T) {
 	for name, long := range map[string]string{"short": "a:b,c", "long": strings.Repeat("x", 200)} {
 		for _, n := range []int{1, 130} {
