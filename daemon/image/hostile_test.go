@@ -222,11 +222,24 @@ func TestIndexLies(t *testing.T) {
 func TestImagesTakeLittleMemory(t *testing.T) { // not parallel: it measures
 	h := newHostile(t)
 	s := openAt(t, t.TempDir())
-	history := `,"history":[{}` + strings.Repeat(",{}", (6<<20)/3) + `]`
+	history := func(n int) string { return `,"history":[{}` + strings.Repeat(",{}", n) + `]` }
 	before := heapInUse()
-	mustPull(t, s, PullRequest{Ref: h.tag(t, "1", manifestOf(h.configOf(t, history)))})
-	if took := heapInUse() - before; took > 64<<20 {
+	mustPull(t, s, PullRequest{Ref: h.tag(t, "1", manifestOf(h.configOf(t, history(maxValues/2-100))))})
+	if took := heapInUse() - before; took > 4<<20 {
 		t.Errorf("%d bytes for an image without layers", took)
+	}
+	if _, err := s.Pull(t.Context(), PullRequest{Ref: h.tag(t, "3", manifestOf(h.configOf(t, history(maxValues))))}); !errors.Is(err, ErrUnsupported) {
+		t.Errorf("a config of very many values: %v", err)
+	}
+	for name, text := range map[string]string{"layers": `"config":{},"layers"`, "manifests": `"manifests"`} {
+		b := fmt.Appendf(nil, `{"schemaVersion":2,%s:[{}%s]}`, text, strings.Repeat(",{}", (3<<20)/3))
+		var began, ended runtime.MemStats
+		runtime.ReadMemStats(&began)
+		_, err := parseDocument(b, "")
+		runtime.ReadMemStats(&ended)
+		if took := ended.TotalAlloc - began.TotalAlloc; !errors.Is(err, ErrUnsupported) || took > 1<<20 {
+			t.Errorf("very many %s: %d bytes and %v", name, took, err)
+		}
 	}
 	var layers []ocispec.Descriptor
 	var diffIDs []digest.Digest

@@ -33,6 +33,9 @@ type document struct {
 // parseDocument decides by the content: what a registry says about it is not
 // covered by the digest.
 func parseDocument(b []byte, said string) (d document, err error) {
+	if err := checkValues(b); err != nil {
+		return d, err
+	}
 	var probe struct {
 		SchemaVersion int             `json:"schemaVersion"`
 		MediaType     string          `json:"mediaType"`
@@ -67,6 +70,29 @@ func parseDocument(b []byte, said string) (d document, err error) {
 		return d, fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}
 	return d, nil
+}
+
+// maxValues of a manifest, an index or a config: a value of three bytes may take
+// more than a hundred in memory, and those of a config as long as the image is here.
+const maxValues = 100_000
+
+// checkValues counts what is in the lists and objects of a JSON document.
+func checkValues(b []byte) error {
+	n, quoted := 0, false
+	for i := 0; i < len(b); i++ {
+		switch c := b[i]; {
+		case c == '"':
+			quoted = !quoted
+		case quoted && c == '\\':
+			i++
+		case !quoted && (c == ',' || c == '[' || c == '{'):
+			n++
+		}
+	}
+	if n > maxValues {
+		return fmt.Errorf("%w: a manifest or config of %d values, the limit is %d", ErrUnsupported, n, maxValues)
+	}
+	return nil
 }
 
 // mediaType is the type of a document for a descriptor in index.json.
@@ -195,6 +221,9 @@ func machine(cpuinfo string) ocispec.Platform {
 
 // parseConfig reads an image's config and compares it with the manifest.
 func parseConfig(b []byte, m *ocispec.Manifest) (c ocispec.Image, err error) {
+	if err := checkValues(b); err != nil {
+		return c, err
+	}
 	var all Spec
 	if err := json.Unmarshal(b, &all); err != nil {
 		return c, fmt.Errorf("%w: the config is not JSON: %w", ErrCorrupt, err)
