@@ -146,8 +146,9 @@ func SyncDir(path string) error {
 
 // MakeDir makes the directory root/name, 0700, with its parents. A file in the
 // place of root, or of one below it, is renamed and never removed; moved is then
-// what it is called. A symbolic link to a directory is followed, as it is
-// somebody's intention; another one is such a file.
+// what it is called. A symbolic link to a directory is followed; another one is
+// such a file. But where root itself leads nowhere, the disk with it may be yet to
+// come: that is an error.
 func MakeDir(root, name string) (moved string, err error) {
 	path := filepath.Join(root, name)
 	if err = os.MkdirAll(path, 0o700); err == nil {
@@ -156,7 +157,12 @@ func MakeDir(root, name string) (moved string, err error) {
 	for at := path; len(at) >= len(root); at = filepath.Dir(at) {
 		st, err := os.Stat(at)
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ELOOP) {
+			notThere := !errors.Is(err, unix.ELOOP)
 			st, err = os.Lstat(at) // of a link that leads nowhere
+			if at == root && notThere && err == nil {
+				to, _ := os.Readlink(at)
+				return "", fmt.Errorf("%s is a link to %s, which does not exist: mount its disk, or remove the link", at, to)
+			}
 		}
 		if err != nil || st.IsDir() {
 			continue

@@ -99,6 +99,12 @@ func TestMakeDir(t *testing.T) {
 					t.Fatal(err)
 				}
 				moved, err := MakeDir(root, "a/b")
+				if name == "dangling link" && at == "" { // its disk may be yet to come
+					if _, there := os.Lstat(root); there != nil || err == nil || !strings.Contains(err.Error(), "nowhere") {
+						t.Errorf("got %v, %v", err, there)
+					}
+					return
+				}
 				if err != nil {
 					t.Fatal(err)
 				}
