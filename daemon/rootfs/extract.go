@@ -258,17 +258,13 @@ func (x *extractor) setNode(parent int, base string, h *tar.Header) error {
 	if err := unix.Fstatat(parent, base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return err
 	}
-	if st.Uid != uint32(h.Uid) || st.Gid != uint32(h.Gid) { // else capabilities stay
-		if err := unix.Fchownat(parent, base, h.Uid, h.Gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-			return fmt.Errorf("cannot set its owner: %w", err)
-		}
+	err := setOwner(&st, h,
+		func(uid, gid int) error { return unix.Fchownat(parent, base, uid, gid, unix.AT_SYMLINK_NOFOLLOW) },
+		func(mode uint32) error { return unix.Fchmodat(parent, base, mode, 0) })
+	if err != nil {
+		return err
 	}
-	if st.Mode&unix.S_IFMT != unix.S_IFLNK {
-		if err := unix.Fchmodat(parent, base, uint32(h.Mode&0o7777), 0); err != nil {
-			return fmt.Errorf("cannot set its mode: %w", err)
-		}
-	}
-	err := setXattrs(h, func(name string, value []byte) error {
+	err = setXattrs(h, func(name string, value []byte) error {
 		err := unix.Lsetxattr(fmt.Sprintf("/proc/self/fd/%d/%s", parent, base), name, value, 0)
 		if errors.Is(err, unix.EPERM) && st.Mode&unix.S_IFMT != unix.S_IFREG {
 			return nil // the kernel has user attributes for files and directories only
@@ -281,6 +277,36 @@ func (x *extractor) setNode(parent int, base string, h *tar.Header) error {
 	return setTime(parent, base, h.ModTime)
 }
 
+// setOwner sets owner and mode where they are others than st says: each change is
+// one of the journal too, which for small files is most of the work.
+func setOwner(st *unix.Stat_t, h *tar.Header, chown func(uid, gid int) error, chmod func(mode uint32) error) error {
+	owned := st.Uid == uint32(h.Uid) && st.Gid == uint32(h.Gid)
+	if !owned {
+		if err := chown(h.Uid, h.Gid); err != nil {
+			return fmt.Errorf("cannot set its owner: %w", err)
+		}
+	}
+	// After the owner, as changing that drops setuid and capabilities.
+	mode := uint32(h.Mode & 0o7777)
+	if st.Mode&unix.S_IFMT == unix.S_IFLNK || owned && st.Mode&0o7777 == mode {
+		return nil
+	}
+	if err := chmod(mode); err != nil {
+		return fmt.Errorf("cannot set its mode: %w", err)
+	}
+	return nil
+}
+
+// setOwnerOf is setOwner for what is open.
+func setOwnerOf(fd int, st *unix.Stat_t, h *tar.Header) error {
+	if err := unix.Fstat(fd, st); err != nil {
+		return err
+	}
+	return setOwner(st, h,
+		func(uid, gid int) error { return unix.Fchown(fd, uid, gid) },
+		func(mode uint32) error { return unix.Fchmod(fd, mode) })
+}
+
 func (x *extractor) file(parent int, base string, h *tar.Header, r io.Reader) (err error) {
 	if h.Size < 0 || h.Size > x.limits.Bytes-x.logical {
 		return fmt.Errorf("%w: more than %d bytes of files", ErrBadLayer, x.limits.Bytes)
@@ -288,7 +314,7 @@ func (x *extractor) file(parent int, base string, h *tar.Header, r io.Reader) (e
 	x.logical += h.Size
 	var fd int
 	err = x.create(parent, base, func() (err error) {
-		fd, err = unix.Openat(parent, base, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+		fd, err = unix.Openat(parent, base, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, uint32(h.Mode&0o777))
 		return err
 	})
 	if err != nil {
@@ -302,12 +328,9 @@ func (x *extractor) file(parent int, base string, h *tar.Header, r io.Reader) (e
 	if err := x.copy(fd, r, h.Size, sparse(h)); err != nil {
 		return err
 	}
-	// The owner goes first: changing it drops setuid and capabilities.
-	if err := unix.Fchown(fd, h.Uid, h.Gid); err != nil {
-		return fmt.Errorf("cannot set its owner: %w", err)
-	}
-	if err := unix.Fchmod(fd, uint32(h.Mode&0o7777)); err != nil {
-		return fmt.Errorf("cannot set its mode: %w", err)
+	var st unix.Stat_t
+	if err := setOwnerOf(fd, &st, h); err != nil {
+		return err
 	}
 	if err := setXattrs(h, func(n string, v []byte) error { return unix.Fsetxattr(fd, n, v, 0) }); err != nil {
 		return err
@@ -511,14 +534,8 @@ func (x *extractor) ensureDir(parent int, base string) (int, error) {
 }
 
 func (x *extractor) setDir(fd int, name string, h *tar.Header) error {
-	if err := unix.Fchown(fd, h.Uid, h.Gid); err != nil {
-		return fmt.Errorf("cannot set its owner: %w", err)
-	}
-	if err := unix.Fchmod(fd, uint32(h.Mode&0o7777)); err != nil {
-		return fmt.Errorf("cannot set its mode: %w", err)
-	}
 	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
+	if err := setOwnerOf(fd, &st, h); err != nil {
 		return err
 	}
 	d := dirEntry{name, h.ModTime, x.dirs[st.Ino].acl}
