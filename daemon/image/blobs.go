@@ -251,14 +251,6 @@ func (s *Store) collect() error {
 	return errors.Join(rerr, err, s.collectIngest())
 }
 
-// cleanIngest removes small blobs that were being written. It is part of Open.
-func (s *Store) cleanIngest() {
-	files, _ := filepath.Glob(filepath.Join(s.o.Root, ingestName, smallPrefix+"*"))
-	for _, path := range files {
-		os.RemoveAll(path)
-	}
-}
-
 // collectIngest removes partial downloads that no pull goes on with.
 func (s *Store) collectIngest() error {
 	dir := filepath.Join(s.o.Root, ingestName)

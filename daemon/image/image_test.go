@@ -1294,6 +1294,22 @@ func TestPartsAreRemoved(t *testing.T) {
 	eventually(t, "it is gone when the pull went well", func() bool { return gone(resumed) })
 }
 
+// What was being written goes, whatever the directory is called.
+func TestUnfinishedFilesAreRemoved(t *testing.T) {
+	root := filepath.Join(t.TempDir(), "a[b")
+	openAt(t, root).Close()
+	for _, name := range []string{filepath.Join(ingestName, smallPrefix+"1"), ".index.json.1", filepath.Join(refsName, ".x.json.1")} {
+		path := filepath.Join(root, name)
+		if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		openAt(t, root).Close()
+		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // A container that finds no room for its layers is worth more than what an
 // interrupted pull left.
 func TestUnpackMakesRoom(t *testing.T) {

@@ -171,11 +171,9 @@ func (s *Store) Close() error {
 
 func (s *Store) load() error {
 	for _, name := range []string{ocispec.ImageIndexFile, ocispec.ImageLayoutFile, removalName} {
-		unfinished, _ := filepath.Glob(filepath.Join(s.o.Root, "."+name+".*"))
-		for _, path := range unfinished {
-			os.RemoveAll(path)
-		}
+		s.removeUnfinished(".", "."+name+".")
 	}
+	s.removeUnfinished(ingestName, smallPrefix)
 	files, err := os.ReadDir(filepath.Join(s.o.Root, refsName))
 	if err != nil {
 		return err
@@ -195,12 +193,22 @@ func (s *Store) load() error {
 	}
 	s.finishRemoval()
 	s.loadPending()
-	s.cleanIngest()
 	if err := s.measure(); err != nil {
 		return err
 	}
 	s.rebuild()
 	return nil
+}
+
+// removeUnfinished removes what was being written below such names. No pattern, as
+// Root may have any characters.
+func (s *Store) removeUnfinished(dir, prefix string) {
+	files, _ := os.ReadDir(filepath.Join(s.o.Root, dir))
+	for _, f := range files {
+		if strings.HasPrefix(f.Name(), prefix) {
+			os.RemoveAll(filepath.Join(s.o.Root, dir, f.Name()))
+		}
+	}
 }
 
 func (s *Store) loadRecord(path string) (*loaded, error) {
