@@ -392,6 +392,25 @@ func TestMirrorLies(t *testing.T) {
 	}
 }
 
+// A mirror that lies about a manifest is not asked for the rest.
+func TestMirrorLiesOnce(t *testing.T) {
+	t.Parallel()
+	mirror, origin := newHub(t), newHub(t)
+	origin.push(t, "team/app:1", imageOf(t, "x", layerOf(t, "a", 1000, 1, types.OCILayer)))
+	certs := t.TempDir()
+	hostsToml(t, certs, "registry.example", fmt.Sprintf("server = %q\n[host.%q]\ncapabilities = [\"pull\"]\n", origin.URL, mirror.URL))
+	mirror.set(func(w http.ResponseWriter, r *http.Request) bool {
+		io.WriteString(w, "{}")
+		return false
+	})
+	if _, err := pullOnce(t, certs, "registry.example/team/app:1", nil); err != nil {
+		t.Fatal(err)
+	}
+	if hits, _ := mirror.reset(); len(hits) != 1 {
+		t.Errorf("asked for %v", hits)
+	}
+}
+
 func descOf(l *testLayer) ocispec.Descriptor { return descOfBytes(l.packed) }
 
 func descOfBytes(b []byte) ocispec.Descriptor {

@@ -59,7 +59,7 @@ type registry struct {
 	domain string
 	hosts  []docker.RegistryHost
 	creds  credentials
-	down   sync.Map // by addressOf: mirrors that this pull could not connect to
+	down   sync.Map // by addressOf: mirrors that this pull does not ask any more
 	logins sync.Map // by address: *login
 }
 
@@ -86,11 +86,12 @@ func (r *registry) pullsFirst() bool {
 }
 
 // again says whether a request that failed may work later at the same host, and
-// how long to wait. A mirror that does not answer is left out from then on.
+// how long to wait. A mirror that does not answer, or lies, is left out from then
+// on.
 func (r *registry) again(h docker.RegistryHost, err error, failures int) (time.Duration, bool) {
 	dial, silent, hopeless := reachable(err)
 	mirror := addressOf(h) != addressOf(r.hosts[len(r.hosts)-1])
-	if mirror && (dial || silent || hopeless) {
+	if mirror && (dial || silent || hopeless || errors.Is(err, ErrCorrupt)) {
 		r.down.Store(addressOf(h), true)
 		return 0, false
 	}
