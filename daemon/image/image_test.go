@@ -1289,7 +1289,9 @@ func TestPartsAreRemoved(t *testing.T) {
 	if gone(resumed) {
 		t.Error("what an interrupted pull has is gone")
 	}
-	s.completePending("registry.test/a:1") // it needed nothing more
+	s.mu.Lock()
+	s.dropPending("registry.test/a:1")
+	s.mu.Unlock()
 	s.kick()
 	eventually(t, "it is gone when the pull went well", func() bool { return gone(resumed) })
 }

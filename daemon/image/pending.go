@@ -131,15 +131,6 @@ func (s *Store) makeRoom() {
 	s.kick()
 }
 
-// completePending drops what an earlier pull has left: the reference is whole.
-func (s *Store) completePending(ref string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if p, ok := s.pending[ref]; ok && p.pulls == 0 {
-		s.dropPending(ref)
-	}
-}
-
 // dropPending is called with mu held. Where the file cannot be removed, the
 // collector tries again.
 func (s *Store) dropPending(ref string) error {

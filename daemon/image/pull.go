@@ -117,13 +117,7 @@ func (p *pull) run(ctx context.Context) (img Image, err error) {
 	p.hold(blobs...)
 	// What is here already needs no record, and no room for one: on a full disk a
 	// pod whose image is here is to start.
-	if p.s.hasAll(m) {
-		defer func() {
-			if err == nil {
-				p.s.completePending(p.name.String())
-			}
-		}()
-	} else {
+	if !p.s.hasAll(m) {
 		if err := p.s.beginPending(p.name, blobs); err != nil {
 			return img, err
 		}
@@ -432,7 +426,7 @@ func (f *readFlag) Read(p []byte) (int, error) {
 // missing: after a power cut, or removed by mistake. A blob that is missing as
 // well is fetched, with r.Auth or as the node. Where that fails the error is
 // ErrNotFound, and the image has to be pulled by somebody who may.
-func (s *Store) Unpack(ctx context.Context, r PullRequest) error {
+func (s *Store) Unpack(ctx context.Context, r PullRequest) (err error) {
 	img, m, held, err := s.holdImage(r.Ref)
 	if err != nil {
 		return fmt.Errorf("cannot unpack %s: %w", r.Ref, told(err))
@@ -447,6 +441,10 @@ func (s *Store) Unpack(ctx context.Context, r PullRequest) error {
 		return fmt.Errorf("cannot unpack %s: %w", r.Ref, told(err))
 	}
 	defer p.reg.close()
+	// As in a pull; without a record, an interruption costs what has come.
+	if !s.hasAll(m) && s.beginPending(p.name, held[:len(held)-len(diffIDs)]) == nil {
+		defer func() { s.endPending(p.name.String(), err) }()
+	}
 	slots := make(chan struct{}, unpackers)
 	g, ctx := errgroup.WithContext(ctx)
 	for i, desc := range m.Layers {
@@ -466,7 +464,7 @@ func (s *Store) Unpack(ctx context.Context, r PullRequest) error {
 			return err
 		})
 	}
-	if err := g.Wait(); err != nil {
+	if err = g.Wait(); err != nil {
 		if full(err) {
 			s.makeRoom()
 		}

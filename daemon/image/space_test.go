@@ -1,7 +1,9 @@
 package image
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"os"
@@ -81,6 +83,60 @@ func TestLayersDropped(t *testing.T) {
 		t.Errorf("removed: %v %v", free, err)
 	}
 	eventually(t, "all is collected", func() bool { return s.Usage() == Usage{} })
+}
+
+// What has come of a lost layer does not come again: a container is asked for
+// anew after minutes, in which a slow link does not bring all of it.
+func TestLostLayerGoesOn(t *testing.T) {
+	t.Parallel()
+	for name, again := range map[string]func(s *Store, img, tag PullRequest) error{
+		"container": func(s *Store, img, _ PullRequest) error { return s.Unpack(t.Context(), img) },
+		"pull":      func(s *Store, _, tag PullRequest) error { _, err := s.Pull(t.Context(), tag); return err },
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFaulty(t, 600_000)
+			s := openAt(t, t.TempDir(), dropping)
+			var k, lost sink
+			img := mustPull(t, s, k.request(f.ref))
+			eventually(t, "the layer is dropped", func() bool { return !s.hasBlob(descOf(f.layers[0])) })
+			ctx, cancel := context.WithCancel(t.Context())
+			f.set(func(w http.ResponseWriter, r *http.Request) bool {
+				w.Header().Set("Content-Length", fmt.Sprint(len(f.layers[0].packed)))
+				w.Write(f.layers[0].packed[:400_000])
+				http.NewResponseController(w).Flush()
+				part := filepath.Join(s.o.Root, ingestName, partName(f.host, descOf(f.layers[0])))
+				eventually(t, "it has come", func() bool { st, err := os.Stat(part); return err == nil && st.Size() == 400_000 })
+				cancel()
+				<-r.Context().Done()
+				return false
+			})
+			if err := s.Unpack(ctx, lost.request(img.ID)); !errors.Is(err, context.Canceled) {
+				t.Fatalf("got %v", err)
+			}
+			eventually(t, "the download has ended", func() bool {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				return len(s.downloads) == 0
+			})
+			if err := s.collect(); err != nil {
+				t.Fatal(err)
+			}
+			f.set(nil)
+			f.reset()
+			if err := again(s, lost.request(img.ID), lost.request(f.ref)); err != nil {
+				t.Fatal(err)
+			}
+			if _, sent := f.reset(); sent > 210_000 {
+				t.Errorf("%d bytes came, the rest was 200_000", sent)
+			}
+			eventually(t, "nothing is left", func() bool {
+				l, err := os.ReadDir(filepath.Join(s.o.Root, ingestName))
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				return err == nil && len(l) == 0 && len(s.pending) == 0
+			})
+		})
+	}
 }
 
 // small mounts a file system of that size.

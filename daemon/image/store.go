@@ -329,6 +329,11 @@ func (s *Store) commit(name reference.Named, target, manifest ocispec.Descriptor
 	if err != nil {
 		return Image{}, err
 	}
+	for _, ref := range names { // are whole, and need nothing that an earlier pull left
+		if p, ok := s.pending[ref]; ok && p.pulls == 0 {
+			s.dropPending(ref)
+		}
+	}
 	return s.images[s.byRef[names[len(names)-1]]], nil
 }
 
