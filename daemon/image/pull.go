@@ -212,8 +212,9 @@ func (p *pull) choose(ctx context.Context, desc ocispec.Descriptor, b []byte, de
 }
 
 // ours reads a small blob of the store if an image from the same repository has
-// it, or an interrupted pull had got it from there. Who knows no more than a digest, of an image that somebody else may pull,
-// does not get it by naming that in a repository of his own.
+// it, or an interrupted pull had got it from there. Who knows no more than a
+// digest, of an image that somebody else may pull, does not get it by naming that
+// in a repository of his own.
 func (p *pull) ours(d ocispec.Descriptor, limit int64) ([]byte, error) {
 	if !p.s.inRepository(p.name, d.Digest) {
 		return nil, ErrNotFound
