@@ -320,9 +320,6 @@ func TestMadeUpDirectoriesLookAsBelow(t *testing.T) {
 	}
 }
 
-// A directory without an entry is a directory, also over a base where the name
-// is a symbolic link: what a layer is does not depend on what is below it.
-// containerd's overlayfs snapshots look the same.
 // Not the mode alone is that of below: attributes, ACLs and the time are, also of
 // a directory that has one in it whose attributes have to be put right.
 func TestMadeUpDirectoriesHaveAttributes(t *testing.T) {
@@ -354,6 +351,9 @@ func TestMadeUpDirectoriesHaveAttributes(t *testing.T) {
 	}
 }
 
+// A directory without an entry is a directory, also over a base where the name
+// is a symbolic link: what a layer is does not depend on what is below it.
+// containerd's overlayfs snapshots look the same.
 func TestMadeUpDirectoryOverALink(t *testing.T) {
 	s := open(t, t.TempDir())
 	base := apply(t, s,
