@@ -245,8 +245,8 @@ func setAttributes(dir string, a attributes, m *IDMap) error {
 		if strings.HasPrefix(name, aclPrefix) {
 			value = m.hostACL(value)
 		}
-		if err := unix.Lsetxattr(dir, name, []byte(value), 0); err != nil {
-			return fmt.Errorf("cannot set the attribute %s of %s: %w", name, dir, err)
+		if err := setXattr(name, value, func(n string, v []byte) error { return unix.Lsetxattr(dir, n, v, 0) }); err != nil {
+			return fmt.Errorf("directory %s: %w", dir, err)
 		}
 	}
 	if a.mtime == (unix.Timespec{}) {

@@ -351,6 +351,24 @@ func TestMadeUpDirectoriesHaveAttributes(t *testing.T) {
 	}
 }
 
+// The writable layer may be on another file system than the layers, as on one
+// without attributes.
+func TestMadeUpDirectoriesWithoutAttributes(t *testing.T) {
+	needRoot(t)
+	dir := t.TempDir()
+	if err := unix.Mount("none", dir, "ramfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	a := attributes{mode: 0o1777, mtime: unix.Timespec{Sec: 1}, xattrs: map[string]string{"user.a": "x"}}
+	if err := setAttributes(dir, a, nil); err != nil {
+		t.Fatal(err)
+	}
+	if st := lstat(t, dir, "."); st.Mode&0o7777 != a.mode || st.Mtim != a.mtime {
+		t.Errorf("mode %o, time %v", st.Mode, st.Mtim)
+	}
+}
+
 // A directory without an entry is a directory, also over a base where the name
 // is a symbolic link: what a layer is does not depend on what is below it.
 // containerd's overlayfs snapshots look the same.
