@@ -206,3 +206,42 @@ func TestAttributesBeyondTheFileSystem(t *testing.T) {
 	}
 	s.Close()
 }
+
+// Attributes of directories without entries are copied one directory at a time.
+func TestImpliedAttributesTakeLittleMemory(t *testing.T) { // not parallel: it measures
+	s := open(t, t.TempDir())
+	const dirs, size = 2000, 3500
+	var below, above []e
+	pax := map[string]string{"SCHILY.xattr.user.a": strings.Repeat("x", size)}
+	for i := range dirs {
+		below = append(below, e{name: fmt.Sprintf("d/%d", i), typ: tar.TypeDir, pax: pax})
+		above = append(above, e{name: fmt.Sprintf("d/%d/f", i)})
+	}
+	ids := []digest.Digest{apply(t, s, below...), apply(t, s, above...)}
+	below, above = nil, nil
+	live := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before, most := live(), uint64(0)
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				most = max(most, live())
+			}
+		}
+	}()
+	err := s.prepareUpper(t.TempDir(), ids, nil)
+	close(stop)
+	<-done
+	if took := int64(most) - int64(before); err != nil || took > dirs*size {
+		t.Errorf("%d bytes for %d directories: %v", took, dirs, err)
+	}
+}

@@ -169,23 +169,23 @@ func (s *Store) prepareUpper(upper string, diffIDs []digest.Digest, m *IDMap) er
 		names = append(names, r.Implied...)
 	}
 	slices.Sort(names)
-	made := map[string]attributes{}
+	made := map[string]bool{".": true}
 	for _, name := range slices.Compact(names) {
 		a, err := truth(layers, name)
-		if err != nil {
-			return err
-		}
-		if name == "." {
-			made[name] = a
-		} else if a.shows() && !shownRight(layers, name) {
-			err = makeUpper(upper, layers, name, made)
+		if err == nil && a.shows() && !shownRight(layers, name) {
+			err = makeUpper(upper, name, made)
 		}
 		if err != nil {
 			return err
 		}
 	}
-	// What is made in a directory changes its time, and inherits from its ACL.
-	for name, a := range made {
+	// What is made in a directory changes its time, and inherits from its ACL. The
+	// attributes of all of them together may be gigabytes.
+	for name := range made {
+		a, err := truth(layers, name)
+		if err != nil {
+			return err
+		}
 		if err := setAttributes(filepath.Join(upper, name), a, m); err != nil {
 			return err
 		}
@@ -211,24 +211,15 @@ func shownRight(layers []layered, name string) bool {
 
 // makeUpper makes a directory in the writable layer, and those above it. made is
 // what has yet to get its attributes.
-func makeUpper(upper string, layers []layered, name string, made map[string]attributes) error {
-	if _, done := made[name]; done {
+func makeUpper(upper, name string, made map[string]bool) error {
+	if made[name] {
 		return nil
 	}
-	if parent := path.Dir(name); parent != "." {
-		if err := makeUpper(upper, layers, parent, made); err != nil {
-			return err
-		}
-	}
-	a, err := truth(layers, name)
-	if err != nil {
+	if err := makeUpper(upper, path.Dir(name), made); err != nil {
 		return err
 	}
-	if err := os.Mkdir(filepath.Join(upper, name), 0o700); err != nil {
-		return err
-	}
-	made[name] = a
-	return nil
+	made[name] = true
+	return os.Mkdir(filepath.Join(upper, name), 0o700)
 }
 
 // setAttributes is for directories of the writable layer before it is mounted:
