@@ -172,8 +172,12 @@ func (s *Store) IDs(k Kind) ([]string, error) {
 func (s *Store) Sweep() {
 	for _, k := range []Kind{Pods, Containers} {
 		for _, tree := range []string{s.root, s.state} {
-			left, _ := filepath.Glob(filepath.Join(tree, string(k), delPrefix+"*"))
-			for _, path := range left {
+			left, _ := os.ReadDir(filepath.Join(tree, string(k)))
+			for _, e := range left {
+				if !strings.HasPrefix(e.Name(), delPrefix) {
+					continue
+				}
+				path := filepath.Join(tree, string(k), e.Name())
 				if err := removeTree(path); err != nil {
 					s.log.Warn("cannot finish a removal", "path", path, "error", err)
 				}

@@ -75,7 +75,10 @@ func TestRemoveRunDirWithMount(t *testing.T) {
 // A daemon that was killed in the middle of a removal leaves a directory that
 // nobody loads. The next removal of the name, and Sweep, take it away.
 func TestRemovalCutShort(t *testing.T) {
-	root := t.TempDir()
+	root := filepath.Join(t.TempDir(), "a[b")
+	if err := os.Mkdir(root, 0o700); err != nil {
+		t.Fatal(err)
+	}
 	s := open(t, root, t.TempDir())
 	left := filepath.Join(root, string(Pods), delPrefix+"a")
 	for _, finish := range []func() error{func() error { return s.Remove(Pods, "a") }, func() error { s.Sweep(); return nil }} {
