@@ -641,9 +641,13 @@ func (d *Daemon) eraseContainer(ctx context.Context, c *container) error {
 			s.exit = &rundir.Exit{Code: rundir.CodeUnknown, Source: rundir.SourceInferred, Reason: rundir.ReasonNeverRan, ExitedAt: time.Now()}
 		}
 	})
-	mounts, err := filepath.Glob(dir.Path(filepath.Join(imagesName, "*")))
-	if err != nil {
+	images, err := os.ReadDir(dir.Path(imagesName))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
+	}
+	var mounts []string
+	for _, e := range images {
+		mounts = append(mounts, dir.Path(filepath.Join(imagesName, e.Name())))
 	}
 	for _, m := range append(mounts, dir.Path(rundir.RootfsName), dir.Path(pidName)) {
 		if err := rootfs.Unmount(m); err != nil {

@@ -170,6 +170,9 @@ func (f file) resolve(logLevel string) (daemon.Config, error) {
 	if c.Root == c.State {
 		return c, fmt.Errorf("config: root and state are both %q: each needs a folder of its own", c.Root)
 	}
+	if strings.Contains(c.State, ",") { // where the namespaces of pods are pinned
+		return c, fmt.Errorf("config: state = %q has a comma, which the OCI runtime does not take in paths of namespaces", c.State)
+	}
 	switch f.Sandbox.Mode {
 	case "namespaces":
 	case "pause":

@@ -27,9 +27,15 @@ func TestConfigMistakes(t *testing.T) {
 			t.Errorf("%s: %v", text, err)
 		}
 	}
-	f := defaults()
-	f.Registry.ConfigDir = "/etc/certs.d:certs.d"
-	if _, err := f.resolve("info"); err == nil || !strings.Contains(err.Error(), `registry.config_dir = "/etc/certs.d:certs.d": "certs.d" is not`) {
-		t.Errorf("a relative directory: %v", err)
+	for want, change := range map[string]func(f *file){
+		`registry.config_dir = "/etc/certs.d:certs.d": "certs.d" is not`: func(f *file) { f.Registry.ConfigDir = "/etc/certs.d:certs.d" },
+		`state = "/run/a,b" has a comma`:                                 func(f *file) { f.State = "/run/a,b" },
+		`root = "data" is not an absolute path`:                          func(f *file) { f.Root = "data" },
+	} {
+		f := defaults()
+		change(&f)
+		if _, err := f.resolve("info"); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", want, err)
+		}
 	}
 }

@@ -89,6 +89,7 @@ type Options struct {
 	Plugins map[string]string // CNI plugins of the test, as scripts, last in the chain
 	RootMiB int               // root is a tmpfs of that size, to be filled up
 	Root    string            // that outlives the node; empty: below its scratch directory
+	Names   string            // ends the names of root and state
 	Service string            // an installed systemd unit that runs the daemon, instead of a child of the test
 }
 
@@ -124,8 +125,8 @@ func New(t T, opts ...Options) *Node {
 	tag := strings.TrimPrefix(filepath.Base(dir), "hf-")
 	n := &Node{T: t, shared: &shared{
 		Dir:          dir,
-		Root:         filepath.Join(dir, "root"),
-		State:        filepath.Join(dir, "state"),
+		Root:         filepath.Join(dir, "root"+o.Names),
+		State:        filepath.Join(dir, "state"+o.Names),
 		Socket:       filepath.Join(dir, "cri.sock"),
 		LogDir:       filepath.Join(dir, "logs"),
 		Bin:          bin,
