@@ -145,12 +145,7 @@ func (s *Store) prepareUpper(upper string, diffIDs []digest.Digest, m *IDMap) er
 		}
 	}()
 	names := []string{"."}
-	seen := map[digest.Digest]bool{}
 	for _, d := range slices.Backward(diffIDs) {
-		if seen[d] {
-			continue // the same one further down adds nothing, and takes a descriptor
-		}
-		seen[d] = true
 		s.mu.Lock()
 		r, ok := s.layers[d]
 		s.mu.Unlock()

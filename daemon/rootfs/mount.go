@@ -53,6 +53,7 @@ func (s *Store) mount(diffIDs []digest.Digest, rw, target string, m *IDMap) (err
 	case mounted:
 		return isOverlay(target, upper)
 	}
+	diffIDs = distinct(diffIDs)
 	// What overlayfs leaves in work has no meaning without a mount, but a mark
 	// of an earlier volatile mount would make it refuse this one.
 	if err := os.RemoveAll(work); err != nil {
@@ -79,10 +80,7 @@ func (s *Store) mount(diffIDs []digest.Digest, rw, target string, m *IDMap) (err
 		if !s.Has(d) {
 			return fmt.Errorf("%w: %s", ErrNoLayer, d)
 		}
-		// The same layer further down adds nothing, and overlayfs refuses it.
-		if dir := filepath.Join(layers, d.Algorithm().String(), d.Encoded(), diffName); !slices.Contains(lower, dir) {
-			lower = append(lower, dir)
-		}
+		lower = append(lower, filepath.Join(layers, d.Algorithm().String(), d.Encoded(), diffName))
 		if opaque(filepath.Join(s.layerDir(d), diffName)) {
 			break // overlayfs does not look for this at a root
 		}
@@ -94,6 +92,20 @@ func (s *Store) mount(diffIDs []digest.Digest, rw, target string, m *IDMap) (err
 		err = o.mountClassic()
 	}
 	return err
+}
+
+// distinct leaves each layer only where it is highest: further down it adds
+// nothing, overlayfs refuses it, and an image may have one thousands of times.
+func distinct(diffIDs []digest.Digest) (l []digest.Digest) {
+	seen := map[digest.Digest]bool{}
+	for _, d := range slices.Backward(diffIDs) {
+		if !seen[d] {
+			seen[d] = true
+			l = append(l, d)
+		}
+	}
+	slices.Reverse(l)
+	return l
 }
 
 // makeUpperDir makes the writable layer if there is none. It appears complete.
