@@ -26,7 +26,9 @@ const (
 	whiteoutOpaque = ".wh..wh..opq"
 
 	opaqueXattr = "trusted.overlay.opaque"
-	defaultACL  = "system.posix_acl_default"
+	defaultACL  = aclPrefix + "default"
+	accessACL   = aclPrefix + "access"
+	capability  = "security.capability"
 )
 
 // extractor writes the entries of one archive below root.
@@ -631,16 +633,21 @@ func setTime(parent int, base string, t time.Time) error {
 	return nil
 }
 
-// setXattrs passes on the extended attributes that a layer may set. Those of
-// overlayfs would be orders to the kernel, and security labels are the node's.
+// maySet says whether a layer may set an extended attribute. Those of overlayfs
+// would be orders to the kernel, and security labels are the node's.
+func maySet(name string) bool {
+	user := strings.HasPrefix(name, "user.") && !strings.HasPrefix(name, "user.overlay.")
+	return user || name == capability || name == accessACL || name == defaultACL
+}
+
+// setXattrs passes on the extended attributes that a layer may set.
 func setXattrs(h *tar.Header, set func(name string, value []byte) error) error {
 	for k, v := range h.PAXRecords {
 		name, ok := strings.CutPrefix(k, "SCHILY.xattr.")
 		if !ok {
 			continue
 		}
-		user := strings.HasPrefix(name, "user.") && !strings.HasPrefix(name, "user.overlay.")
-		if !user && name != "security.capability" && name != "system.posix_acl_access" && name != defaultACL {
+		if !maySet(name) {
 			continue
 		}
 		if err := setXattr(name, v, set); err != nil {
@@ -652,7 +659,7 @@ func setXattrs(h *tar.Header, set func(name string, value []byte) error) error {
 
 func setXattr(name, value string, set func(name string, value []byte) error) error {
 	err := set(name, []byte(value))
-	if err == nil || errors.Is(err, unix.ENOTSUP) && name != "security.capability" {
+	if err == nil || errors.Is(err, unix.ENOTSUP) && name != capability {
 		return nil // it is set, or the file system has none of them
 	}
 	return &attributeError{name: name, size: len(value), err: err}

@@ -28,7 +28,7 @@ type attributes struct {
 	mode     uint32
 	uid, gid uint32
 	mtime    unix.Timespec     // {}: none that anybody gave it
-	xattrs   map[string]string // those that a layer may set; see setXattrs
+	xattrs   map[string]string // those that a layer may set
 }
 
 var madeUp = attributes{mode: 0o755}
@@ -55,7 +55,7 @@ func attributesOf(fd int) (attributes, error) {
 		return a, err
 	}
 	for name := range strings.SplitSeq(strings.TrimRight(string(b[:n]), "\x00"), "\x00") {
-		if !strings.HasPrefix(name, "user.") && !strings.HasPrefix(name, aclPrefix) {
+		if !maySet(name) || name == capability { // which means nothing at a directory
 			continue
 		}
 		n, err := unix.Getxattr(path, name, b)
