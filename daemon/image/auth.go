@@ -64,27 +64,23 @@ func (a *Auth) credentials() (c credentials, err error) {
 		}
 		c.host = u.Host
 	}
+	user, secret := a.Username, a.Password
+	if user == "" {
+		user, secret, err = decodeAuth(a.Auth)
+	}
+	if user == "<token>" { // how credential helpers mark an identity token
+		user = ""
+	}
 	switch {
-	case a.RegistryToken != "":
+	case a.RegistryToken != "": // a broken auth is no error, beside a token
 		c.token = a.RegistryToken
 	case a.IdentityToken != "":
 		c.secret = a.IdentityToken
-		c.basic.user, c.basic.secret = a.Username, a.Password
-		if a.Username == "" { // a broken auth is no error, beside a token
-			c.basic.user, c.basic.secret, _ = decodeAuth(a.Auth)
-		}
-		if c.basic.user == "<token>" {
-			c.basic.user = ""
-		}
-	case a.Username != "":
-		c.user, c.secret = a.Username, a.Password
-	case a.Auth != "":
-		if c.user, c.secret, err = decodeAuth(a.Auth); err != nil {
-			return credentials{}, err
-		}
-	}
-	if c.user == "<token>" { // how credential helpers mark an identity token
-		c.user = ""
+		c.basic.user, c.basic.secret = user, secret
+	case err != nil && a.Auth != "":
+		return credentials{}, err
+	default:
+		c.user, c.secret = user, secret
 	}
 	return c, nil
 }
