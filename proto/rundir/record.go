@@ -156,16 +156,16 @@ func MakeDir(root, name string) (moved string, err error) {
 	}
 	for at := path; len(at) >= len(root); at = filepath.Dir(at) {
 		st, err := os.Stat(at)
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ELOOP) {
-			notThere := !errors.Is(err, unix.ELOOP)
-			st, err = os.Lstat(at) // of a link that leads nowhere
-			if at == root && notThere && err == nil {
-				to, _ := os.Readlink(at)
-				return "", fmt.Errorf("%s is a link to %s, which does not exist: mount its disk, or remove the link", at, to)
-			}
+		missing := errors.Is(err, fs.ErrNotExist)
+		if missing || errors.Is(err, unix.ELOOP) {
+			st, err = os.Lstat(at) // a link that leads nowhere
 		}
 		if err != nil || st.IsDir() {
 			continue
+		}
+		if missing && at == root {
+			to, _ := os.Readlink(at)
+			return "", fmt.Errorf("%s is a link to %s, which does not exist: mount its disk, or remove the link", at, to)
 		}
 		moved = fmt.Sprintf("%s.damaged-%d", at, time.Now().UnixNano())
 		if err := os.Rename(at, moved); err != nil {
