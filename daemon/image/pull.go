@@ -225,14 +225,15 @@ func (p *pull) ours(d ocispec.Descriptor, limit int64) ([]byte, error) {
 // config gives the image's config, from the store or the registry.
 func (p *pull) config(ctx context.Context, m *ocispec.Manifest) (ocispec.Image, error) {
 	b, err := p.ours(m.Config, maxConfig)
-	if err != nil {
+	fetched := err != nil
+	if fetched {
 		if b, err = p.reg.blob(ctx, m.Config, maxConfig); err != nil {
 			return ocispec.Image{}, err
 		}
 	}
 	// Noted before the blob has its name, or loses the image that it was known by.
 	err = p.s.notePending(p.name.String(), m.Config.Digest)
-	if err == nil {
+	if err == nil && fetched {
 		err = p.s.addBlob(m.Config, b)
 	}
 	if err != nil {
