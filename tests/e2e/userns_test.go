@@ -150,6 +150,7 @@ func TestUserNamespaceAnd(t *testing.T) {
 	}
 	tests := map[string]func(t *testing.T, n *harness.Node){
 		"host network": func(t *testing.T, n *harness.Node) {
+			n.RunPod("makes-the-bridge")
 			o := options(func(o *cri.NamespaceOption) { o.Network = cri.NamespaceMode_NODE })
 			pod := n.RunPod("hostnet", podWith(o), func(c *cri.PodSandboxConfig) { c.Hostname = "" })
 			c := pod.Run("c", []string{"sleep", "1000"}, containerWith(o))
