@@ -35,6 +35,12 @@ count() {
 		END { printf "%d passed, %d failed, %d skipped\n", p, f, s }' "$@"
 }
 
+# failures shows the tests that failed and what they say, without the logs of
+# daemons in between, so that the end of a long output tells what is wrong.
+failures() {
+	grep -E '^ *--- FAIL|^ *[a-z0-9_]+_test\.go:[0-9]+: |^panic: |DATA RACE|^FAIL\s' "$1" | cut -c1-300 | head -n 60
+}
+
 step() {
 	case $1 in
 	gofmt)
@@ -79,6 +85,7 @@ for s in "${steps[@]}"; do
 		counts=$(count "$log")
 	fi
 	summary+=$(printf '%-10s %-5s %4ds  %s' "$s" "$result" $((SECONDS - start)) "$counts")$'\n'
+	[ $result = ok ] || summary+=$(failures "$log")$'\n'
 done
 printf '\n%s' "$summary"
 for s in "${steps[@]}"; do cat "$logs/$s.log"; done | count
