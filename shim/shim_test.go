@@ -492,11 +492,19 @@ func TestEvents(t *testing.T) {
 	}
 }
 
-// oomSpec is a container that may use little memory.
+// oomSpec is a container that may use little memory, and no swap: where the
+// machine has that, nothing would be killed.
 func (b *box) oomSpec(script string) *specs.Spec {
 	s := b.spec(script)
-	memory := int64(24 << 20)
-	s.Linux.Resources.Memory = &specs.LinuxMemory{Limit: &memory}
+	limit, swappiness := int64(24<<20), uint64(0)
+	memory := &specs.LinuxMemory{Limit: &limit, Swap: &limit}
+	const v1 = "/sys/fs/cgroup/memory/memory."
+	_, isV1 := os.Stat(v1 + "limit_in_bytes")
+	_, counted := os.Stat(v1 + "memsw.limit_in_bytes")
+	if isV1 == nil && counted != nil { // a kernel that does not count swap
+		memory = &specs.LinuxMemory{Limit: &limit, Swappiness: &swappiness}
+	}
+	s.Linux.Resources.Memory = memory
 	return s
 }
 
