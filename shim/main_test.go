@@ -31,7 +31,7 @@ import (
 
 // limit is how long any condition may take. It only decides how long a broken
 // build hangs.
-const limit = 60 * time.Second
+const limit = 3 * time.Minute
 
 var (
 	shimBinary string

@@ -568,9 +568,7 @@ func TestOrphansReaped(t *testing.T) {
 	b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id, Signal: 9})
 	b.wait()
 	for _, pid := range pids.GetPids() {
-		if alive(int(pid)) {
-			t.Errorf("process %d is left", pid)
-		}
+		b.until(fmt.Sprintf("process %d is gone", pid), func() bool { return !alive(int(pid)) })
 	}
 }
 
