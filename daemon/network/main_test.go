@@ -87,6 +87,12 @@ func prepareMachine() error {
 	return loopbackUp()
 }
 
+// hasIPv6 says whether the kernel has it: it may be off as a whole.
+func hasIPv6() bool {
+	_, err := os.Stat("/proc/sys/net/ipv6")
+	return err == nil
+}
+
 func needRoot(t *testing.T) {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -180,6 +186,9 @@ func (w *world) write(file, content string) {
 // script installs a plugin written in shell.
 func (w *world) script(name, body string) {
 	w.t.Helper()
+	// No child may come into being that has it open: nobody can run it then.
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
 	if err := os.WriteFile(filepath.Join(w.scripts, name), []byte("#!/bin/sh\n"+body), 0o755); err != nil {
 		w.t.Fatal(err)
 	}
@@ -267,7 +276,7 @@ func (w *world) traces() []string {
 		}
 	}
 	for _, table := range []string{"nat", "filter"} {
-		rules, err := exec.Command("iptables", "-t", table, "-S").CombinedOutput()
+		rules, err := exec.Command("iptables", "-w", "-t", table, "-S").CombinedOutput()
 		if err != nil {
 			w.t.Fatalf("iptables: %v: %s", err, rules)
 		}
@@ -298,7 +307,7 @@ func (w *world) unchanged(before []string) {
 // waitFor polls until f returns nil.
 func waitFor(t *testing.T, what string, f func() error) {
 	t.Helper()
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(2 * time.Minute)
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -345,7 +354,7 @@ func serve(t *testing.T, netns, addr, answer string) {
 
 // ask connects from a namespace and returns what it hears.
 func (w *world) ask(netns, addr string) (string, error) {
-	ctx, cancel := context.WithTimeout(w.t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(w.t.Context(), 30*time.Second)
 	defer cancel()
 	c, err := w.Dial(ctx, netns, "tcp", addr)
 	if err != nil {

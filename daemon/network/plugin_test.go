@@ -52,20 +52,24 @@ func hanging(t *testing.T, file string) []int {
 	return pids
 }
 
-// ended fails if one of the processes is alive; init may not have reaped it.
+// ended fails if one of the processes is alive; init may not have reaped it. A
+// killed one gives its lock back before it is a zombie.
 func ended(t *testing.T, pids []int) {
 	t.Helper()
 	if len(pids) == 0 {
 		t.Error("no processes to look at")
 	}
 	for _, pid := range pids {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-		if err != nil {
-			continue
-		}
-		if i := strings.LastIndex(string(b), ") "); !strings.HasPrefix(string(b[i+2:]), "Z") {
-			t.Errorf("process %d is alive: %s", pid, b)
-		}
+		waitFor(t, "the end of a plugin", func() error {
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+			if err != nil {
+				return nil
+			}
+			if i := strings.LastIndex(string(b), ") "); !strings.HasPrefix(string(b[i+2:]), "Z") {
+				return fmt.Errorf("process %d is alive: %s", pid, b)
+			}
+			return nil
+		})
 	}
 }
 
@@ -110,13 +114,21 @@ func TestPluginIsKilledAtTheDeadline(t *testing.T) {
 	needRoot(t)
 	w := newWorld(t)
 	before := w.traces()
-	w.script("stuck", "sleep 1000")
+	begun := filepath.Join(w.dir, "begun")
+	w.script("stuck", fmt.Sprintf("echo >%q; sleep 1000", begun))
 	w.write("10.conflist", `{"cniVersion": "1.0.0", "name": "hang", "plugins": [{"type": "stuck"}]}`)
 	a := w.pod("a")
-	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
-	defer cancel()
-	// Del alone: Add would go on with a DEL that hangs as well.
-	err := w.Del(ctx, a)
+	var err error
+	// As long as it takes for the plugin to begin.
+	for limit := 50 * time.Millisecond; limit < time.Minute; limit *= 2 {
+		ctx, cancel := context.WithTimeout(t.Context(), limit)
+		// Del alone: Add would go on with a DEL that hangs as well.
+		err = w.Del(ctx, a)
+		cancel()
+		if _, serr := os.Stat(begun); serr == nil {
+			break
+		}
+	}
 	if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, ErrNotReleased) || !strings.Contains(err.Error(), "stuck") {
 		t.Errorf("error %v, want deadline exceeded by stuck, not released", err)
 	}
@@ -181,6 +193,7 @@ echo "$CNI_COMMAND ends" >>%[1]q
 `, notes, gate))
 	w.write("10.conflist", `{"cniVersion": "1.0.0", "name": "slow", "plugins": [{"type": "slow"}]}`)
 	a := w.pod("a")
+	w.grace = time.Minute // it ends by itself, however slowly
 	daemon := w.startDaemon(helper{Attachment: a})
 	waitFor(t, "ADD to begin", func() error { _, err := os.Stat(notes); return err })
 	daemon.Process.Kill()
