@@ -95,7 +95,7 @@ func (b *bundle) cmd(s *specs.Spec, args ...string) *exec.Cmd {
 			b.t.Fatal(err)
 		}
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	b.t.Cleanup(cancel)
 	return exec.CommandContext(ctx, b.runc, append([]string{"--root", filepath.Join(b.dir, "state")}, args...)...)
 }
@@ -231,7 +231,7 @@ func TestRuncTerminal(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	l.SetDeadline(time.Now().Add(time.Minute))
+	l.SetDeadline(time.Now().Add(5 * time.Minute))
 	defer b.delete()
 	cmd := b.cmd(r.Spec, "run", "--detach", "--console-socket", socket, "--bundle", b.dir, b.id)
 	// A file: the container inherits the descriptor, and a pipe would keep Wait.
@@ -301,6 +301,20 @@ func TestRuncPodInit(t *testing.T) {
 	pid, err := os.ReadFile(pidFile)
 	if err != nil {
 		t.Fatal(err)
+	}
+	// runc does not wait until its init has become the program, and sets the
+	// filter last of all.
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		cmdline, err := os.ReadFile("/proc/" + string(pid) + "/cmdline")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.HasPrefix(string(cmdline), "/bin/busybox\x00") {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatalf("the init is still %q", cmdline)
+		}
 	}
 	status, err := os.ReadFile("/proc/" + string(pid) + "/status")
 	if err != nil {
