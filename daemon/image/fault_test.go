@@ -300,7 +300,7 @@ func TestTrickle(t *testing.T) {
 		}
 		return false
 	})
-	s := openAt(t, t.TempDir(), func(o *Options) { o.ProgressTimeout, o.MinRate = 300*time.Millisecond, 10_000 })
+	s := openAt(t, t.TempDir(), func(o *Options) { o.ProgressTimeout, o.MinRate = 2*time.Second, 10_000 })
 	var k sink
 	if _, err := s.Pull(t.Context(), k.request(f.ref)); !errors.Is(err, ErrUnavailable) || !errors.Is(err, errTooSlow) {
 		t.Errorf("got %v", err)
@@ -335,7 +335,8 @@ func TestNoRanges(t *testing.T) {
 	t.Parallel()
 	f := newFaulty(t, 1<<20)
 	b := f.layers[0].packed
-	s := openAt(t, t.TempDir(), func(o *Options) { o.ProgressTimeout, o.MinRate = 400*time.Millisecond, 10_000 })
+	// All of it takes longer than the timeout, and each part much less.
+	s := openAt(t, t.TempDir(), func(o *Options) { o.ProgressTimeout, o.MinRate = 3*time.Second, 10_000 })
 	if err := os.WriteFile(filepath.Join(s.o.Root, ingestName, partName(f.host, descOf(f.layers[0]))), b[:len(b)-10], 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -347,7 +348,7 @@ func TestNoRanges(t *testing.T) {
 		for part := range slices.Chunk(b, 64<<10) {
 			w.Write(part)
 			http.NewResponseController(w).Flush()
-			time.Sleep(100 * time.Millisecond)
+			time.Sleep(300 * time.Millisecond)
 		}
 		return false
 	})

@@ -24,6 +24,9 @@ func newDisk(t testing.TB) *disk {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
+	if _, err := os.Stat("/dev/loop-control"); err != nil {
+		t.Skip("needs loop devices: ", err)
+	}
 	d := &disk{t, filepath.Join(t.TempDir(), "disk"), t.TempDir()}
 	d.run("truncate", "-s", "64M", d.file)
 	d.run("mkfs.ext4", "-q", d.file)

@@ -289,7 +289,8 @@ func TestProgress(t *testing.T) {
 			l[0].Layers == 1 && l[0].Bytes == total-int64(len(f.layers[0].packed))+100_000
 	})
 	eventually(t, "the log tells", func() bool { return strings.Contains(log.String(), "ofLayers=2") })
-	if st := s.Stats(); len(st.Running) != 1 || st.Running[0].Ref != f.ref || st.Downloads != 1 || st.Bytes < 100_000 || st.Pulls["success"] != 0 {
+	eventually(t, "one download has ended", func() bool { return s.Stats().Downloads == 1 })
+	if st := s.Stats(); len(st.Running) != 1 || st.Running[0].Ref != f.ref || st.Bytes < 100_000 || st.Pulls["success"] != 0 {
 		t.Errorf("%+v", st)
 	}
 	close(gate)

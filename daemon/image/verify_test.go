@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -23,6 +24,10 @@ func TestVerifiers(t *testing.T) {
 	out := filepath.Join(t.TempDir(), "called")
 	script := func(name, text string) {
 		t.Helper()
+		// No child of a test beside this one may come into being that has it
+		// open: nobody can run it then.
+		syscall.ForkLock.RLock()
+		defer syscall.ForkLock.RUnlock()
 		if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\n"+text), 0o755); err != nil {
 			t.Fatal(err)
 		}
