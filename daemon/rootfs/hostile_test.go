@@ -106,7 +106,7 @@ func TestHolesAreCalledOff(t *testing.T) {
 	if err := s.Apply(ctx, digest.FromBytes(raw), bytes.NewReader(raw)); !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, ErrBadLayer) {
 		t.Errorf("%v", err)
 	}
-	if took := time.Since(began); took > 5*time.Second {
+	if took := time.Since(began); took > time.Minute { // all of it would take longer
 		t.Errorf("it went on for %s", took)
 	}
 }

@@ -21,6 +21,15 @@ const hostUID, hostGID, mappedIDs = 200000, 300000, 1000
 func newUserns(t testing.TB) *IDMap {
 	t.Helper()
 	needRoot(t)
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		t.Fatal(err)
+	}
+	var major, minor int
+	fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
+	if major < 6 || major == 6 && minor < 3 {
+		t.Skipf("needs Linux 6.3, this is %d.%d", major, minor)
+	}
 	c := exec.Command("sleep", "3600")
 	c.SysProcAttr = &syscall.SysProcAttr{
 		Cloneflags:                 syscall.CLONE_NEWUSER,
@@ -166,13 +175,14 @@ func TestMappedCapabilities(t *testing.T) {
 		t.Fatal(err)
 	}
 	caps := "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
-	layer := apply(t, s, e{name: "caps", body: string(program), mode: 0o755, pax: map[string]string{"SCHILY.xattr.security.capability": caps}},
-		e{name: "setuid", body: string(program), mode: 0o4755, uid: 9})
+	// With their own name, for a program that is many of them.
+	layer := apply(t, s, e{name: "caps/cat", body: string(program), mode: 0o755, pax: map[string]string{"SCHILY.xattr.security.capability": caps}},
+		e{name: "setuid/cat", body: string(program), mode: 0o4755, uid: 9})
 	_, root := mountMapped(t, s, m, layer)
-	if got, err := as(t, m, 7, root, "./caps /proc/self/status | grep CapEff"); !strings.HasSuffix(got, "0000000000000400") {
+	if got, err := as(t, m, 7, root, "caps/cat /proc/self/status | grep CapEff"); !strings.HasSuffix(got, "0000000000000400") {
 		t.Errorf("a program with cap_net_bind_service has %s, %v", got, err)
 	}
-	if got, err := as(t, m, 7, root, "./setuid /proc/self/status | grep Uid"); strings.Join(strings.Fields(got), " ") != "Uid: 7 9 9 9" {
+	if got, err := as(t, m, 7, root, "setuid/cat /proc/self/status | grep Uid"); strings.Join(strings.Fields(got), " ") != "Uid: 7 9 9 9" {
 		t.Errorf("a program of 9 with the setuid bit, run by 7, is %s, %v", got, err)
 	}
 }
