@@ -110,7 +110,7 @@ func (n *node) run(t *testing.T, id, script string, terminal bool) rundir.Dir {
 	}
 
 	l := &shims.Launcher{Binary: n.bin + "/holdfast-shim", LogLevel: "debug", Log: slog.New(slog.DiscardHandler)}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	check(t, l.Launch(ctx, dir))
 	t.Cleanup(func() { n.end(t, dir) })
@@ -152,7 +152,7 @@ func (n *node) run(t *testing.T, id, script string, terminal bool) rundir.Dir {
 
 // end leaves nothing of a container, whatever the test did to it.
 func (n *node) end(t *testing.T, dir rundir.Dir) {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
 	defer cancel()
 	if id, err := dir.ReadIdentity(); err == nil && id.Shim.Alive() {
 		syscall.Kill(id.Shim.PID, syscall.SIGCONT)
@@ -180,9 +180,10 @@ func TestRealShim(t *testing.T) {
 	wait := n.start(t, "wait", id)
 	events := n.start(t, "events", "-f", id)
 
-	if r := n.ctl(t, "shims"); !strings.Contains(r.stdout, "running") || strings.Contains(r.stdout, "(running") || !strings.Contains(r.stdout, "web") {
-		t.Errorf("shims: %+v", r)
-	}
+	eventually(t, "the list, by the shim itself", func() bool { // which may be too busy once
+		r := n.ctl(t, "shims")
+		return strings.Contains(r.stdout, "running") && !strings.Contains(r.stdout, "(running") && strings.Contains(r.stdout, "web")
+	})
 	if r := n.ctl(t, "pids", id); !strings.Contains(r.stdout, "trap") {
 		t.Errorf("pids: %+v", r)
 	}
