@@ -51,7 +51,7 @@ func TestReceive(t *testing.T) {
 	defer s.Close()
 	m, slave := open(t)
 	send(t, s.Path(), m)
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	master, err := s.Receive(ctx)
 	if err != nil {

@@ -31,7 +31,7 @@ func newCgroup(t *testing.T) Cgroups {
 		delete(c, "") // a hybrid's v2 tree is empty
 	}
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 		defer cancel()
 		if err := c.Kill(ctx); err != nil {
 			t.Error(err)
@@ -70,7 +70,7 @@ func (c Cgroups) join(t *testing.T, script string) *exec.Cmd {
 	done := make(chan struct{})
 	go func() { cmd.Wait(); close(done) }()
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 		defer cancel()
 		if err := c.Kill(ctx); err != nil {
 			t.Error(err)
@@ -86,7 +86,7 @@ func (c Cgroups) join(t *testing.T, script string) *exec.Cmd {
 
 func until(t *testing.T, what string, done func() bool) {
 	t.Helper()
-	for end := time.Now().Add(30 * time.Second); !done(); time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); !done(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatalf("never: %s", what)
 		}
@@ -141,7 +141,7 @@ func TestKill(t *testing.T) {
 			}
 			sub.join(t, "exec sleep 1000")
 			prepare(c)
-			ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 			defer cancel()
 			if err := c.Kill(ctx); err != nil {
 				t.Error(err)
@@ -158,7 +158,7 @@ func TestKillForking(t *testing.T) {
 	c := newCgroup(t)
 	c.join(t, "f() { while :; do (sleep 0.05) & done; }; f")
 	until(t, "it forks", func() bool { p, _ := c.Pids(); return len(p) > 5 })
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	if err := c.Kill(ctx); err != nil {
 		t.Error(err)

@@ -44,7 +44,7 @@ func startService(t *testing.T, unit string) int {
 	file := t.TempDir() + "/pid"
 	run(t, "systemd-run", "--unit="+unit, "--collect", "sh", "-c", "sleep 600 & echo $! >"+file+".new; mv "+file+".new "+file+"; wait")
 	t.Cleanup(func() { exec.Command("systemctl", "stop", unit).Run() })
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for {
 		b, err := os.ReadFile(file)
 		if err == nil {

@@ -253,7 +253,7 @@ func TestProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	// It is a zombie until it is waited for: dead, though its pid is taken.
-	for end := time.Now().Add(10 * time.Second); p.Alive(); {
+	for end := time.Now().Add(2 * time.Minute); p.Alive(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("a killed process stays alive")
 		}

@@ -85,7 +85,7 @@ func pipe(t testing.TB, blocking bool) (r, w *os.File) {
 	return r, w
 }
 
-const patience = 30 * time.Second
+const patience = 3 * time.Minute
 
 func wait(t testing.TB, what string, done <-chan struct{}) {
 	t.Helper()
