@@ -8,7 +8,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -191,7 +190,7 @@ func TestLostRecords(t *testing.T) {
 	if s := pod.Status(); s.State != cri.PodSandboxState_SANDBOX_READY || s.GetNetwork().GetIp() != podBefore.GetNetwork().GetIp() {
 		t.Errorf("the pod was rebuilt as %v, and was %v", s, podBefore)
 	}
-	c.Stop(5)
+	c.Stop(60)
 	if code := c.Status().ExitCode; code != 0 {
 		t.Errorf("the rebuilt container exits with %d, want 0", code)
 	}
@@ -233,6 +232,6 @@ func TestTwoRecordsOneName(t *testing.T) {
 		t.Errorf("the name of the pod leads to %s, want %s", id, pod.ID)
 	}
 	c.Stop(0)
-	c.WaitExited(10 * time.Second)
+	c.WaitExited(patience)
 	pod.Remove()
 }

@@ -41,10 +41,11 @@ esac
 
 // A plugin that hangs holds up neither other pods nor the next daemon.
 func TestPluginHangs(t *testing.T) {
+	seconds := number()
 	n := harness.New(t, harness.Options{Plugins: map[string]string{"hanging": `#!/bin/sh
 case $CNI_COMMAND in
 VERSION) echo '{"cniVersion": "1.0.0", "supportedVersions": ["0.4.0", "1.0.0"]}' ;;
-ADD) echo $$ >"${0%/*}/hangs"; exec sleep 5432 ;;
+ADD) echo $$ >"${0%/*}/hangs"; exec sleep ` + seconds + ` ;;
 esac
 `}})
 	go func() {
@@ -62,7 +63,7 @@ esac
 		t.Errorf("the other pod is %s", s.State)
 	}
 	n.RemoveAllPods()
-	for _, pid := range find("sleep\x005432") { // the plugin itself outlives the daemon that called it
+	for _, pid := range find("sleep\x00" + seconds) { // the plugin itself outlives the daemon that called it
 		unix.Kill(pid, unix.SIGKILL)
 	}
 	n.CheckClean()
@@ -217,7 +218,7 @@ func TestDiskFull(t *testing.T) {
 	if s := runs.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING {
 		t.Errorf("the running container is %s", s.State)
 	}
-	runs.Stop(5)
+	runs.Stop(60)
 	if s := runs.Status(); s.State != cri.ContainerState_CONTAINER_EXITED || s.ExitCode != 0 {
 		t.Errorf("the container is %s with code %d, want exited with 0", s.State, s.ExitCode)
 	}

@@ -116,7 +116,7 @@ func TestReopenLog(t *testing.T) {
 	if err := reopen(); err != nil {
 		t.Fatal(err)
 	}
-	c.Stop(10)
+	c.Stop(60)
 	c.WaitExited(patience)
 
 	var all []harness.Line

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"strings"
 	"testing"
@@ -21,7 +22,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-const patience = time.Minute
+const patience = 3 * time.Minute
 
 // wantError fails unless err has the code and its text names the field, written
 // in whatever case.
@@ -36,6 +37,20 @@ func wantError(t *testing.T, err error, code codes.Code, field string) {
 	case !strings.Contains(plain(err.Error()), plain(field)):
 		t.Errorf("the error does not name %s: %v", field, err)
 	}
+}
+
+// number is one that no other test has, nor another run beside this one, for a
+// process that is to be found among all of the machine.
+func number() string { return fmt.Sprint(100_000_000 + rand.IntN(900_000_000)) }
+
+// shimOf is the shim of a container.
+func shimOf(t *testing.T, c *harness.Container) int {
+	t.Helper()
+	pid := c.N.ShimPIDs()[c.ID]
+	if pid == 0 { // that would be all processes of this group
+		t.Fatalf("cannot find the shim of %s", c.Config.Metadata.Name)
+	}
+	return pid
 }
 
 func isProcess(pid int) bool {

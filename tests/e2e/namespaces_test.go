@@ -68,11 +68,10 @@ func TestSharedPIDNamespace(t *testing.T) {
 	a := pod.Run("a", []string{"sleep", "1111"}, edit)
 	n.Restart()
 	b := pod.Run("b", []string{"sleep", "2222"}, edit)
-	ps := b.Output("ps", "-o", "pid,args")
 	for _, want := range []string{"sleep 1111", "sleep 2222", "pause"} {
-		if !strings.Contains(ps, want) {
-			t.Errorf("%q is not to be seen from a container of the pod:\n%s", want, ps)
-		}
+		harness.Eventually(t, patience, want+" is to be seen from a container of the pod", func() bool {
+			return strings.Contains(b.Output("ps", "-o", "pid,args"), want)
+		})
 	}
 	// The end of one container is not the end of the others.
 	a.Stop(0)
@@ -95,7 +94,8 @@ func TestHostNamespaces(t *testing.T) {
 		c.Hostname = ""
 		c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{NamespaceOptions: opts}
 	})
-	c := pod.Run("host", []string{"sh", "-c", "sleep 7654 & wait"}, func(c *cri.ContainerConfig) {
+	seconds := number()
+	c := pod.Run("host", []string{"sh", "-c", "sleep " + seconds + " & wait"}, func(c *cri.ContainerConfig) {
 		c.Linux.SecurityContext.NamespaceOptions = opts
 	})
 	pid := c.Info().PID
@@ -107,11 +107,11 @@ func TestHostNamespaces(t *testing.T) {
 	if ip := pod.Status().GetNetwork().GetIp(); ip != "" {
 		t.Errorf("a pod in the host's network has the address %s of its own", ip)
 	}
-	harness.Eventually(t, patience, "the child runs", func() bool { return len(find("sleep\x007654")) == 1 })
+	harness.Eventually(t, patience, "the child runs", func() bool { return len(find("sleep\x00"+seconds)) == 1 })
 	n.Restart()
 	// Without a PID namespace the children would outlive their parent.
 	c.Stop(0)
-	harness.Eventually(t, patience, "the children of a stopped container are gone", func() bool { return len(find("sleep\x007654")) == 0 })
+	harness.Eventually(t, patience, "the children of a stopped container are gone", func() bool { return len(find("sleep\x00"+seconds)) == 0 })
 	pod.Remove()
 	n.CheckClean()
 }

@@ -62,7 +62,7 @@ func TestRemoveAfterKilledShim(t *testing.T) {
 	pod := n.RunPod("buried")
 	for i := range 8 {
 		c := pod.Run(fmt.Sprintf("c%d", i), []string{"sleep", "1000"})
-		if err := unix.Kill(n.ShimPIDs()[c.ID], unix.SIGKILL); err != nil {
+		if err := unix.Kill(shimOf(t, c), unix.SIGKILL); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Duration(i) * 5 * time.Millisecond) // the moments differ

@@ -17,10 +17,7 @@ func TestWedgedShim(t *testing.T) {
 	wedged := pod.Run("wedged", []string{"testbox", "print"})
 	other := pod.Run("other", []string{"testbox", "print"})
 	before := wedged.Status()
-	shim := n.ShimPIDs()[wedged.ID]
-	if shim == 0 {
-		t.Fatal("cannot find the shim")
-	}
+	shim := shimOf(t, wedged)
 	if err := unix.Kill(shim, unix.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
@@ -54,7 +51,7 @@ func TestWedgedShim(t *testing.T) {
 	if err := unix.Kill(shim, unix.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	wedged.Stop(5)
+	wedged.Stop(60)
 	if s := wedged.WaitExited(patience); s.ExitCode != 0 {
 		t.Errorf("the container exits with %d, want 0", s.ExitCode)
 	}
@@ -78,7 +75,7 @@ func TestKilledShim(t *testing.T) {
 			if when == "daemon down" {
 				n.Kill()
 			}
-			if err := unix.Kill(n.ShimPIDs()[c.ID], unix.SIGKILL); err != nil {
+			if err := unix.Kill(shimOf(t, c), unix.SIGKILL); err != nil {
 				t.Fatal(err)
 			}
 			if when == "daemon down" {

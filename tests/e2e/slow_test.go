@@ -7,6 +7,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
@@ -15,8 +16,9 @@ import (
 // slow is a registry before the node's own that sends layers piece by piece,
 // each when the test says so.
 type slow struct {
-	host   string // of its images' names
-	pieces chan struct{}
+	host    string // of its images' names
+	pieces  chan struct{}
+	waiting atomic.Int64 // requests that want a piece
 }
 
 // piece is much more than what a connection that breaks there counts as nothing.
@@ -44,9 +46,12 @@ func newSlow(t *testing.T, n *harness.Node, host string) *slow {
 		}
 		w.WriteHeader(resp.StatusCode)
 		for r.Method == http.MethodGet && resp.ContentLength > piece {
+			s.waiting.Add(1)
 			select {
 			case <-s.pieces:
+				s.waiting.Add(-1)
 			case <-r.Context().Done():
+				s.waiting.Add(-1)
 				return
 			}
 			if _, err := io.CopyN(w, resp.Body, piece); err != nil {
@@ -75,6 +80,13 @@ func (s *slow) send(pieces int) {
 	for range pieces {
 		s.pieces <- struct{}{}
 	}
+}
+
+// idle waits until nobody wants a piece any more: the end of a pull is known here
+// a moment later, and the next piece would be lost to it.
+func (s *slow) idle(t *testing.T) {
+	t.Helper()
+	harness.Eventually(t, patience, "the registry knows that the pull has ended", func() bool { return s.waiting.Load() == 0 })
 }
 
 // hurry lets all go from now on.

@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"google.golang.org/grpc/codes"
@@ -133,7 +132,7 @@ func TestLostLayers(t *testing.T) {
 			}
 			n.Registry.Break(nil)
 			n.Pull(harness.Image)
-			pod.Run("pulled", []string{"true"}).WaitExited(20 * time.Second)
+			pod.Run("pulled", []string{"true"}).WaitExited(patience)
 			pod.Remove()
 		})
 	}
@@ -150,7 +149,7 @@ func TestVerifier(t *testing.T) {
 		}
 	}
 	verdict("exit 0")
-	n := harness.New(t, harness.Options{Config: "[images]\nverifier_dir = \"" + dir + "\"\nverifier_timeout = \"5s\"\n"})
+	n := harness.New(t, harness.Options{Config: "[images]\nverifier_dir = \"" + dir + "\"\nverifier_timeout = \"2m\"\n"})
 	const ref = "registry.test/tests/unsigned:1"
 	push(t, n, ref, [2]string{"f", "x"})
 	verdict(`case "$2" in */unsigned:*) echo nobody signed it; exit 1;; esac`)

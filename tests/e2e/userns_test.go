@@ -24,6 +24,15 @@ func usernsOptions(host uint32) *cri.NamespaceOption {
 		UsernsOptions: &cri.UserNamespace{Mode: cri.NamespaceMode_POD, Uids: m, Gids: m}}
 }
 
+// needUserNamespaces skips a test on a kernel that cannot have pods with them;
+// see docs/operations.md.
+func needUserNamespaces(t *testing.T) {
+	t.Helper()
+	if release, older := harness.KernelBefore(6, 3); older {
+		t.Skipf("needs Linux 6.3, this is %s", release)
+	}
+}
+
 func podWith(o *cri.NamespaceOption) func(*cri.PodSandboxConfig) {
 	return func(c *cri.PodSandboxConfig) {
 		c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{NamespaceOptions: o}
@@ -79,6 +88,7 @@ func wantOutput(t *testing.T, c *harness.Container, want string, command ...stri
 // A pod with a user namespace sees its files as any pod, and is nobody on the
 // host. Two of them have other ids and the same layers.
 func TestUserNamespace(t *testing.T) {
+	needUserNamespaces(t)
 	n := harness.New(t)
 	before := layerFiles(t, n)
 	var pods []*harness.Pod
@@ -120,9 +130,10 @@ func TestUserNamespace(t *testing.T) {
 		wantOutput(t, c, "uid=1000(box) gid=1000(box) groups=1000(box),2000(extra)\n", "id")
 		wantOutput(t, c, "/made/for/it\n", "pwd")
 		wantOutput(t, c, "out\n", "sh", "-c", "echo out >/dev/stdout")
-		if uid, _ := ownerOf(t, fmt.Sprintf("/proc/%d", c.Info().PID)); uid != int(host)+1000 {
-			t.Errorf("the container runs as %d on the host, want %d", uid, host+1000)
-		}
+		harness.Eventually(t, patience, fmt.Sprintf("the container runs as %d on the host", host+1000), func() bool {
+			uid, _ := ownerOf(t, fmt.Sprintf("/proc/%d", c.Info().PID)) // of root, until it has become the program
+			return uid == int(host)+1000
+		})
 	}
 	after := layerFiles(t, n)
 	for path, was := range before {
@@ -141,6 +152,7 @@ func TestUserNamespace(t *testing.T) {
 
 // What a pod may have beside its user namespace.
 func TestUserNamespaceAnd(t *testing.T) {
+	needUserNamespaces(t)
 	n := harness.New(t)
 	const host = 200000
 	options := func(edit func(o *cri.NamespaceOption)) *cri.NamespaceOption {
@@ -168,11 +180,10 @@ func TestUserNamespaceAnd(t *testing.T) {
 			a := pod.Run("a", []string{"sleep", "1111"}, containerWith(o))
 			n.Restart()
 			b := pod.Run("b", []string{"sleep", "2222"}, containerWith(o))
-			ps := b.Output("ps", "-o", "pid,user,args")
 			for _, want := range []string{"root     sleep 1111", "root     sleep 2222", "/pause"} {
-				if !strings.Contains(ps, want) {
-					t.Errorf("%q is not to be seen from a container of the pod:\n%s", want, ps)
-				}
+				harness.Eventually(t, patience, want+" is to be seen from a container of the pod", func() bool {
+					return strings.Contains(b.Output("ps", "-o", "pid,user,args"), want)
+				})
 			}
 			if a, b := namespace(t, a.Info().PID, "user"), namespace(t, b.Info().PID, "user"); a != b {
 				t.Errorf("the containers have the user namespaces %s and %s", a, b)
@@ -295,6 +306,7 @@ func TestUserNamespaceAnd(t *testing.T) {
 
 // With an init process in every pod it is the same.
 func TestUserNamespaceWithPause(t *testing.T) {
+	needUserNamespaces(t)
 	n := harness.New(t, harness.Options{Config: "[sandbox]\nmode = \"pause\"\n"})
 	for _, network := range []cri.NamespaceMode{cri.NamespaceMode_POD, cri.NamespaceMode_NODE} {
 		o := usernsOptions(500000)
@@ -303,9 +315,10 @@ func TestUserNamespaceWithPause(t *testing.T) {
 		n.Restart()
 		c := pod.Run("c", []string{"sleep", "1000"}, containerWith(o))
 		wantOutput(t, c, "0:0\n", "stat", "-c", "%u:%g", "/")
-		if uid, _ := ownerOf(t, fmt.Sprintf("/proc/%d", c.Info().PID)); uid != 500000 {
-			t.Errorf("the container runs as %d on the host", uid)
-		}
+		harness.Eventually(t, patience, "the container runs as nobody of the host", func() bool {
+			uid, _ := ownerOf(t, fmt.Sprintf("/proc/%d", c.Info().PID)) // of root, until it has become the program
+			return uid == 500000
+		})
 		pod.Remove()
 	}
 	n.CheckClean()
@@ -313,6 +326,7 @@ func TestUserNamespaceWithPause(t *testing.T) {
 
 // What cannot be is said before anything is done.
 func TestUserNamespaceImpossible(t *testing.T) {
+	needUserNamespaces(t)
 	n := harness.New(t, harness.Options{
 		Config: "[runtimes.old]\npath = \"/usr/bin/true\"\n",
 	})

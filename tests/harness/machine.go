@@ -95,7 +95,7 @@ func (n *Node) Leftovers() []string {
 func (n *Node) CheckClean() {
 	n.T.Helper()
 	var left []string
-	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(10 * Tick) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * Tick) {
 		if left = n.Leftovers(); len(left) == 0 {
 			return
 		}
@@ -171,6 +171,16 @@ func processes() map[int]string {
 	return m
 }
 
+// parent is that of a process, 0 if it is gone.
+func parent(pid int) (ppid int) {
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if i := bytes.LastIndexByte(b, ')'); i >= 0 { // the name may have anything in it
+		var state string
+		fmt.Sscan(string(b[i+1:]), &state, &ppid)
+	}
+	return ppid
+}
+
 // mounts are the mount points, in the order of mounting.
 func mounts() []string {
 	b, _ := os.ReadFile("/proc/self/mountinfo")
@@ -225,8 +235,10 @@ func procs(cgroup string) []int {
 // ShimPIDs are the shims of this node, by container id.
 func (n *Node) ShimPIDs() map[string]int {
 	m := map[string]int{}
-	for pid, cmdline := range processes() {
-		if !strings.Contains(cmdline, "holdfast-shim") {
+	all := processes()
+	for pid, cmdline := range all {
+		// A child has its parent's command line until it runs a program.
+		if !strings.Contains(cmdline, "holdfast-shim") || all[parent(pid)] == cmdline {
 			continue
 		}
 		for _, arg := range strings.Fields(cmdline) {

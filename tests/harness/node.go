@@ -10,11 +10,12 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -25,6 +26,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
@@ -46,9 +48,10 @@ type T interface {
 }
 
 // CallTimeout bounds each CRI call, StartTimeout the time until a daemon serves.
+// They are for the slowest of machines: a disk can stall for many seconds.
 const (
-	CallTimeout  = 2 * time.Minute
-	StartTimeout = 30 * time.Second
+	CallTimeout  = 5 * time.Minute
+	StartTimeout = 2 * time.Minute
 )
 
 // Node is a machine as the kubelet sees it: one daemon and what it keeps.
@@ -119,9 +122,10 @@ func New(t T, opts ...Options) *Node {
 	if err := os.Chmod(dir, 0o711); err != nil {
 		t.Fatalf("%v", err)
 	}
-	// A subnet by chance, so that nodes of several test binaries seldom meet.
-	chance := make([]byte, 2)
-	rand.Read(chance)
+	subnet, err := freeSubnet()
+	if err != nil {
+		t.Fatalf("cannot find a subnet: %v", err)
+	}
 	tag := strings.TrimPrefix(filepath.Base(dir), "hf-")
 	n := &Node{T: t, shared: &shared{
 		Dir:          dir,
@@ -131,7 +135,7 @@ func New(t T, opts ...Options) *Node {
 		LogDir:       filepath.Join(dir, "logs"),
 		Bin:          bin,
 		Bridge:       "hf" + tag,
-		Subnet:       fmt.Sprintf("10.%d.%d.0/24", 128+chance[0]%100, chance[1]),
+		Subnet:       subnet,
 		cgroupParent: "/hf-test-" + tag,
 		service:      o.Service,
 	}}
@@ -147,7 +151,7 @@ func New(t T, opts ...Options) *Node {
 		// A daemon is restarted within milliseconds; the usual pause is a second.
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond},
-			MinConnectTimeout: time.Second,
+			MinConnectTimeout: 10 * time.Second,
 		}))
 	if err != nil {
 		t.Fatalf("cannot make a client: %v", err)
@@ -272,7 +276,7 @@ func (n *Node) AwaitReady() error {
 	n.mu.Unlock()
 	deadline := time.Now().Add(StartTimeout)
 	for {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 		_, err := n.Runtime.Version(ctx, &cri.VersionRequest{})
 		cancel()
 		if err == nil {
@@ -461,13 +465,72 @@ func (n *Node) removePod(ctx context.Context, id string) error {
 	return nil
 }
 
-// FreePort is a TCP port of the host that nobody listens on now.
+// FreePort is a TCP port of the host that nobody listens on now. It is below
+// those that the kernel gives to connections and to listeners that name none, or
+// one of them might have it by the time it is used.
 func FreePort(t T) int {
 	t.Helper()
-	l, err := net.Listen("tcp", ":0")
-	if err != nil {
-		t.Fatalf("cannot find a free port: %v", err)
+	var err error
+	for range 100 {
+		var l net.Listener
+		port := 20000 + rand.IntN(10000)
+		if l, err = net.Listen("tcp", fmt.Sprintf(":%d", port)); err == nil {
+			l.Close()
+			return port
+		}
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	t.Fatalf("cannot find a free port: %v", err)
+	return 0
+}
+
+// freeSubnet is a subnet that no address and no route of the machine is in: a
+// cloud may have its own there. It is by chance, so that nodes of several test
+// binaries seldom meet.
+func freeSubnet() (string, error) {
+	var taken []netip.Prefix
+	note := func(n *net.IPNet) {
+		if n == nil {
+			return
+		}
+		if a, ok := netip.AddrFromSlice(n.IP); ok {
+			if ones, _ := n.Mask.Size(); ones > 0 { // not the default route
+				taken = append(taken, netip.PrefixFrom(a.Unmap(), ones))
+			}
+		}
+	}
+	addrs, err := netlink.AddrList(nil, netlink.FAMILY_V4)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) { // what there is will do
+		return "", err
+	}
+	for _, a := range addrs {
+		note(a.IPNet)
+	}
+	routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return "", err
+	}
+	for _, r := range routes {
+		note(r.Dst)
+	}
+	var p netip.Prefix
+	for range 1000 {
+		p = netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(128 + rand.IntN(100)), byte(rand.IntN(256)), 0}), 24)
+		if !slices.ContainsFunc(taken, p.Overlaps) {
+			break
+		}
+	}
+	return p.String(), nil // a part of a large one, where all is taken
+}
+
+// KernelBefore says whether the kernel is older than a version of Linux, and
+// which one it is.
+func KernelBefore(major, minor int) (string, bool) {
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		return "", false
+	}
+	var a, b int
+	release := unix.ByteSliceToString(u.Release[:])
+	fmt.Sscanf(release, "%d.%d", &a, &b)
+	return release, a < major || a == major && b < minor
 }
