@@ -426,7 +426,7 @@ func (h *holdings) compareCRI(n *harness.Node, bytes, inodes uint64) {
 func settle(t *testing.T, n *harness.Node, d *depot) *holdings {
 	t.Helper()
 	var h *holdings
-	for deadline := time.Now().Add(20 * time.Second * slow); ; time.Sleep(5 * harness.Tick) {
+	for deadline := time.Now().Add(2 * time.Minute * slow); ; time.Sleep(5 * harness.Tick) {
 		if h = inspect(n, d); len(h.faults) == 0 {
 			return h
 		}

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"testing"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -39,9 +40,17 @@ const die = syscall.Errno(0xffff)
 // itself, hands the listener to the test, and becomes the daemon.
 const superviseArg = "-supervise="
 
+// Once a call is received it waits for its answer, whatever signals come: else
+// Go's own would have it made, and counted, twice.
+const superviseFlags = unix.SECCOMP_FILTER_FLAG_NEW_LISTENER | unix.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+
 // supervise has all daemons from now on supervised until end is called.
-func supervise(t harness.T, n *harness.Node) (s *supervisor, end func()) {
+func supervise(t *testing.T, n *harness.Node) (s *supervisor, end func()) {
 	t.Helper()
+	// A kernel that knows the flags goes on to the filter, and finds none.
+	if _, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, superviseFlags, 0); errno != unix.EFAULT {
+		t.Skipf("the kernel cannot have system calls supervised: %v; it needs Linux 5.19", errno)
+	}
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatalf("%v", err)
@@ -269,10 +278,7 @@ func launchSupervised(socket string, args []string) error {
 	}
 	prog = append(prog, unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW})
 	fprog := unix.SockFprog{Len: uint16(len(prog)), Filter: &prog[0]}
-	// Once a call is received it waits for its answer, whatever signals come:
-	// else Go's own would have it made, and counted, twice.
-	const flags = unix.SECCOMP_FILTER_FLAG_NEW_LISTENER | unix.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
-	fd, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, flags, uintptr(unsafe.Pointer(&fprog)))
+	fd, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, superviseFlags, uintptr(unsafe.Pointer(&fprog)))
 	if errno != 0 {
 		return fmt.Errorf("cannot set the filter: %w", errno)
 	}

@@ -29,7 +29,7 @@ func TestMain(m *testing.M) {
 }
 
 const (
-	patience = time.Minute
+	patience = 3 * time.Minute
 	// More than twice what a pipe can hold at the most (1 MiB, pipe(7)).
 	moreThanPipes = 5 << 19
 )
@@ -107,7 +107,7 @@ func TestThirtyContainers(t *testing.T) {
 	}
 
 	for _, s := range append(printers, flooders...) {
-		s.Stop(10)
+		s.Stop(60)
 		if code := s.WaitExited(patience).ExitCode; code != 0 {
 			t.Errorf("%s exits with %d on SIGTERM, want 0", s.Config.Metadata.Name, code)
 		}
