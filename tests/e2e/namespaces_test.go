@@ -20,6 +20,27 @@ func namespace(t *testing.T, pid int, kind string) string {
 	return s
 }
 
+// wantProcesses waits until ps in a container shows all that is wanted: a process
+// of another one may not have become its program yet.
+func wantProcesses(t *testing.T, c *harness.Container, columns string, want ...string) {
+	t.Helper()
+	var ps, missing string
+	defer func() {
+		if missing != "" {
+			t.Logf("%q is not there:\n%s", missing, ps)
+		}
+	}()
+	harness.Eventually(t, patience, fmt.Sprintf("the processes %q are to be seen from a container of the pod", want), func() bool {
+		ps, missing = c.Output("ps", "-o", columns), ""
+		for _, w := range want {
+			if !strings.Contains(ps, w) {
+				missing = w
+			}
+		}
+		return missing == ""
+	})
+}
+
 // Containers of a pod share what Kubernetes says they share, and the host keeps
 // its own. A restart changes none of it.
 func TestNamespaces(t *testing.T) {
@@ -68,11 +89,7 @@ func TestSharedPIDNamespace(t *testing.T) {
 	a := pod.Run("a", []string{"sleep", "1111"}, edit)
 	n.Restart()
 	b := pod.Run("b", []string{"sleep", "2222"}, edit)
-	for _, want := range []string{"sleep 1111", "sleep 2222", "pause"} {
-		harness.Eventually(t, patience, want+" is to be seen from a container of the pod", func() bool {
-			return strings.Contains(b.Output("ps", "-o", "pid,args"), want)
-		})
-	}
+	wantProcesses(t, b, "pid,args", "sleep 1111", "sleep 2222", "pause")
 	// The end of one container is not the end of the others.
 	a.Stop(0)
 	if s := b.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING {

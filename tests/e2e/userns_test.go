@@ -85,6 +85,23 @@ func wantOutput(t *testing.T, c *harness.Container, want string, command ...stri
 	}
 }
 
+// wantHostUser waits until a container runs as a user of the host. What it has in
+// /proc is of root until it has become its program.
+func wantHostUser(t *testing.T, c *harness.Container, want int) {
+	t.Helper()
+	proc := fmt.Sprintf("/proc/%d", c.Info().PID)
+	var uid int
+	defer func() {
+		if uid != want {
+			t.Logf("it is %d", uid)
+		}
+	}()
+	harness.Eventually(t, patience, fmt.Sprintf("%s runs as %d on the host", c.Config.Metadata.Name, want), func() bool {
+		uid, _ = ownerOf(t, proc)
+		return uid == want
+	})
+}
+
 // A pod with a user namespace sees its files as any pod, and is nobody on the
 // host. Two of them have other ids and the same layers.
 func TestUserNamespace(t *testing.T) {
@@ -119,9 +136,7 @@ func TestUserNamespace(t *testing.T) {
 				t.Errorf("%s is of %d:%d on the disk, want %v from %d on", file, uid, gid, want, host)
 			}
 		}
-		if uid, _ := ownerOf(t, fmt.Sprintf("/proc/%d", c.Info().PID)); uid != int(host) {
-			t.Errorf("the container runs as %d on the host, want %d", uid, host)
-		}
+		wantHostUser(t, c, int(host))
 		c.Remove()
 		c = pod.Run("user", []string{"sleep", "1000"}, func(c *cri.ContainerConfig) {
 			c.Linux.SecurityContext.RunAsUsername = "box" // with the options of the pod
@@ -130,10 +145,7 @@ func TestUserNamespace(t *testing.T) {
 		wantOutput(t, c, "uid=1000(box) gid=1000(box) groups=1000(box),2000(extra)\n", "id")
 		wantOutput(t, c, "/made/for/it\n", "pwd")
 		wantOutput(t, c, "out\n", "sh", "-c", "echo out >/dev/stdout")
-		harness.Eventually(t, patience, fmt.Sprintf("the container runs as %d on the host", host+1000), func() bool {
-			uid, _ := ownerOf(t, fmt.Sprintf("/proc/%d", c.Info().PID)) // of root, until it has become the program
-			return uid == int(host)+1000
-		})
+		wantHostUser(t, c, int(host)+1000)
 	}
 	after := layerFiles(t, n)
 	for path, was := range before {
@@ -180,11 +192,7 @@ func TestUserNamespaceAnd(t *testing.T) {
 			a := pod.Run("a", []string{"sleep", "1111"}, containerWith(o))
 			n.Restart()
 			b := pod.Run("b", []string{"sleep", "2222"}, containerWith(o))
-			for _, want := range []string{"root     sleep 1111", "root     sleep 2222", "/pause"} {
-				harness.Eventually(t, patience, want+" is to be seen from a container of the pod", func() bool {
-					return strings.Contains(b.Output("ps", "-o", "pid,user,args"), want)
-				})
-			}
+			wantProcesses(t, b, "pid,user,args", "root     sleep 1111", "root     sleep 2222", "/pause")
 			if a, b := namespace(t, a.Info().PID, "user"), namespace(t, b.Info().PID, "user"); a != b {
 				t.Errorf("the containers have the user namespaces %s and %s", a, b)
 			}
@@ -315,10 +323,7 @@ func TestUserNamespaceWithPause(t *testing.T) {
 		n.Restart()
 		c := pod.Run("c", []string{"sleep", "1000"}, containerWith(o))
 		wantOutput(t, c, "0:0\n", "stat", "-c", "%u:%g", "/")
-		harness.Eventually(t, patience, "the container runs as nobody of the host", func() bool {
-			uid, _ := ownerOf(t, fmt.Sprintf("/proc/%d", c.Info().PID)) // of root, until it has become the program
-			return uid == 500000
-		})
+		wantHostUser(t, c, 500000)
 		pod.Remove()
 	}
 	n.CheckClean()
