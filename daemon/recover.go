@@ -13,6 +13,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/network"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
 	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -195,7 +196,7 @@ func (d *Daemon) loadContainer(id string, r *recovery) (*containerRecord, *podRe
 	return nil, nil
 }
 
-func errWrongID(id string) error { return errorf(rundir.ErrDamaged, "it is the record of %q", id) }
+func errWrongID(id string) error { return errorf(record.ErrDamaged, "it is the record of %q", id) }
 
 // adoptContainers takes the containers in, and returns what there is to undo.
 func (d *Daemon) adoptContainers(recs []*containerRecord, r *recovery) (undo []func(context.Context)) {
@@ -326,12 +327,12 @@ func (d *Daemon) look(rec *containerRecord) seen {
 	dir := d.runDir(rec.ID)
 	durable := d.state.Dir(state.Containers, rec.ID)
 	exit, err := dir.ReadExit()
-	if errors.Is(err, rundir.ErrDamaged) {
+	if errors.Is(err, record.ErrDamaged) {
 		d.state.Quarantine(dir.Path(rundir.ExitName), err)
 	}
 	if err != nil {
 		exit, err = rundir.ReadExitIn(durable)
-		if errors.Is(err, rundir.ErrDamaged) {
+		if errors.Is(err, record.ErrDamaged) {
 			d.state.Quarantine(filepath.Join(durable, rundir.ExitName), err)
 		}
 	}

@@ -11,6 +11,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/shims"
+	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -220,7 +221,7 @@ func (d *Daemon) Info() (map[string]string, error) {
 func readSpec(dir rundir.Dir) (json.RawMessage, error) {
 	b, err := os.ReadFile(dir.Path(rundir.SpecName))
 	if err == nil && !json.Valid(b) {
-		err = rundir.ErrDamaged
+		err = record.ErrDamaged
 	}
 	return b, err
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/runc"
+	runcgroup "github.com/holdfast-cri/holdfast/runc/cgroup"
 )
 
 const defaultStopSignal = syscall.SIGTERM
@@ -138,7 +139,7 @@ func (d *Daemon) bury(ctx context.Context, rec *containerRecord, why string) err
 
 	status, serr := dir.ReadStatus() // damaged: the OCI runtime knows the cgroups too
 	alive := status.Init.Alive()
-	cgroups := runc.Cgroups(status.Cgroups)
+	cgroups := runcgroup.Set(status.Cgroups)
 	kerr := cgroups.Kill(ctx)
 	if err := d.runtimeDelete(ctx, rec); err != nil {
 		return errors.Join(kerr, err)

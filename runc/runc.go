@@ -1,6 +1,5 @@
 // Package runc runs the verbs of an OCI runtime (runc and those with its
-// command line), decodes its errors, and handles the cgroups of a container
-// where asking the runtime would be dearer or impossible.
+// command line) and decodes its errors.
 package runc
 
 import (

@@ -7,9 +7,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/reaper/pidfd"
 )
 
 // ErrNotStartable says that the init of a container ended before it could run
@@ -31,8 +32,8 @@ const fifoName = "exec.fifo"
 // waits for a reader of its exec.fifo, writes a byte and runs the container's
 // process. runc takes a container without exec.fifo for a running one.
 //
-// The pidfd is init's: its end is noticed. The deadline is that of ctx.
-func (r *Runtime) Release(ctx context.Context, id string, pidfd int) error {
+// init is a pidfd of init: its end is noticed. The deadline is that of ctx.
+func (r *Runtime) Release(ctx context.Context, id string, init int) error {
 	path := filepath.Join(r.StateDir(id), fifoName)
 	// Without O_NONBLOCK, open would wait for an init that may be dead.
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
@@ -40,9 +41,9 @@ func (r *Runtime) Release(ctx context.Context, id string, pidfd int) error {
 		return fmt.Errorf("cannot start %s: open %s: %w", id, path, err)
 	}
 	defer unix.Close(fd)
-	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}, {Fd: int32(pidfd), Events: unix.POLLIN}}
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}, {Fd: int32(init), Events: unix.POLLIN}}
 	for {
-		if err := poll(ctx, fds); err != nil {
+		if err := pidfd.Poll(ctx, fds); err != nil {
 			return fmt.Errorf("cannot start %s: init does not answer on %s: %w", id, path, err)
 		}
 		var b [1]byte
@@ -61,25 +62,4 @@ func (r *Runtime) Release(ctx context.Context, id string, pidfd int) error {
 		return fmt.Errorf("cannot mark %s as started: %w", id, err)
 	}
 	return nil
-}
-
-// poll waits until one of fds is ready, for at most as long as ctx has. Only
-// the deadline of ctx ends it early, not its cancellation.
-func poll(ctx context.Context, fds []unix.PollFd) error {
-	for {
-		timeout := -1
-		if d, ok := ctx.Deadline(); ok {
-			timeout = int(max(0, time.Until(d).Milliseconds()+1))
-		}
-		n, err := unix.Poll(fds, timeout)
-		switch {
-		case n > 0:
-			return nil
-		case err == unix.EINTR:
-		case err != nil:
-			return fmt.Errorf("poll: %w", err)
-		default:
-			return context.DeadlineExceeded
-		}
-	}
 }

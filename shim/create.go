@@ -17,6 +17,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/pty"
 	"github.com/holdfast-cri/holdfast/runc"
+	"github.com/holdfast-cri/holdfast/runc/cgroup"
 	"github.com/holdfast-cri/holdfast/shim/logfile"
 	"github.com/holdfast-cri/holdfast/shim/stdio"
 )
@@ -192,9 +193,9 @@ type making struct {
 
 // cgroups are those that exist where the container's will be. The systemd
 // driver names a unit instead, whose cgroup systemd removes itself.
-func (m *making) cgroups() runc.Cgroups {
+func (m *making) cgroups() cgroup.Set {
 	if path := m.spec.Linux.CgroupsPath; !m.launch.Runtime.SystemdCgroup && filepath.IsAbs(path) {
-		return runc.CgroupsAt(filepath.Clean(path))
+		return cgroup.At(filepath.Clean(path))
 	}
 	return nil
 }
@@ -342,7 +343,7 @@ func (m *making) adopt() (err error) {
 		return fmt.Errorf("cannot create %s: its init has ended already: %w", t.dir.ID(), err)
 	}
 	m.c.runtimeExe = programOf(pid)
-	m.c.cgroups, err = runc.ReadCgroups(pid)
+	m.c.cgroups, err = cgroup.Of(pid)
 	return err
 }
 
@@ -374,7 +375,7 @@ func (m *making) undo() {
 		// A runtime that was killed has left its children to this process,
 		// which has no others.
 		errs = append(errs, t.reaper.KillStrays())
-		for _, g := range []runc.Cgroups{m.cgroups(), c.cgroups} {
+		for _, g := range []cgroup.Set{m.cgroups(), c.cgroups} {
 			errs = append(errs, g.Kill(ctx), g.Remove())
 		}
 	}

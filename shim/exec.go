@@ -20,6 +20,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/reaper"
 	"github.com/holdfast-cri/holdfast/runc"
+	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
 
 // execDrain is how long the output of an exec may stay open after its process
@@ -34,8 +35,8 @@ type execRun struct {
 	task    *task
 	c       *container
 	serial  string
-	sub     runc.Cgroups // of its process tree; empty where there can't be one
-	subName string       // the same for the OCI runtime
+	sub     cgroup.Set // of its process tree; empty where there can't be one
+	subName string     // the same for the OCI runtime
 	stdin   *os.File
 	stdout  *outlet
 	stderr  *outlet
@@ -159,7 +160,7 @@ func (t *task) removeExecCgroups() {
 	all := t.execCgroups
 	t.execCgroups = nil
 	t.mu.Unlock()
-	all = slices.DeleteFunc(all, func(g runc.Cgroups) bool {
+	all = slices.DeleteFunc(all, func(g cgroup.Set) bool {
 		idle, err := g.RemoveIdle()
 		if err != nil {
 			t.log.Warn("cgroup of an exec not removed", "err", err)

@@ -26,6 +26,7 @@ import (
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/runc"
+	"github.com/holdfast-cri/holdfast/runc/cgroup"
 	_ "github.com/holdfast-cri/holdfast/shim" // so that a change of it is one of these tests, too
 )
 
@@ -219,7 +220,7 @@ func (b *box) gone() {
 		held, err := b.dir.Held()
 		return err == nil && !held
 	})
-	if at := runc.CgroupsAt(b.cgroup); len(at) > 0 {
+	if at := cgroup.At(b.cgroup); len(at) > 0 {
 		b.t.Errorf("cgroups left: %v", at)
 	}
 	if _, err := os.Stat(b.runc.StateDir(b.id)); err == nil {

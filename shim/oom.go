@@ -11,7 +11,7 @@ import (
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/reaper"
-	"github.com/holdfast-cri/holdfast/runc"
+	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
 
 // oomWatch keeps the last count of OOM kills that could be read: the cgroup
@@ -22,9 +22,9 @@ import (
 // what rises there between the last look at both and the moment when ours has
 // gone was ours.
 type oomWatch struct {
-	cgroups runc.Cgroups
-	parent  runc.Cgroups // nil: there is none that counts
-	notify  *os.File     // nil where it could not be watched
+	cgroups cgroup.Set
+	parent  cgroup.Set // nil: there is none that counts
+	notify  *os.File   // nil where it could not be watched
 
 	mu    sync.Mutex
 	base  uint64 // at create
@@ -41,7 +41,7 @@ const oomFresh = 10 * time.Second
 
 // watchOOM calls first at the first kill. Without a memory controller nothing
 // is counted. close ends it.
-func watchOOM(c runc.Cgroups, log *slog.Logger, first func()) *oomWatch {
+func watchOOM(c cgroup.Set, log *slog.Logger, first func()) *oomWatch {
 	w := &oomWatch{cgroups: c}
 	n, err := c.OOMKills()
 	early := false
@@ -98,7 +98,7 @@ func (w *oomWatch) look() uint64 {
 		return w.now - w.base
 	}
 	// The parent comes first: a kill between the two looks must not be missed.
-	above, aerr := uint64(0), runc.ErrNoCgroup
+	above, aerr := uint64(0), cgroup.ErrNone
 	if w.parent != nil {
 		above, aerr = w.parent.OOMKills()
 	}

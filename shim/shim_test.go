@@ -21,7 +21,7 @@ import (
 
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
-	"github.com/holdfast-cri/holdfast/runc"
+	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
 
 func TestRunLogsAndExitCode(t *testing.T) {
@@ -767,7 +767,7 @@ func TestBuryWithoutShim(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
-	c := runc.Cgroups(st.Cgroups)
+	c := cgroup.Set(st.Cgroups)
 	if err := c.Kill(ctx); err != nil {
 		t.Error(err)
 	}

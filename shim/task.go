@@ -17,6 +17,7 @@ import (
 	"github.com/holdfast-cri/holdfast/pty"
 	"github.com/holdfast-cri/holdfast/reaper"
 	"github.com/holdfast-cri/holdfast/runc"
+	"github.com/holdfast-cri/holdfast/runc/cgroup"
 	"github.com/holdfast-cri/holdfast/shim/logfile"
 	"github.com/holdfast-cri/holdfast/shim/stdio"
 )
@@ -55,7 +56,7 @@ type task struct {
 	stopTimer    *deadline // from the first Stop on
 	execCount    int
 	execSerial   int
-	execCgroups  []runc.Cgroups // of execs that have ended, still to be removed
+	execCgroups  []cgroup.Set // of execs that have ended, still to be removed
 	events       []*pb.Event
 	changed      chan struct{} // closed and replaced with each event
 }
@@ -72,7 +73,7 @@ type container struct {
 
 	runtime *runc.Runtime
 	init    *reaper.Child
-	cgroups runc.Cgroups
+	cgroups cgroup.Set
 	oom     *oomWatch
 
 	exit        *rundir.ExitFile

@@ -14,6 +14,7 @@ import (
 
 	"github.com/containerd/console"
 
+	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -128,7 +129,7 @@ func records(t *testing.T, dir string, list map[string]rundir.Pull) {
 		if p.Daemon.PID == 0 {
 			p.Daemon = self
 		}
-		check(t, rundir.WriteRecord(filepath.Join(dir, name), p, false))
+		check(t, record.Write(filepath.Join(dir, name), p, false))
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -28,7 +29,7 @@ func readPulls(dir string) ([]rundir.Pull, error) {
 		var p rundir.Pull
 		// One that does not read has just gone, or is of no use; it is also not
 		// worth an error.
-		if strings.HasSuffix(f.Name(), ".json") && rundir.ReadRecord(filepath.Join(dir, f.Name()), &p) == nil {
+		if strings.HasSuffix(f.Name(), ".json") && record.Read(filepath.Join(dir, f.Name()), &p) == nil {
 			list = append(list, p)
 		}
 	}

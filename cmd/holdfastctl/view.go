@@ -17,6 +17,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -251,18 +252,18 @@ func (v *view) describe(l rundir.Launch) {
 		Attempt   int    `json:"attempt"`
 		Namespace string `json:"namespace"`
 	}
-	type record struct {
+	type known struct {
 		ID     string `json:"id"`
 		PodID  string `json:"podId"`
 		Config struct {
 			Metadata metadata `json:"metadata"`
 		} `json:"config"`
 	}
-	read := func(b []byte) (r record) {
-		if rundir.Decode(b, &r) != nil {
-			r = record{}
+	read := func(b []byte) (r known) {
+		if record.Decode(b, &r) != nil {
+			r = known{}
 			if json.Unmarshal(b, &r) != nil {
-				return record{}
+				return known{}
 			}
 		}
 		return r

@@ -14,7 +14,7 @@ import (
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 // fill makes a store of so many images, each with a tag and a digest, a config
@@ -55,7 +55,7 @@ func fill(b testing.TB, root string, images, layers int) {
 		target := put(m.MediaType, asJSON(m))
 		name := fmt.Sprintf("registry.test/team/app%d", i)
 		for _, ref := range []string{name + ":1", name + "@" + target.Digest.String()} {
-			if err := rundir.WriteRecord(s.recordPath(ref), record{Ref: ref, Target: target, Manifest: target, PulledAt: time.Now()}, false); err != nil {
+			if err := record.Write(s.recordPath(ref), refRecord{Ref: ref, Target: target, Manifest: target, PulledAt: time.Now()}, false); err != nil {
 				b.Fatal(err)
 			}
 		}

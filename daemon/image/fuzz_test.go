@@ -19,7 +19,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 // A stream that cannot be decompressed is corrupt, and says so.
@@ -103,8 +103,8 @@ func FuzzReference(f *testing.F) {
 		if err != nil || again.String() != n.String() {
 			t.Fatalf("%q is %q, and that %v: %v", s, n, again, err)
 		}
-		if (record{Ref: n.String()}).tagged() == strings.Contains(s, "@") {
-			t.Fatalf("%q is %q, and tagged: %v", s, n, record{Ref: n.String()}.tagged())
+		if (refRecord{Ref: n.String()}).tagged() == strings.Contains(s, "@") {
+			t.Fatalf("%q is %q, and tagged: %v", s, n, refRecord{Ref: n.String()}.tagged())
 		}
 	})
 }
@@ -167,7 +167,7 @@ func FuzzChallenge(f *testing.F) {
 
 // A store opens with any record in it, and verifies.
 func FuzzRecord(f *testing.F) {
-	good := record{Ref: "docker.io/a/b:c", Target: ocispec.Descriptor{Digest: someDigest}, Manifest: ocispec.Descriptor{Digest: someDigest}}
+	good := refRecord{Ref: "docker.io/a/b:c", Target: ocispec.Descriptor{Digest: someDigest}, Manifest: ocispec.Descriptor{Digest: someDigest}}
 	b, err := json.Marshal(good)
 	if err != nil {
 		f.Fatal(err)
@@ -203,7 +203,7 @@ func FuzzRecord(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {
 		defer os.RemoveAll(root)
-		var r record
+		var r refRecord
 		if !json.Valid(body) || json.Unmarshal(body, &r) != nil {
 			return // the envelope's checksum is for that
 		}
@@ -217,7 +217,7 @@ func FuzzRecord(f *testing.F) {
 			}
 		}
 		path := (&Store{o: Options{Root: root}}).recordPath(r.Ref)
-		if err := rundir.WriteRecord(path, json.RawMessage(body), false); err != nil {
+		if err := record.Write(path, json.RawMessage(body), false); err != nil {
 			t.Fatal(err)
 		}
 		s := openAt(t, root)

@@ -14,7 +14,7 @@ import (
 	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 // pending is pending/HASH.json: a pull has begun to fetch these blobs. It is
@@ -43,7 +43,7 @@ func (s *Store) loadPending() {
 	for _, f := range files {
 		var p pending
 		path := filepath.Join(s.o.Root, pendingName, f.Name())
-		if err := rundir.ReadRecord(path, &p); err != nil || path != s.pendingPath(p.Ref) {
+		if err := record.Read(path, &p); err != nil || path != s.pendingPath(p.Ref) {
 			if !strings.HasPrefix(f.Name(), ".") { // else it was being written
 				s.o.Log.Warn("record of an interrupted pull dropped", "record", path, "error", err)
 			}
@@ -90,7 +90,7 @@ func (s *Store) writePending(p pending) error {
 	if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
 		os.RemoveAll(path) // a rename would not replace it
 	}
-	if err := rundir.WriteRecord(path, p, false); err != nil {
+	if err := record.Write(path, p, false); err != nil {
 		return err
 	}
 	s.pending[p.Ref] = p

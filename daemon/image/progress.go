@@ -10,6 +10,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -205,7 +206,7 @@ func (s *Store) report(g *progress, quit <-chan struct{}) {
 		last = append(last[max(0, len(last)-logEvery+1):], now)
 		if path != "" {
 			// Nobody has to look at it, so a failure is no reason to stop.
-			if err := rundir.WriteRecord(path, p, false); err != nil {
+			if err := record.Write(path, p, false); err != nil {
 				s.o.Log.Warn("cannot tell how far a pull is", "error", err)
 				path = ""
 			}

@@ -14,6 +14,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -130,7 +131,7 @@ func TestProgressBeforeLayers(t *testing.T) {
 	var p rundir.Pull
 	eventually(t, "there is a record", func() bool {
 		files, _ := filepath.Glob(filepath.Join(dir, "*.json"))
-		return len(files) == 1 && rundir.ReadRecord(files[0], &p) == nil
+		return len(files) == 1 && record.Read(files[0], &p) == nil
 	})
 	if p.Phase != rundir.PullResolving || p.Pod != "team/web" || p.Ref != f.ref || p.TotalBytes != 0 || !p.Daemon.Alive() {
 		t.Errorf("%+v", p)

@@ -23,6 +23,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -582,7 +583,7 @@ func (s *Store) syncBlobNames() error {
 		if !a.IsDir() {
 			continue // not ours; a fifo would block the open
 		}
-		if err := rundir.SyncDir(filepath.Join(s.o.Root, blobsName, a.Name())); err != nil {
+		if err := record.SyncDir(filepath.Join(s.o.Root, blobsName, a.Name())); err != nil {
 			return fmt.Errorf("cannot sync the blobs: %w", err)
 		}
 	}

@@ -6,7 +6,7 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 // removalName is the record of the removal under way. There is one at a time,
@@ -16,8 +16,8 @@ const removalName = "removing.json"
 // removal makes the removal of an image with several references one step: where
 // the process is killed between two of them, the next Open removes the others.
 type removal struct {
-	ID   string   `json:"id"`
-	Refs []record `json:"refs"`
+	ID   string      `json:"id"`
+	Refs []refRecord `json:"refs"`
 }
 
 // removeRefs removes the records of an image, tags first: where the removal
@@ -26,11 +26,11 @@ type removal struct {
 func (s *Store) removeRefs(img Image) error {
 	r := removal{ID: img.ID}
 	for _, ref := range append(append([]string{}, img.RepoTags...), img.RepoDigests...) {
-		r.Refs = append(r.Refs, s.refs[ref].record)
+		r.Refs = append(r.Refs, s.refs[ref].refRecord)
 	}
 	path := filepath.Join(s.o.Root, removalName)
 	if len(r.Refs) > 1 {
-		if err := rundir.WriteRecord(path, r, false); err != nil {
+		if err := record.Write(path, r, false); err != nil {
 			s.o.Log.Warn("cannot write down a removal: a crash may leave some of the names", "id", img.ID, "error", err)
 		}
 		// Also after an error: the caller knows of it, and a reference that
@@ -61,7 +61,7 @@ func (s *Store) forgetRemoval() error {
 func (s *Store) finishRemoval() {
 	path := filepath.Join(s.o.Root, removalName)
 	var r removal
-	err := rundir.ReadRecord(path, &r)
+	err := record.Read(path, &r)
 	if errors.Is(err, fs.ErrNotExist) {
 		return
 	}

@@ -10,7 +10,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/opencontainers/go-digest"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 // A removal that was cut short is finished by the next Open, but for what was
@@ -26,7 +26,7 @@ func TestRemovalIsFinished(t *testing.T) {
 	i := mustPull(t, s, k.request(two))
 	r := removal{ID: i.ID}
 	for _, ref := range append(slices.Clone(i.RepoTags), i.RepoDigests...) {
-		r.Refs = append(r.Refs, s.refs[ref].record)
+		r.Refs = append(r.Refs, s.refs[ref].refRecord)
 	}
 	s.Close()
 	path := filepath.Join(root, removalName)
@@ -42,7 +42,7 @@ func TestRemovalIsFinished(t *testing.T) {
 
 	other := slices.Clone(r.Refs)
 	other[0].PulledAt = other[0].PulledAt.Add(-time.Hour)
-	if err := rundir.WriteRecord(path, removal{ID: i.ID, Refs: other}, false); err != nil {
+	if err := record.Write(path, removal{ID: i.ID, Refs: other}, false); err != nil {
 		t.Fatal(err)
 	}
 	s = openAt(t, root)
@@ -51,7 +51,7 @@ func TestRemovalIsFinished(t *testing.T) {
 	}
 	s.Close()
 
-	if err := rundir.WriteRecord(path, r, false); err != nil {
+	if err := record.Write(path, r, false); err != nil {
 		t.Fatal(err)
 	}
 	s = openAt(t, root)
@@ -98,7 +98,7 @@ func TestClockWasWrong(t *testing.T) {
 	s.Close()
 	p := s.pending["registry.test/a:1"]
 	p.Since = time.Now().AddDate(30, 0, 0)
-	if err := rundir.WriteRecord(s.pendingPath(p.Ref), p, false); err != nil {
+	if err := record.Write(s.pendingPath(p.Ref), p, false); err != nil {
 		t.Fatal(err)
 	}
 	part := filepath.Join(root, ingestName, "sha256-"+someHex)

@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -266,7 +267,7 @@ func TestProgress(t *testing.T) {
 		files, _ := filepath.Glob(filepath.Join(dir, "[^.]*"))
 		for _, name := range files {
 			var p rundir.Pull
-			if rundir.ReadRecord(name, &p) == nil {
+			if record.Read(name, &p) == nil {
 				l = append(l, p)
 			}
 		}

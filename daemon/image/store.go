@@ -23,7 +23,7 @@ import (
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 // Names under the root; blobsName and the two files are the image layout's.
@@ -38,7 +38,7 @@ const (
 var errClosed = errors.New("the image store is closed")
 
 // record is the truth about one reference: refs/HASH.json.
-type record struct {
+type refRecord struct {
 	Ref string `json:"ref"` // name:tag or name@digest, in full
 	// Target is what the registry has under the name; Manifest is the one of
 	// this platform. They are the same if the target is no index.
@@ -50,11 +50,11 @@ type record struct {
 }
 
 // tagged says whether it is name:tag.
-func (r record) tagged() bool { return !strings.Contains(r.Ref, "@") }
+func (r refRecord) tagged() bool { return !strings.Contains(r.Ref, "@") }
 
 // loaded is a record with what its blobs say.
 type loaded struct {
-	record
+	refRecord
 	manifest *ocispec.Manifest
 	config   ocispec.Image
 	blobs    []digest.Digest // all that the reference needs
@@ -146,7 +146,7 @@ func Open(o Options) (*Store, error) {
 // makeDirs makes the directories that are missing.
 func (s *Store) makeDirs() error {
 	for _, name := range []string{filepath.Join(blobsName, string(digest.Canonical)), refsName, ingestName, pendingName, quarantineName} {
-		moved, err := rundir.MakeDir(s.o.Root, name)
+		moved, err := record.MakeDir(s.o.Root, name)
 		if moved != "" {
 			s.o.Log.Error("a file was in the place of a directory of the images", "directory", name, "moved", moved)
 		}
@@ -212,8 +212,8 @@ func (s *Store) removeUnfinished(dir, prefix string) {
 }
 
 func (s *Store) loadRecord(path string) (*loaded, error) {
-	var r record
-	if err := rundir.ReadRecord(path, &r); err != nil {
+	var r refRecord
+	if err := record.Read(path, &r); err != nil {
 		return nil, err
 	}
 	if want := s.recordPath(r.Ref); path != want {
@@ -226,7 +226,7 @@ func (s *Store) loadRecord(path string) (*loaded, error) {
 }
 
 // loadBlobs reads what a record points to and checks that all of it is there.
-func (s *Store) loadBlobs(r record) (*loaded, error) {
+func (s *Store) loadBlobs(r refRecord) (*loaded, error) {
 	if err := checkDescriptor(r.Target); err != nil {
 		return nil, err
 	}
@@ -241,7 +241,7 @@ func (s *Store) loadBlobs(r record) (*loaded, error) {
 	if doc.manifest == nil {
 		return nil, fmt.Errorf("%w: %s is an index", ErrCorrupt, r.Manifest.Digest)
 	}
-	l := &loaded{record: r, manifest: doc.manifest, blobs: blobsOf(r.Target.Digest, r.Manifest.Digest, doc.manifest)}
+	l := &loaded{refRecord: r, manifest: doc.manifest, blobs: blobsOf(r.Target.Digest, r.Manifest.Digest, doc.manifest)}
 	if b, err = s.readBlob(l.manifest.Config, maxConfig); err != nil {
 		return nil, err
 	}
@@ -273,14 +273,14 @@ func (s *Store) dropKept() error {
 		if l.LayersDropped {
 			continue
 		}
-		r := l.record
+		r := l.refRecord
 		r.LayersDropped = true
 		fresh, err := s.loadBlobs(r)
 		if err != nil {
 			return err
 		}
 		// On the disk before a blob goes, or the record would miss it.
-		if err := rundir.WriteRecord(s.recordPath(ref), r, true); err != nil {
+		if err := record.Write(s.recordPath(ref), r, true); err != nil {
 			return err
 		}
 		s.mu.Lock()
@@ -319,7 +319,7 @@ func (s *Store) commit(name reference.Named, target, manifest ocispec.Descriptor
 	if s.closed {
 		return Image{}, errClosed
 	}
-	fresh, err := s.writeRecords(names, record{Target: target, Manifest: manifest, PulledAt: time.Now().UTC(), LayersDropped: s.o.DropLayers})
+	fresh, err := s.writeRecords(names, refRecord{Target: target, Manifest: manifest, PulledAt: time.Now().UTC(), LayersDropped: s.o.DropLayers})
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, l := range fresh {
@@ -340,7 +340,7 @@ func (s *Store) commit(name reference.Named, target, manifest ocispec.Descriptor
 // writeRecords puts a record of an image under each name, and gives those that
 // were not there yet. Where it fails, the names mean what they did before: it
 // gives those that could not be restored. records is held.
-func (s *Store) writeRecords(names []string, r record) (fresh []*loaded, err error) {
+func (s *Store) writeRecords(names []string, r refRecord) (fresh []*loaded, err error) {
 	img, err := s.loadBlobs(r)
 	if err != nil {
 		return nil, err
@@ -349,15 +349,15 @@ func (s *Store) writeRecords(names []string, r record) (fresh []*loaded, err err
 		l := *img
 		l.Ref = ref
 		if old := s.refs[ref]; old != nil && old.Target.Digest == r.Target.Digest && old.Manifest.Digest == r.Manifest.Digest && old.LayersDropped == r.LayersDropped {
-			var there record
-			if err := rundir.ReadRecord(s.recordPath(ref), &there); err == nil {
+			var there refRecord
+			if err := record.Read(s.recordPath(ref), &there); err == nil {
 				continue
 			} // it was damaged behind our back
 		}
 		if st, err := os.Lstat(s.recordPath(ref)); err == nil && !st.Mode().IsRegular() {
 			s.quarantine(s.recordPath(ref), errors.New("it is not a file")) // a rename would not replace it
 		}
-		if err := rundir.WriteRecord(s.recordPath(ref), l.record, true); err != nil {
+		if err := record.Write(s.recordPath(ref), l.refRecord, true); err != nil {
 			s.restore(ref)
 			return slices.DeleteFunc(fresh, func(l *loaded) bool { return s.restore(l.Ref) }), err
 		}
@@ -372,7 +372,7 @@ func (s *Store) restore(ref string) bool {
 	path := s.recordPath(ref)
 	var err error
 	if old := s.refs[ref]; old != nil {
-		err = rundir.WriteRecord(path, old.record, false)
+		err = record.Write(path, old.refRecord, false)
 	} else if err = os.Remove(path); errors.Is(err, fs.ErrNotExist) {
 		err = nil
 	}
@@ -491,7 +491,7 @@ func replace(path string, b []byte) error {
 	if old, err := os.ReadFile(path); err == nil && string(old) == string(b) {
 		return nil
 	}
-	return rundir.ReplaceFile(path, b, 0o644, false)
+	return record.ReplaceFile(path, b, 0o644, false)
 }
 
 // target is what a name stands for in the store.

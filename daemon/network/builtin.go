@@ -14,7 +14,7 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 const (
@@ -41,7 +41,7 @@ func (n *Network) SetPodCIDR(cidr string) error {
 	// Not synced: after a power cut the kubelet starts anew and sends it again.
 	err = os.MkdirAll(n.opts.CacheDir, 0o700)
 	if err == nil {
-		err = rundir.ReplaceFile(n.podCIDRFile(), []byte(cidr+"\n"), 0o600, false)
+		err = record.ReplaceFile(n.podCIDRFile(), []byte(cidr+"\n"), 0o600, false)
 	}
 	if err != nil {
 		return fmt.Errorf("cannot store the pod CIDR: %w", err)

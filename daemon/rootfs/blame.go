@@ -8,7 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 // byContent are the errors of the kernel that a layer brings about on any
@@ -69,19 +69,19 @@ func (l names) size() (n int) {
 }
 
 // abridge makes the record what stays in memory.
-func (r *record) abridge() {
+func (r *layerRecord) abridge() {
 	if r.Implied.size() > maxKept {
 		r.Implied, r.abridged = nil, true
 	}
 }
 
 // full is the record with all of its names.
-func (s *Store) full(r *record) (*record, error) {
+func (s *Store) full(r *layerRecord) (*layerRecord, error) {
 	if !r.abridged {
 		return r, nil
 	}
-	var all record
-	err := rundir.ReadRecord(filepath.Join(s.layerDir(r.DiffID), recordName), &all)
+	var all layerRecord
+	err := record.Read(filepath.Join(s.layerDir(r.DiffID), recordName), &all)
 	return &all, err
 }
 

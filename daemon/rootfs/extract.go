@@ -68,16 +68,16 @@ type dirEntry struct {
 
 // extract reads stream to its end, writes its entries below diff, and compares
 // its digest.
-func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stream io.Reader, limits Limits) (record, error) {
+func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stream io.Reader, limits Limits) (layerRecord, error) {
 	const dirFlags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
 	root, err := unix.Open(diff, dirFlags, 0)
 	if err != nil {
-		return record{}, fmt.Errorf("cannot open %s: %w", diff, err)
+		return layerRecord{}, fmt.Errorf("cannot open %s: %w", diff, err)
 	}
 	defer unix.Close(root)
 	trashFd, err := unix.Open(trash, dirFlags, 0)
 	if err != nil {
-		return record{}, fmt.Errorf("cannot open %s: %w", trash, err)
+		return layerRecord{}, fmt.Errorf("cannot open %s: %w", trash, err)
 	}
 	defer unix.Close(trashFd)
 	x := &extractor{
@@ -90,35 +90,35 @@ func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stre
 	}
 	defer x.forgetParent()
 	if err := x.imply(root, "."); err != nil {
-		return record{}, err
+		return layerRecord{}, err
 	}
 
 	hash := diffID.Algorithm().Hash()
 	ahead := readAhead(ctx, stream, hash, limits.Bytes)
 	defer ahead.stop()
 	if err := x.run(ahead); err != nil {
-		return record{}, x.blame(err, ahead.failed)
+		return layerRecord{}, x.blame(err, ahead.failed)
 	}
 	// The archive may be padded; the digest covers that too.
 	if _, err := io.Copy(io.Discard, ahead); err != nil {
-		return record{}, err
+		return layerRecord{}, err
 	}
 	if got := digest.NewDigest(diffID.Algorithm(), hash); got != diffID {
-		return record{}, fmt.Errorf("%w: its digest is %s", ErrBadLayer, got)
+		return layerRecord{}, fmt.Errorf("%w: its digest is %s", ErrBadLayer, got)
 	}
 	if err := x.finish(); err != nil {
-		return record{}, x.blame(err, nil)
+		return layerRecord{}, x.blame(err, nil)
 	}
 	implied := names(slices.Sorted(maps.Values(x.implied)))
 	if implied.size() > maxImplied {
-		return record{}, fmt.Errorf("%w: too many directories without entries, or with names too long", ErrBadLayer)
+		return layerRecord{}, fmt.Errorf("%w: too many directories without entries, or with names too long", ErrBadLayer)
 	}
 	if x.trashed > 0 {
 		if err := x.recount(); err != nil {
-			return record{}, err
+			return layerRecord{}, err
 		}
 	}
-	return record{
+	return layerRecord{
 		DiffID: diffID, Bytes: x.bytes, Inodes: x.inodes, BootID: rundir.BootID(),
 		Implied: implied,
 	}, nil

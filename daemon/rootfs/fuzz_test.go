@@ -19,7 +19,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 // entry is one entry of a generated archive. It can say more than archive/tar
@@ -333,8 +333,8 @@ func checkLayer(t testing.TB, g *guarded, entries []entry) {
 	if err := m.compare(filepath.Join(g.layerDir(d), diffName)); err != nil {
 		t.Fatalf("%s\n%v", show(entries), err)
 	}
-	var r record
-	if err := rundir.ReadRecord(filepath.Join(g.layerDir(d), recordName), &r); err != nil {
+	var r layerRecord
+	if err := record.Read(filepath.Join(g.layerDir(d), recordName), &r); err != nil {
 		t.Fatal(err)
 	}
 	if implied := m.implied(); !slices.Equal(r.Implied, implied) {

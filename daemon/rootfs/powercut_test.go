@@ -14,7 +14,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 func run(t testing.TB, name string, args ...string) {
@@ -102,10 +102,10 @@ func TestPowerCut(t *testing.T) {
 		// Another boot.
 		records, _ := filepath.Glob(filepath.Join(root, "*", "*", recordName))
 		for _, path := range records {
-			var r record
-			if rundir.ReadRecord(path, &r) == nil {
+			var r layerRecord
+			if record.Read(path, &r) == nil {
 				r.BootID = "another"
-				if err := rundir.WriteRecord(path, r, false); err != nil {
+				if err := record.Write(path, r, false); err != nil {
 					t.Fatal(err)
 				}
 			}

@@ -33,6 +33,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -64,7 +65,7 @@ const (
 )
 
 // record is layer.json.
-type record struct {
+type layerRecord struct {
 	DiffID digest.Digest `json:"diffId"`
 	Bytes  uint64        `json:"bytes"`
 	Inodes uint64        `json:"inodes"`
@@ -92,9 +93,9 @@ type Store struct {
 
 	mu       sync.Mutex
 	closed   bool
-	layers   map[digest.Digest]*record
+	layers   map[digest.Digest]*layerRecord
 	flights  map[digest.Digest]chan struct{} // closed when an Apply ends
-	unsynced []*record                       // also of layers that are gone meanwhile
+	unsynced []*layerRecord                  // also of layers that are gone meanwhile
 	usage    Usage
 }
 
@@ -111,7 +112,7 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 		log:     log,
 		wake:    make(chan struct{}, 1),
 		closing: make(chan struct{}),
-		layers:  map[digest.Digest]*record{},
+		layers:  map[digest.Digest]*layerRecord{},
 		flights: map[digest.Digest]chan struct{}{},
 	}
 	if err := s.makeDirs(); err != nil {
@@ -153,7 +154,7 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 // to others; containers see the overlay.
 func (s *Store) makeDirs() error {
 	for _, name := range []string{tmpName, emptyName, string(digest.Canonical)} {
-		moved, err := rundir.MakeDir(s.dir, name)
+		moved, err := record.MakeDir(s.dir, name)
 		if moved != "" {
 			s.log.Error("a file was in the place of a directory of the layers", "directory", name, "moved", moved)
 		}
@@ -228,9 +229,9 @@ func (s *Store) load(used func() func(string) bool) error {
 }
 
 func (s *Store) loadLayer(d digest.Digest, used func() func(string) bool) {
-	var r record
+	var r layerRecord
 	dir := s.layerDir(d)
-	err := rundir.ReadRecord(filepath.Join(dir, recordName), &r)
+	err := record.Read(filepath.Join(dir, recordName), &r)
 	if err == nil && r.DiffID != d {
 		err = fmt.Errorf("the record is about %s", r.DiffID)
 	}
@@ -292,7 +293,7 @@ func (s *Store) has(diffID digest.Digest) bool {
 }
 
 // intact says whether a layer has files, if it has to; not whether it has all.
-func (s *Store) intact(r *record) bool {
+func (s *Store) intact(r *layerRecord) bool {
 	f, err := os.OpenFile(filepath.Join(s.layerDir(r.DiffID), diffName), unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		// Nothing is known of a layer when this process or machine is short of
@@ -308,7 +309,7 @@ func (s *Store) intact(r *record) bool {
 }
 
 // note puts a layer on the books. mu is held, or the caller is Open.
-func (s *Store) note(r *record, synced bool) {
+func (s *Store) note(r *layerRecord, synced bool) {
 	r.abridge()
 	s.layers[r.DiffID] = r
 	s.usage.Bytes += r.Bytes
@@ -319,7 +320,7 @@ func (s *Store) note(r *record, synced bool) {
 }
 
 // forget takes a layer off the books. mu is held.
-func (s *Store) forget(r *record) {
+func (s *Store) forget(r *layerRecord) {
 	delete(s.layers, r.DiffID)
 	s.usage.Bytes -= r.Bytes
 	s.usage.Inodes -= r.Inodes
@@ -402,7 +403,7 @@ func (s *Store) Apply(ctx context.Context, diffID digest.Digest, stream io.Reade
 
 // unpack makes the layer's directory. The caller makes sure that there is one
 // at a time per layer.
-func (s *Store) unpack(ctx context.Context, diffID digest.Digest, stream io.Reader) (r record, err error) {
+func (s *Store) unpack(ctx context.Context, diffID digest.Digest, stream io.Reader) (r layerRecord, err error) {
 	if err := s.makeDirs(); err != nil {
 		return r, err
 	}
@@ -431,7 +432,7 @@ func (s *Store) unpack(ctx context.Context, diffID digest.Digest, stream io.Read
 	if err := os.RemoveAll(trash); err != nil {
 		return r, err
 	}
-	if err := rundir.WriteRecord(filepath.Join(tmp, recordName), r, false); err != nil {
+	if err := record.Write(filepath.Join(tmp, recordName), r, false); err != nil {
 		return r, err
 	}
 	dir := s.layerDir(diffID)
@@ -532,7 +533,7 @@ func (s *Store) syncer(dir *os.File) {
 
 // mark marks those of the layers that are still there; one that was unpacked anew
 // meanwhile is another.
-func (s *Store) mark(todo []*record) (err error) {
+func (s *Store) mark(todo []*layerRecord) (err error) {
 	for _, r := range todo {
 		s.mu.Lock()
 		if s.layers[r.DiffID] == r { // under the lock: Remove may not take it away in between

@@ -22,7 +22,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 var then = time.Date(2020, 2, 3, 4, 5, 6, 0, time.UTC)
@@ -638,13 +638,13 @@ func TestOpenAfterACrash(t *testing.T) {
 		}
 	}
 	// As a power cut leaves it: of another boot and not marked.
-	var r record
+	var r layerRecord
 	path := filepath.Join(s.layerDir(torn), recordName)
-	if err := rundir.ReadRecord(path, &r); err != nil {
+	if err := record.Read(path, &r); err != nil {
 		t.Fatal(err)
 	}
 	r.BootID = "another boot"
-	if err := rundir.WriteRecord(path, r, false); err != nil {
+	if err := record.Write(path, r, false); err != nil {
 		t.Fatal(err)
 	}
 	for _, p := range []string{filepath.Join(s.layerDir(torn), syncedName), filepath.Join(s.layerDir(samboot), syncedName), filepath.Join(s.layerDir(norecord), recordName)} {
@@ -708,7 +708,7 @@ func TestDamagedInUse(t *testing.T) {
 // A layer that was removed and unpacked again during a sync is not marked by it.
 func TestMarkOfAnother(t *testing.T) {
 	s := open(t, t.TempDir())
-	unpack := func() *record {
+	unpack := func() *layerRecord {
 		t.Helper()
 		d := apply(t, s, e{name: "a", body: "x"})
 		mark := filepath.Join(s.layerDir(d), syncedName)
@@ -723,11 +723,11 @@ func TestMarkOfAnother(t *testing.T) {
 		t.Fatal(err)
 	}
 	second := unpack()
-	if err := s.mark([]*record{first}); err != nil {
+	if err := s.mark([]*layerRecord{first}); err != nil {
 		t.Fatal(err)
 	}
 	gone(t, s.layerDir(first.DiffID), syncedName)
-	if err := s.mark([]*record{second}); err != nil {
+	if err := s.mark([]*layerRecord{second}); err != nil {
 		t.Fatal(err)
 	}
 	read(t, s.layerDir(first.DiffID), syncedName)

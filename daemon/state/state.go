@@ -26,7 +26,7 @@ import (
 
 	"github.com/moby/sys/mountinfo"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 // Kind is a kind of object with a directory of its own under root and state.
@@ -129,23 +129,23 @@ func (s *Store) Create(k Kind, id string) error {
 
 // Put replaces the record of an object whose directory exists.
 func (s *Store) Put(k Kind, id string, v any, sync bool) error {
-	return rundir.WriteRecord(filepath.Join(s.Dir(k, id), recordName), v, sync)
+	return record.Write(filepath.Join(s.Dir(k, id), recordName), v, sync)
 }
 
 // PutCopy writes the record a second time, into the run directory, where it
 // stands in for a damaged first.
 func (s *Store) PutCopy(k Kind, id string, v any) error {
-	return rundir.WriteRecord(filepath.Join(s.RunDir(k, id), recordName), v, false)
+	return record.Write(filepath.Join(s.RunDir(k, id), recordName), v, false)
 }
 
-// Get reads the record of an object. Errors are those of rundir.ReadRecord.
+// Get reads the record of an object. Errors are those of record.Read.
 func (s *Store) Get(k Kind, id string, v any) error {
-	return rundir.ReadRecord(filepath.Join(s.Dir(k, id), recordName), v)
+	return record.Read(filepath.Join(s.Dir(k, id), recordName), v)
 }
 
 // GetCopy reads what PutCopy wrote.
 func (s *Store) GetCopy(k Kind, id string, v any) error {
-	return rundir.ReadRecord(filepath.Join(s.RunDir(k, id), recordName), v)
+	return record.Read(filepath.Join(s.RunDir(k, id), recordName), v)
 }
 
 // IDs lists the objects that have a directory in either tree.

@@ -10,7 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 func open(t *testing.T, root, state string) *Store {
@@ -106,7 +106,7 @@ func TestQuarantine(t *testing.T) {
 			t.Fatal(err)
 		}
 		err := s.Get(Pods, "a", new(struct{}))
-		if !errors.Is(err, rundir.ErrDamaged) {
+		if !errors.Is(err, record.ErrDamaged) {
 			t.Errorf("a torn record: %v", err)
 		}
 		s.QuarantineRecord(Pods, "a", err)

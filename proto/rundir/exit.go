@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 // ErrExists says that there is an exit record already. The first one stays.
@@ -49,7 +51,7 @@ func (e *ExitFile) Commit(r Exit) error {
 	if len(r.Message) > keep {
 		r.Message = r.Message[:keep]
 	}
-	b, err := Encode(r)
+	b, err := record.Encode(r)
 	if err == nil {
 		_, err = e.f.WriteAt(b, 0)
 	}
@@ -67,7 +69,7 @@ func (e *ExitFile) Commit(r Exit) error {
 		}
 	}
 	if err == nil && e.sync {
-		err = SyncDir(e.dir)
+		err = record.SyncDir(e.dir)
 	}
 	if err != nil {
 		return fmt.Errorf("cannot write %s: %w", path, err)

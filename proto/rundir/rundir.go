@@ -31,6 +31,8 @@ import (
 	"syscall"
 	"time"
 	"unsafe"
+
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 // Names in a run directory.
@@ -259,21 +261,21 @@ func (d Dir) Dial(ctx context.Context) (net.Conn, error) {
 // ReadIdentity, ReadLaunch, ReadStatus and ReadExit read one record each.
 // Errors are those of ReadRecord.
 func (d Dir) ReadIdentity() (r Identity, err error) {
-	err = ReadRecord(d.Path(IdentityName), &r)
+	err = record.Read(d.Path(IdentityName), &r)
 	return
 }
-func (d Dir) ReadLaunch() (r Launch, err error) { err = ReadRecord(d.Path(LaunchName), &r); return }
-func (d Dir) ReadStatus() (r Status, err error) { err = ReadRecord(d.Path(StatusName), &r); return }
+func (d Dir) ReadLaunch() (r Launch, err error) { err = record.Read(d.Path(LaunchName), &r); return }
+func (d Dir) ReadStatus() (r Status, err error) { err = record.Read(d.Path(StatusName), &r); return }
 func (d Dir) ReadExit() (r Exit, err error)     { return ReadExitIn(string(d)) }
 
 // ReadExitIn reads the exit record in any directory, such as the durable one.
 func ReadExitIn(dir string) (r Exit, err error) {
-	err = ReadRecord(filepath.Join(dir, ExitName), &r)
+	err = record.Read(filepath.Join(dir, ExitName), &r)
 	return
 }
 
 // WriteIdentity, WriteLaunch and WriteStatus replace one record each. None is
 // synced: after a power cut they mean nothing.
-func (d Dir) WriteIdentity(r Identity) error { return WriteRecord(d.Path(IdentityName), r, false) }
-func (d Dir) WriteLaunch(r Launch) error     { return WriteRecord(d.Path(LaunchName), r, false) }
-func (d Dir) WriteStatus(r Status) error     { return WriteRecord(d.Path(StatusName), r, false) }
+func (d Dir) WriteIdentity(r Identity) error { return record.Write(d.Path(IdentityName), r, false) }
+func (d Dir) WriteLaunch(r Launch) error     { return record.Write(d.Path(LaunchName), r, false) }
+func (d Dir) WriteStatus(r Status) error     { return record.Write(d.Path(StatusName), r, false) }

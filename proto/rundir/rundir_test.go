@@ -3,7 +3,6 @@ package rundir
 import (
 	"context"
 	"errors"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,117 +10,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
-
-func TestRecordSurvivesNoDamage(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "r.json")
-	want := Exit{Code: 3, ExitedAt: time.Now().UTC(), Source: SourceWaited, Message: "a \"quoted\" <line>\n"}
-	if err := WriteRecord(path, want, true); err != nil {
-		t.Fatal(err)
-	}
-	var got Exit
-	if err := ReadRecord(path, &got); err != nil || got != want {
-		t.Fatalf("got %+v, %v", got, err)
-	}
-	whole, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	check := func(what string, b []byte) {
-		t.Helper()
-		if err := os.WriteFile(path, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		var e Exit
-		err := ReadRecord(path, &e)
-		if err == nil && e == want {
-			return // white space, or a digit of the checksum in the other case
-		}
-		if !errors.Is(err, ErrDamaged) {
-			t.Errorf("%s: %+v, %v", what, e, err)
-		}
-	}
-	for n := range len(whole) - 1 { // the last byte is a newline
-		check("cut", whole[:n])
-		flipped := append([]byte(nil), whole...)
-		flipped[n] ^= 0x10
-		check("flipped", flipped)
-	}
-	check("zeroes", make([]byte, len(whole)))
-	check("two", append(append([]byte(nil), whole...), whole...))
-	if err := os.Remove(path); err != nil {
-		t.Fatal(err)
-	}
-	if err := ReadRecord(path, &got); !errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrDamaged) {
-		t.Errorf("missing: %v", err)
-	}
-	if err := os.Mkdir(path, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := ReadRecord(path, &got); !errors.Is(err, ErrDamaged) {
-		t.Errorf("a directory: %v", err)
-	}
-}
-
-func TestWriteRecordLeavesNothingBehind(t *testing.T) {
-	dir := t.TempDir()
-	if err := WriteRecord(filepath.Join(dir, "r.json"), func() {}, false); err == nil {
-		t.Error("a function was encoded")
-	}
-	if err := os.Mkdir(filepath.Join(dir, "taken"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := WriteRecord(filepath.Join(dir, "taken"), 1, false); err == nil {
-		t.Error("a directory was replaced")
-	}
-	entries, err := os.ReadDir(dir)
-	if err != nil || len(entries) != 1 {
-		t.Errorf("left: %v, %v", entries, err)
-	}
-}
-
-// What is no directory makes way for one, a link to one does not.
-func TestMakeDir(t *testing.T) {
-	other := t.TempDir()
-	for name, put := range map[string]func(path string) error{
-		"file":           func(path string) error { return os.WriteFile(path, nil, 0o600) },
-		"link to a file": func(path string) error { return os.Symlink("/proc/version", path) },
-		"dangling link":  func(path string) error { return os.Symlink("nowhere", path) },
-		"link to itself": func(path string) error { return os.Symlink(path, path) },
-		"link":           func(path string) error { return os.Symlink(other, path) },
-		"nothing":        func(path string) error { return nil },
-	} {
-		for _, at := range []string{"", "a", "a/b"} {
-			t.Run(name+" at "+at, func(t *testing.T) {
-				root := filepath.Join(t.TempDir(), "root")
-				path := filepath.Join(root, at)
-				if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), put(path)); err != nil {
-					t.Fatal(err)
-				}
-				moved, err := MakeDir(root, "a/b")
-				if name == "dangling link" && at == "" { // its disk may be yet to come
-					if _, there := os.Lstat(root); there != nil || err == nil || !strings.Contains(err.Error(), "nowhere") {
-						t.Errorf("got %v, %v", err, there)
-					}
-					return
-				}
-				if err != nil {
-					t.Fatal(err)
-				}
-				if st, err := os.Stat(filepath.Join(root, "a/b")); err != nil || !st.IsDir() {
-					t.Errorf("no directory: %v", err)
-				}
-				if keep := name == "link" || name == "nothing"; keep != (moved == "") {
-					t.Errorf("moved to %q", moved)
-				} else if !keep {
-					if _, err := os.Lstat(moved); err != nil {
-						t.Error(err)
-					}
-				}
-			})
-		}
-	}
-}
 
 func TestExitIsWrittenOnce(t *testing.T) {
 	dir := t.TempDir()
@@ -167,7 +58,7 @@ func TestExitOnAFullFileSystem(t *testing.T) {
 	if !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("filling: %v", err)
 	}
-	if err := WriteRecord(filepath.Join(dir, "other.json"), 1, false); !errors.Is(err, syscall.ENOSPC) {
+	if err := record.Write(filepath.Join(dir, "other.json"), 1, false); !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("another record: %v", err)
 	}
 	if err := e.Commit(Exit{Code: 42}); err != nil {

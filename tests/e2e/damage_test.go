@@ -11,7 +11,7 @@ import (
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/tests/harness"
 )
 
@@ -208,16 +208,16 @@ func TestTwoRecordsOneName(t *testing.T) {
 	n.Kill()
 	twin := strings.Repeat("0", 60) + "7e17" // sorts before the real one, most likely
 	for _, kind := range []struct{ dir, id string }{{"pods", pod.ID}, {"containers", c.ID}} {
-		record := map[string]any{}
-		if err := rundir.ReadRecord(filepath.Join(n.Root, kind.dir, kind.id, "record.json"), &record); err != nil {
+		body := map[string]any{}
+		if err := record.Read(filepath.Join(n.Root, kind.dir, kind.id, "record.json"), &body); err != nil {
 			t.Fatal(err)
 		}
-		record["id"] = twin
+		body["id"] = twin
 		dir := filepath.Join(n.Root, kind.dir, twin)
 		if err := os.Mkdir(dir, 0o711); err != nil {
 			t.Fatal(err)
 		}
-		if err := rundir.WriteRecord(filepath.Join(dir, "record.json"), record, false); err != nil {
+		if err := record.Write(filepath.Join(dir, "record.json"), body, false); err != nil {
 			t.Fatal(err)
 		}
 	}

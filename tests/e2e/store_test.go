@@ -14,7 +14,7 @@ import (
 	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/tests/harness"
 )
 
@@ -90,11 +90,11 @@ func TestLostLayers(t *testing.T) {
 					// As after a power cut: of another boot, and without its mark.
 					var r map[string]any
 					path := filepath.Join(l, "layer.json")
-					if err := rundir.ReadRecord(path, &r); err != nil {
+					if err := record.Read(path, &r); err != nil {
 						t.Fatal(err)
 					}
 					r["bootId"] = "another"
-					if err := rundir.WriteRecord(path, r, false); err != nil {
+					if err := record.Write(path, r, false); err != nil {
 						t.Fatal(err)
 					}
 					os.Remove(filepath.Join(l, "synced"))

@@ -26,13 +26,17 @@ var allowed = map[string][]string{
 		"github.com/opencontainers/runtime-spec/specs-go",
 		"google.golang.org/protobuf/...",
 	},
-	"proto/rundir": {"golang.org/x/sys/unix"},
+	"proto/kind":   {"google.golang.org/grpc/codes", "google.golang.org/grpc/status"},
+	"proto/record": {"golang.org/x/sys/unix"},
+	"proto/rundir": {module + "proto/record"},
 	"reaper":       {"golang.org/x/sys/unix"},
+	"reaper/pidfd": {"golang.org/x/sys/unix"},
 	"pty":          {"github.com/creack/pty", "github.com/containerd/console", "golang.org/x/sys/unix"},
-	"runc":         {"github.com/opencontainers/runtime-spec/specs-go/...", "golang.org/x/sys/unix"},
+	"runc":         {module + "reaper/pidfd", "github.com/opencontainers/runtime-spec/specs-go/...", "golang.org/x/sys/unix"},
+	"runc/cgroup":  {module + "reaper/pidfd", "golang.org/x/sys/unix"},
 	"shim": {
-		module + "proto", module + "proto/rundir", module + "runc", module + "reaper", module + "pty",
-		module + "shim/stdio", module + "shim/logfile", module + "shim/cgroup",
+		module + "proto/...", module + "runc/...", module + "reaper/...", module + "pty",
+		module + "shim/...",
 		"github.com/containerd/ttrpc", "github.com/containerd/typeurl/v2",
 		"github.com/opencontainers/runtime-spec/specs-go/...",
 		"google.golang.org/protobuf/...", "google.golang.org/grpc/codes", "google.golang.org/grpc/status",
@@ -41,7 +45,7 @@ var allowed = map[string][]string{
 	"shim/stdio":   {module + "pty", module + "shim/logfile", "golang.org/x/sys/unix"},
 	"shim/logfile": {"golang.org/x/sys/unix"},
 
-	"daemon/metrics": {module + "proto/rundir", "github.com/prometheus/client_golang/prometheus", "github.com/prometheus/client_golang/prometheus/collectors"},
+	"daemon/metrics": {module + "proto/...", "github.com/prometheus/client_golang/prometheus", "github.com/prometheus/client_golang/prometheus/collectors"},
 
 	"cmd/holdfast-pause": {},
 	"cmd/holdfast-shim": {
@@ -65,9 +69,9 @@ type ban struct {
 }
 
 var bans = []ban{
-	{[]string{"shim/...", "cmd/holdfast-shim", "runc", "reaper", "pty", "proto/..."}, module + "daemon/...", true,
+	{[]string{"shim/...", "cmd/holdfast-shim", "runc/...", "reaper/...", "pty", "proto/..."}, module + "daemon/...", true,
 		"the shim outlives the daemon; both know only proto"},
-	{[]string{"shim/...", "cmd/holdfast-shim", "runc", "reaper", "pty", "proto/...", "daemon/..."}, module + "cri/...", true,
+	{[]string{"shim/...", "cmd/holdfast-shim", "runc/...", "reaper/...", "pty", "proto/...", "daemon/..."}, module + "cri/...", true,
 		"CRI is the top: what is below serves other callers too"},
 	{[]string{"daemon/...", "cri/...", "runc", "reaper", "pty", "proto/...", "cmd/holdfastd", "cmd/holdfastctl"}, module + "shim/...", true,
 		"the shim is a process of its own; whoever needs it speaks proto to it"},
@@ -91,8 +95,11 @@ var bans = []ban{
 // The parts of the daemon are joined by daemon alone. This is what a part may
 // import of the module.
 var ofTheModule = map[string][]string{
-	"daemon/shims": {module + "proto", module + "proto/rundir"},
-	"daemon/*":     {module + "proto/rundir", module + "runc"},
+	"daemon/*": {
+		module + "proto", module + "proto/client", module + "proto/kind", module + "proto/record", module + "proto/rundir",
+		module + "runc", module + "runc/cgroup", module + "reaper/pidfd",
+		module + "daemon/records",
+	},
 }
 
 type pkg struct {

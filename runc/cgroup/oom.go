@@ -1,4 +1,4 @@
-package runc
+package cgroup
 
 import (
 	"fmt"
@@ -13,10 +13,10 @@ import (
 // OOMKills counts the processes of the cgroup that the OOM killer has killed,
 // whichever limit made it: v2 memory.events, v1 memory.oom_control. Once the
 // cgroup is removed it is an error.
-func (c Cgroups) OOMKills() (uint64, error) {
+func (c Set) OOMKills() (uint64, error) {
 	dir, file, ok := c.oomFile()
 	if !ok {
-		return 0, fmt.Errorf("cannot count OOM kills: %w", ErrNoCgroup)
+		return 0, fmt.Errorf("cannot count OOM kills: %w", ErrNone)
 	}
 	b, err := os.ReadFile(filepath.Join(dir, file))
 	if err != nil {
@@ -30,7 +30,7 @@ func (c Cgroups) OOMKills() (uint64, error) {
 	return 0, fmt.Errorf("cannot count OOM kills: no oom_kill in %s/%s", dir, file)
 }
 
-func (c Cgroups) oomFile() (dir, file string, ok bool) {
+func (c Set) oomFile() (dir, file string, ok bool) {
 	if dir, ok := c.dir("memory"); ok {
 		return dir, "memory.oom_control", true
 	}
@@ -41,12 +41,12 @@ func (c Cgroups) oomFile() (dir, file string, ok bool) {
 // OOMParent is the cgroup above, if its counter includes this one's: on v2,
 // below the root. It tells of a kill in a cgroup that systemd removed before
 // its own counter could be read.
-func (c Cgroups) OOMParent() (Cgroups, bool) {
+func (c Set) OOMParent() (Set, bool) {
 	_, file, ok := c.oomFile()
 	if !ok || file != eventsName {
 		return nil, false
 	}
-	parent := Cgroups{"": filepath.Dir(c[""])}
+	parent := Set{"": filepath.Dir(c[""])}
 	_, _, ok = parent.oomFile()
 	return parent, ok
 }
@@ -56,10 +56,10 @@ const eventsName = "memory.events"
 // WatchOOM gives a file whose Read returns each time when the OOM counter may
 // have risen. Closing it ends a Read. early: it may also be just about to rise,
 // because v1 tells that memory is short before it picks a victim.
-func (c Cgroups) WatchOOM() (f *os.File, early bool, err error) {
+func (c Set) WatchOOM() (f *os.File, early bool, err error) {
 	dir, file, ok := c.oomFile()
 	if !ok {
-		return nil, false, fmt.Errorf("cannot watch for OOM: %w", ErrNoCgroup)
+		return nil, false, fmt.Errorf("cannot watch for OOM: %w", ErrNone)
 	}
 	path := filepath.Join(dir, file)
 	early = file != eventsName

@@ -1,4 +1,6 @@
-package rundir
+// Package record is the envelope of every file that a process leaves for another
+// one: JSON with a version and a checksum, replaced atomically.
+package record
 
 import (
 	"bytes"
@@ -66,9 +68,9 @@ func Decode(b []byte, v any) error {
 	return nil
 }
 
-// WriteRecord replaces the record at path, as ReplaceFile does. Mode 0600:
+// Write replaces the record at path, as ReplaceFile does. Mode 0600:
 // environments hold secrets.
-func WriteRecord(path string, v any, sync bool) error {
+func Write(path string, v any, sync bool) error {
 	b, err := Encode(v)
 	if err != nil {
 		return err
@@ -111,9 +113,9 @@ func ReplaceFile(path string, b []byte, mode fs.FileMode, sync bool) error {
 // most, and those are at most 16 MiB.
 const maxRecord = 64 << 20
 
-// ReadRecord reads the record at path into v. A missing file is fs.ErrNotExist;
+// Read reads the record at path into v. A missing file is fs.ErrNotExist;
 // a file that is there and cannot be used, for whatever reason, is ErrDamaged.
-func ReadRecord(path string, v any) error {
+func Read(path string, v any) error {
 	st, err := os.Lstat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("cannot read %s: %w", path, err)

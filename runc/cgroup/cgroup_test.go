@@ -1,4 +1,4 @@
-package runc
+package cgroup
 
 import (
 	"context"
@@ -15,13 +15,13 @@ import (
 )
 
 // newCgroup makes a cgroup of the test's own in the hierarchies that matter.
-func newCgroup(t *testing.T) Cgroups {
+func newCgroup(t *testing.T) Set {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
 	path := "/holdfast-runc-test-" + strconv.Itoa(os.Getpid())
-	c := Cgroups{}
+	c := Set{}
 	for _, name := range []string{"", "freezer", "memory", "pids"} {
 		if _, ok := mounts()[name]; ok {
 			c[name] = path
@@ -39,7 +39,7 @@ func newCgroup(t *testing.T) Cgroups {
 		if err := c.Remove(); err != nil {
 			t.Error(err)
 		}
-		if left := CgroupsAt(path); len(left) > 0 {
+		if left := At(path); len(left) > 0 {
 			t.Errorf("left: %v", left)
 		}
 	})
@@ -56,7 +56,7 @@ func newCgroup(t *testing.T) Cgroups {
 }
 
 // join runs a command in the cgroup. It is waited for after the test.
-func (c Cgroups) join(t *testing.T, script string) *exec.Cmd {
+func (c Set) join(t *testing.T, script string) *exec.Cmd {
 	t.Helper()
 	line := ""
 	for name := range c {
@@ -95,7 +95,7 @@ func until(t *testing.T, what string, done func() bool) {
 
 func TestNeverTheRoot(t *testing.T) {
 	for _, path := range []string{"/", "", "//", "/..", "/a/../..", "relative"} {
-		c := Cgroups{}
+		c := Set{}
 		for name := range mounts() {
 			c[name] = path
 		}
@@ -118,18 +118,18 @@ func TestReadCgroups(t *testing.T) {
 	c := newCgroup(t)
 	cmd := c.join(t, "exec sleep 1000")
 	until(t, "it has joined all", func() bool {
-		got, err := ReadCgroups(cmd.Process.Pid)
+		got, err := Of(cmd.Process.Pid)
 		return err == nil && maps.Equal(got, c)
 	})
-	if own, err := ReadCgroups(os.Getpid()); err != nil || len(own) > 0 {
+	if own, err := Of(os.Getpid()); err != nil || len(own) > 0 {
 		t.Errorf("our own are somebody else's: %v, %v", own, err)
 	}
 }
 
 func TestKill(t *testing.T) {
-	for name, prepare := range map[string]func(Cgroups){
-		"running": func(Cgroups) {},
-		"frozen":  Cgroups.freeze,
+	for name, prepare := range map[string]func(Set){
+		"running": func(Set) {},
+		"frozen":  Set.freeze,
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newCgroup(t)

@@ -1,4 +1,6 @@
-package runc
+// Package cgroup is all that is known of the cgroups of a container, v1 and v2:
+// who is in them, how they are killed and frozen, what the kernel counts there.
+package cgroup
 
 import (
 	"context"
@@ -15,21 +17,23 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/reaper/pidfd"
 )
 
-// Cgroups are the cgroups of a container: controller -> path below the mount
+// Set are the cgroups of a container: controller -> path below the mount
 // of its hierarchy, as /proc/PID/cgroup has them. "" is cgroup v2, "name=..."
 // a named v1 hierarchy.
 //
 // No method touches the root of a hierarchy, whatever the map says.
-type Cgroups map[string]string
+type Set map[string]string
 
-// ErrNoCgroup says that there is no cgroup to do this with.
-var ErrNoCgroup = errors.New("the container has no cgroup of its own")
+// ErrNone says that there is no cgroup to do this with.
+var ErrNone = errors.New("the container has no cgroup of its own")
 
-// ReadCgroups tells the cgroups that a process has for itself: hierarchies
+// Of tells the cgroups that a process has for itself: hierarchies
 // where it sits in the root, or where the caller sits, are left out.
-func ReadCgroups(pid int) (Cgroups, error) {
+func Of(pid int) (Set, error) {
 	theirs, err := procCgroups(strconv.Itoa(pid))
 	if err != nil {
 		return nil, err
@@ -42,12 +46,12 @@ func ReadCgroups(pid int) (Cgroups, error) {
 	return theirs, nil
 }
 
-func procCgroups(pid string) (Cgroups, error) {
+func procCgroups(pid string) (Set, error) {
 	b, err := os.ReadFile("/proc/" + pid + "/cgroup")
 	if err != nil {
 		return nil, fmt.Errorf("cannot read the cgroups of process %s: %w", pid, err)
 	}
-	c := Cgroups{}
+	c := Set{}
 	for line := range strings.Lines(string(b)) {
 		// hierarchy-ID:controller-list:cgroup-path, see cgroups(7).
 		_, rest, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ":")
@@ -63,10 +67,10 @@ func procCgroups(pid string) (Cgroups, error) {
 	return c, nil
 }
 
-// CgroupsAt are the cgroups that exist now at the same path of every hierarchy,
+// At are the cgroups that exist now at the same path of every hierarchy,
 // where the cgroupfs driver makes those of a container.
-func CgroupsAt(path string) Cgroups {
-	c := Cgroups{}
+func At(path string) Set {
+	c := Set{}
 	for name := range mounts() {
 		c[name] = path
 	}
@@ -115,7 +119,7 @@ var mounts = sync.OnceValue(func() map[string]mount {
 })
 
 // dir is the directory of a controller's cgroup.
-func (c Cgroups) dir(controller string) (string, bool) {
+func (c Set) dir(controller string) (string, bool) {
 	path, ok := c[controller]
 	m, mounted := mounts()[controller]
 	if !ok || !mounted || !safe(path) {
@@ -130,7 +134,7 @@ func (c Cgroups) dir(controller string) (string, bool) {
 }
 
 // tracker is the hierarchy by which the container's processes are known.
-func (c Cgroups) tracker() (controller, dir string, ok bool) {
+func (c Set) tracker() (controller, dir string, ok bool) {
 	for _, controller := range []string{"", "freezer", "pids", "memory", "devices", "cpu"} {
 		if dir, ok := c.dir(controller); ok {
 			return controller, dir, true
@@ -142,23 +146,23 @@ func (c Cgroups) tracker() (controller, dir string, ok bool) {
 // Sub makes a cgroup below the container's, for the tree of one exec. The
 // argument is for ExecOptions.Cgroup. On v1 it is made where processes can be
 // frozen, and nowhere else.
-func (c Cgroups) Sub(name string) (Cgroups, string, error) {
+func (c Set) Sub(name string) (Set, string, error) {
 	controller, argument := "freezer", "freezer:"
 	if _, v1 := c[controller]; !v1 {
 		controller, argument = "", ""
 	}
 	dir, ok := c.dir(controller)
 	if !ok {
-		return nil, "", fmt.Errorf("cannot make cgroup %s: %w", name, ErrNoCgroup)
+		return nil, "", fmt.Errorf("cannot make cgroup %s: %w", name, ErrNone)
 	}
 	if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil {
 		return nil, "", fmt.Errorf("cannot make a cgroup for an exec: %w", err)
 	}
-	return Cgroups{controller: c[controller] + "/" + name}, argument + name, nil
+	return Set{controller: c[controller] + "/" + name}, argument + name, nil
 }
 
 // Pids lists the processes in the cgroup and below it. No cgroup, no processes.
-func (c Cgroups) Pids() ([]int, error) {
+func (c Set) Pids() ([]int, error) {
 	_, dir, ok := c.tracker()
 	if !ok {
 		return nil, nil
@@ -201,7 +205,7 @@ func ignoreGone(err error) error {
 
 // open gives pidfds of the living processes. The membership is checked again
 // behind the pidfd, so that a reused pid is not taken for a member.
-func (c Cgroups) open() ([]unix.PollFd, error) {
+func (c Set) open() ([]unix.PollFd, error) {
 	pids, err := c.Pids()
 	if err != nil {
 		return nil, err
@@ -243,7 +247,7 @@ func closeAll(fds []unix.PollFd) {
 }
 
 // Signal sends a signal to every process of the cgroup.
-func (c Cgroups) Signal(sig unix.Signal) error {
+func (c Set) Signal(sig unix.Signal) error {
 	fds, err := c.open()
 	if err != nil {
 		return err
@@ -264,7 +268,7 @@ func signalAll(fds []unix.PollFd, sig unix.Signal) error {
 
 // Kill kills every process of the cgroup, frozen ones and those being forked
 // included, and returns when all have ended. ctx must have a deadline.
-func (c Cgroups) Kill(ctx context.Context) error {
+func (c Set) Kill(ctx context.Context) error {
 	for {
 		fds, err := c.open()
 		if err != nil || len(fds) == 0 {
@@ -272,7 +276,7 @@ func (c Cgroups) Kill(ctx context.Context) error {
 		}
 		err = c.killOnce(fds)
 		for err == nil && len(fds) > 0 {
-			if err = poll(ctx, fds); err != nil {
+			if err = pidfd.Poll(ctx, fds); err != nil {
 				err = fmt.Errorf("cannot kill %d processes of cgroup %s: %w", len(fds), c, err)
 				break
 			}
@@ -290,7 +294,7 @@ func (c Cgroups) Kill(ctx context.Context) error {
 	}
 }
 
-func (c Cgroups) killOnce(fds []unix.PollFd) error {
+func (c Set) killOnce(fds []unix.PollFd) error {
 	if dir, ok := c.dir(""); ok {
 		err := os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0)
 		if err == nil {
@@ -311,15 +315,15 @@ func (c Cgroups) killOnce(fds []unix.PollFd) error {
 	return errors.Join(signalAll(fds, unix.SIGKILL), signalAll(more, unix.SIGKILL))
 }
 
-func (c Cgroups) freeze() { c.setFrozen("FROZEN", "1") }
+func (c Set) freeze() { c.setFrozen("FROZEN", "1") }
 
 // Thaw lets a frozen cgroup run. On v1 a frozen process does not die of a
 // signal, SIGKILL included.
-func (c Cgroups) Thaw() { c.thaw() }
+func (c Set) Thaw() { c.thaw() }
 
-func (c Cgroups) thaw() { c.setFrozen("THAWED", "0") }
+func (c Set) thaw() { c.setFrozen("THAWED", "0") }
 
-func (c Cgroups) setFrozen(v1, v2 string) {
+func (c Set) setFrozen(v1, v2 string) {
 	if dir, ok := c.dir("freezer"); ok {
 		os.WriteFile(filepath.Join(dir, "freezer.state"), []byte(v1), 0)
 	} else if dir, ok := c.dir(""); ok {
@@ -328,7 +332,7 @@ func (c Cgroups) setFrozen(v1, v2 string) {
 }
 
 // Remove removes the cgroups and those below them. They must be empty.
-func (c Cgroups) Remove() error {
+func (c Set) Remove() error {
 	var errs []error
 	for controller := range c {
 		if dir, ok := c.dir(controller); ok {
@@ -339,7 +343,7 @@ func (c Cgroups) Remove() error {
 }
 
 // RemoveIdle is Remove unless a process is left, which is reported as false.
-func (c Cgroups) RemoveIdle() (bool, error) {
+func (c Set) RemoveIdle() (bool, error) {
 	if pids, err := c.Pids(); err != nil || len(pids) > 0 {
 		return false, err
 	}
@@ -382,7 +386,7 @@ func rmdir(dir string) error {
 }
 
 // InUse says whether a process is in one of the cgroups.
-func (c Cgroups) InUse() (string, bool) {
+func (c Set) InUse() (string, bool) {
 	for controller := range c {
 		if dir, ok := c.dir(controller); ok {
 			if pids, _ := pidsBelow(dir); len(pids) > 0 {

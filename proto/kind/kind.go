@@ -1,0 +1,107 @@
+// Package kind is the kinds of error that cross a process boundary: the shim
+// answers with them, the daemon passes them on, the CRI reports them. Here is
+// the one place where a kind becomes a gRPC code, and a code a kind.
+package kind
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// The kinds, for errors.Is.
+var (
+	Invalid      = errors.New("invalid request")
+	NotFound     = errors.New("not found")
+	Exists       = errors.New("exists already")
+	State        = errors.New("wrong state")
+	Aborted      = errors.New("aborted")
+	Unavailable  = errors.New("unavailable")
+	Unsupported  = errors.New("not supported")
+	Unauthorized = errors.New("not authorized")
+	Rejected     = errors.New("rejected") // an image, by a verifier
+	Timeout      = errors.New("timed out")
+	Closing      = errors.New("shutting down")
+)
+
+// table is searched from the top: an error may be of several kinds.
+var table = []struct {
+	kind error
+	code codes.Code
+}{
+	{Closing, codes.Unavailable},
+	{context.Canceled, codes.Canceled},
+	{context.DeadlineExceeded, codes.DeadlineExceeded},
+	{Timeout, codes.DeadlineExceeded},
+	{syscall.ENOSPC, codes.ResourceExhausted},
+	{syscall.EDQUOT, codes.ResourceExhausted},
+	{Invalid, codes.InvalidArgument},
+	{NotFound, codes.NotFound},
+	{Exists, codes.AlreadyExists},
+	{State, codes.FailedPrecondition},
+	{Aborted, codes.Aborted},
+	{Unauthorized, codes.PermissionDenied},
+	{Rejected, codes.PermissionDenied},
+	{Unsupported, codes.Unimplemented},
+	{Unavailable, codes.Unavailable},
+}
+
+// ToStatus gives err its gRPC code: Unknown if it is of no kind. An error that
+// is a status already stays as it is.
+func ToStatus(err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := err.(interface{ GRPCStatus() *status.Status }); ok {
+		return err
+	}
+	for _, k := range table {
+		if errors.Is(err, k.kind) {
+			return status.Error(k.code, err.Error())
+		}
+	}
+	return status.Error(codes.Unknown, err.Error())
+}
+
+// FromStatus gives an error that came over the wire its kind. The text stays
+// the sender's. An error of a code without a kind is returned without one.
+func FromStatus(err error) error {
+	s, ok := status.FromError(err)
+	if err == nil || !ok {
+		return err
+	}
+	text := errors.New(s.Message())
+	for _, k := range table {
+		// What a full disk or a shutdown is called is for the process that met it.
+		_, errno := k.kind.(syscall.Errno)
+		if k.code == s.Code() && !errno && k.kind != Closing {
+			return As(k.kind, text)
+		}
+	}
+	return text
+}
+
+// kindError gives an error a kind without changing its text.
+type kindError struct {
+	error
+	kind error
+}
+
+func (e *kindError) Unwrap() []error { return []error{e.error, e.kind} }
+
+// As gives err a kind. A nil err stays nil.
+func As(kind, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &kindError{err, kind}
+}
+
+// Errorf makes an error of a kind. The kind does not show in the text.
+func Errorf(kind error, format string, args ...any) error {
+	return &kindError{fmt.Errorf(format, args...), kind}
+}
