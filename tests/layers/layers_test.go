@@ -29,6 +29,7 @@ var allowed = map[string][]string{
 	"proto/kind":   {"google.golang.org/grpc/codes", "google.golang.org/grpc/status"},
 	"proto/record": {"golang.org/x/sys/unix"},
 	"proto/rundir": {module + "proto/record"},
+	"proto/step":   {"golang.org/x/sys/unix"},
 	"reaper":       {"golang.org/x/sys/unix"},
 	"reaper/pidfd": {"golang.org/x/sys/unix"},
 	"pty":          {"github.com/creack/pty", "github.com/containerd/console", "golang.org/x/sys/unix"},

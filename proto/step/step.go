@@ -1,0 +1,43 @@
+// Package step names the places in daemon and shim where a process that is
+// killed leaves one of two things done. Recovery has to be right after each of
+// them, so each has a name here and nowhere else.
+//
+// In a build with the tag failpoint a step can kill, stop, delay or fail (see
+// failpoint.go); in any other build Reach costs nothing.
+package step
+
+// Step is the name of one place. It says what has just been done.
+type Step string
+
+// Creation and removal of a pod, in the daemon.
+const (
+	PodRecord     Step = "pod-record"     // its record says creating
+	PodNamespaces Step = "pod-namespaces" // namespaces and files are there
+	PodIntent     Step = "pod-intent"     // its record says that ADD may run
+	PodNetwork    Step = "pod-network"    // ADD has run, its result is not on record
+	PodAttached   Step = "pod-attached"   // the result is on record
+	PodInit       Step = "pod-init"       // its init runs, and is not pinned
+	PodReady      Step = "pod-ready"      // its record says ready, no answer was given
+	PodStopping   Step = "pod-stopping"   // its record says stopping
+	PodKilled     Step = "pod-killed"     // its containers have ended
+	PodDetached   Step = "pod-detached"   // DEL has run, which is not on record
+	PodStopped    Step = "pod-stopped"    // its record says stopped
+	PodErased     Step = "pod-erased"     // all but its record is gone
+)
+
+// Creation, start and removal of a container, in the daemon.
+const (
+	ContainerImage    Step = "container-image"    // its layers are held
+	ContainerRecord   Step = "container-record"   // its record says creating
+	ContainerRoot     Step = "container-root"     // its root is mounted, its spec made
+	ContainerShim     Step = "container-shim"     // its shim runs, and has no container
+	ContainerRuntime  Step = "container-runtime"  // the shim has created it
+	ContainerCreated  Step = "container-created"  // its record says created, no answer was given
+	ContainerStarted  Step = "container-started"  // the shim has started it, no answer was given
+	ContainerRemoving Step = "container-removing" // its record says removing
+	ContainerEnded    Step = "container-ended"    // its shim and its processes are gone
+	ContainerBuried   Step = "container-buried"   // what a dead shim left is killed, no exit record
+	ContainerErased   Step = "container-erased"   // all but its record is gone
+)
+
+func (s Step) String() string { return string(s) }
