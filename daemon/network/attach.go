@@ -14,6 +14,8 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
+
+	"github.com/holdfast-cri/holdfast/daemon/records"
 )
 
 // ifName is the pod's interface; Kubernetes' tools expect this name.
@@ -23,44 +25,14 @@ const ifName = "eth0"
 // passed by then.
 const undoTimeout = 30 * time.Second
 
-// Attachment is one pod's place in the pod network: all that plugins are told.
-// Del has to be given what Add was given, so the caller records it before Add.
-type Attachment struct {
-	ID        string `json:"id"`
-	Netns     string `json:"netns"` // path; Del takes one that is gone
-	Name      string `json:"name"`
-	Namespace string `json:"namespace"`
-	UID       string `json:"uid"`
-
-	PortMappings []PortMapping     `json:"portMappings,omitempty"`
-	Annotations  map[string]string `json:"annotations,omitempty"`
-
-	// Config is what Config returned when the attachment was recorded. Add
-	// takes the config in force if it is empty, Del the one in libcni's cache.
-	Config json.RawMessage `json:"config,omitempty"`
-}
-
-// PortMapping is a port of the node that leads to the pod. HostPort 0 is none.
-type PortMapping struct {
-	HostPort      int32  `json:"hostPort"`
-	ContainerPort int32  `json:"containerPort"`
-	Protocol      string `json:"protocol,omitempty"` // tcp (also if empty), udp, sctp; any case
-	HostIP        string `json:"hostIP,omitempty"`
-}
-
-// Result is what the plugins made.
-type Result struct {
-	IPs        []string        `json:"ips"` // of eth0, the primary one first
-	Interfaces []Interface     `json:"interfaces,omitempty"`
-	Raw        json.RawMessage `json:"raw"` // the CNI result
-}
-
-// Interface is one that the plugins report. Sandbox is empty for the node's.
-type Interface struct {
-	Name    string `json:"name"`
-	MAC     string `json:"mac,omitempty"`
-	Sandbox string `json:"sandbox,omitempty"`
-}
+// What a record of a pod holds of its network.
+type (
+	Attachment  = records.Attachment
+	PortMapping = records.PortMapping
+	Result      = records.Result
+	Interface   = records.Interface
+	Namespaces  = records.Namespaces
+)
 
 // Add attaches a pod. When ctx ends, running plugins are killed. If it fails it
 // has run DEL already, detached from ctx; where that failed too, the error also

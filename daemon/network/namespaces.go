@@ -23,17 +23,6 @@ type Want struct {
 	Sysctls  map[string]string // namespaced ones only; see resolveSysctls
 }
 
-// Namespaces holds the paths of a pod's namespaces; "" is the host's.
-type Namespaces struct {
-	Net string `json:"net,omitempty"`
-	IPC string `json:"ipc,omitempty"`
-	UTS string `json:"uts,omitempty"`
-
-	User string `json:"user,omitempty"`
-}
-
-func (s Namespaces) list() []string { return []string{s.Net, s.IPC, s.UTS, s.User} }
-
 // Paths returns where the namespaces of a pod are pinned, if it has them. It
 // derives from the id alone, so that a pin can be found without a record.
 func (n *Network) Paths(id string) Namespaces {
@@ -139,7 +128,7 @@ func (n *Network) createPinFiles(id string, pins Namespaces) error {
 			return fmt.Errorf("cannot create their directory: %w", err)
 		}
 	}
-	for _, path := range pins.list() {
+	for _, path := range pins.List() {
 		if path == "" {
 			continue
 		}
@@ -241,7 +230,7 @@ func (n *Network) RemoveNamespaces(id string) error {
 		return err
 	}
 	var errs []error
-	for _, path := range n.Paths(id).list() {
+	for _, path := range n.Paths(id).List() {
 		if err := unpin(path); err != nil {
 			errs = append(errs, err)
 		}
