@@ -155,7 +155,7 @@ func (n *Network) makeNamespaces(id string, flags int, w Want, settings []settin
 			return err
 		}
 		defer k.release()
-		for kind := range pins.threads() {
+		for kind := range threads(pins) {
 			if err := k.enter(kind); err != nil {
 				return err
 			}
@@ -179,7 +179,7 @@ func (n *Network) makeNamespaces(id string, flags int, w Want, settings []settin
 			return err
 		}
 	}
-	for kind, path := range pins.threads() {
+	for kind, path := range threads(pins) {
 		if err := pin(kind, "/proc/thread-self/ns/"+kind, path); err != nil {
 			return err
 		}
@@ -188,7 +188,7 @@ func (n *Network) makeNamespaces(id string, flags int, w Want, settings []settin
 }
 
 // threads are those of s that a thread can be in alone, by their names in /proc.
-func (s Namespaces) threads() map[string]string {
+func threads(s Namespaces) map[string]string {
 	m := map[string]string{"net": s.Net, "ipc": s.IPC, "uts": s.UTS}
 	maps.DeleteFunc(m, func(_, path string) bool { return path == "" })
 	return m

@@ -17,7 +17,7 @@ import (
 func inside(t *testing.T, s Namespaces, f func() error) {
 	t.Helper()
 	err := onThread(func() error {
-		for _, path := range s.list() {
+		for _, path := range s.List() {
 			if path == "" {
 				continue
 			}

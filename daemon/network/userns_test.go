@@ -48,7 +48,7 @@ func children(t *testing.T) []string {
 func in(t *testing.T, s Namespaces, script string) string {
 	t.Helper()
 	args := []string{"--user=" + s.User}
-	for flag, path := range s.threads() {
+	for flag, path := range threads(s) {
 		if path != "" {
 			args = append(args, "--"+flag+"="+path)
 		}
@@ -85,7 +85,7 @@ func TestUserNamespace(t *testing.T) {
 		t.Errorf("inside: %v", got)
 	}
 	// Who owns them decides who may mount their file systems and change them.
-	for kind, path := range ns.threads() {
+	for kind, path := range threads(ns) {
 		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			t.Fatal(err)
