@@ -1457,7 +1457,11 @@ type ExecSyncRequest struct {
 	StdoutPath string `protobuf:"bytes,5,opt,name=stdout_path,json=stdoutPath,proto3" json:"stdout_path,omitempty"`
 	StderrPath string `protobuf:"bytes,6,opt,name=stderr_path,json=stderrPath,proto3" json:"stderr_path,omitempty"`
 	// Of each of stdout and stderr. What is beyond is read and dropped. 0: no limit.
-	OutputLimit   uint64 `protobuf:"varint,7,opt,name=output_limit,json=outputLimit,proto3" json:"output_limit,omitempty"`
+	OutputLimit uint64 `protobuf:"varint,7,opt,name=output_limit,json=outputLimit,proto3" json:"output_limit,omitempty"`
+	// process.user is to be used as it is. Without it, a user that is zero in every
+	// field stands for the container's own user, and not for root. A shim that knows
+	// the field has the capability "exec-user".
+	SetUser       bool `protobuf:"varint,8,opt,name=set_user,json=setUser,proto3" json:"set_user,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1539,6 +1543,13 @@ func (x *ExecSyncRequest) GetOutputLimit() uint64 {
 		return x.OutputLimit
 	}
 	return 0
+}
+
+func (x *ExecSyncRequest) GetSetUser() bool {
+	if x != nil {
+		return x.SetUser
+	}
+	return false
 }
 
 type ExecSyncResponse struct {
@@ -2276,7 +2287,7 @@ const file_shim_proto_rawDesc = "" +
 	"\x06signal\x18\x02 \x01(\rR\x06signal\x12\x19\n" +
 	"\bgrace_ms\x18\x03 \x01(\x04R\agraceMs\"C\n" +
 	"\fStopResponse\x123\n" +
-	"\akill_at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x06killAt\"\xf4\x01\n" +
+	"\akill_at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x06killAt\"\x8f\x02\n" +
 	"\x0fExecSyncRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\aprocess\x18\x02 \x01(\v2\x14.google.protobuf.AnyR\aprocess\x12\x1d\n" +
@@ -2288,7 +2299,8 @@ const file_shim_proto_rawDesc = "" +
 	"stdoutPath\x12\x1f\n" +
 	"\vstderr_path\x18\x06 \x01(\tR\n" +
 	"stderrPath\x12!\n" +
-	"\foutput_limit\x18\a \x01(\x04R\voutputLimit\"\xb7\x01\n" +
+	"\foutput_limit\x18\a \x01(\x04R\voutputLimit\x12\x19\n" +
+	"\bset_user\x18\b \x01(\bR\asetUser\"\xb7\x01\n" +
 	"\x10ExecSyncResponse\x12\x1b\n" +
 	"\texit_code\x18\x01 \x01(\rR\bexitCode\x12\x1b\n" +
 	"\ttimed_out\x18\x02 \x01(\bR\btimedOut\x12!\n" +

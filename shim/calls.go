@@ -2,7 +2,6 @@ package shim
 
 import (
 	"context"
-	"encoding/binary"
 	"net"
 	"sync"
 	"time"
@@ -10,15 +9,15 @@ import (
 	"github.com/containerd/ttrpc"
 )
 
-// calls counts the calls that have come in and the answers that have left, so
-// that a shim does not end between a handler's return and its answer. The
+// calls counts the calls under way and notes when a connection was last written
+// to, so that a shim does not end between a handler's return and its answer. The
 // server's own Shutdown is no help: it takes a connection whose only call is a
 // long poll for an idle one and cuts it.
 type calls struct {
 	mu      sync.Mutex
-	open    int
-	conns   int
-	last    time.Time     // when an answer left last
+	open    int           // handlers that run
+	conns   int           // connections that are open
+	last    time.Time     // when a handler returned last, or an answer was written
 	changed chan struct{} // closed at the next change; nil if nobody waits
 }
 
@@ -35,32 +34,25 @@ func (c *calls) change(f func()) {
 // count is the interceptor that sees calls come in.
 func (c *calls) count(ctx context.Context, u ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, m ttrpc.Method) (any, error) {
 	c.change(func() { c.open++ })
-	resp, err := m(ctx, u)
-	if ctx.Err() == context.Canceled { // the connection has gone: no answer will leave
-		c.answered()
-	}
-	return resp, err
+	defer c.change(func() { c.open, c.last = c.open-1, time.Now() })
+	return m(ctx, u)
 }
 
-func (c *calls) answered() {
-	// A malformed request is answered without having been counted.
-	c.change(func() { c.open, c.last = max(0, c.open-1), time.Now() })
-}
+// quiet is how long after the last answer a connection stays open, unless the
+// client closes it first: a client that sees the end of the connection before it
+// has read the answer may take the call for failed.
+const quiet = 50 * time.Millisecond
 
-// settle is how long after the last answer a connection stays open, unless the
-// client closes it first: one that sees the end of the connection before it has
-// taken the answer up may take the call for failed.
-const settle = 20 * time.Millisecond
-
-// wait returns when every call has been answered and the clients have had the
-// time to take that up, or after the limit.
+// wait returns when every handler has returned and its answer was written, and
+// the clients have closed their connections or had the time to read the answer;
+// or after the limit.
 func (c *calls) wait(limit time.Duration) {
 	end := time.Now().Add(limit)
 	for {
 		c.mu.Lock()
 		until := end
 		if c.open == 0 {
-			until = c.last.Add(settle)
+			until = c.last.Add(quiet)
 		}
 		over := c.open == 0 && c.conns == 0
 		if c.changed == nil {
@@ -75,48 +67,37 @@ func (c *calls) wait(limit time.Duration) {
 	}
 }
 
-// listener gives connections that see answers leave.
-func (c *calls) listener(l net.Listener) net.Listener { return &countingListener{l, c} }
+// listener gives connections that note when they are written to.
+func (c *calls) listener(l net.Listener) net.Listener { return &notingListener{l, c} }
 
-type countingListener struct {
+type notingListener struct {
 	net.Listener
 	calls *calls
 }
 
-func (l *countingListener) Accept() (net.Conn, error) {
+func (l *notingListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
-	l.calls.change(func() { l.calls.conns++ })
-	c := &countingConn{Conn: conn, calls: l.calls}
-	c.closed = sync.OnceFunc(func() { l.calls.change(func() { l.calls.conns-- }) })
-	return c, nil
+	c := l.calls
+	c.change(func() { c.conns++ })
+	return &notingConn{conn, c, sync.OnceFunc(func() { c.change(func() { c.conns-- }) })}, nil
 }
 
-// countingConn follows the messages that the server writes, one at a time: a
-// header of ten bytes, of which four are the length of the rest.
-type countingConn struct {
+type notingConn struct {
 	net.Conn
 	calls  *calls
-	left   int // of the message being written
 	closed func()
 }
 
-func (c *countingConn) Close() error {
+func (c *notingConn) Close() error {
 	defer c.closed()
 	return c.Conn.Close()
 }
 
-func (c *countingConn) Write(b []byte) (int, error) {
-	const header = 10
+func (c *notingConn) Write(b []byte) (int, error) {
 	n, err := c.Conn.Write(b)
-	if c.left == 0 && n >= header {
-		c.left = header + int(binary.BigEndian.Uint32(b))
-	}
-	if c.left -= n; c.left <= 0 {
-		c.left = 0
-		c.calls.answered()
-	}
+	c.calls.change(func() { c.calls.last = time.Now() })
 	return n, err
 }

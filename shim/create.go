@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	pb "github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/pty"
 	"github.com/holdfast-cri/holdfast/runc"
@@ -54,11 +55,11 @@ func (t *task) begin(launch rundir.Launch, rawSpec []byte) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.abandoned {
-		return ErrEnding
+		return kind.Errorf(kind.Unavailable, "the shim ends because no Create came")
 	}
 	if t.status.Phase != rundir.PhaseEmpty {
 		if t.requestID != launch.RequestID {
-			return fmt.Errorf("%w: made by request %q, not %q", ErrExists, t.requestID, launch.RequestID)
+			return kind.Errorf(kind.Exists, "the container exists: made by request %q, not %q", t.requestID, launch.RequestID)
 		}
 		return nil
 	}
@@ -106,13 +107,13 @@ func parseSpec(raw []byte) (*spec, error) {
 	err := json.Unmarshal(raw, s)
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("%w: spec: %w", ErrInvalid, err)
+		return nil, kind.Errorf(kind.Invalid, "spec: %w", err)
 	case len(s.Process.Args) == 0:
-		return nil, fmt.Errorf("%w: spec.process.args is empty", ErrInvalid)
+		return nil, kind.Errorf(kind.Invalid, "spec.process.args is empty")
 	case s.Root.Path == "":
-		return nil, fmt.Errorf("%w: spec.root.path is empty", ErrInvalid)
+		return nil, kind.Errorf(kind.Invalid, "spec.root.path is empty")
 	case s.Linux.CgroupsPath != "" && filepath.Clean(s.Linux.CgroupsPath) == "/":
-		return nil, fmt.Errorf("%w: spec.linux.cgroupsPath is the root", ErrInvalid)
+		return nil, kind.Errorf(kind.Invalid, "spec.linux.cgroupsPath is the root")
 	}
 	return s, nil
 }
@@ -161,7 +162,8 @@ func (t *task) create(ctx context.Context, launch rundir.Launch, spec *spec) {
 		return
 	}
 	if errors.Is(ctx.Err(), context.Canceled) {
-		err = fmt.Errorf("%w: %w", ErrDeleted, err)
+		// As text, because the kind of the cause would come first.
+		err = kind.Errorf(kind.Aborted, "deleted while it was created: %v", err)
 	}
 	t.log.Error("container not created", "err", err)
 	m.undo()
@@ -229,7 +231,7 @@ func (m *making) make(ctx context.Context) (err error) {
 	}
 	if m.launch.LogPath != "" {
 		if m.c.log, err = logfile.Open(m.launch.LogDirectory, m.launch.LogPath); err != nil {
-			return err
+			return logError(err)
 		}
 	}
 	m.c.stdio = stdio.New(m.c.log)
@@ -246,6 +248,16 @@ func (m *making) make(ctx context.Context) (err error) {
 		m.spec.Linux.IntelRdt == nil && len(m.spec.Hooks.Poststop) == 0
 	m.c.oom = watchOOM(m.c.cgroups, t.log, t.oomKilled)
 	return nil
+}
+
+// logError says that the request is wrong where its log path is.
+func logError(err error) error {
+	for _, wrong := range []error{logfile.ErrPath, logfile.ErrNotRegular, unix.ELOOP, unix.ENAMETOOLONG} {
+		if errors.Is(err, wrong) {
+			return kind.As(kind.Invalid, err)
+		}
+	}
+	return err
 }
 
 // run makes the standard files and runs the OCI runtime's create.

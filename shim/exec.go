@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	pb "github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/reaper"
 	"github.com/holdfast-cri/holdfast/runc"
@@ -62,7 +63,7 @@ func (t *task) ExecSync(ctx context.Context, p *specs.Process, req *pb.ExecSyncR
 	if err := e.open(req); err != nil {
 		return nil, err
 	}
-	if err := e.start(ctx, p); err != nil {
+	if err := e.start(ctx, p, req.SetUser); err != nil {
 		e.killTree()
 		e.drain()
 		if context.Cause(ctx) == errExecTimeout {
@@ -112,7 +113,7 @@ func (t *task) beginExec() (*execRun, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.status.Phase != rundir.PhaseRunning || t.over {
-		return nil, fmt.Errorf("cannot exec: %w: it is not running", ErrState)
+		return nil, kind.Errorf(kind.State, "cannot exec: the container is not running")
 	}
 	t.execs.Add(1)
 	t.execCount++
@@ -191,11 +192,11 @@ func (e *execRun) open(req *pb.ExecSyncRequest) (err error) {
 // openFor opens a file that the caller named.
 func openFor(path, field string, flags int) (*os.File, error) {
 	if !filepath.IsAbs(path) {
-		return nil, fmt.Errorf("%w: %s %q is not absolute", ErrInvalid, field, path)
+		return nil, kind.Errorf(kind.Invalid, "%s %q is not absolute", field, path)
 	}
 	fd, err := unix.Open(path, flags|unix.O_NONBLOCK|unix.O_CLOEXEC|unix.O_NOCTTY, 0)
 	if err != nil {
-		return nil, fmt.Errorf("%w: cannot open %s %s: %w", ErrInvalid, field, path, err)
+		return nil, kind.Errorf(kind.Invalid, "cannot open %s %s: %w", field, path, err)
 	}
 	if flags&unix.O_ACCMODE == unix.O_RDONLY {
 		unix.SetNonblock(fd, false) // the command gets it as it is
@@ -204,9 +205,9 @@ func openFor(path, field string, flags int) (*os.File, error) {
 }
 
 // start runs the process and adopts it.
-func (e *execRun) start(ctx context.Context, p *specs.Process) error {
+func (e *execRun) start(ctx context.Context, p *specs.Process, setUser bool) error {
 	t := e.task
-	full, err := t.completeProcess(p)
+	full, err := t.completeProcess(p, setUser)
 	if err != nil {
 		return err
 	}
@@ -254,9 +255,8 @@ func (e *execRun) start(ctx context.Context, p *specs.Process) error {
 }
 
 // completeProcess fills what the caller left empty from the container's own
-// process. An empty user is the container's: root in a container of another
-// user cannot be asked for without naming a group.
-func (t *task) completeProcess(p *specs.Process) (*specs.Process, error) {
+// process. An empty user is the container's, unless setUser says that root is meant.
+func (t *task) completeProcess(p *specs.Process, setUser bool) (*specs.Process, error) {
 	b, err := os.ReadFile(t.dir.Path(rundir.SpecName))
 	if err != nil {
 		return nil, fmt.Errorf("cannot exec: %w", err)
@@ -274,7 +274,7 @@ func (t *task) completeProcess(p *specs.Process) (*specs.Process, error) {
 	if p.Cwd != "" {
 		q.Cwd = p.Cwd
 	}
-	if u := p.User; u.UID != 0 || u.GID != 0 || u.Username != "" || len(u.AdditionalGids) > 0 || u.Umask != nil {
+	if u := p.User; setUser || u.UID != 0 || u.GID != 0 || u.Username != "" || len(u.AdditionalGids) > 0 || u.Umask != nil {
 		q.User = u
 	}
 	if p.Capabilities != nil {

@@ -98,6 +98,22 @@ func TestExecOwnProcess(t *testing.T) {
 	}
 }
 
+// Root in a container of another user has to be asked for.
+func TestExecUser(t *testing.T) {
+	b := newBox(t)
+	spec := b.spec("exec sleep 1000")
+	spec.Process.User = specs.User{UID: 11, GID: 12}
+	b.create(spec)
+	b.start()
+	for set, want := range map[bool]string{false: "11\n12\n", true: "0\n0\n"} {
+		stdout, path := memfd(t)
+		_, err := b.exec(sh("id -u; id -g"), &pb.ExecSyncRequest{StdoutPath: path, SetUser: set})
+		if s := contents(t, stdout); err != nil || s != want {
+			t.Errorf("set_user %v: %q, %v", set, s, err)
+		}
+	}
+}
+
 func TestExecSignal(t *testing.T) {
 	b := newBox(t)
 	b.run("exec sleep 1000")

@@ -2,7 +2,6 @@ package shim
 
 import (
 	"context"
-	"fmt"
 	"math"
 	"path/filepath"
 	"sync"
@@ -14,11 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	pb "github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
 // Capabilities tell a daemon what this build can do beyond the protocol's version.
-var Capabilities = []string{"pty", "exec-sync", "exec-cgroup", "oom", "stop-deadline", "events"}
+var Capabilities = []string{"pty", "exec-sync", "exec-cgroup", "exec-user", "oom", "stop-deadline", "events"}
 
 // longPoll is the longest that Wait and Events keep a caller, whatever it asked
 // for. A client's own deadline should be longer.
@@ -36,24 +36,24 @@ var _ pb.ShimService = (*service)(nil)
 func convertErrors(ctx context.Context, u ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, m ttrpc.Method) (any, error) {
 	resp, err := m(ctx, u)
 	if err != nil {
-		return nil, toStatus(err)
+		return nil, kind.ToStatus(err)
 	}
 	return resp, nil
 }
 
-// mine says whether a request is meant for this shim's container.
-func (s *service) mine(id string) error {
+// check refuses a request that is not meant for this shim's container.
+func (s *service) check(id string) error {
 	switch id {
 	case s.task.dir.ID():
 		return nil
 	case "":
-		return fmt.Errorf("%w: id is empty", ErrInvalid)
+		return kind.Errorf(kind.Invalid, "id is empty")
 	}
-	return fmt.Errorf("%w: %q; this one keeps %q", ErrNotFound, id, s.task.dir.ID())
+	return kind.Errorf(kind.NotFound, "no container %q in this shim, which keeps %q", id, s.task.dir.ID())
 }
 
 func (s *service) Hello(_ context.Context, req *pb.HelloRequest) (*pb.HelloResponse, error) {
-	if err := s.mine(req.Id); err != nil {
+	if err := s.check(req.Id); err != nil {
 		return nil, err
 	}
 	return &pb.HelloResponse{
@@ -69,7 +69,7 @@ func (s *service) Hello(_ context.Context, req *pb.HelloRequest) (*pb.HelloRespo
 }
 
 func (s *service) Create(ctx context.Context, req *pb.CreateRequest) (*pb.CreateResponse, error) {
-	if err := s.mine(req.Id); err != nil {
+	if err := s.check(req.Id); err != nil {
 		return nil, err
 	}
 	launch, err := launchOf(req)
@@ -77,7 +77,7 @@ func (s *service) Create(ctx context.Context, req *pb.CreateRequest) (*pb.Create
 		return nil, err
 	}
 	if got, want := req.Spec.GetTypeUrl(), specTypeURL(); got != want {
-		return nil, fmt.Errorf("%w: spec is a %q, not a %q", ErrInvalid, got, want)
+		return nil, kind.Errorf(kind.Invalid, "spec is a %q, not a %q", got, want)
 	}
 	init, err := s.task.Create(ctx, launch, req.Spec.Value)
 	if err != nil {
@@ -108,7 +108,7 @@ func launchOf(req *pb.CreateRequest) (rundir.Launch, error) {
 		Sandbox:      rundir.Opaque{TypeURL: req.SandboxRecord.GetTypeUrl(), Value: req.SandboxRecord.GetValue()},
 	}
 	if l.RequestID == "" {
-		return l, fmt.Errorf("%w: request_id is empty", ErrInvalid)
+		return l, kind.Errorf(kind.Invalid, "request_id is empty")
 	}
 	// The shim's working directory is /, so a relative path would mean nothing.
 	for field, path := range map[string]string{
@@ -117,14 +117,14 @@ func launchOf(req *pb.CreateRequest) (rundir.Launch, error) {
 	} {
 		optional := path == "" && (field == "durable_dir" || field == "log.directory" && l.LogPath == "")
 		if !filepath.IsAbs(path) && !optional {
-			return l, fmt.Errorf("%w: %s %q is not absolute", ErrInvalid, field, path)
+			return l, kind.Errorf(kind.Invalid, "%s %q is not absolute", field, path)
 		}
 	}
 	return l, nil
 }
 
 func (s *service) Start(_ context.Context, req *pb.StartRequest) (*pb.StartResponse, error) {
-	if err := s.mine(req.Id); err != nil {
+	if err := s.check(req.Id); err != nil {
 		return nil, err
 	}
 	init, at, err := s.task.Start()
@@ -135,7 +135,7 @@ func (s *service) Start(_ context.Context, req *pb.StartRequest) (*pb.StartRespo
 }
 
 func (s *service) State(_ context.Context, req *pb.StateRequest) (*pb.StateResponse, error) {
-	if err := s.mine(req.Id); err != nil {
+	if err := s.check(req.Id); err != nil {
 		return nil, err
 	}
 	return s.task.state(s.identity.Shim), nil
@@ -172,7 +172,7 @@ func (t *task) state(shim rundir.Process) *pb.StateResponse {
 }
 
 func (s *service) Wait(ctx context.Context, req *pb.WaitRequest) (*pb.WaitResponse, error) {
-	if err := s.mine(req.Id); err != nil {
+	if err := s.check(req.Id); err != nil {
 		return nil, err
 	}
 	limit := longPoll
@@ -187,7 +187,7 @@ func (s *service) Wait(ctx context.Context, req *pb.WaitRequest) (*pb.WaitRespon
 }
 
 func (s *service) Kill(_ context.Context, req *pb.KillRequest) (*pb.KillResponse, error) {
-	if err := s.mine(req.Id); err != nil {
+	if err := s.check(req.Id); err != nil {
 		return nil, err
 	}
 	sig, err := signalOf(req.Signal)
@@ -199,13 +199,13 @@ func (s *service) Kill(_ context.Context, req *pb.KillRequest) (*pb.KillResponse
 
 func signalOf(n uint32) (unix.Signal, error) {
 	if n < 1 || n > 64 {
-		return 0, fmt.Errorf("%w: signal %d is none of 1..64", ErrInvalid, n)
+		return 0, kind.Errorf(kind.Invalid, "signal %d is none of 1..64", n)
 	}
 	return unix.Signal(n), nil
 }
 
 func (s *service) Stop(_ context.Context, req *pb.StopRequest) (*pb.StopResponse, error) {
-	if err := s.mine(req.Id); err != nil {
+	if err := s.check(req.Id); err != nil {
 		return nil, err
 	}
 	sig := unix.SIGKILL
@@ -228,33 +228,33 @@ func milliseconds(n uint64) time.Duration {
 }
 
 func (s *service) ExecSync(ctx context.Context, req *pb.ExecSyncRequest) (*pb.ExecSyncResponse, error) {
-	if err := s.mine(req.Id); err != nil {
+	if err := s.check(req.Id); err != nil {
 		return nil, err
 	}
 	p, err := pb.UnmarshalAny[specs.Process](req.Process)
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("%w: process: %w", ErrInvalid, err)
+		return nil, kind.Errorf(kind.Invalid, "process: %w", err)
 	case len(p.Args) == 0:
-		return nil, fmt.Errorf("%w: process.args is empty", ErrInvalid)
+		return nil, kind.Errorf(kind.Invalid, "process.args is empty")
 	case p.Terminal:
-		return nil, fmt.Errorf("%w: process.terminal: ExecSync has no terminal", ErrInvalid)
+		return nil, kind.Errorf(kind.Invalid, "process.terminal: ExecSync has no terminal")
 	}
 	return s.task.ExecSync(ctx, p, req)
 }
 
 func (s *service) ResizePty(_ context.Context, req *pb.ResizePtyRequest) (*pb.ResizePtyResponse, error) {
-	if err := s.mine(req.Id); err != nil {
+	if err := s.check(req.Id); err != nil {
 		return nil, err
 	}
 	if req.Width > math.MaxUint16 || req.Height > math.MaxUint16 {
-		return nil, fmt.Errorf("%w: width and height are at most %d", ErrInvalid, math.MaxUint16)
+		return nil, kind.Errorf(kind.Invalid, "width and height are at most %d", math.MaxUint16)
 	}
 	return &pb.ResizePtyResponse{}, s.task.Resize(uint16(req.Width), uint16(req.Height))
 }
 
 func (s *service) ReopenLog(_ context.Context, req *pb.ReopenLogRequest) (*pb.ReopenLogResponse, error) {
-	if err := s.mine(req.Id); err != nil {
+	if err := s.check(req.Id); err != nil {
 		return nil, err
 	}
 	inode, err := s.task.ReopenLog()
@@ -265,7 +265,7 @@ func (s *service) ReopenLog(_ context.Context, req *pb.ReopenLogRequest) (*pb.Re
 }
 
 func (s *service) Pids(_ context.Context, req *pb.PidsRequest) (*pb.PidsResponse, error) {
-	if err := s.mine(req.Id); err != nil {
+	if err := s.check(req.Id); err != nil {
 		return nil, err
 	}
 	pids, err := s.task.Pids()
@@ -280,7 +280,7 @@ func (s *service) Pids(_ context.Context, req *pb.PidsRequest) (*pb.PidsResponse
 }
 
 func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.DeleteResponse, error) {
-	if err := s.mine(req.Id); err != nil {
+	if err := s.check(req.Id); err != nil {
 		return nil, err
 	}
 	e, err := s.task.Delete(ctx, req.Force)
@@ -291,7 +291,7 @@ func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.Delete
 }
 
 func (s *service) Events(ctx context.Context, req *pb.EventsRequest) (*pb.EventsResponse, error) {
-	if err := s.mine(req.Id); err != nil {
+	if err := s.check(req.Id); err != nil {
 		return nil, err
 	}
 	events, err := s.task.Events(ctx, req.After, min(longPoll, milliseconds(uint64(req.WaitMs))))

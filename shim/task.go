@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	pb "github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/pty"
 	"github.com/holdfast-cri/holdfast/reaper"
@@ -151,7 +152,7 @@ func (t *task) alive() (*container, error) {
 	case rundir.PhaseExited:
 		return nil, nil
 	}
-	return nil, fmt.Errorf("%w: it is %s", ErrState, t.status.Phase)
+	return nil, kind.Errorf(kind.State, "the container is %s", t.status.Phase)
 }
 
 // startTimeout bounds how long init may take to answer. It waits for nothing but
@@ -168,10 +169,10 @@ func (t *task) Start() (rundir.Process, time.Time, error) {
 		return s.Init, s.StartedAt, nil // a repeated call
 	}
 	if s.Phase != rundir.PhaseCreated {
-		return s.Init, s.StartedAt, fmt.Errorf("cannot start: %w: it is %s", ErrState, s.Phase)
+		return s.Init, s.StartedAt, kind.Errorf(kind.State, "cannot start: the container is %s", s.Phase)
 	}
 	if t.over {
-		return s.Init, s.StartedAt, fmt.Errorf("cannot start: %w", runc.ErrNotStartable)
+		return s.Init, s.StartedAt, kind.Errorf(kind.State, "cannot start: %w", runc.ErrNotStartable)
 	}
 	// A caller that goes away does not stop a start half way.
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
@@ -182,6 +183,9 @@ func (t *task) Start() (rundir.Process, time.Time, error) {
 		err = c.init.Control(func(pidfd int) error { return c.runtime.Release(ctx, t.dir.ID(), pidfd) })
 	} else {
 		err = c.runtime.Start(ctx, t.dir.ID())
+	}
+	if errors.Is(err, runc.ErrNotStartable) {
+		err = kind.As(kind.State, err)
 	}
 	if err != nil {
 		return s.Init, s.StartedAt, err
@@ -299,7 +303,7 @@ func (t *task) Delete(ctx context.Context, force bool) (*rundir.Exit, error) {
 	switch phase {
 	case rundir.PhaseCreating:
 		if !force {
-			return nil, fmt.Errorf("cannot delete without force: %w: it is %s", ErrState, phase)
+			return nil, kind.Errorf(kind.State, "cannot delete without force: the container is %s", phase)
 		}
 		cancel()
 		select {
@@ -315,7 +319,7 @@ func (t *task) Delete(ctx context.Context, force bool) (*rundir.Exit, error) {
 		}
 	case rundir.PhaseRunning:
 		if !force {
-			return nil, fmt.Errorf("cannot delete without force: %w: it is %s", ErrState, phase)
+			return nil, kind.Errorf(kind.State, "cannot delete without force: the container is %s", phase)
 		}
 		t.kill(c)
 	case rundir.PhaseCreated:
@@ -371,10 +375,10 @@ func (t *task) Resize(width, height uint16) error {
 		return err
 	}
 	if c == nil {
-		return fmt.Errorf("cannot resize the terminal: %w: it is %s", ErrState, rundir.PhaseExited)
+		return kind.Errorf(kind.State, "cannot resize the terminal: the container is %s", rundir.PhaseExited)
 	}
 	if c.console == nil {
-		return ErrNoPty
+		return kind.Errorf(kind.State, "the container has no terminal")
 	}
 	return pty.Resize(c.console, width, height)
 }
@@ -385,9 +389,10 @@ func (t *task) ReopenLog() (uint64, error) {
 	c := t.container
 	t.mu.Unlock()
 	if c == nil || c.log == nil {
-		return 0, ErrNoLog
+		return 0, kind.Errorf(kind.State, "the container has no log")
 	}
-	return c.log.Reopen()
+	inode, err := c.log.Reopen()
+	return inode, logError(err)
 }
 
 // Pids lists the processes of the container.

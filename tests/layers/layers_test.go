@@ -40,7 +40,7 @@ var allowed = map[string][]string{
 		module + "shim/...",
 		"github.com/containerd/ttrpc", "github.com/containerd/typeurl/v2",
 		"github.com/opencontainers/runtime-spec/specs-go/...",
-		"google.golang.org/protobuf/...", "google.golang.org/grpc/codes", "google.golang.org/grpc/status",
+		"google.golang.org/protobuf/...",
 		"golang.org/x/sys/unix",
 	},
 	"shim/stdio":   {module + "pty", module + "shim/logfile", "golang.org/x/sys/unix"},
