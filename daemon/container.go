@@ -14,16 +14,14 @@ import (
 	"time"
 
 	securejoin "github.com/cyphar/filepath-securejoin"
-	"google.golang.org/protobuf/types/known/anypb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/cgroup"
 	"github.com/holdfast-cri/holdfast/daemon/image"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
-	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/daemon/state"
-	"github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -32,7 +30,7 @@ type container struct {
 	op     oplock
 	ending oplock                          // held by whoever ends the shim or buries it; taken after op
 	rec    atomic.Pointer[containerRecord] // never changed in place; saveContainer replaces it
-	client *shims.Client
+	client *client.Client
 
 	mu     sync.Mutex // held by observe
 	seen   atomic.Pointer[seen]
@@ -46,7 +44,7 @@ type seen struct {
 }
 
 func newContainer(rec *containerRecord, dir rundir.Dir, s seen) *container {
-	c := &container{op: newOplock(), ending: newOplock(), client: shims.New(dir), exited: make(chan struct{})}
+	c := &container{op: newOplock(), ending: newOplock(), client: client.New(dir), exited: make(chan struct{})}
 	c.rec.Store(rec)
 	c.seen.Store(&s)
 	if s.exit != nil {
@@ -213,7 +211,13 @@ func (d *Daemon) launchContainer(ctx context.Context, cl *claim, p *pod, rec *co
 
 	// The shim starts while the root is mounted and the spec built.
 	launched := make(chan error, 1)
-	go func() { launched <- d.launcher.Launch(ctx, dir) }()
+	go func() {
+		err := d.launcher.Launch(ctx, dir)
+		if err == nil {
+			_, err = c.client.Hello(ctx)
+		}
+		launched <- err
+	}()
 	d.enter(cl, "root file system")
 	result, err := build(ctx, dir.Path(rundir.RootfsName))
 	d.enter(cl, "shim")
@@ -270,10 +274,6 @@ func (r *containerRecord) with(change func(*containerRecord)) *containerRecord {
 func (d *Daemon) createInShim(ctx context.Context, p *pod, c *container, result *spec.Result) error {
 	rec := c.rec.Load()
 	pr := p.rec.Load()
-	ociSpec, err := proto.MarshalAny(result.Spec)
-	if err != nil {
-		return as(ErrInvalid, err)
-	}
 	ours, err := json.Marshal(rec)
 	if err != nil {
 		return as(ErrInvalid, err)
@@ -286,24 +286,27 @@ func (d *Daemon) createInShim(ctx context.Context, p *pod, c *container, result 
 	if err != nil {
 		return err
 	}
-	req := &proto.CreateRequest{
-		RequestId:       rec.ID,
-		Runtime:         &proto.Runtime{Path: h.Path, Root: d.runtimeRoot(), SystemdCgroup: d.cgroups.Driver() == cgroup.Systemd},
-		Spec:            ociSpec,
-		Stdin:           rec.Config.M.GetStdin(),
-		StdinOnce:       rec.Config.M.GetStdinOnce(),
-		DurableDir:      d.state.Dir(state.Containers, rec.ID),
-		ContainerRecord: &anypb.Any{TypeUrl: containerRecordURL, Value: ours},
-		SandboxRecord:   &anypb.Any{TypeUrl: podRecordURL, Value: pods},
+	launch := rundir.Launch{
+		RequestID: rec.ID,
+		Runtime: rundir.Runtime{
+			Path:          h.Path,
+			Root:          d.runtimeRoot(),
+			SystemdCgroup: d.cgroups.Driver() == cgroup.Systemd,
+		},
+		Stdin:      rec.Config.M.GetStdin(),
+		StdinOnce:  rec.Config.M.GetStdinOnce(),
+		DurableDir: d.state.Dir(state.Containers, rec.ID),
+		Container:  rundir.Opaque{TypeURL: containerRecordURL, Value: ours},
+		Sandbox:    rundir.Opaque{TypeURL: podRecordURL, Value: pods},
 	}
 	if rec.LogPath != "" {
 		// The kubelet makes it; people with crictl expect it to be made.
 		if err := os.MkdirAll(pr.Config.M.GetLogDirectory(), 0o755); err != nil {
 			return as(ErrUnavailable, fmt.Errorf("cannot make config.log_directory: %w", err))
 		}
-		req.Log = &proto.Log{Directory: pr.Config.M.GetLogDirectory(), Path: rec.Config.M.GetLogPath()}
+		launch.LogDirectory, launch.LogPath = pr.Config.M.GetLogDirectory(), rec.Config.M.GetLogPath()
 	}
-	_, err = c.client.Create(ctx, req)
+	_, err = c.client.Create(ctx, launch, result.Spec)
 	return shimError(err)
 }
 
@@ -506,7 +509,7 @@ func (d *Daemon) startContainer(ctx context.Context, c *container) error {
 		return errorf(ErrState, "container_id: the pod of container %s is not ready", shortID(rec.ID))
 	}
 	start := time.Now()
-	resp, err := c.client.Start(ctx)
+	init, at, err := c.client.Start(ctx)
 	if err != nil {
 		// One that is over in a moment may take its shim along before the
 		// answer has come.
@@ -517,11 +520,10 @@ func (d *Daemon) startContainer(ctx context.Context, c *container) error {
 	}
 	d.observe(c, func(s *seen) {
 		s.status.Phase = rundir.PhaseRunning
-		s.status.Init = rundir.Process{PID: int(resp.GetInit().GetPid()), StartTime: resp.GetInit().GetStartTime()}
-		s.status.StartedAt = resp.GetStartedAt().AsTime()
+		s.status.Init, s.status.StartedAt = init, at
 	})
 	d.log.Info("container started", "container", rec.ID, "pod", rec.PodID, "name", rec.Config.M.GetMetadata().GetName(),
-		"pid", resp.GetInit().GetPid(), "took", time.Since(start).Round(time.Millisecond))
+		"pid", init.PID, "took", time.Since(start).Round(time.Millisecond))
 	return nil
 }
 

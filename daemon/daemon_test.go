@@ -10,7 +10,7 @@ import (
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -140,13 +140,14 @@ func TestClaimWaitsForUndo(t *testing.T) {
 func TestObserveGoesForward(t *testing.T) {
 	d := bare()
 	c := newContainer(&containerRecord{ID: "c"}, rundir.Dir(t.TempDir()), seen{})
-	started := &proto.Event{Seq: 2, Type: proto.EventType_EVENT_TYPE_STARTED, Init: &proto.Process{Pid: 7, StartTime: 9}}
+	started := client.Event{Seq: 2, Type: client.Started, Init: rundir.Process{PID: 7, StartTime: 9}}
 	d.heard(c, started)
-	d.heard(c, &proto.Event{Seq: 1, Type: proto.EventType_EVENT_TYPE_CREATED})
+	d.heard(c, client.Event{Seq: 1, Type: client.Created})
 	if got := c.seen.Load().state(); got != runtimeapi.ContainerState_CONTAINER_RUNNING {
 		t.Errorf("after a late CREATED: %s", got)
 	}
-	d.heard(c, &proto.Event{Seq: 3, Type: proto.EventType_EVENT_TYPE_EXITED, Exit: &proto.Exit{Code: 3, Source: rundir.SourceWaited}})
+	exit := &rundir.Exit{Code: 3, Source: rundir.SourceWaited}
+	d.heard(c, client.Event{Seq: 3, Type: client.Exited, Exit: exit})
 	d.heard(c, started)
 	d.observe(c, func(s *seen) { s.exit = &rundir.Exit{Code: 99} })
 	s := c.seen.Load()

@@ -4,11 +4,9 @@ import (
 	"errors"
 	"fmt"
 
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
-
-	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/spec"
+	"github.com/holdfast-cri/holdfast/proto/client"
+	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
 // The kinds of error, for errors.Is. Package cri maps each to a gRPC code.
@@ -53,17 +51,17 @@ func specError(err error) error {
 
 // shimError gives the answers of a shim, and its silence, their kind.
 func shimError(err error) error {
-	if errors.Is(err, shims.ErrUnreachable) {
+	if errors.Is(err, client.ErrUnreachable) {
 		return as(ErrUnavailable, err)
 	}
-	switch status.Code(err) {
-	case codes.InvalidArgument:
+	switch {
+	case errors.Is(err, kind.Invalid):
 		return as(ErrInvalid, err)
-	case codes.NotFound:
+	case errors.Is(err, kind.NotFound):
 		return as(ErrNotFound, err)
-	case codes.AlreadyExists:
+	case errors.Is(err, kind.Exists):
 		return as(ErrExists, err)
-	case codes.FailedPrecondition:
+	case errors.Is(err, kind.State):
 		return as(ErrState, err)
 	}
 	return err

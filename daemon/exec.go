@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/client"
 )
 
 // ErrTimeout says that a command ran longer than it may and was killed.
@@ -46,30 +46,24 @@ func (d *Daemon) ExecSync(ctx context.Context, id string, cmd []string, timeout 
 		return nil, as(ErrUnavailable, err)
 	}
 	defer stderr.Close()
-	process, err := proto.MarshalAny(&specs.Process{Args: cmd})
-	if err != nil {
-		return nil, as(ErrInvalid, err)
-	}
-	if timeout > 0 {
-		// The shim keeps the time; this is for a shim that doesn't.
-		const dying = time.Minute
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, timeout+dying)
-		defer cancel()
-	}
-	resp, err := c.client.ExecSync(ctx, &proto.ExecSyncRequest{Process: process, TimeoutMs: uint64(timeout.Milliseconds()),
-		StdoutPath: procPath(stdout), StderrPath: procPath(stderr), OutputLimit: maxExecStream})
+	resp, err := c.client.Exec(ctx, client.Exec{
+		Process: &specs.Process{Args: cmd},
+		Timeout: timeout,
+		Stdout:  stdout,
+		Stderr:  stderr,
+		Limit:   maxExecStream,
+	})
 	if err != nil {
 		if exit := c.seen.Load().exit; exit != nil && ctx.Err() == nil {
 			return nil, errorf(ErrState, "container_id: container %s has ended (%s), and the command with it: %w", shortID(id), exit.Reason, err)
 		}
 		return nil, shimError(err)
 	}
-	if resp.GetTimedOut() {
+	if resp.TimedOut {
 		return nil, errorf(ErrTimeout, "command %q in container %s ran longer than %s and was killed", cmd[0], shortID(id), timeout)
 	}
-	outSize, errSize := share(int64(resp.GetStdoutBytes()), int64(resp.GetStderrBytes()))
-	answer := &runtimeapi.ExecSyncResponse{ExitCode: int32(resp.GetExitCode())}
+	outSize, errSize := share(resp.StdoutBytes, resp.StderrBytes)
+	answer := &runtimeapi.ExecSyncResponse{ExitCode: int32(resp.Code)}
 	if answer.Stdout, err = readMemory(stdout, outSize); err != nil {
 		return nil, err
 	}
@@ -102,8 +96,6 @@ func newMemory(name string) (*os.File, error) {
 	}
 	return os.NewFile(uintptr(fd), name), nil
 }
-
-func procPath(f *os.File) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd()) }
 
 func readMemory(f *os.File, size int64) ([]byte, error) {
 	if size == 0 {

@@ -16,9 +16,9 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/network"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
-	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -281,7 +281,7 @@ func (d *Daemon) killContainer(ctx context.Context, c *container) error {
 		return d.removeContainer(ctx, c) // or waits for whoever does
 	}
 	err := d.stopContainer(ctx, c, 0)
-	if !errors.Is(err, shims.ErrUnreachable) {
+	if !errors.Is(err, client.ErrUnreachable) {
 		return err
 	}
 	if err := d.endShim(ctx, c, "its shim did not answer and was killed"); err != nil {

@@ -11,7 +11,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/cgroup"
 	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/state"
-	"github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/runc"
 	runcgroup "github.com/holdfast-cri/holdfast/runc/cgroup"
@@ -26,7 +26,7 @@ func (d *Daemon) watch(ctx context.Context, c *container) {
 	rec := c.rec.Load()
 	dir := d.runDir(rec.ID)
 	for wait := first; ; wait = min(2*wait, last) {
-		err := c.client.Watch(ctx, func(e *proto.Event) {
+		err := c.client.Watch(ctx, 0, func(e client.Event) {
 			wait = first
 			d.heard(c, e)
 		})
@@ -57,31 +57,27 @@ func (d *Daemon) watch(ctx context.Context, c *container) {
 }
 
 // heard takes an event of a shim.
-func (d *Daemon) heard(c *container, e *proto.Event) {
+func (d *Daemon) heard(c *container, e client.Event) {
 	d.observe(c, func(s *seen) {
-		if i := e.GetInit(); i.GetPid() != 0 {
-			s.status.Init = rundir.Process{PID: int(i.GetPid()), StartTime: i.GetStartTime()}
+		if e.Init.PID != 0 {
+			s.status.Init = e.Init
 		}
-		switch e.GetType() {
-		case proto.EventType_EVENT_TYPE_CREATED:
+		switch e.Type {
+		case client.Created:
 			s.status.Phase = rundir.PhaseCreated
-		case proto.EventType_EVENT_TYPE_STARTED:
+		case client.Started:
 			s.status.Phase = rundir.PhaseRunning
 			if s.status.StartedAt.IsZero() {
-				s.status.StartedAt = e.GetAt().AsTime()
+				s.status.StartedAt = e.At
 			}
-		case proto.EventType_EVENT_TYPE_EXITED:
-			exit := exitFromWire(e.GetExit())
-			exit.StartedAt = s.status.StartedAt
+		case client.Exited:
+			if e.Exit != nil {
+				e.Exit.StartedAt = s.status.StartedAt
+			}
 			s.status.Phase = rundir.PhaseExited
-			s.exit = &exit
+			s.exit = e.Exit
 		}
 	})
-}
-
-func exitFromWire(e *proto.Exit) rundir.Exit {
-	return rundir.Exit{Code: int(e.GetCode()), Signal: int(e.GetSignal()), ExitedAt: e.GetExitedAt().AsTime(), OOMKilled: e.GetOomKilled(),
-		Source: e.GetSource(), Reason: e.GetReason(), Message: e.GetMessage()}
 }
 
 // lost deals with a shim whose lock is free: either the container has ended and

@@ -17,11 +17,10 @@ import (
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/holdfast-cri/holdfast/daemon/cgroup"
 	"github.com/holdfast-cri/holdfast/daemon/shims"
-	"github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -117,7 +116,7 @@ func (n *node) run(t *testing.T, id, script string, terminal bool) rundir.Dir {
 
 	path, err := n.cgroups.ContainerPath("", n.pod, id)
 	check(t, err)
-	spec, err := proto.MarshalAny(&specs.Spec{
+	spec := &specs.Spec{
 		Version:  "1.2.0",
 		Root:     &specs.Root{Path: rundir.RootfsName},
 		Hostname: id,
@@ -130,22 +129,22 @@ func (n *node) run(t *testing.T, id, script string, terminal bool) rundir.Dir {
 			OOMScoreAdj: new(int)},
 		Linux: &specs.Linux{CgroupsPath: path, Namespaces: []specs.LinuxNamespace{
 			{Type: specs.PIDNamespace}, {Type: specs.MountNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace}, {Type: specs.NetworkNamespace}}},
-	})
-	check(t, err)
+	}
 	runc, err := filepath.Abs(repository + "/bin/runc")
 	check(t, err)
-	c := shims.New(dir)
+	c := client.New(dir)
 	defer c.Close()
 	record, err := json.Marshal(map[string]any{"id": id, "podId": n.pod, "config": map[string]any{"metadata": map[string]any{"name": "web"}}})
 	check(t, err)
-	req := &proto.CreateRequest{Id: id, RequestId: "r", Spec: spec,
-		Runtime:         &proto.Runtime{Path: runc, Root: filepath.Join(n.state, "runc")},
-		Log:             &proto.Log{Directory: n.state, Path: id + ".log"},
-		ContainerRecord: &anypb.Any{TypeUrl: "holdfast/container", Value: record},
-	}
-	_, err = c.Create(ctx, req)
+	_, err = c.Create(ctx, rundir.Launch{
+		RequestID:    "r",
+		Runtime:      rundir.Runtime{Path: runc, Root: filepath.Join(n.state, "runc")},
+		LogDirectory: n.state,
+		LogPath:      id + ".log",
+		Container:    rundir.Opaque{TypeURL: "holdfast/container", Value: record},
+	}, spec)
 	check(t, err)
-	_, err = c.Start(ctx)
+	_, _, err = c.Start(ctx)
 	check(t, err)
 	return dir
 }
@@ -156,10 +155,10 @@ func (n *node) end(t *testing.T, dir rundir.Dir) {
 	defer cancel()
 	if id, err := dir.ReadIdentity(); err == nil && id.Shim.Alive() {
 		syscall.Kill(id.Shim.PID, syscall.SIGCONT)
-		c := shims.New(dir)
+		c := client.New(dir)
 		defer c.Close()
 		// It may be ending by itself, with its socket gone.
-		if err := c.Delete(ctx); err != nil && !errors.Is(err, shims.ErrUnreachable) {
+		if _, err := c.Delete(ctx, true); err != nil && !errors.Is(err, client.ErrUnreachable) {
 			t.Errorf("cannot delete %s: %v", dir.ID(), err)
 		}
 		eventually(t, "the end of the shim", func() bool { return !id.Shim.Alive() })

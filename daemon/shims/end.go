@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -21,7 +22,7 @@ import (
 // killed: whoever calls End wants the container gone. A lock file that was
 // removed or damaged says nothing: then the process is looked for, and what
 // stands in the lock's place is removed once there is none.
-func End(ctx context.Context, dir rundir.Dir, c *Client) error {
+func End(ctx context.Context, dir rundir.Dir, c *client.Client) error {
 	held, lerr := dir.Held()
 	if lerr == nil && !held {
 		if id, err := dir.ReadIdentity(); err != nil || !id.Shim.Alive() {
@@ -52,7 +53,7 @@ func End(ctx context.Context, dir rundir.Dir, c *Client) error {
 	return os.RemoveAll(dir.Path(rundir.LockName))
 }
 
-func end(ctx context.Context, dir rundir.Dir, c *Client, shim rundir.Process) error {
+func end(ctx context.Context, dir rundir.Dir, c *client.Client, shim rundir.Process) error {
 	fd, err := unix.PidfdOpen(shim.PID, unix.PIDFD_NONBLOCK)
 	if errors.Is(err, unix.ESRCH) || !shim.Alive() {
 		if fd >= 0 {
@@ -71,7 +72,7 @@ func end(ctx context.Context, dir rundir.Dir, c *Client, shim rundir.Process) er
 	// socket and may still be making the exit record durable.
 	_, err = c.State(ctx)
 	if err == nil {
-		err = c.Delete(ctx)
+		_, err = c.Delete(ctx, true)
 	}
 	silent := errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil
 	if !silent {

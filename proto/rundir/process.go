@@ -41,6 +41,12 @@ func (p Process) Alive() bool {
 	return err == nil && p == q
 }
 
+// Stopped says whether this very process is stopped by a signal.
+func (p Process) Stopped() bool {
+	start, state, err := procStat(p.PID)
+	return err == nil && start == p.StartTime && state == 'T'
+}
+
 func procStat(pid int) (start uint64, state byte, err error) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {

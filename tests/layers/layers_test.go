@@ -24,12 +24,16 @@ var allowed = map[string][]string{
 	"proto": {
 		"github.com/containerd/ttrpc", "github.com/containerd/typeurl/v2",
 		"github.com/opencontainers/runtime-spec/specs-go",
-		"google.golang.org/protobuf/...",
+		"google.golang.org/protobuf/...", module + "proto/rundir",
+	},
+	"proto/client": {
+		module + "proto", module + "proto/kind", module + "proto/rundir", "github.com/containerd/ttrpc",
+		"github.com/opencontainers/runtime-spec/specs-go", "google.golang.org/grpc/codes", "google.golang.org/grpc/status",
 	},
 	"proto/kind":   {"google.golang.org/grpc/codes", "google.golang.org/grpc/status"},
 	"proto/record": {"golang.org/x/sys/unix"},
-	"proto/rundir": {module + "proto/record"},
 	"proto/step":   {"golang.org/x/sys/unix"},
+	"proto/rundir": {module + "proto/record", "golang.org/x/sys/unix"},
 	"reaper":       {"golang.org/x/sys/unix"},
 	"reaper/pidfd": {"golang.org/x/sys/unix"},
 	"pty":          {"github.com/creack/pty", "github.com/containerd/console", "golang.org/x/sys/unix"},
