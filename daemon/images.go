@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"strconv"
 	"strings"
@@ -37,10 +36,9 @@ func (d *Daemon) PullImage(ctx context.Context, ref string, auth *runtimeapi.Aut
 		Ref:  ref,
 		Auth: credentials,
 		Pod:  readablePod(pod),
-		Have: d.layers.Has,
 		// What a running pull unpacks is wanted by the image store (Wants)
 		// until its reference is written, so nothing collects it.
-		Unpack: d.unpack,
+		Layers: d.layers,
 	})
 	if err != nil {
 		d.collect(nil) // layers of a failed pull
@@ -60,10 +58,6 @@ func readablePod(pod *runtimeapi.PodSandboxConfig) string {
 	return ""
 }
 
-func (d *Daemon) unpack(ctx context.Context, diffID digest.Digest, r io.Reader) error {
-	return d.layers.Apply(ctx, diffID, r)
-}
-
 // ensureLayers unpacks again what a power cut, or a person, took away. An image
 // that is not whole and cannot be made whole here is forgotten: while it is
 // listed, the kubelet would not pull it with credentials that may help.
@@ -72,7 +66,7 @@ func (d *Daemon) ensureLayers(ctx context.Context, img image.Image) error {
 		if d.layers.Has(l) {
 			continue
 		}
-		err := d.images.Unpack(ctx, image.PullRequest{Ref: img.ID, Have: d.layers.Has, Unpack: d.unpack})
+		err := d.images.Unpack(ctx, image.PullRequest{Ref: img.ID, Layers: d.layers})
 		if errors.Is(err, image.ErrNotFound) {
 			d.log.Error("image forgotten, it has to be pulled again", "id", img.ID, "tags", img.RepoTags, "error", err)
 			err = errors.Join(err, d.RemoveImage(img.ID))

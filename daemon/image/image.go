@@ -11,8 +11,8 @@
 //	removing.json            the image that is being removed
 //	quarantine/              records that could not be used
 //
-// The package knows nothing of unpacked layers: a pull hands each layer's
-// uncompressed stream to its caller.
+// A Store knows nothing of unpacked layers: a pull hands each layer's uncompressed
+// stream to a Layers. A Library joins a Store and its Layers.
 package image
 
 import (
@@ -25,24 +25,27 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
-// The errors of this package wrap one of these where it applies.
+// The errors of this package wrap one of these where it applies. Each has a kind.
 var (
 	// ErrNotFound: the registry, or the store, has no such image.
-	ErrNotFound = errors.New("image not found")
+	ErrNotFound = kind.Errorf(kind.NotFound, "image not found")
 	// ErrInvalidReference: the name of the image cannot be parsed.
-	ErrInvalidReference = errors.New("invalid image reference")
+	ErrInvalidReference = kind.Errorf(kind.Invalid, "invalid image reference")
 	// ErrUnauthorized: the registry refused the credentials, or the lack of them.
-	ErrUnauthorized = errors.New("not authorized by the registry")
+	ErrUnauthorized = kind.Errorf(kind.Unauthorized, "not authorized by the registry")
 	// ErrUnavailable: the registry cannot be reached, is overloaded or too slow.
-	ErrUnavailable = errors.New("registry unavailable")
+	ErrUnavailable = kind.Errorf(kind.Unavailable, "registry unavailable")
 	// ErrUnsupported: the image is there but of a kind that cannot be run here:
 	// another platform, an unknown media type, a foreign layer.
-	ErrUnsupported = errors.New("unsupported image")
+	ErrUnsupported = kind.Errorf(kind.Unsupported, "unsupported image")
 	// ErrRejected: a verifier does not let the image in.
-	ErrRejected = errors.New("image rejected")
-	// ErrCorrupt: what the registry sent is not what its digest or size says.
+	ErrRejected = kind.Errorf(kind.Rejected, "image rejected")
+	// ErrCorrupt: what the registry sent is not what its digest or size says. It
+	// has no kind: no caller can do anything about it.
 	ErrCorrupt = errors.New("corrupt image")
 )
 
@@ -82,18 +85,29 @@ type Auth struct {
 	Username, Password, Auth, ServerAddress, IdentityToken, RegistryToken string
 }
 
+// Layers keeps unpacked layers by their diff ids. It is safe for concurrent use.
+type Layers interface {
+	// Has says whether a layer is unpacked here.
+	Has(diffID digest.Digest) bool
+	// Apply unpacks the tar stream of a layer, reads it to its end and verifies
+	// it against the diff id. It is called concurrently, for several layers and
+	// (by concurrent pulls) for the same one.
+	Apply(ctx context.Context, diffID digest.Digest, uncompressed io.Reader) error
+	// Remove removes a layer. One that is not there is no error.
+	Remove(diffID digest.Digest) error
+	// List gives all layers that are unpacked.
+	List() []digest.Digest
+}
+
 // PullRequest says what to pull and where its layers go.
 type PullRequest struct {
 	// Ref is a name as users write it: "busybox", "quay.io/a/b:c@sha256:...".
 	Ref  string
 	Auth *Auth  // nil: anonymous
 	Pod  string // that needs it, NAMESPACE/NAME; for people to read
-	// Have says whether a layer is unpacked already; nil: none is.
-	Have func(diffID digest.Digest) bool
-	// Unpack consumes the tar stream of one layer to its end and verifies it
-	// against the diff id. It is called concurrently, for several layers and
-	// (by concurrent pulls) for the same one. nil: nothing is unpacked.
-	Unpack func(ctx context.Context, diffID digest.Digest, uncompressed io.Reader) error
+	// Layers is where the layers are unpacked that are not there yet; nil: nothing
+	// is unpacked. A Library has its own.
+	Layers Layers
 }
 
 // Options configure a Store. Zero values mean the stated defaults.

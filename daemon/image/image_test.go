@@ -10,6 +10,7 @@ import (
 	"io"
 	"log"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -256,13 +257,26 @@ type sink struct {
 	layers map[digest.Digest]int // how often each came
 }
 
-func (k *sink) have(d digest.Digest) bool {
+func (k *sink) Has(d digest.Digest) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.layers[d] > 0
 }
 
-func (k *sink) unpack(ctx context.Context, d digest.Digest, r io.Reader) error {
+func (k *sink) Remove(d digest.Digest) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	delete(k.layers, d)
+	return nil
+}
+
+func (k *sink) List() []digest.Digest {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.Collect(maps.Keys(k.layers))
+}
+
+func (k *sink) Apply(ctx context.Context, d digest.Digest, r io.Reader) error {
 	got, err := d.Algorithm().FromReader(r)
 	if err != nil {
 		return err
@@ -280,7 +294,7 @@ func (k *sink) unpack(ctx context.Context, d digest.Digest, r io.Reader) error {
 }
 
 func (k *sink) request(ref string) PullRequest {
-	return PullRequest{Ref: ref, Have: k.have, Unpack: k.unpack}
+	return PullRequest{Ref: ref, Layers: k}
 }
 
 func openAt(t testing.TB, root string, change ...func(*Options)) *Store {
@@ -1323,12 +1337,17 @@ func TestUnpackMakesRoom(t *testing.T) {
 	if err := os.WriteFile(part, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	err := s.Unpack(t.Context(), PullRequest{Ref: img.ID, Unpack: func(context.Context, digest.Digest, io.Reader) error { return syscall.ENOSPC }})
+	err := s.Unpack(t.Context(), PullRequest{Ref: img.ID, Layers: noRoom{&sink{}}})
 	if !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("got %v", err)
 	}
 	eventually(t, "the part is gone", func() bool { _, err := os.Stat(part); return errors.Is(err, os.ErrNotExist) })
 }
+
+// noRoom has no room for another layer.
+type noRoom struct{ *sink }
+
+func (noRoom) Apply(context.Context, digest.Digest, io.Reader) error { return syscall.ENOSPC }
 
 func named(t *testing.T, ref string) reference.Named {
 	t.Helper()

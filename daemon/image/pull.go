@@ -36,8 +36,8 @@ const maxDepth = 4
 
 // Pull makes an image present under a reference: the manifest is always
 // resolved with this caller's credentials, the blobs that are missing are
-// downloaded, layers that Have does not know are unpacked. Blobs are kept also
-// for layers that Have knows: the layout is complete, and a layer lost can be
+// downloaded, layers that r.Layers has not are unpacked. Blobs are kept also
+// for layers that it has: the layout is complete, and a layer lost can be
 // unpacked again.
 func (s *Store) Pull(ctx context.Context, r PullRequest) (Image, error) {
 	name, err := parse(r.Ref)
@@ -299,12 +299,12 @@ type layer struct {
 
 func (l *layer) bring(ctx context.Context) (err error) {
 	defer func() { l.p.how.ended(l.desc.Digest, err == nil) }()
-	if l.p.s.o.DropLayers && l.p.req.Have != nil {
+	if l.p.s.o.DropLayers && l.p.req.Layers != nil {
 		diffID, err := l.diffID()
 		if err != nil {
 			return err
 		}
-		if l.p.req.Have(diffID) && l.p.s.isProven(l.desc.Digest, diffID) {
+		if l.p.req.Layers.Has(diffID) && l.p.s.isProven(l.desc.Digest, diffID) {
 			l.p.how.has(l.desc.Digest)
 			return nil // its blob is not kept, so it is not fetched either
 		}
@@ -378,8 +378,11 @@ func (l *layer) unpack(ctx context.Context, r io.Reader) error {
 	if err != nil {
 		return err
 	}
-	have := l.p.req.Have != nil && l.p.req.Have(diffID)
-	if l.p.req.Unpack == nil || have && l.p.s.isProven(l.desc.Digest, diffID) {
+	if l.p.req.Layers == nil {
+		return nil
+	}
+	have := l.p.req.Layers.Has(diffID)
+	if have && l.p.s.isProven(l.desc.Digest, diffID) {
 		return nil
 	}
 	select {
@@ -395,7 +398,7 @@ func (l *layer) unpack(ctx context.Context, r io.Reader) error {
 	defer u.Close()
 	read := &readFlag{r: u}
 	if !have {
-		if err := l.p.req.Unpack(ctx, diffID, read); err != nil {
+		if err := l.p.req.Layers.Apply(ctx, diffID, read); err != nil {
 			return err
 		}
 		l.p.s.count.unpacked.Add(1)
@@ -424,8 +427,7 @@ func (f *readFlag) Read(p []byte) (int, error) {
 	return f.r.Read(p)
 }
 
-// Unpack hands the layers that r.Have does not know to r.Unpack, from the
-// store's own blobs; r.Ref is anything Get takes. It is for layers that went
+// Unpack hands the layers that r.Layers has not to it, from the store's own blobs; r.Ref is anything Get takes. It is for layers that went
 // missing: after a power cut, or removed by mistake. A blob that is missing as
 // well is fetched, with r.Auth or as the node. Where that fails the error is
 // ErrNotFound, and the image has to be pulled by somebody who may.
@@ -455,7 +457,7 @@ func (s *Store) Unpack(ctx context.Context, r PullRequest) (err error) {
 			continue
 		}
 		g.Go(func() error {
-			if r.Have != nil && r.Have(diffIDs[i]) {
+			if r.Layers != nil && r.Layers.Has(diffIDs[i]) {
 				return nil // nor is its blob of interest
 			}
 			l := &layer{p: p, desc: desc, slots: slots, diffID: func() (digest.Digest, error) { return diffIDs[i], nil }}

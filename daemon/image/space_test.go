@@ -62,7 +62,7 @@ func TestLayersDropped(t *testing.T) {
 	delete(k.layers, lost)
 	k.mu.Unlock()
 	f.reset()
-	if err := s.Unpack(t.Context(), k.request(img.ID)); err != nil || !k.have(lost) {
+	if err := s.Unpack(t.Context(), k.request(img.ID)); err != nil || !k.Has(lost) {
 		t.Errorf("unpack: %v", err)
 	}
 	if hits, _ := f.reset(); count(hits, "GET blobs") != 1 {

@@ -23,6 +23,7 @@ import (
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/holdfast-cri/holdfast/daemon/dirs"
 	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
@@ -146,7 +147,7 @@ func Open(o Options) (*Store, error) {
 // makeDirs makes the directories that are missing.
 func (s *Store) makeDirs() error {
 	for _, name := range []string{filepath.Join(blobsName, string(digest.Canonical)), refsName, ingestName, pendingName, quarantineName} {
-		moved, err := record.MakeDir(s.o.Root, name)
+		moved, err := dirs.Make(s.o.Root, name)
 		if moved != "" {
 			s.o.Log.Error("a file was in the place of a directory of the images", "directory", name, "moved", moved)
 		}
@@ -601,6 +602,21 @@ func (s *Store) IfUnwanted(diffID digest.Digest, f func() error) error {
 		return nil
 	}
 	return f()
+}
+
+// ifUnneeded calls f if no image, pull or holder needs the layer, and has those
+// that are about to hold it wait for f.
+func (s *Store) ifUnneeded(diffID digest.Digest, f func() error) error {
+	return s.IfUnwanted(diffID, f)
+}
+
+// background runs f, which ends with s.ctx. Close waits for it.
+func (s *Store) background(f func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.closed {
+		s.work.Go(f)
+	}
 }
 
 func (s *Store) wants(diffID digest.Digest) bool {

@@ -33,6 +33,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/daemon/dirs"
 	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
@@ -154,7 +155,7 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 // to others; containers see the overlay.
 func (s *Store) makeDirs() error {
 	for _, name := range []string{tmpName, emptyName, string(digest.Canonical)} {
-		moved, err := record.MakeDir(s.dir, name)
+		moved, err := dirs.Make(s.dir, name)
 		if moved != "" {
 			s.log.Error("a file was in the place of a directory of the layers", "directory", name, "moved", moved)
 		}

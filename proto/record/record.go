@@ -11,9 +11,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // ErrDamaged is wrapped by every error about a record that is there but cannot
@@ -144,36 +141,4 @@ func SyncDir(path string) error {
 	}
 	defer d.Close()
 	return d.Sync()
-}
-
-// MakeDir makes the directory root/name, 0700, with its parents. A file in the
-// place of root, or of one below it, is renamed and never removed; moved is then
-// what it is called. A symbolic link to a directory is followed; another one is
-// such a file. But where root itself leads nowhere, the disk with it may be yet to
-// come: that is an error.
-func MakeDir(root, name string) (moved string, err error) {
-	path := filepath.Join(root, name)
-	if err = os.MkdirAll(path, 0o700); err == nil {
-		return "", nil
-	}
-	for at := path; len(at) >= len(root); at = filepath.Dir(at) {
-		st, err := os.Stat(at)
-		missing := errors.Is(err, fs.ErrNotExist)
-		if missing || errors.Is(err, unix.ELOOP) {
-			st, err = os.Lstat(at) // a link that leads nowhere
-		}
-		if err != nil || st.IsDir() {
-			continue
-		}
-		if missing && at == root {
-			to, _ := os.Readlink(at)
-			return "", fmt.Errorf("%s is a link to %s, which does not exist: mount its disk, or remove the link", at, to)
-		}
-		moved = fmt.Sprintf("%s.damaged-%d", at, time.Now().UnixNano())
-		if err := os.Rename(at, moved); err != nil {
-			return "", err
-		}
-		return moved, os.MkdirAll(path, 0o700)
-	}
-	return "", err
 }

@@ -31,7 +31,7 @@ var allowed = map[string][]string{
 		"github.com/opencontainers/runtime-spec/specs-go", "google.golang.org/grpc/codes", "google.golang.org/grpc/status",
 	},
 	"proto/kind":   {"google.golang.org/grpc/codes", "google.golang.org/grpc/status"},
-	"proto/record": {"golang.org/x/sys/unix"},
+	"proto/record": {},
 	"proto/step":   {"golang.org/x/sys/unix"},
 	"proto/rundir": {module + "proto/record", "golang.org/x/sys/unix"},
 	"reaper":       {"golang.org/x/sys/unix"},
@@ -103,7 +103,7 @@ var ofTheModule = map[string][]string{
 	"daemon/*": {
 		module + "proto", module + "proto/client", module + "proto/kind", module + "proto/record", module + "proto/rundir",
 		module + "runc", module + "runc/cgroup", module + "reaper/pidfd",
-		module + "daemon/records",
+		module + "daemon/records", module + "daemon/dirs",
 	},
 }
 
