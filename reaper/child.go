@@ -1,17 +1,18 @@
 package reaper
 
 import (
-	"errors"
+	"context"
 	"fmt"
-	"os"
 	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/reaper/pidfd"
 )
 
 // ErrGone says that the child has been reaped.
-var ErrGone = errors.New("the process has ended")
+var ErrGone = pidfd.ErrEnded
 
 // Status says how a process ended.
 type Status struct {
@@ -23,8 +24,8 @@ type Status struct {
 type Child struct {
 	PID int
 
-	r     *Reaper
-	pidfd *os.File // non-blocking, known to the runtime's poller; Reap closes it
+	r    *Reaper
+	held *pidfd.Process // Reap closes it
 
 	mu     sync.Mutex
 	reaped bool
@@ -38,41 +39,41 @@ func (r *Reaper) Adopt(pid int) (*Child, error) {
 	if r.owned[pid] {
 		return nil, fmt.Errorf("cannot adopt process %d: it has an owner", pid)
 	}
-	fd, err := unix.PidfdOpen(pid, 0)
+	held, err := pidfd.Open(pid, nil)
 	if err != nil {
-		return nil, fmt.Errorf("cannot adopt process %d: pidfd_open: %w", pid, err)
-	}
-	// ECHILD tells a stranger from a child before anything relies on it.
-	if _, err := waitid(unix.P_PIDFD, fd, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT); err != nil {
-		unix.Close(fd)
-		return nil, fmt.Errorf("cannot adopt process %d: not a child: %w", pid, err)
-	}
-	if err := unix.SetNonblock(fd, true); err != nil {
-		unix.Close(fd)
 		return nil, fmt.Errorf("cannot adopt process %d: %w", pid, err)
 	}
+	c := &Child{PID: pid, r: r, held: held}
+	// ECHILD tells a stranger from a child before anything relies on it.
+	if _, err := c.peek(); err != nil {
+		held.Close()
+		return nil, fmt.Errorf("cannot adopt process %d: not a child: %w", pid, err)
+	}
 	r.owned[pid] = true
-	return &Child{PID: pid, r: r, pidfd: os.NewFile(uintptr(fd), "pidfd")}, nil
+	return c, nil
 }
 
 // Wait waits until the child has ended and leaves it as a zombie, so that its
 // pid, its /proc entry and its cgroup stay its own until Reap. One goroutine
 // may wait.
 func (c *Child) Wait() (Status, error) {
-	raw, err := c.pidfd.SyscallConn()
+	if err := c.held.Wait(context.Background()); err != nil {
+		return Status{}, fmt.Errorf("cannot wait for process %d: %w", c.PID, err)
+	}
+	st, err := c.peek()
 	if err != nil {
 		return Status{}, fmt.Errorf("cannot wait for process %d: %w", c.PID, err)
 	}
-	var st waitStatus
-	var werr error
-	err = raw.Read(func(fd uintptr) bool {
-		st, werr = waitid(unix.P_PIDFD, int(fd), unix.WEXITED|unix.WNOHANG|unix.WNOWAIT)
-		return werr != nil || st.pid != 0
-	})
-	if err = errors.Join(err, werr); err != nil {
-		return Status{}, fmt.Errorf("cannot wait for process %d: %w", c.PID, err)
-	}
 	return st.status(), nil
+}
+
+// peek asks how the child has ended, if it has, and leaves it as it is.
+func (c *Child) peek() (st waitStatus, err error) {
+	err = c.held.Control(func(fd int) (err error) {
+		st, err = waitid(unix.P_PIDFD, fd, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT)
+		return err
+	})
+	return st, err
 }
 
 // Reap lets the kernel forget a child that Wait has returned for.
@@ -84,7 +85,7 @@ func (c *Child) Reap() {
 	}
 	c.reaped = true
 	waitid(unix.P_PID, c.PID, unix.WEXITED|unix.WNOHANG)
-	c.pidfd.Close()
+	c.held.Close()
 	c.mu.Unlock()
 	c.r.disown(c.PID)
 }
@@ -96,25 +97,18 @@ func (c *Child) Signal(sig unix.Signal) error {
 	if c.reaped {
 		return fmt.Errorf("cannot signal process %d: %w", c.PID, ErrGone)
 	}
-	err := c.Control(func(fd int) error { return unix.PidfdSendSignal(fd, sig, nil, 0) })
-	if errors.Is(err, unix.ESRCH) {
-		err = ErrGone
-	}
-	if err != nil {
-		return fmt.Errorf("cannot signal process %d: %w", c.PID, err)
-	}
-	return nil
+	return c.held.Signal(sig)
 }
 
 // Control lends the pidfd to f, which may only look at it. It becomes readable
 // when the child ends.
 func (c *Child) Control(f func(pidfd int) error) error {
-	raw, err := c.pidfd.SyscallConn()
-	if err != nil {
-		return err
-	}
 	var ferr error
-	if err := raw.Control(func(fd uintptr) { ferr = f(int(fd)) }); err != nil {
+	err := c.held.Control(func(fd int) error {
+		ferr = f(fd)
+		return nil
+	})
+	if err != nil {
 		return fmt.Errorf("process %d: %w: %w", c.PID, ErrGone, err)
 	}
 	return ferr

@@ -14,33 +14,18 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
-	"syscall"
 
-	"github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sys/unix"
+	"github.com/holdfast-cri/holdfast/reaper/group"
 )
-
-// Runner starts a command and waits for it. A process that reaps its orphans
-// gives its reaper; anybody else leaves Runtime.Runner nil and gets os/exec.
-type Runner interface {
-	Start(*exec.Cmd) error
-	Wait(*exec.Cmd) error
-}
-
-type execRunner struct{}
-
-func (execRunner) Start(c *exec.Cmd) error { return c.Start() }
-func (execRunner) Wait(c *exec.Cmd) error  { return c.Wait() }
 
 // Runtime says how the OCI runtime is called. Every method takes its deadline
 // from its context; at its end the runtime and its process group are killed.
 type Runtime struct {
-	Path          string // of the binary
-	Root          string // --root: where it keeps its state
-	SystemdCgroup bool   // --systemd-cgroup
-	Log           string // --log, in JSON: where its error messages come from
-	Runner        Runner // nil: os/exec
+	Path          string       // of the binary
+	Root          string       // --root: where it keeps its state
+	SystemdCgroup bool         // --systemd-cgroup
+	Log           string       // --log, in JSON: where its error messages come from
+	Runner        group.Runner // of the process that reaps its orphans; nil: os/exec
 }
 
 // Error is a verb that failed, with the runtime's own words.
@@ -115,19 +100,6 @@ func (r *Runtime) Delete(ctx context.Context, id string, force bool) error {
 	return r.run(ctx, id, IO{}, append(args, id)...)
 }
 
-// State asks the runtime.
-func (r *Runtime) State(ctx context.Context, id string) (*specs.State, error) {
-	out, err := r.output(ctx, id, "state", id)
-	if err != nil {
-		return nil, err
-	}
-	s := new(specs.State)
-	if err := json.Unmarshal(out, s); err != nil {
-		return nil, fmt.Errorf("cannot read the OCI runtime's state of %s: %w", id, err)
-	}
-	return s, nil
-}
-
 // Features asks what the runtime can do; the answer is features.Features of
 // the OCI runtime spec as JSON.
 func (r *Runtime) Features(ctx context.Context) (json.RawMessage, error) {
@@ -186,51 +158,11 @@ func (r *Runtime) run(ctx context.Context, id string, stdio IO, args ...string) 
 	if stdio.Stderr != nil {
 		cmd.Stderr = stdio.Stderr
 	}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := r.wait(ctx, cmd); err != nil {
+	// The init of a container has a session of its own, and is not in the group.
+	if err := group.Run(ctx, cmd, r.Runner, group.Keep); err != nil {
 		return &Error{Verb: args[0], ID: id, Message: lastError(r.Log, offset), Err: err}
 	}
 	return nil
-}
-
-// wait runs the command and kills its process group when ctx ends first.
-func (r *Runtime) wait(ctx context.Context, cmd *exec.Cmd) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	runner := r.Runner
-	if runner == nil {
-		runner = execRunner{}
-	}
-	if err := runner.Start(cmd); err != nil {
-		return err
-	}
-	var mu sync.Mutex
-	over := false
-	stop := context.AfterFunc(ctx, func() {
-		mu.Lock()
-		defer mu.Unlock()
-		// The leader is not reaped before over, so the group is its own.
-		if !over {
-			unix.Kill(-cmd.Process.Pid, unix.SIGKILL)
-		}
-	})
-	defer stop()
-	peek(cmd.Process.Pid)
-	mu.Lock()
-	over = true
-	mu.Unlock()
-	err := runner.Wait(cmd)
-	if err != nil && ctx.Err() != nil {
-		return fmt.Errorf("killed after %w: %w", ctx.Err(), context.Cause(ctx))
-	}
-	return err
-}
-
-// peek waits until a child has ended, without reaping it.
-func peek(pid int) {
-	for unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
-	}
 }
 
 var notInherited = []string{

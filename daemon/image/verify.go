@@ -2,7 +2,6 @@ package image
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,12 +10,12 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/reaper/group"
 )
 
 // maxVerdict bounds what is kept of a verifier's output, in bytes.
@@ -57,23 +56,11 @@ func (s *Store) verify(ctx context.Context, name string, target ocispec.Descript
 func (s *Store) runVerifier(ctx context.Context, program, name string, d digest.Digest, stdin []byte) (string, error) {
 	limit, cancel := context.WithTimeout(ctx, s.o.VerifierTimeout)
 	defer cancel()
-	cmd := exec.CommandContext(limit, program, "-name", name, "-digest", d.String(), "-stdin-media-type", ocispec.MediaTypeDescriptor)
+	cmd := exec.Command(program, "-name", name, "-digest", d.String(), "-stdin-media-type", ocispec.MediaTypeDescriptor)
 	var stdout, stderr head
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), &stdout, &stderr
-	// With all that it started, and without waiting for what keeps its pipes.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	cmd.WaitDelay = time.Second
-	err := cmd.Start()
-	if err == nil {
-		// What it left behind is of its process group, whose number is its own
-		// until it is reaped.
-		for err = unix.EINTR; errors.Is(err, unix.EINTR); {
-			err = unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil)
-		}
-		cmd.Cancel()
-		err = cmp.Or(cmd.Wait(), err)
-	}
+	cmd.WaitDelay = time.Second // for what has left its group and keeps its pipes
+	err := group.Run(limit, cmd, nil, group.Kill)
 	if stderr.Len() > 0 {
 		s.o.Log.Debug("image verifier", "verifier", program, "image", name, "stderr", stderr.String())
 	}

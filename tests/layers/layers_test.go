@@ -34,10 +34,11 @@ var allowed = map[string][]string{
 	"proto/record": {},
 	"proto/step":   {"golang.org/x/sys/unix"},
 	"proto/rundir": {module + "proto/record", "golang.org/x/sys/unix"},
-	"reaper":       {"golang.org/x/sys/unix"},
+	"reaper":       {module + "reaper/pidfd", "golang.org/x/sys/unix"},
+	"reaper/group": {module + "reaper/pidfd", "golang.org/x/sys/unix"},
 	"reaper/pidfd": {"golang.org/x/sys/unix"},
 	"pty":          {"github.com/creack/pty", "github.com/containerd/console", "golang.org/x/sys/unix"},
-	"runc":         {module + "reaper/pidfd", "github.com/opencontainers/runtime-spec/specs-go/...", "golang.org/x/sys/unix"},
+	"runc":         {module + "reaper/pidfd", module + "reaper/group", "golang.org/x/sys/unix"},
 	"runc/cgroup":  {module + "reaper/pidfd", "golang.org/x/sys/unix"},
 	"shim": {
 		module + "proto/...", module + "runc/...", module + "reaper/...", module + "pty",
@@ -102,7 +103,7 @@ var bans = []ban{
 var ofTheModule = map[string][]string{
 	"daemon/*": {
 		module + "proto", module + "proto/client", module + "proto/kind", module + "proto/record", module + "proto/rundir",
-		module + "runc", module + "runc/cgroup", module + "reaper/pidfd",
+		module + "runc", module + "runc/cgroup", module + "reaper/pidfd", module + "reaper/group",
 		module + "daemon/records", module + "daemon/dirs",
 	},
 }
