@@ -96,17 +96,7 @@ var specTypeURL = sync.OnceValue(func() string {
 })
 
 func launchOf(req *pb.CreateRequest) (rundir.Launch, error) {
-	l := rundir.Launch{
-		RequestID:    req.RequestId,
-		Runtime:      rundir.Runtime{Path: req.Runtime.GetPath(), Root: req.Runtime.GetRoot(), SystemdCgroup: req.Runtime.GetSystemdCgroup()},
-		Stdin:        req.Stdin,
-		StdinOnce:    req.StdinOnce,
-		LogDirectory: req.Log.GetDirectory(),
-		LogPath:      req.Log.GetPath(),
-		DurableDir:   req.DurableDir,
-		Container:    rundir.Opaque{TypeURL: req.ContainerRecord.GetTypeUrl(), Value: req.ContainerRecord.GetValue()},
-		Sandbox:      rundir.Opaque{TypeURL: req.SandboxRecord.GetTypeUrl(), Value: req.SandboxRecord.GetValue()},
-	}
+	l := req.Launch()
 	if l.RequestID == "" {
 		return l, kind.Errorf(kind.Invalid, "request_id is empty")
 	}
@@ -147,7 +137,7 @@ func (t *task) state(shim rundir.Process) *pb.StateResponse {
 	st := t.status
 	r := &pb.StateResponse{
 		Id:        t.dir.ID(),
-		Phase:     phases[st.Phase],
+		Phase:     pb.PhaseOf(st.Phase),
 		Shim:      process(shim),
 		Init:      process(st.Init),
 		CreatedAt: timestamp(st.CreatedAt),
@@ -219,7 +209,7 @@ func (s *service) Stop(_ context.Context, req *pb.StopRequest) (*pb.StopResponse
 	if err != nil {
 		return nil, err
 	}
-	return &pb.StopResponse{KillAt: timestamp(wallTime(at))}, nil
+	return &pb.StopResponse{KillAt: timestamp(rundir.WallTime(at))}, nil
 }
 
 // milliseconds bounds a duration so that adding it to a clock cannot overflow.

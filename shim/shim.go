@@ -5,11 +5,10 @@ package shim
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
-	"fmt"
 	"io/fs"
 	"log/slog"
+	"net"
 	"os"
 	"time"
 
@@ -29,6 +28,9 @@ type Config struct {
 	Log           *slog.Logger
 	// Stop tells an idle shim to end. One with a container goes on.
 	Stop <-chan os.Signal
+	// Reappear tells a shim that its lock, its socket or its files were removed.
+	// It puts them back.
+	Reappear <-chan os.Signal
 	// Ready is called once, when the shim can be called.
 	Ready func()
 }
@@ -40,42 +42,51 @@ const lingerTimeout = time.Second
 // Run is a shim's whole life. It returns when the container has ended and all
 // that belonged to it is done, or when there never was one.
 func Run(cfg Config) error {
-	lock, err := cfg.Dir.Lock()
+	identity, err := identify(cfg.Version)
 	if err != nil {
 		return err
 	}
-	defer lock.Close()
+	calls := new(calls)
+	server, err := ttrpc.NewServer(ttrpc.WithChainUnaryServerInterceptor(calls.count, convertErrors))
+	if err != nil {
+		return err
+	}
+	served := make(chan error, 1)
+	here := &presence{
+		dir:      cfg.Dir,
+		identity: identity,
+		log:      cfg.Log,
+		names:    map[string]fs.FileInfo{},
+		serve: func(l net.Listener) {
+			go func() {
+				if err := server.Serve(context.Background(), calls.listener(l)); !errors.Is(err, net.ErrClosed) {
+					served <- err
+				}
+			}()
+		},
+	}
+	if err := here.takeLock(); err != nil {
+		return err
+	}
+	defer here.close()
 	protectFromOOM(cfg.Log)
 	r, err := reaper.New()
 	if err != nil {
 		return err
 	}
 	defer r.Close()
-	l, err := cfg.Dir.Listen()
-	if err != nil {
-		return err
-	}
-	defer l.Close()
-	identity, err := identify(cfg)
-	if err != nil {
-		return errors.Join(err, removeSocket(cfg.Dir))
-	}
 	t := newTask(cfg.Dir, cfg.Log, r)
-	calls := new(calls)
-	server, err := ttrpc.NewServer(ttrpc.WithChainUnaryServerInterceptor(calls.count, convertErrors))
-	if err != nil {
-		return errors.Join(err, removeSocket(cfg.Dir))
-	}
 	pb.RegisterShimService(server, &service{task: t, identity: identity})
-	served := make(chan error, 1)
-	go func() { served <- server.Serve(context.Background(), calls.listener(l)) }()
+	if err := here.appear(); err != nil {
+		return errors.Join(err, here.disappear())
+	}
 	cfg.Log.Info("shim ready", "pid", os.Getpid(), "version", cfg.Version)
 	cfg.Ready()
 
-	err = t.until(cfg, served)
+	t.until(cfg, here, served)
 	// From here on the files answer. New callers must find no socket rather
 	// than one that nobody serves.
-	err = errors.Join(err, removeSocket(cfg.Dir))
+	err = here.disappear()
 	calls.wait(lingerTimeout)
 	server.Close()
 	cfg.Log.Info("shim ends")
@@ -83,42 +94,35 @@ func Run(cfg Config) error {
 }
 
 // until returns when the task has ended.
-func (t *task) until(cfg Config, served <-chan error) error {
+func (t *task) until(cfg Config, here *presence, served <-chan error) {
 	idle := time.NewTimer(cfg.CreateTimeout)
 	defer idle.Stop()
 	for {
 		select {
 		case <-t.ended:
-			return nil
+			return
 		case <-idle.C:
 			if t.abandon() {
 				t.log.Warn("no Create came", "within", cfg.CreateTimeout.String())
 			}
 		case <-cfg.Stop:
 			t.abandon()
+		case <-cfg.Reappear:
+			here.reappear()
+			t.rewrite()
 		case err := <-served:
 			// The container goes on without a service: its end is still
 			// recorded, and a stop that was asked for still happens.
 			t.log.Error("service ended", "err", err)
-			served = nil
 		}
 	}
 }
 
-func identify(cfg Config) (rundir.Identity, error) {
-	self, err := rundir.FindProcess(os.Getpid())
-	if err != nil {
-		return rundir.Identity{}, err
-	}
-	id := rundir.Identity{Shim: self, BootID: rundir.BootID(), Nonce: rand.Text(), Version: cfg.Version}
-	return id, cfg.Dir.WriteIdentity(id)
-}
-
-func removeSocket(d rundir.Dir) error {
-	if err := os.Remove(d.Path(rundir.SocketName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("cannot remove the socket: %w", err)
-	}
-	return nil
+// rewrite writes state.json again.
+func (t *task) rewrite() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.update(pb.EventType_EVENT_TYPE_UNSPECIFIED, func(*rundir.Status) {})
 }
 
 // protectFromOOM lowers the shim's oom_score_adj: its death costs the container.

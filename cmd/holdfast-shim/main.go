@@ -72,15 +72,17 @@ func run(launcher *os.File, dir, level string, createTimeout time.Duration) (err
 	if err := os.Chdir("/"); err != nil {
 		return err
 	}
-	stop := make(chan os.Signal, 1)
+	stop, reappear := make(chan os.Signal, 1), make(chan os.Signal, 1)
 	signal.Notify(make(chan os.Signal, 1), shim.Signals...)
 	signal.Notify(stop, unix.SIGTERM)
+	signal.Notify(reappear, rundir.SignalReappear)
 	return shim.Run(shim.Config{
 		Dir:           rundir.Dir(dir),
 		CreateTimeout: createTimeout,
 		Version:       version,
 		Log:           slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l})),
 		Stop:          stop,
+		Reappear:      reappear,
 		Ready: func() {
 			ready = true
 			if launcher != nil {

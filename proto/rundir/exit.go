@@ -20,6 +20,8 @@ type ExitFile struct {
 	dir  string
 	f    *os.File
 	sync bool
+	// again says that it was made in the place of another one, which is enough.
+	again bool
 }
 
 // exitRoom is more than an encoded Exit takes; Commit cuts the file to size.
@@ -66,6 +68,14 @@ func (e *ExitFile) Commit(r Exit) error {
 		// A link fails where a rename would replace: write-once by the kernel.
 		if err = os.Link(e.f.Name(), path); errors.Is(err, fs.ErrExist) {
 			err = ErrExists
+		}
+	}
+	if errors.Is(err, fs.ErrNotExist) && !e.again {
+		// Somebody has removed the prepared file. What room there is now must do.
+		var second *ExitFile
+		if second, err = PrepareExit(e.dir, e.sync); err == nil {
+			second.again = true
+			return second.Commit(r)
 		}
 	}
 	if err == nil && e.sync {

@@ -28,9 +28,9 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"syscall"
 	"time"
-	"unsafe"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/proto/record"
 )
@@ -49,6 +49,10 @@ const (
 	PidfileName  = "init.pid"
 	RootfsName   = "rootfs"
 )
+
+// SignalReappear has a shim put back what was removed of its lock, its socket,
+// shim.json and state.json. One that misses nothing changes nothing.
+const SignalReappear = unix.SIGHUP
 
 // Dir is a run directory. Its base name is the container's id.
 type Dir string
@@ -161,18 +165,31 @@ type Exit struct {
 // ErrLocked says that another process holds the lock.
 var ErrLocked = errors.New("the lock is held")
 
+// openLock opens shim.lock. What somebody has put in its place is an error.
+func (d Dir) openLock(flags int) (*os.File, error) {
+	f, err := os.OpenFile(d.Path(LockName), os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK|flags, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
+		f.Close()
+		return nil, errors.Join(err, fmt.Errorf("%s is not a regular file", d.Path(LockName)))
+	}
+	return f, nil
+}
+
 // Lock takes shim.lock for as long as the returned file is open. It is an open
 // file description lock (fcntl(2), F_OFD_SETLK): no child inherits it, because
 // the descriptor is close-on-exec, and a probe does not disturb it.
 func (d Dir) Lock() (*os.File, error) {
-	f, err := os.OpenFile(d.Path(LockName), os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := d.openLock(os.O_CREATE)
 	if err != nil {
 		return nil, fmt.Errorf("cannot lock %s: %w", d, err)
 	}
-	lk := syscall.Flock_t{Type: syscall.F_WRLCK}
-	if err := ofdLock(f, fOFDSetLk, &lk); err != nil {
+	lk := unix.Flock_t{Type: unix.F_WRLCK}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &lk); err != nil {
 		f.Close()
-		if errors.Is(err, syscall.EAGAIN) || errors.Is(err, syscall.EACCES) {
+		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
 			err = ErrLocked
 		}
 		return nil, fmt.Errorf("cannot lock %s: %w", d.Path(LockName), err)
@@ -181,9 +198,10 @@ func (d Dir) Lock() (*os.File, error) {
 }
 
 // Held says whether somebody holds the lock, without taking it. A missing lock
-// file is not held.
+// file is not held; that alone does not prove that the shim has ended, because
+// anybody may have removed it.
 func (d Dir) Held() (bool, error) {
-	f, err := os.OpenFile(d.Path(LockName), os.O_RDWR, 0)
+	f, err := d.openLock(0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, nil
 	}
@@ -191,25 +209,11 @@ func (d Dir) Held() (bool, error) {
 		return false, fmt.Errorf("cannot probe the lock of %s: %w", d, err)
 	}
 	defer f.Close()
-	lk := syscall.Flock_t{Type: syscall.F_WRLCK}
-	if err := ofdLock(f, fOFDGetLk, &lk); err != nil {
+	lk := unix.Flock_t{Type: unix.F_WRLCK}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &lk); err != nil {
 		return false, fmt.Errorf("cannot probe %s: %w", d.Path(LockName), err)
 	}
-	return lk.Type != syscall.F_UNLCK, nil
-}
-
-// fcntl(2); package syscall does not name them.
-const (
-	fOFDGetLk = 36
-	fOFDSetLk = 37
-)
-
-func ofdLock(f *os.File, cmd int, lk *syscall.Flock_t) error {
-	_, _, errno := syscall.Syscall(syscall.SYS_FCNTL, f.Fd(), uintptr(cmd), uintptr(unsafe.Pointer(lk)))
-	if errno != 0 {
-		return errno
-	}
-	return nil
+	return lk.Type != unix.F_UNLCK, nil
 }
 
 // throughFD calls f with a short path of the socket: a Unix address holds 107
@@ -226,7 +230,7 @@ func (d Dir) throughFD(f func(path string) error) error {
 // Listen listens on shim.sock. Only the holder of the lock may call it: a
 // socket that a dead shim left is replaced.
 func (d Dir) Listen() (*net.UnixListener, error) {
-	if err := os.Remove(d.Path(SocketName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.RemoveAll(d.Path(SocketName)); err != nil {
 		return nil, fmt.Errorf("cannot listen in %s: %w", d, err)
 	}
 	var l *net.UnixListener

@@ -3,6 +3,7 @@ package rundir
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -155,5 +156,54 @@ func TestProcess(t *testing.T) {
 	}
 	if (Process{}).Alive() {
 		t.Error("nobody is alive")
+	}
+}
+
+// What stands in the place of a lock is an error, whatever it is: neither held
+// nor free.
+func TestNotALock(t *testing.T) {
+	for name, put := range map[string]func(path string) error{
+		"dangling link": func(path string) error { return os.Symlink("/nowhere/x", path) },
+		"directory":     func(path string) error { return os.Mkdir(path, 0o700) },
+		"FIFO":          func(path string) error { return syscall.Mkfifo(path, 0o600) },
+	} {
+		d := Dir(t.TempDir())
+		if err := put(d.Path(LockName)); err != nil {
+			t.Fatal(err)
+		}
+		if held, err := d.Held(); err == nil {
+			t.Errorf("%s: held %v", name, held)
+		}
+		if _, err := d.Lock(); err == nil || errors.Is(err, ErrLocked) {
+			t.Errorf("%s: lock: %v", name, err)
+		}
+	}
+}
+
+func TestExitWithoutPreparedFile(t *testing.T) {
+	dir := t.TempDir()
+	e, err := PrepareExit(dir, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(e.f.Name()); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Commit(Exit{Code: 5}); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := ReadExitIn(dir); err != nil || got.Code != 5 {
+		t.Errorf("got %+v, %v", got, err)
+	}
+	if entries, _ := os.ReadDir(dir); len(entries) != 1 {
+		t.Errorf("left: %v", entries)
+	}
+	gone, err := PrepareExit(dir, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	os.RemoveAll(dir)
+	if err := gone.Commit(Exit{}); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("without a directory: %v", err)
 	}
 }
