@@ -1,141 +1,143 @@
 package shims
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
-	"strconv"
-	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/reaper/pidfd"
 )
 
+// endTimeout is how long a shim may take to end: it kills a container, writes a
+// few files and has the OCI runtime clean up.
+const endTimeout = 30 * time.Second
+
 // End ends the shim of a run directory, and the container with it, and returns
-// when the process is gone. No shim is no error. A shim that does not answer is
-// killed: whoever calls End wants the container gone. A lock file that was
-// removed or damaged says nothing: then the process is looked for, and what
-// stands in the lock's place is removed once there is none.
+// when the process is gone. No shim is no error. One that cannot be reached is
+// asked to put its socket back, and killed only if it lives and says nothing:
+// whoever calls End wants the container gone. What stands in the place of the
+// lock and is none is removed once there is no shim.
 func End(ctx context.Context, dir rundir.Dir, c *client.Client) error {
-	held, lerr := dir.Held()
-	if lerr == nil && !held {
-		if id, err := dir.ReadIdentity(); err != nil || !id.Shim.Alive() {
+	held, damaged := dir.Held()
+	if damaged == nil && !held {
+		// The common case is found out without looking at every process.
+		if id, err := dir.ReadIdentity(); err == nil && !id.Shim.Alive() {
 			return nil
 		}
 	}
-	shim, err := Find(dir)
-	if errors.Is(err, rundir.ErrNoProcess) && lerr != nil {
-		return os.RemoveAll(dir.Path(rundir.LockName))
+	shim, err := find(ctx, dir)
+	if err == nil {
+		err = end(ctx, dir, c, shim)
+	} else if errors.Is(err, rundir.ErrNoProcess) {
+		err = nil
 	}
-	// A killed process is a zombie before its last thread has let go of the lock.
-	for wait := time.Millisecond; errors.Is(err, rundir.ErrNoProcess); wait *= 2 {
-		if held, herr := dir.Held(); herr == nil && !held {
-			return nil
+	if err == nil && damaged != nil {
+		err = os.RemoveAll(dir.Path(rundir.LockName))
+	}
+	return err
+}
+
+// find is Find, but it waits while there is no process and the lock is held: a
+// killed process is a zombie before its last thread has let go of the lock.
+func find(ctx context.Context, dir rundir.Dir) (rundir.Process, error) {
+	for wait := time.Millisecond; ; wait *= 2 {
+		shim, err := Find(dir)
+		if !errors.Is(err, rundir.ErrNoProcess) {
+			return shim, err
 		}
-		if wait > time.Second || ctx.Err() != nil {
-			break
+		if held, lerr := dir.Held(); lerr != nil || !held {
+			return shim, err
 		}
-		time.Sleep(wait)
-		shim, err = Find(dir)
+		if wait > time.Second {
+			return shim, fmt.Errorf("the lock of %s is held, but no process is its shim", dir)
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return shim, fmt.Errorf("the lock of %s is held by a shim that is ending: %w", dir, ctx.Err())
+		}
 	}
-	if err != nil {
-		return err
-	}
-	if err := end(ctx, dir, c, shim); err != nil || lerr == nil {
-		return err
-	}
-	return os.RemoveAll(dir.Path(rundir.LockName))
 }
 
 func end(ctx context.Context, dir rundir.Dir, c *client.Client, shim rundir.Process) error {
-	fd, err := unix.PidfdOpen(shim.PID, unix.PIDFD_NONBLOCK)
-	if errors.Is(err, unix.ESRCH) || !shim.Alive() {
-		if fd >= 0 {
-			unix.Close(fd)
-		}
+	p, err := pidfd.Open(shim.PID, shim.Alive)
+	if errors.Is(err, pidfd.ErrEnded) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("cannot watch the shim of %s (process %d): %w", dir.ID(), shim.PID, err)
+		return err
 	}
-	gone := os.NewFile(uintptr(fd), "pidfd")
-	defer gone.Close()
-
-	// State first: it answers from memory, so silence means something. Any
-	// other failure does not: a shim that is ending by itself has closed its
-	// socket and may still be making the exit record durable.
-	_, err = c.State(ctx)
-	if err == nil {
+	defer p.Close()
+	// A call that a shim answers from memory comes first, so that silence means
+	// something. Any other failure does not: a shim that is ending by itself has
+	// no socket and may still be making the exit record durable.
+	if err = reach(ctx, dir, c, p); err == nil {
 		_, err = c.Delete(ctx, true)
 	}
 	silent := errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil
-	if !silent {
-		if err = await(ctx, gone, dir, shim); err == nil || ctx.Err() != nil {
-			return err
-		}
-	}
-	if kerr := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); kerr != nil && !errors.Is(kerr, unix.ESRCH) {
-		return fmt.Errorf("cannot kill the shim of %s (process %d), which does not answer: %w", dir.ID(), shim.PID, errors.Join(kerr, err))
-	}
-	return await(ctx, gone, dir, shim)
-}
-
-// await returns when the process of a pidfd has ended.
-func await(ctx context.Context, pidfd *os.File, dir rundir.Dir, shim rundir.Process) error {
-	const limit = 30 * time.Second // a shim that was told to end writes a few files
-	ctx, cancel := context.WithTimeout(ctx, limit)
+	limited, cancel := context.WithTimeout(ctx, endTimeout)
 	defer cancel()
-	deadline, _ := ctx.Deadline()
-	pidfd.SetReadDeadline(deadline)
-	stop := context.AfterFunc(ctx, func() { pidfd.SetReadDeadline(time.Now()) })
-	defer stop()
-	conn, err := pidfd.SyscallConn()
-	if err != nil {
-		return err
+	if !silent && p.Wait(limited) == nil {
+		return nil
 	}
-	if err := conn.Read(func(fd uintptr) bool {
-		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-		n, err := unix.Poll(p, 0)
-		return err == nil && n == 1
-	}); err != nil {
-		return fmt.Errorf("the shim of %s (process %d) has been told to end and has not: %w", dir.ID(), shim.PID, err)
+	if ctx.Err() != nil {
+		return fmt.Errorf("the shim of %s (process %d) has not ended: %w", dir.ID(), shim.PID, errors.Join(ctx.Err(), err))
+	}
+	limited, cancel = context.WithTimeout(ctx, endTimeout)
+	defer cancel()
+	if kerr := p.Kill(limited); kerr != nil {
+		return fmt.Errorf("cannot kill the shim of %s, which does not answer: %w", dir.ID(), errors.Join(kerr, err))
 	}
 	return nil
 }
 
-// Find tells which process is the shim of a run directory. Where shim.json does
-// not say, the command line does: it names the directory.
-func Find(dir rundir.Dir) (rundir.Process, error) {
-	if id, err := dir.ReadIdentity(); err == nil && id.BootID == rundir.BootID() && id.Shim.Alive() {
-		return id.Shim, nil
-	}
-	entries, err := os.ReadDir("/proc")
+// Reach makes sure that the shim of a run directory can be called. One whose
+// socket was removed is asked to put it back, with its lock and its files. The
+// error is rundir.ErrNoProcess if there is no shim, or none any more, and
+// client.ErrUnreachable if it lives and says nothing for ten seconds.
+func Reach(ctx context.Context, dir rundir.Dir, c *client.Client) error {
+	shim, err := Find(dir)
 	if err != nil {
-		return rundir.Process{}, fmt.Errorf("cannot look for the shim of %s: %w", dir.ID(), err)
+		return err
 	}
-	want := []byte("\x00" + string(dir) + "\x00")
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
+	p, err := pidfd.Open(shim.PID, shim.Alive)
+	if err == nil {
+		defer p.Close()
+		err = reach(ctx, dir, c, p)
+	}
+	if errors.Is(err, pidfd.ErrEnded) {
+		err = fmt.Errorf("the shim of %s has ended: %w", dir.ID(), rundir.ErrNoProcess)
+	}
+	return err
+}
+
+// reach is Reach for a process that is held. pidfd.ErrEnded: it has ended.
+func reach(ctx context.Context, dir rundir.Dir, c *client.Client, p *pidfd.Process) error {
+	_, err := c.State(ctx)
+	if err == nil || !errors.Is(err, client.ErrUnreachable) || errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	// Nobody listens. A shim that is ending does nothing about the signal.
+	if err := p.Signal(rundir.SignalReappear); err != nil {
+		return err
+	}
+	const limit = 10 * time.Second
+	giveUp := time.Now().Add(limit)
+	for wait := time.Millisecond; time.Now().Before(giveUp); wait = min(2*wait, 100*time.Millisecond) {
+		turn, cancel := context.WithTimeout(ctx, wait)
+		ended := p.Wait(turn) == nil
+		cancel()
+		if ended {
+			return fmt.Errorf("the shim of %s: %w", dir.ID(), pidfd.ErrEnded)
 		}
-		cmdline, _ := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline"))
-		if !bytes.Contains(cmdline, want) || !bytes.Contains(cmdline, []byte("\x00--dir\x00")) {
-			continue
-		}
-		// Anybody can name the directory; only root can be this program.
-		if exe, _ := os.Readlink(filepath.Join("/proc", e.Name(), "exe")); !strings.HasPrefix(filepath.Base(exe), "holdfast-shim") {
-			continue
-		}
-		if p, err := rundir.FindProcess(pid); err == nil {
-			return p, nil
+		_, err = c.State(ctx)
+		if !errors.Is(err, client.ErrUnreachable) || errors.Is(err, context.DeadlineExceeded) {
+			return err
 		}
 	}
-	return rundir.Process{}, fmt.Errorf("cannot find the shim of %s: its lock is held, but no process has --dir %s: %w", dir.ID(), dir, rundir.ErrNoProcess)
+	return fmt.Errorf("%w, and does not put its socket back within %s: %w", client.ErrUnreachable, limit, err)
 }
