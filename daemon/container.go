@@ -16,6 +16,7 @@ import (
 	securejoin "github.com/cyphar/filepath-securejoin"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/holdfast-cri/holdfast/daemon/beneath"
 	"github.com/holdfast-cri/holdfast/daemon/cgroup"
 	"github.com/holdfast-cri/holdfast/daemon/image"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
@@ -468,7 +469,7 @@ func (d *Daemon) pinTarget(rec *containerRecord, id string) (string, error) {
 }
 
 func readOptional(root, path string) ([]byte, error) {
-	b, err := rootfs.ReadIn(root, path, 4<<20)
+	b, err := beneath.ReadFile(root, path, 4<<20)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}

@@ -7,9 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"path"
-	"slices"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -81,12 +80,16 @@ func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stre
 	}
 	defer unix.Close(trashFd)
 	x := &extractor{
-		ctx: ctx, root: root, trash: trashFd, limits: limits,
+		ctx:        ctx,
+		root:       root,
+		trash:      trashFd,
+		limits:     limits,
 		buf:        make([]byte, 64<<10),
-		parentName: ".", parent: root,
-		dirs:    map[uint64]dirEntry{},
-		implied: map[uint64]string{},
-		inodes:  1,
+		parentName: ".",
+		parent:     root,
+		dirs:       map[uint64]dirEntry{},
+		implied:    map[uint64]string{},
+		inodes:     1,
 	}
 	defer x.forgetParent()
 	if err := x.imply(root, "."); err != nil {
@@ -109,9 +112,9 @@ func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stre
 	if err := x.finish(); err != nil {
 		return layerRecord{}, x.blame(err, nil)
 	}
-	implied := names(slices.Sorted(maps.Values(x.implied)))
-	if implied.size() > maxImplied {
-		return layerRecord{}, fmt.Errorf("%w: too many directories without entries, or with names too long", ErrBadLayer)
+	implied, err := x.impliedNames()
+	if err != nil {
+		return layerRecord{}, err
 	}
 	if x.trashed > 0 {
 		if err := x.recount(); err != nil {
@@ -119,7 +122,10 @@ func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stre
 		}
 	}
 	return layerRecord{
-		DiffID: diffID, Bytes: x.bytes, Inodes: x.inodes, BootID: rundir.BootID(),
+		DiffID:  diffID,
+		Bytes:   x.bytes,
+		Inodes:  x.inodes,
+		BootID:  rundir.BootID(),
 		Implied: implied,
 	}, nil
 }
@@ -191,7 +197,7 @@ func (x *extractor) entry(h *tar.Header, r io.Reader) error {
 	case tar.TypeDir:
 		return x.mkdir(parent, base, name, h)
 	case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:
-		return x.file(parent, base, h, r)
+		err = x.file(parent, base, h, r)
 	case tar.TypeLink:
 		// What the entry says goes for the file, whatever its names, as where a
 		// file comes twice.
@@ -256,88 +262,58 @@ func (x *extractor) mknod(parent int, base string, kind uint32, h *tar.Header) e
 // setNode sets the attributes of what was just created, or linked to: of anything
 // but a directory.
 func (x *extractor) setNode(parent int, base string, h *tar.Header) error {
-	var st unix.Stat_t
-	if err := unix.Fstatat(parent, base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return err
-	}
-	err := setOwner(&st, h,
-		func(uid, gid int) error { return unix.Fchownat(parent, base, uid, gid, unix.AT_SYMLINK_NOFOLLOW) },
-		func(mode uint32) error { return unix.Fchmodat(parent, base, mode, 0) })
+	st, err := setOwner(parent, base, h)
 	if err != nil {
 		return err
 	}
-	err = setXattrs(h, func(name string, value []byte) error {
-		err := unix.Lsetxattr(fmt.Sprintf("/proc/self/fd/%d/%s", parent, base), name, value, 0)
-		if errors.Is(err, unix.EPERM) && st.Mode&unix.S_IFMT != unix.S_IFREG {
-			return nil // the kernel has user attributes for files and directories only
-		}
-		return err
-	})
-	if err != nil {
+	if err := setXattrs(parent, base, &st, h); err != nil {
 		return err
 	}
 	return setTime(parent, base, h.ModTime)
 }
 
-// setOwner sets owner and mode where they are others than st says: each change is
-// one of the journal too, which for small files is most of the work.
-func setOwner(st *unix.Stat_t, h *tar.Header, chown func(uid, gid int) error, chmod func(mode uint32) error) error {
+// setOwner sets owner and mode where they are others: each change is one of the
+// journal too, which for small files is most of the work.
+func setOwner(parent int, base string, h *tar.Header) (st unix.Stat_t, err error) {
+	if err := unix.Fstatat(parent, base, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return st, err
+	}
 	owned := st.Uid == uint32(h.Uid) && st.Gid == uint32(h.Gid)
 	if !owned {
-		if err := chown(h.Uid, h.Gid); err != nil {
-			return fmt.Errorf("cannot set its owner: %w", err)
+		if err := unix.Fchownat(parent, base, h.Uid, h.Gid, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return st, fmt.Errorf("cannot set its owner: %w", err)
 		}
 	}
 	// After the owner, as changing that drops setuid and capabilities.
 	mode := uint32(h.Mode & 0o7777)
 	if st.Mode&unix.S_IFMT == unix.S_IFLNK || owned && st.Mode&0o7777 == mode {
-		return nil
+		return st, nil
 	}
-	if err := chmod(mode); err != nil {
-		return fmt.Errorf("cannot set its mode: %w", err)
+	if err := unix.Fchmodat(parent, base, mode, 0); err != nil {
+		return st, fmt.Errorf("cannot set its mode: %w", err)
 	}
-	return nil
+	return st, nil
 }
 
-// setOwnerOf is setOwner for what is open.
-func setOwnerOf(fd int, st *unix.Stat_t, h *tar.Header) error {
-	if err := unix.Fstat(fd, st); err != nil {
-		return err
-	}
-	return setOwner(st, h,
-		func(uid, gid int) error { return unix.Fchown(fd, uid, gid) },
-		func(mode uint32) error { return unix.Fchmod(fd, mode) })
-}
-
-func (x *extractor) file(parent int, base string, h *tar.Header, r io.Reader) (err error) {
+func (x *extractor) file(parent int, base string, h *tar.Header, r io.Reader) error {
 	if h.Size < 0 || h.Size > x.limits.Bytes-x.logical {
 		return fmt.Errorf("%w: more than %d bytes of files", ErrBadLayer, x.limits.Bytes)
 	}
 	x.logical += h.Size
+	const flags = unix.O_WRONLY | unix.O_CREAT | unix.O_EXCL | unix.O_NOFOLLOW | unix.O_CLOEXEC
 	var fd int
-	err = x.create(parent, base, func() (err error) {
-		fd, err = unix.Openat(parent, base, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, uint32(h.Mode&0o777))
+	err := x.create(parent, base, func() (err error) {
+		fd, err = unix.Openat(parent, base, flags, uint32(h.Mode&0o777))
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if cerr := unix.Close(fd); err == nil && cerr != nil {
-			err = fmt.Errorf("cannot write it: %w", cerr)
-		}
-	}()
-	if err := x.copy(fd, r, h.Size, sparse(h)); err != nil {
-		return err
+	err = x.copy(fd, r, h.Size, sparse(h))
+	if cerr := unix.Close(fd); err == nil && cerr != nil {
+		err = fmt.Errorf("cannot write it: %w", cerr)
 	}
-	var st unix.Stat_t
-	if err := setOwnerOf(fd, &st, h); err != nil {
-		return err
-	}
-	if err := setXattrs(h, func(n string, v []byte) error { return unix.Fsetxattr(fd, n, v, 0) }); err != nil {
-		return err
-	}
-	return setTime(parent, base, h.ModTime)
+	return err
 }
 
 func sparse(h *tar.Header) bool {
@@ -536,19 +512,12 @@ func (x *extractor) ensureDir(parent int, base string) (int, error) {
 }
 
 func (x *extractor) setDir(fd int, name string, h *tar.Header) error {
-	var st unix.Stat_t
-	if err := setOwnerOf(fd, &st, h); err != nil {
+	st, err := setOwner(fd, ".", h)
+	if err != nil {
 		return err
 	}
-	d := dirEntry{name, h.ModTime, x.dirs[st.Ino].acl}
-	err := setXattrs(h, func(n string, v []byte) error {
-		if n == defaultACL {
-			d.acl = string(v)
-			return nil
-		}
-		return unix.Fsetxattr(fd, n, v, 0)
-	})
-	if err != nil {
+	d := dirEntry{name, h.ModTime, cmp.Or(h.PAXRecords[paxXattr+defaultACL], x.dirs[st.Ino].acl)}
+	if err := setXattrs(fd, ".", &st, h); err != nil {
 		return err
 	}
 	x.dirs[st.Ino] = d
@@ -577,9 +546,7 @@ func (x *extractor) finish() error {
 			return fmt.Errorf("entry %.200q: %w", d.name, err)
 		}
 		if d.acl != "" {
-			err = setXattr(defaultACL, d.acl, func(n string, v []byte) error {
-				return unix.Setxattr(fmt.Sprintf("/proc/self/fd/%d", fd), n, v, 0)
-			})
+			err = setXattr(fmt.Sprintf("/proc/self/fd/%d/.", fd), defaultACL, d.acl)
 		}
 		err = cmp.Or(err, setTime(fd, ".", d.t))
 		unix.Close(fd)
@@ -640,27 +607,36 @@ func maySet(name string) bool {
 	return user || name == capability || name == accessACL || name == defaultACL
 }
 
-// setXattrs passes on the extended attributes that a layer may set.
-func setXattrs(h *tar.Header, set func(name string, value []byte) error) error {
-	for k, v := range h.PAXRecords {
-		name, ok := strings.CutPrefix(k, "SCHILY.xattr.")
-		if !ok {
+const paxXattr = "SCHILY.xattr."
+
+// setXattrs sets the extended attributes that a layer may set, but for default
+// ACLs, which finish sets.
+func setXattrs(parent int, base string, st *unix.Stat_t, h *tar.Header) error {
+	kind := st.Mode & unix.S_IFMT
+	for k, value := range h.PAXRecords {
+		name, ok := strings.CutPrefix(k, paxXattr)
+		if !ok || !maySet(name) || name == defaultACL && kind == unix.S_IFDIR {
 			continue
 		}
-		if !maySet(name) {
-			continue
+		err := setXattr(fmt.Sprintf("/proc/self/fd/%d/%s", parent, base), name, value)
+		if errors.Is(err, unix.EPERM) && kind != unix.S_IFREG && kind != unix.S_IFDIR {
+			continue // the kernel has user attributes for files and directories only
 		}
-		if err := setXattr(name, v, set); err != nil {
+		if err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func setXattr(name, value string, set func(name string, value []byte) error) error {
-	err := set(name, []byte(value))
+func setXattr(path, name, value string) error {
+	err := unix.Lsetxattr(path, name, []byte(value), 0)
 	if err == nil || errors.Is(err, unix.ENOTSUP) && name != capability {
 		return nil // it is set, or the file system has none of them
 	}
-	return &attributeError{name: name, size: len(value), err: err}
+	var st unix.Statfs_t
+	if errors.Is(err, unix.ENOSPC) && unix.Statfs(filepath.Dir(path), &st) == nil && st.Bavail*uint64(st.Bsize) > 1<<20 {
+		err = fmt.Errorf("%w: %v, and the disk is not full: it has no more room for the attributes of one file", ErrBadLayer, err)
+	}
+	return fmt.Errorf("cannot set %.200s of %d bytes: %w", name, len(value), err)
 }

@@ -83,8 +83,8 @@ func attachMapped(dir, at, userns string) error {
 	if err := os.Mkdir(at, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	if err := unix.MoveMount(tree, "", unix.AT_FDCWD, at, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
-		return errors.Join(fmt.Errorf("cannot attach the mapped layers to %s: %w", at, err), detach(at))
+	if err := attach(tree, at); err != nil {
+		return errors.Join(err, detach(at))
 	}
 	return nil
 }

@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 )
@@ -210,7 +211,7 @@ func TestMappedMounts(t *testing.T) {
 		if n := strings.Count(string(b), " "+rw+"/"); n != 1 {
 			t.Errorf("%d mounts below %s, want 1", n, rw)
 		}
-		if err := s.Mount(t.Context(), layers, rw, root, m); err != nil {
+		if err := s.Mount(t.Context(), layers, rw, root, m); !errors.Is(err, ErrBusy) {
 			t.Errorf("once more: %v", err)
 		}
 	}
@@ -256,7 +257,7 @@ func TestMappedLeftovers(t *testing.T) {
 		t.Fatal(err)
 	}
 	gone(t, target+mappedSuffix)
-	if on, err := Mounted(target); on || err != nil {
+	if on, err := mountinfo.Mounted(target); on || err != nil {
 		t.Errorf("still mounted: %v, %v", on, err)
 	}
 	read(t, s.layerDir(layer), diffName, "file")
@@ -286,8 +287,12 @@ func TestMappedClassicMount(t *testing.T) {
 	if err := attachMapped(s.dir, layers, m.Userns); err != nil {
 		t.Fatal(err)
 	}
-	o := overlay{lower: []string{filepath.Join(layers, layer.Algorithm().String(), layer.Encoded(), diffName)}, upper: upper, work: work, target: target}
+	o, err := newOverlay(layers, rw, target)
+	if err != nil {
+		t.Fatal(err)
+	}
 	defer o.close()
+	o.lower = []string{filepath.Join(layer.Algorithm().String(), layer.Encoded(), diffName)}
 	if err := o.mountClassic(); err != nil {
 		t.Fatal(err)
 	}

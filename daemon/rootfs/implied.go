@@ -11,6 +11,9 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/daemon/beneath"
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 // An archive may hold a/b/c without entries for a and a/b. Extracted alone, such
@@ -73,47 +76,46 @@ func attributesOf(fd int) (attributes, error) {
 // layered is one layer of a mount, the fd being its diff directory.
 type layered struct {
 	fd      int
-	implied []string // sorted
+	implied []name // sorted
 }
 
-func (l layered) implies(name string) bool {
-	_, found := slices.BinarySearch(l.implied, name)
+func (l layered) implies(dir string) bool {
+	_, found := slices.BinarySearch(l.implied, name(dir))
 	return found
 }
 
-// truth finds the attributes of a directory in a stack of layers, the highest
-// first: those of the highest layer with an entry for it.
-func truth(layers []layered, name string) (attributes, error) {
+// lookUp finds the attributes of a directory in a stack of layers, the highest
+// first: those of the highest layer with an entry for it. Overlayfs shows others
+// if a layer above that one has the directory without an entry: covered.
+func lookUp(layers []layered, name string) (a attributes, covered bool, err error) {
 	for _, l := range layers {
-		var a attributes
-		fd, err := openBeneath(l.fd, name)
-		if err == nil {
-			if !l.implies(name) {
-				a, err = attributesOf(fd)
-			}
-			unix.Close(fd)
-		}
-		if errors.Is(err, unix.ENOENT) {
+		fd, err := beneath.DirAt(l.fd, name)
+		switch {
+		case errors.Is(err, unix.ENOENT):
 			if hidden(l.fd, name) {
-				break
+				return madeUp, covered, nil
 			}
 			continue
+		case errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ELOOP):
+			return madeUp, covered, nil // something else, with nothing of it below
+		case err != nil:
+			return madeUp, covered, fmt.Errorf("cannot look up %q in a layer: %w", name, err)
 		}
-		if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
-			break // something else, with nothing of it below
+		implied := l.implies(name)
+		if !implied {
+			a, err = attributesOf(fd)
 		}
-		if err != nil {
-			return madeUp, fmt.Errorf("cannot look up %q in a layer: %w", name, err)
+		unix.Close(fd)
+		if !implied {
+			return a, covered, err
 		}
-		if !l.implies(name) {
-			return a, nil
-		}
+		covered = true
 		// It may be opaque itself: that hides what is in it.
 		if name != "." && hidden(l.fd, path.Dir(name)) {
 			break
 		}
 	}
-	return madeUp, nil
+	return madeUp, covered, nil
 }
 
 // hidden says whether a layer hides a name of the layers below: it, or a
@@ -144,30 +146,31 @@ func (s *Store) prepareUpper(upper string, diffIDs []digest.Digest, m *IDMap) er
 			unix.Close(l.fd)
 		}
 	}()
-	names := []string{"."}
+	names := []name{"."}
 	for _, d := range slices.Backward(diffIDs) {
-		s.mu.Lock()
-		r, ok := s.layers[d]
-		s.mu.Unlock()
-		if !ok {
+		r := s.get(d)
+		if r == nil {
 			return fmt.Errorf("%w: %s", ErrNoLayer, d)
 		}
-		r, err := s.full(r)
-		if err != nil {
-			return err
+		var all layerRecord
+		if r.implies {
+			if err := record.Read(filepath.Join(s.layerDir(d), recordName), &all); err != nil {
+				return err
+			}
 		}
 		fd, err := unix.Open(filepath.Join(s.layerDir(d), diffName), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		if err != nil {
 			return fmt.Errorf("cannot open layer %s: %w", d, err)
 		}
-		layers = append(layers, layered{fd, r.Implied})
-		names = append(names, r.Implied...)
+		layers = append(layers, layered{fd, all.Implied})
+		names = append(names, all.Implied...)
 	}
 	slices.Sort(names)
 	made := map[string]bool{".": true}
-	for _, name := range slices.Compact(names) {
-		a, err := truth(layers, name)
-		if err == nil && a.shows() && !shownRight(layers, name) {
+	for _, n := range slices.Compact(names) {
+		name := string(n)
+		a, covered, err := lookUp(layers, name)
+		if err == nil && covered && a.shows() {
 			err = makeUpper(upper, name, made)
 		}
 		if err != nil {
@@ -177,7 +180,7 @@ func (s *Store) prepareUpper(upper string, diffIDs []digest.Digest, m *IDMap) er
 	// What is made in a directory changes its time, and inherits from its ACL. The
 	// attributes of all of them together may be gigabytes.
 	for name := range made {
-		a, err := truth(layers, name)
+		a, _, err := lookUp(layers, name)
 		if err != nil {
 			return err
 		}
@@ -186,22 +189,6 @@ func (s *Store) prepareUpper(upper string, diffIDs []digest.Digest, m *IDMap) er
 		}
 	}
 	return nil
-}
-
-// shownRight says whether the highest layer that has the directory has an entry
-// for it, or another kind of file in its place.
-func shownRight(layers []layered, name string) bool {
-	for _, l := range layers {
-		fd, err := openBeneath(l.fd, name)
-		if err == nil {
-			unix.Close(fd)
-			return !l.implies(name)
-		}
-		if !errors.Is(err, unix.ENOENT) {
-			return true
-		}
-	}
-	return true
 }
 
 // makeUpper makes a directory in the writable layer, and those above it. made is
@@ -231,7 +218,7 @@ func setAttributes(dir string, a attributes, m *IDMap) error {
 		if strings.HasPrefix(name, aclPrefix) {
 			value = m.hostACL(value)
 		}
-		if err := setXattr(name, value, func(n string, v []byte) error { return unix.Lsetxattr(dir, n, v, 0) }); err != nil {
+		if err := setXattr(dir, name, value); err != nil {
 			return fmt.Errorf("directory %s: %w", dir, err)
 		}
 	}

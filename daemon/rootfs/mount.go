@@ -2,15 +2,15 @@ package rootfs
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
-	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
@@ -24,12 +24,12 @@ const (
 	workName  = "work"  // overlayfs's own
 )
 
-// ErrBusy says that something else is mounted at the target.
-var ErrBusy = errors.New("something else is mounted there")
+// ErrBusy says that something is mounted at the target already.
+var ErrBusy = errors.New("something is mounted there already")
 
 // Mount mounts the layers (the lowest first; none is an empty root) at target,
-// with a writable layer in rw/upper and rw/work, which are made. If that is
-// mounted there already, nothing happens.
+// with a writable layer in rw/upper and rw/work, which are made unless they are
+// there.
 //
 // With an IDMap, nil being none, who owns a file in a layer owns it in the user
 // namespace. The layers stay as they are; the writable one holds the ids of the
@@ -46,14 +46,11 @@ func (s *Store) Mount(ctx context.Context, diffIDs []digest.Digest, rw, target s
 }
 
 func (s *Store) mount(diffIDs []digest.Digest, rw, target string, m *IDMap) (err error) {
-	upper, work := filepath.Join(rw, upperName), filepath.Join(rw, workName)
-	switch mounted, err := Mounted(target); {
-	case err != nil:
-		return err
-	case mounted:
-		return isOverlay(target, upper)
+	if mounted, err := mountinfo.Mounted(target); mounted || err != nil {
+		return cmp.Or(err, ErrBusy)
 	}
 	diffIDs = distinct(diffIDs)
+	upper, work := filepath.Join(rw, upperName), filepath.Join(rw, workName)
 	// What overlayfs leaves in work has no meaning without a mount, but a mark
 	// of an earlier volatile mount would make it refuse this one.
 	if err := os.RemoveAll(work); err != nil {
@@ -70,28 +67,33 @@ func (s *Store) mount(diffIDs []digest.Digest, rw, target string, m *IDMap) (err
 		}
 		defer func() { err = errors.Join(err, detach(layers)) }()
 	}
-	lower := []string{filepath.Join(layers, emptyName)}
-	if len(diffIDs) > 0 {
-		lower = nil
-	} else if err := s.makeDirs(); err != nil {
+	o, err := newOverlay(layers, rw, target)
+	if err != nil {
 		return err
 	}
+	defer o.close()
+	if o.lower, err = s.lower(diffIDs); err != nil {
+		return err
+	}
+	return o.mount()
+}
+
+// lower gives the lower directories for overlayfs, the highest first, as paths
+// below the directory of all layers.
+func (s *Store) lower(diffIDs []digest.Digest) (dirs []string, err error) {
+	if len(diffIDs) == 0 {
+		return []string{emptyName}, s.makeDirs()
+	}
 	for _, d := range slices.Backward(diffIDs) {
-		if !s.Has(d) {
-			return fmt.Errorf("%w: %s", ErrNoLayer, d)
+		if s.get(d) == nil {
+			return nil, fmt.Errorf("%w: %s", ErrNoLayer, d)
 		}
-		lower = append(lower, filepath.Join(layers, d.Algorithm().String(), d.Encoded(), diffName))
+		dirs = append(dirs, filepath.Join(d.Algorithm().String(), d.Encoded(), diffName))
 		if opaque(filepath.Join(s.layerDir(d), diffName)) {
 			break // overlayfs does not look for this at a root
 		}
 	}
-	o := overlay{lower: lower, upper: upper, work: work, target: target}
-	defer o.close()
-	err = o.mountNew()
-	if errors.Is(err, unix.ENOSYS) || errors.Is(err, errNoAppend) {
-		err = o.mountClassic()
-	}
-	return err
+	return dirs, nil
 }
 
 // distinct leaves each layer only where it is highest: further down it adds
@@ -134,14 +136,50 @@ func (s *Store) makeUpperDir(upper string, diffIDs []digest.Digest, m *IDMap) er
 //	              look for later.
 //	index=off     the layers are shared by many mounts, which an index forbids
 //	metacopy=off  no attribute of a layer is to redirect to another file
+//
+// The kernel is given each directory as /proc/self/fd/N/..., because it bounds
+// the length of a path, and takes some characters for separators. The rest of the
+// path is what mountinfo tells: which layers and which container it is.
 type overlay struct {
-	lower       []string // the highest first
-	upper, work string
-	target      string
-	fds         map[string]int // by path, see short; closed by close
+	layers string   // the directory of all layers, by its fd
+	lower  []string // below layers, the highest first
+	upper  string   // by an fd as well
+	work   string
+	target string
+	fds    []int // closed by close
 }
 
+const fdPrefix = "/proc/self/fd/"
+
 var overlayFlags = [][2]string{{"index", "off"}, {"metacopy", "off"}}
+
+// newOverlay opens the directories. The caller sets lower, and calls close when
+// it is mounted, or has failed.
+func newOverlay(layers, rw, target string) (*overlay, error) {
+	o := &overlay{target: target}
+	var err error
+	if o.layers, err = o.open(layers); err == nil {
+		var parent string
+		parent, err = o.open(filepath.Dir(rw))
+		rw = path.Join(parent, filepath.Base(rw))
+	}
+	if err != nil {
+		o.close()
+		return nil, err
+	}
+	o.upper, o.work = path.Join(rw, upperName), path.Join(rw, workName)
+	return o, nil
+}
+
+// open gives a name of a directory that is good until close.
+func (o *overlay) open(dir string) (string, error) {
+	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", fmt.Errorf("cannot open %s: %w", dir, err)
+	}
+	o.fds = append(o.fds, fd)
+	return fmt.Sprint(fdPrefix, fd), nil
+}
 
 func (o *overlay) close() {
 	for _, fd := range o.fds {
@@ -149,43 +187,17 @@ func (o *overlay) close() {
 	}
 }
 
-// short gives a name of a directory that is shorter, good until close: an fd in
-// the place of its beginning. Of its last components it keeps what fits into that
-// many bytes: by them mountinfo tells which layer or container it is. It makes
-// mountinfo less readable all the same, so it is used where it has to be only.
-func (o *overlay) short(path string, keep int) (string, error) {
-	cut := max(len(path)-keep, strings.LastIndexByte(path, '\\')+1, 1)
-	dir, rest := path, ""
-	if i := strings.IndexByte(path[cut:], '/'); i >= 0 {
-		dir, rest = path[:cut+i], path[cut+i:]
+func (o *overlay) mount() error {
+	err := o.mountNew()
+	if errors.Is(err, errNoAppend) {
+		err = o.mountClassic()
 	}
-	fd, ok := o.fds[dir]
-	if !ok {
-		var err error
-		if fd, err = unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0); err != nil {
-			return "", fmt.Errorf("cannot open %s: %w", dir, err)
-		}
-		if o.fds == nil {
-			o.fds = map[string]int{}
-		}
-		o.fds[dir] = fd
-	}
-	return fmt.Sprintf("%s%d%s", fdPrefix, fd, rest), nil
+	return err
 }
-
-const (
-	fdPrefix = "/proc/self/fd/"
-	// kept is what short keeps at least: a layer, ALGORITHM/HEX/diff, or ID/upper
-	// of a container. With an fd it is shorter than maxString.
-	kept = 160
-)
 
 // errNoAppend says that the kernel cannot take lower directories one by one
 // (Linux 6.8).
 var errNoAppend = errors.New("overlayfs has no lowerdir+")
-
-// maxString is the longest value of fsconfig(2), its final NUL included.
-const maxString = 256
 
 func (o *overlay) mountNew() error {
 	fsfd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
@@ -193,53 +205,38 @@ func (o *overlay) mountNew() error {
 		return fmt.Errorf("cannot open overlayfs (fsopen): %w", err)
 	}
 	defer unix.Close(fsfd)
-	set := func(key, path string) error {
-		// A backslash is taken as it is in some of them, and escapes in others.
-		if len(path) >= maxString || strings.Contains(path, `\`) {
-			if path, err = o.short(path, kept); err != nil {
-				return err
-			}
+	var options [][2]string
+	for _, dir := range o.lower {
+		options = append(options, [2]string{"lowerdir+", path.Join(o.layers, dir)})
+	}
+	options = append(options, [][2]string{{"upperdir", o.upper}, {"workdir", o.work}, {"source", "overlay"}}...)
+	for i, f := range append(options, overlayFlags...) {
+		err := unix.FsconfigSetString(fsfd, f[0], f[1])
+		if i == 0 && errors.Is(err, unix.EINVAL) {
+			return errNoAppend
 		}
-		if err := unix.FsconfigSetString(fsfd, key, path); err != nil {
-			return fmt.Errorf("cannot set %s of overlayfs to %s: %w%s", key, path, err, fsLog(fsfd))
+		if err != nil {
+			return fmt.Errorf("cannot set %s of overlayfs to %s: %w%s", f[0], f[1], err, fsLog(fsfd))
 		}
-		return nil
-	}
-	for i, dir := range o.lower {
-		if err := set("lowerdir+", dir); err != nil {
-			if i == 0 && errors.Is(err, unix.EINVAL) {
-				return errNoAppend
-			}
-			return err
-		}
-	}
-	if err := set("upperdir", o.upper); err != nil {
-		return err
-	}
-	if err := set("workdir", o.work); err != nil {
-		return err
-	}
-	for _, f := range overlayFlags {
-		if err := set(f[0], f[1]); err != nil {
-			return err
-		}
-	}
-	if err := unix.FsconfigSetString(fsfd, "source", "overlay"); err != nil {
-		return fmt.Errorf("cannot set the source of overlayfs: %w", err)
 	}
 	if err := unix.FsconfigSetFlag(fsfd, "volatile"); err != nil {
 		return fmt.Errorf("cannot set volatile of overlayfs: %w%s", err, fsLog(fsfd))
 	}
 	if err := unix.FsconfigCreate(fsfd); err != nil {
-		return fmt.Errorf("cannot make an overlayfs of %d layers with %s: %w%s", len(o.lower), o.upper, err, fsLog(fsfd))
+		return fmt.Errorf("cannot make an overlayfs of %d layers: %w%s", len(o.lower), err, fsLog(fsfd))
 	}
 	mfd, err := unix.Fsmount(fsfd, unix.FSMOUNT_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("cannot make a mount of the overlayfs: %w%s", err, fsLog(fsfd))
 	}
 	defer unix.Close(mfd)
-	if err := unix.MoveMount(mfd, "", unix.AT_FDCWD, o.target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
-		return fmt.Errorf("cannot attach the overlayfs: %w", err)
+	return attach(mfd, o.target)
+}
+
+// attach puts a mount that has no place yet on a path.
+func attach(mount int, at string) error {
+	if err := unix.MoveMount(mount, "", unix.AT_FDCWD, at, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("cannot attach the mount to %s: %w", at, err)
 	}
 	return nil
 }
@@ -254,110 +251,38 @@ func fsLog(fsfd int) string {
 	return fmt.Sprintf(" (%s)", bytes.TrimSpace(b[:n]))
 }
 
-// mountClassic is for kernels before 6.8. All options together have to fit a page.
+// mountClassic is for kernels before 6.8. All options together have to fit a
+// page. For many layers only names do that from which nobody can tell the layer.
 func (o *overlay) mountClassic() error {
-	data, err := o.data(func(p string) (string, error) { return escape.Replace(p), nil })
-	if err == nil && len(data) >= os.Getpagesize() {
-		data, err = o.data(func(p string) (string, error) {
-			if p == o.upper { // isOverlay looks for it
-				p, err := o.short(p, kept)
-				return escape.Replace(p), err
-			}
-			return o.short(p, 0)
-		})
+	lower := make([]string, len(o.lower))
+	for i, dir := range o.lower {
+		lower[i] = path.Join(o.layers, dir)
 	}
-	if err != nil {
-		return err
+	data := o.data(lower)
+	if len(data) >= os.Getpagesize() {
+		for i := range lower {
+			var err error
+			if lower[i], err = o.open(lower[i]); err != nil {
+				return err
+			}
+		}
+		data = o.data(lower)
 	}
 	if len(data) >= os.Getpagesize() {
 		return fmt.Errorf("%d layers are too many for this kernel, Linux 6.8 takes more", len(o.lower))
 	}
-	err = unix.Mount("overlay", o.target, "overlay", 0, data+",volatile")
-	if errors.Is(err, unix.EINVAL) {
-		err = unix.Mount("overlay", o.target, "overlay", 0, data) // before Linux 5.10
-	}
-	if err != nil {
-		return fmt.Errorf("cannot mount an overlayfs of %d layers with %s: %w", len(o.lower), o.upper, err)
+	if err := unix.Mount("overlay", o.target, "overlay", 0, data); err != nil {
+		return fmt.Errorf("cannot mount an overlayfs of %d layers: %w", len(o.lower), err)
 	}
 	return nil
 }
 
-// escape is what overlayfs wants in a path of a classic mount.
-var escape = strings.NewReplacer(`\`, `\\`, `:`, `\:`, `,`, `\,`)
-
-func (o *overlay) data(name func(path string) (string, error)) (string, error) {
-	names := make([]string, 0, len(o.lower)+2)
-	for _, p := range append(slices.Clone(o.lower), o.upper, o.work) {
-		n, err := name(p)
-		if err != nil {
-			return "", err
-		}
-		names = append(names, n)
-	}
-	n := len(o.lower)
-	data := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", strings.Join(names[:n], ":"), names[n], names[n+1])
+func (o *overlay) data(lower []string) string {
+	data := fmt.Sprintf("volatile,lowerdir=%s,upperdir=%s,workdir=%s", strings.Join(lower, ":"), o.upper, o.work)
 	for _, f := range overlayFlags {
 		data += "," + f[0] + "=" + f[1]
 	}
-	return data, nil
-}
-
-// isOverlay says nil if the mount at target is an overlay on upper.
-func isOverlay(target, upper string) error {
-	target, err := filepath.EvalSymlinks(target)
-	if err != nil {
-		return err
-	}
-	mounts, err := mountinfo.GetMounts(mountinfo.SingleEntryFilter(target))
-	if err != nil {
-		return fmt.Errorf("cannot read the mounts: %w", err)
-	}
-	for _, m := range mounts {
-		for o := range strings.SplitSeq(m.VFSOptions, ",") {
-			if shown, ok := strings.CutPrefix(o, "upperdir="); ok && m.FSType == "overlay" && shownAs(unescape(shown), upper) {
-				return nil
-			}
-		}
-	}
-	return ErrBusy
-}
-
-// shownAs says whether overlayfs shows a directory as it was named: in full or as
-// short has made it, and maybe escaped for a classic mount.
-func shownAs(shown, path string) bool {
-	rest, short := strings.CutPrefix(shown, fdPrefix)
-	if !short {
-		return shown == path || shown == escape.Replace(path)
-	}
-	rest = strings.TrimLeft(rest, "0123456789")
-	return rest != "" && (strings.HasSuffix(path, rest) || strings.HasSuffix(escape.Replace(path), rest))
-}
-
-var octal = regexp.MustCompile(`\\[0-7]{3}`)
-
-// unescape undoes what the kernel does to spaces, commas and others in mountinfo.
-func unescape(shown string) string {
-	return octal.ReplaceAllStringFunc(shown, func(o string) string {
-		c, _ := strconv.ParseUint(o[1:], 8, 8)
-		return string([]byte{byte(c)})
-	})
-}
-
-// Mounted says whether target is a mount point. It does not follow a symbolic
-// link at its end; what does not exist is not mounted.
-func Mounted(target string) (bool, error) {
-	var st unix.Statx_t
-	err := unix.Statx(unix.AT_FDCWD, target, unix.AT_SYMLINK_NOFOLLOW, unix.STATX_TYPE, &st)
-	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("cannot look at %s: %w", target, err)
-	}
-	if st.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT == 0 { // before Linux 5.8
-		return mountinfo.Mounted(target)
-	}
-	return st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0, nil
+	return data
 }
 
 // Unmount unmounts all that is mounted at target, lazily if it is busy, and what

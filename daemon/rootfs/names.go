@@ -2,40 +2,51 @@ package rootfs
 
 import (
 	"encoding/hex"
-	"encoding/json"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"unicode/utf8"
 )
 
-// names of files. JSON cannot hold one that is not UTF-8, so such a name is
-// written in hexadecimal after a NUL, which no name has.
-type names []string
+// maxImplied bounds the names in the record of a layer, in bytes. In JSON a byte
+// may take six, and a reader takes no more than 64 MiB.
+const maxImplied = 8 << 20
 
-func (l names) MarshalJSON() ([]byte, error) {
-	safe := make([]string, len(l))
-	for i, n := range l {
-		if safe[i] = n; !utf8.ValidString(n) {
-			safe[i] = "\x00" + hex.EncodeToString([]byte(n))
-		}
+// name of a file. JSON cannot hold one that is not UTF-8, so such a name is
+// written in hexadecimal after a NUL, which no name has.
+type name string
+
+// MarshalText implements encoding.TextMarshaler.
+func (n name) MarshalText() ([]byte, error) {
+	if utf8.ValidString(string(n)) {
+		return []byte(n), nil
 	}
-	return json.Marshal(safe)
+	return []byte("\x00" + hex.EncodeToString([]byte(n))), nil
 }
 
-func (l *names) UnmarshalJSON(b []byte) error {
-	var safe []string
-	if err := json.Unmarshal(b, &safe); err != nil {
-		return err
-	}
-	for i, n := range safe {
-		if code, ok := strings.CutPrefix(n, "\x00"); ok {
-			raw, err := hex.DecodeString(code)
-			if err != nil {
-				return fmt.Errorf("the name %q: %w", n, err)
-			}
-			safe[i] = string(raw)
+// UnmarshalText implements encoding.TextUnmarshaler.
+func (n *name) UnmarshalText(text []byte) error {
+	*n = name(text)
+	if code, ok := strings.CutPrefix(string(text), "\x00"); ok {
+		raw, err := hex.DecodeString(code)
+		if err != nil {
+			return fmt.Errorf("the name %q: %w", code, err)
 		}
+		*n = name(raw)
 	}
-	*l = safe
 	return nil
+}
+
+// impliedNames are the names of the directories without an entry, sorted.
+func (x *extractor) impliedNames() (list []name, err error) {
+	size := 0
+	for _, n := range slices.Sorted(maps.Values(x.implied)) {
+		list = append(list, name(n))
+		size += len(n) + 16 // quotes, a comma, and the string's header
+	}
+	if size > maxImplied {
+		return nil, fmt.Errorf("%w: too many directories without entries, or with names too long", ErrBadLayer)
+	}
+	return list, nil
 }

@@ -1,74 +1,63 @@
 package rootfs
 
 import (
+	"bufio"
 	"context"
 	"fmt"
 	"hash"
 	"io"
 )
 
-const (
-	aheadBuffers = 3
-	aheadSize    = 64 << 10
-)
+const aheadSize = 64 << 10
 
 // ahead reads and hashes a stream in a goroutine of its own, so that
 // decompressing and hashing on one side and writing files on the other use two
 // processors. It is an io.Reader for one goroutine.
 type ahead struct {
-	full  chan []byte
-	free  chan []byte
-	quit  chan struct{}
-	err   error // why full was closed; read after that only
-	rest  []byte
-	whole []byte // the buffer that rest is a part of
-
-	failed error // of Read, if not io.EOF
+	pipe   *io.PipeReader
+	buffer *bufio.Reader
+	done   chan struct{} // closed when nothing reads the stream any more
+	failed error         // of Read, if not io.EOF
 }
 
 // readAhead starts reading. Whoever calls it calls stop. The hash may be used
 // once Read has returned an error, io.EOF for instance.
 func readAhead(ctx context.Context, r io.Reader, h hash.Hash, limit int64) *ahead {
-	a := &ahead{
-		full: make(chan []byte, aheadBuffers),
-		free: make(chan []byte, aheadBuffers),
-		quit: make(chan struct{}),
-	}
-	for range aheadBuffers {
-		a.free <- make([]byte, aheadSize)
-	}
-	go a.pump(ctx, r, h, limit)
+	pipe, w := io.Pipe()
+	a := &ahead{pipe: pipe, buffer: bufio.NewReaderSize(pipe, aheadSize), done: make(chan struct{})}
+	go func() {
+		defer close(a.done)
+		w.CloseWithError(pump(ctx, w, r, h, limit))
+	}()
 	return a
 }
 
-func (a *ahead) pump(ctx context.Context, r io.Reader, h hash.Hash, left int64) {
-	defer close(a.full)
+// pump passes on a stream in large pieces: a decompressor hands out small ones.
+func pump(ctx context.Context, w io.Writer, r io.Reader, h hash.Hash, left int64) error {
+	b := make([]byte, aheadSize)
 	for {
-		var b []byte
-		select {
-		case b = <-a.free:
-		case <-a.quit:
-			return
-		}
-		n, err := readSome(r, b[:aheadSize])
+		n, err := fill(r, b)
 		h.Write(b[:n])
 		if left -= int64(n); left < 0 {
-			a.err = fmt.Errorf("%w: the archive is larger than the limit", ErrBadLayer)
-			return
+			return fmt.Errorf("%w: the archive is larger than the limit", ErrBadLayer)
 		}
-		a.full <- b[:n] // never blocks: as many places as buffers
+		if n > 0 {
+			if _, werr := w.Write(b[:n]); werr != nil {
+				return werr
+			}
+		}
 		if err == nil {
 			err = ctx.Err()
 		}
 		if err != nil {
-			a.err = err
-			return
+			return err
 		}
 	}
 }
 
-// readSome fills b unless the stream ends: a decompressor hands out small pieces.
-func readSome(r io.Reader, b []byte) (n int, err error) {
+// fill is io.ReadFull that leaves the error as it is: io.ErrUnexpectedEOF is what
+// a decompressor says of half a stream.
+func fill(r io.Reader, b []byte) (n int, err error) {
 	for n < len(b) && err == nil {
 		var m int
 		m, err = r.Read(b[n:])
@@ -78,28 +67,15 @@ func readSome(r io.Reader, b []byte) (n int, err error) {
 }
 
 func (a *ahead) Read(p []byte) (int, error) {
-	for len(a.rest) == 0 {
-		if a.whole != nil {
-			a.free <- a.whole
-			a.whole = nil
-		}
-		b, ok := <-a.full
-		if !ok {
-			if a.err != io.EOF {
-				a.failed = a.err
-			}
-			return 0, a.err
-		}
-		a.rest, a.whole = b, b
+	n, err := a.buffer.Read(p)
+	if err != nil && err != io.EOF {
+		a.failed = err
 	}
-	n := copy(p, a.rest)
-	a.rest = a.rest[n:]
-	return n, nil
+	return n, err
 }
 
 // stop waits until nothing reads the stream any more.
 func (a *ahead) stop() {
-	close(a.quit)
-	for range a.full {
-	}
+	a.pipe.Close()
+	<-a.done
 }

@@ -7,6 +7,8 @@ import (
 	"path"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/daemon/beneath"
 )
 
 // recount measures what is there. It is for archives that name something twice:
@@ -21,7 +23,7 @@ func (x *extractor) recount() error {
 		if name != "." {
 			x.bytes += block // as for each directory that is made
 		}
-		fd, err := openIn(x.root, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW)
+		fd, err := beneath.At(x.root, name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW)
 		if err != nil {
 			return fmt.Errorf("cannot count %q: %w", name, err)
 		}

@@ -20,6 +20,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -65,7 +66,7 @@ const (
 	emptyName  = "empty" // the lower directory of an image without layers
 )
 
-// record is layer.json.
+// layerRecord is layer.json. In memory it never changes.
 type layerRecord struct {
 	DiffID digest.Digest `json:"diffId"`
 	Bytes  uint64        `json:"bytes"`
@@ -73,13 +74,17 @@ type layerRecord struct {
 	BootID string        `json:"bootId"` // of the boot that unpacked it
 	// Implied are the directories that the archive has files in, but no entry
 	// for. What they look like is up to the layers below (see implied.go).
-	Implied names `json:"implied,omitempty"`
-
-	abridged bool // Implied is left out, as it is long; see Store.full
+	// In memory it is empty, as it may be long: implies says whether to read it.
+	Implied []name `json:"implied,omitempty"`
+	implies bool
 }
 
 // Store keeps one directory per layer. It is safe for concurrent use. One
 // process at a time may have a directory open. Close ends it.
+//
+// List, Count and Usage answer from memory. They never wait for the disk: mu is
+// not held over anything that does. Who changes the directory of a layer holds
+// that layer.
 type Store struct {
 	// Limits may be changed before the first Apply.
 	Limits Limits
@@ -89,13 +94,12 @@ type Store struct {
 
 	background sync.WaitGroup // deletions and the syncer; Close waits
 	wake       chan struct{}  // of the syncer; closed by Close
-	closing    chan struct{}  // closed by Close
 	discarded  atomic.Uint64
 
 	mu       sync.Mutex
 	closed   bool
 	layers   map[digest.Digest]*layerRecord
-	flights  map[digest.Digest]chan struct{} // closed when an Apply ends
+	held     map[digest.Digest]chan struct{} // closed when the layer is released
 	unsynced []*layerRecord                  // also of layers that are gone meanwhile
 	usage    Usage
 }
@@ -108,38 +112,14 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 		log = slog.Default()
 	}
 	s := &Store{
-		Limits:  DefaultLimits,
-		dir:     dir,
-		log:     log,
-		wake:    make(chan struct{}, 1),
-		closing: make(chan struct{}),
-		layers:  map[digest.Digest]*layerRecord{},
-		flights: map[digest.Digest]chan struct{}{},
+		Limits: DefaultLimits,
+		dir:    dir,
+		log:    log,
+		wake:   make(chan struct{}, 1),
+		layers: map[digest.Digest]*layerRecord{},
+		held:   map[digest.Digest]chan struct{}{},
 	}
-	if err := s.makeDirs(); err != nil {
-		return nil, fmt.Errorf("cannot open the layers: %w", err)
-	}
-	garbage, err := os.ReadDir(filepath.Join(dir, tmpName))
-	if err != nil {
-		return nil, fmt.Errorf("cannot open the layers: %w", err)
-	}
-	used := sync.OnceValue(layersInUse)
-	for _, e := range garbage {
-		if name, ok := strings.CutPrefix(e.Name(), usedPrefix); ok {
-			if hex, _, _ := strings.Cut(name, "-"); used()(hex) {
-				continue
-			}
-		}
-		s.deleteLater(filepath.Join(dir, tmpName, e.Name()))
-	}
-	strange, err := os.ReadDir(filepath.Join(dir, emptyName))
-	for _, e := range strange { // it would be in each image without layers
-		err = errors.Join(err, os.RemoveAll(filepath.Join(dir, emptyName, e.Name())))
-	}
-	if err != nil {
-		log.Warn("the empty layer is not empty", "error", err)
-	}
-	if err := s.load(used); err != nil {
+	if err := s.load(); err != nil {
 		return nil, fmt.Errorf("cannot open the layers: %w", err)
 	}
 	synced, err := os.Open(dir)
@@ -147,7 +127,7 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 		return nil, fmt.Errorf("cannot open the layers: %w", err)
 	}
 	s.background.Go(func() { s.syncer(synced) })
-	s.kick()
+	s.kickLocked() // nobody else has the store yet
 	return s, nil
 }
 
@@ -166,50 +146,59 @@ func (s *Store) makeDirs() error {
 	return nil
 }
 
-// usedPrefix is of names in tmp, used-HEX-TIME: a damaged layer that a container
-// runs on. It stays until that is gone, and another is unpacked for those that
-// come; which may be damaged as well.
-const usedPrefix = "used-"
-
 var (
 	layerInOptions = regexp.MustCompile(`/([a-z0-9]+)/([0-9a-f]{32,})/` + diffName)
 	// A mount of so many layers that their names had to go; see mountClassic.
-	nameless = regexp.MustCompile(`lowerdir\+?=` + fdPrefix + `\d+(:|,|$)`)
+	nameless = regexp.MustCompile(`lowerdir=` + fdPrefix + `\d+(:|,|$)`)
 )
 
-// LayersAt are the layers of the root file system that is mounted at target, as
-// far as its mount tells. It is for a container whose records are lost.
-func LayersAt(target string) (layers []digest.Digest) {
-	mounts, _ := mountinfo.GetMounts(mountinfo.SingleEntryFilter(target))
+// layersOf gives the layers of the overlay mounts that filter selects, as far as
+// these tell. Where one does not, or the mounts cannot be read, all is false.
+func layersOf(filter mountinfo.FilterFunc) (layers []digest.Digest, all bool) {
+	mounts, err := mountinfo.GetMounts(filter)
+	all = err == nil
 	for _, m := range mounts {
+		all = all && !nameless.MatchString(m.VFSOptions)
 		for _, l := range layerInOptions.FindAllStringSubmatch(m.VFSOptions, -1) {
 			layers = append(layers, digest.NewDigestFromEncoded(digest.Algorithm(l[1]), l[2]))
 		}
 	}
+	return layers, all
+}
+
+// LayersAt are the layers of the root file system that is mounted at target, as
+// far as its mount tells. It is for a container whose records are lost.
+func LayersAt(target string) []digest.Digest {
+	layers, _ := layersOf(mountinfo.SingleEntryFilter(target))
 	return layers
 }
 
-// layersInUse finds the layers that something mounted has among its lower
-// directories, and tells for each, by its digest without the algorithm. Where it
-// cannot find out, all are.
-func layersInUse() func(hex string) bool {
-	used := map[string]bool{}
-	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("overlay"))
-	if err != nil {
-		return func(string) bool { return true }
+// usedLayers gives a function that says whether something mounted may have a
+// layer, by its digest without the algorithm, among its lower directories.
+func usedLayers() func(hex string) bool {
+	layers, all := layersOf(mountinfo.FSTypeFilter("overlay"))
+	return func(hex string) bool {
+		return !all || slices.ContainsFunc(layers, func(d digest.Digest) bool { return d.Encoded() == hex })
 	}
-	for _, m := range mounts {
-		if nameless.MatchString(m.VFSOptions) {
-			return func(string) bool { return true }
-		}
-		for _, l := range layerInOptions.FindAllStringSubmatch(m.VFSOptions, -1) {
-			used[l[2]] = true
-		}
-	}
-	return func(hex string) bool { return used[hex] }
 }
 
-func (s *Store) load(used func() func(string) bool) error {
+// load reads the records of all layers. A damaged layer goes, and so does what is
+// in tmp, but for layers that a container runs on: these stay in tmp until that is
+// gone, and another is unpacked for those that come, which may be damaged as well.
+func (s *Store) load() error {
+	if err := s.makeDirs(); err != nil {
+		return err
+	}
+	used := sync.OnceValue(usedLayers)
+	garbage, err := os.ReadDir(filepath.Join(s.dir, tmpName))
+	if err != nil {
+		return err
+	}
+	for _, e := range garbage {
+		if hex, _, _ := strings.Cut(e.Name(), "-"); !used()(hex) {
+			s.deleteLater(filepath.Join(s.dir, tmpName, e.Name()))
+		}
+	}
 	algorithms, err := os.ReadDir(s.dir)
 	if err != nil {
 		return err
@@ -223,36 +212,41 @@ func (s *Store) load(used func() func(string) bool) error {
 			return err
 		}
 		for _, e := range layers {
-			s.loadLayer(digest.NewDigestFromEncoded(digest.Algorithm(a.Name()), e.Name()), used)
+			d := digest.NewDigestFromEncoded(digest.Algorithm(a.Name()), e.Name())
+			err := s.loadLayer(d)
+			if err == nil {
+				continue
+			}
+			s.log.Warn("layer removed, it has to be unpacked again", "layer", d, "error", err)
+			trash, err := s.setAside(s.layerDir(d))
+			if err != nil {
+				s.log.Error("cannot remove a layer", "layer", d, "error", err)
+			} else if !used()(d.Encoded()) {
+				s.deleteLater(trash)
+			}
 		}
 	}
 	return nil
 }
 
-func (s *Store) loadLayer(d digest.Digest, used func() func(string) bool) {
+// loadLayer says why a layer cannot be used.
+func (s *Store) loadLayer(d digest.Digest) error {
 	var r layerRecord
 	dir := s.layerDir(d)
-	err := record.Read(filepath.Join(dir, recordName), &r)
-	if err == nil && r.DiffID != d {
-		err = fmt.Errorf("the record is about %s", r.DiffID)
-	}
-	if err == nil && !s.intact(&r) {
-		err = errors.New("it has no files")
+	if err := record.Read(filepath.Join(dir, recordName), &r); err != nil {
+		return err
 	}
 	_, notSynced := os.Lstat(filepath.Join(dir, syncedName))
-	if err == nil && notSynced != nil && r.BootID != rundir.BootID() {
-		err = errors.New("the machine went down before it was on the disk")
+	switch {
+	case r.DiffID != d:
+		return fmt.Errorf("the record is about %s", r.DiffID)
+	case !s.onDisk(&r):
+		return errors.New("it has no files")
+	case notSynced != nil && r.BootID != rundir.BootID():
+		return errors.New("the machine went down before it was on the disk")
 	}
-	if err != nil {
-		s.log.Warn("layer removed, it has to be unpacked again", "layer", d, "error", err)
-		kept := fmt.Sprint(usedPrefix, d.Encoded(), "-", time.Now().UnixNano())
-		if used()(d.Encoded()) && os.Rename(dir, filepath.Join(s.dir, tmpName, kept)) == nil {
-			return
-		}
-		s.discard(dir)
-		return
-	}
-	s.note(&r, notSynced == nil)
+	s.noteLocked(&r, notSynced == nil) // nobody else has the store yet
+	return nil
 }
 
 // Close waits for the work in the background: syncs and deletions. What it
@@ -262,7 +256,6 @@ func (s *Store) Close() error {
 	if !s.closed {
 		s.closed = true
 		close(s.wake)
-		close(s.closing)
 	}
 	s.mu.Unlock()
 	s.background.Wait()
@@ -273,28 +266,39 @@ func (s *Store) layerDir(d digest.Digest) string {
 	return filepath.Join(s.dir, d.Algorithm().String(), d.Encoded())
 }
 
-// Has says whether the layer is unpacked.
-func (s *Store) Has(diffID digest.Digest) bool {
+// get gives the record of a layer, nil if it is not unpacked.
+func (s *Store) get(diffID digest.Digest) *layerRecord {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.has(diffID)
+	return s.layers[diffID]
 }
 
-// has looks also at the disk, from where a person may have removed the layer.
-// mu is held.
-func (s *Store) has(diffID digest.Digest) bool {
-	r, ok := s.layers[diffID]
-	if ok && !s.intact(r) {
-		s.log.Error("layer is gone, it has to be unpacked again", "layer", diffID)
-		s.discard(s.layerDir(diffID)) // what is left of it
-		s.forget(r)
-		ok = false
+// Has says whether the layer is unpacked, and still on the disk, from where a
+// person may have removed it. What is left of such a layer is removed.
+func (s *Store) Has(diffID digest.Digest) bool {
+	r := s.get(diffID)
+	if r == nil || s.onDisk(r) {
+		return r != nil
 	}
-	return ok
+	release, _ := s.hold(context.Background(), diffID)
+	defer release()
+	return s.hasHeld(diffID)
 }
 
-// intact says whether a layer has files, if it has to; not whether it has all.
-func (s *Store) intact(r *layerRecord) bool {
+// hasHeld is Has for the holder of the layer.
+func (s *Store) hasHeld(diffID digest.Digest) bool {
+	r := s.get(diffID)
+	if r == nil || s.onDisk(r) {
+		return r != nil
+	}
+	s.log.Error("layer is gone, it has to be unpacked again", "layer", diffID)
+	s.discard(s.layerDir(diffID)) // what is left of it
+	s.forget(r)
+	return false
+}
+
+// onDisk says whether a layer has files, if it has to; not whether it has all.
+func (s *Store) onDisk(r *layerRecord) bool {
 	f, err := os.OpenFile(filepath.Join(s.layerDir(r.DiffID), diffName), unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		// Nothing is known of a layer when this process or machine is short of
@@ -309,9 +313,9 @@ func (s *Store) intact(r *layerRecord) bool {
 	return err == nil
 }
 
-// note puts a layer on the books. mu is held, or the caller is Open.
-func (s *Store) note(r *layerRecord, synced bool) {
-	r.abridge()
+// noteLocked puts a layer on the books.
+func (s *Store) noteLocked(r *layerRecord, synced bool) {
+	r.implies, r.Implied = len(r.Implied) > 0, nil
 	s.layers[r.DiffID] = r
 	s.usage.Bytes += r.Bytes
 	s.usage.Inodes += r.Inodes
@@ -320,85 +324,94 @@ func (s *Store) note(r *layerRecord, synced bool) {
 	}
 }
 
-// forget takes a layer off the books. mu is held.
+// forget takes a layer off the books.
 func (s *Store) forget(r *layerRecord) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	delete(s.layers, r.DiffID)
 	s.usage.Bytes -= r.Bytes
 	s.usage.Inodes -= r.Inodes
 }
 
-// List gives all unpacked layers, sorted.
+// List gives all unpacked layers, sorted, from memory.
 func (s *Store) List() []digest.Digest {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	l := make([]digest.Digest, 0, len(s.layers))
-	for d := range s.layers {
-		l = append(l, d)
-	}
-	slices.Sort(l)
-	return l
+	return slices.Sorted(maps.Keys(s.layers))
 }
 
-// Count is how many layers are unpacked.
+// Count is how many layers are unpacked, from memory.
 func (s *Store) Count() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return len(s.layers)
 }
 
-// Usage is cheap: it is kept up to date, not computed.
+// Usage is kept up to date in memory, not computed.
 func (s *Store) Usage() Usage {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.usage
 }
 
+// hold waits until nobody else changes the directory of a layer. It fails only
+// if ctx ends first.
+func (s *Store) hold(ctx context.Context, diffID digest.Digest) (release func(), err error) {
+	for {
+		s.mu.Lock()
+		other, busy := s.held[diffID]
+		if !busy {
+			break // locked
+		}
+		s.mu.Unlock()
+		select {
+		case <-other:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	defer s.mu.Unlock()
+	done := make(chan struct{})
+	s.held[diffID] = done
+	return func() {
+		s.mu.Lock()
+		delete(s.held, diffID)
+		s.mu.Unlock()
+		close(done)
+	}, nil
+}
+
 // Apply unpacks a layer from its uncompressed tar stream, reading it to its
-// end. Concurrent calls for the same layer share one; a layer that is there
-// already is no error, and its stream is not read. Reads from the stream must
-// end when ctx does.
+// end. Concurrent calls for the same layer share one, unless that fails: it may
+// be for reasons of its own. A layer that is there already is no error, and its
+// stream is not read. Reads from the stream must end when ctx does.
 func (s *Store) Apply(ctx context.Context, diffID digest.Digest, stream io.Reader) error {
 	if err := diffID.Validate(); err != nil {
 		return fmt.Errorf("cannot unpack layer %q: %w: %w", diffID, ErrBadLayer, err)
 	}
-	for {
-		s.mu.Lock()
-		have := s.has(diffID)
-		other := s.flights[diffID]
-		if !have && other == nil {
-			break // locked
-		}
-		s.mu.Unlock()
-		if have {
-			return nil
-		}
-		select {
-		case <-other:
-			// If the other one failed, it may be for reasons of its own, such
-			// as its stream; this call has one too.
-		case <-ctx.Done():
-			return fmt.Errorf("cannot unpack layer %s: %w", diffID, ctx.Err())
-		}
-	}
-	if s.closed {
-		s.mu.Unlock()
-		return fmt.Errorf("cannot unpack layer %s: the store is closed", diffID)
-	}
-	done := make(chan struct{})
-	s.flights[diffID] = done
-	s.mu.Unlock()
-
-	r, err := s.unpack(ctx, diffID, stream)
-
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	delete(s.flights, diffID)
-	close(done)
-	if err != nil {
+	if err := s.apply(ctx, diffID, stream); err != nil {
 		return fmt.Errorf("cannot unpack layer %s: %w", diffID, err)
 	}
-	s.note(&r, false)
-	s.kick()
+	return nil
+}
+
+func (s *Store) apply(ctx context.Context, diffID digest.Digest, stream io.Reader) error {
+	release, err := s.hold(ctx, diffID)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if s.hasHeld(diffID) {
+		return nil
+	}
+	r, err := s.unpack(ctx, diffID, stream)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.noteLocked(&r, false)
+	s.kickLocked()
 	return nil
 }
 
@@ -450,10 +463,13 @@ func (s *Store) unpack(ctx context.Context, diffID digest.Digest, stream io.Read
 // Remove removes a layer; one that is not there is no error. The caller knows
 // that no mount uses it. The space is freed in the background.
 func (s *Store) Remove(diffID digest.Digest) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	r, ok := s.layers[diffID]
-	if !ok {
+	if s.get(diffID) == nil {
+		return nil
+	}
+	release, _ := s.hold(context.Background(), diffID)
+	defer release()
+	r := s.get(diffID)
+	if r == nil {
 		return nil
 	}
 	if err := s.discard(s.layerDir(diffID)); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -465,36 +481,32 @@ func (s *Store) Remove(diffID digest.Digest) error {
 
 // discard takes a layer's directory away at once and deletes it later.
 func (s *Store) discard(dir string) error {
-	// By its own name and a number: a rename works on a full disk too, where
-	// making a directory does not.
-	tmp := filepath.Join(s.dir, tmpName, fmt.Sprintf("remove-%s-%d-%d", filepath.Base(dir), time.Now().UnixNano(), s.discarded.Add(1)))
-	if err := os.Rename(dir, tmp); err != nil {
-		return err
+	trash, err := s.setAside(dir)
+	if err == nil {
+		s.deleteLater(trash)
 	}
-	s.deleteLater(tmp)
-	return nil
+	return err
 }
 
+// setAside moves a layer's directory into tmp and gives its path there. A rename
+// works on a full disk too, where making a directory does not.
+func (s *Store) setAside(dir string) (string, error) {
+	name := fmt.Sprintf("%s-%d-%d", filepath.Base(dir), time.Now().UnixNano(), s.discarded.Add(1))
+	trash := filepath.Join(s.dir, tmpName, name)
+	return trash, os.Rename(dir, trash)
+}
+
+// deleteLater deletes what is in tmp. What remains is for the next Open.
 func (s *Store) deleteLater(path string) {
 	s.background.Go(func() {
-		const first, longest = 100 * time.Millisecond, 10 * time.Minute
-		for wait := first; ; wait = min(2*wait, longest) {
-			err := os.RemoveAll(path)
-			if err == nil {
-				return
-			}
-			s.log.Warn("cannot delete, trying again", "path", path, "in", wait, "error", err)
-			select {
-			case <-time.After(wait):
-			case <-s.closing:
-				return // the next Open tries again
-			}
+		if err := os.RemoveAll(path); err != nil {
+			s.log.Warn("cannot delete, the next start tries again", "path", path, "error", err)
 		}
 	})
 }
 
-// kick wakes the syncer. The caller holds mu, or is Open.
-func (s *Store) kick() {
+// kickLocked wakes the syncer.
+func (s *Store) kickLocked() {
 	if s.closed {
 		return
 	}
@@ -536,11 +548,11 @@ func (s *Store) syncer(dir *os.File) {
 // meanwhile is another.
 func (s *Store) mark(todo []*layerRecord) (err error) {
 	for _, r := range todo {
-		s.mu.Lock()
-		if s.layers[r.DiffID] == r { // under the lock: Remove may not take it away in between
+		release, _ := s.hold(context.Background(), r.DiffID) // Remove may not take it away in between
+		if s.get(r.DiffID) == r {
 			err = cmp.Or(err, os.WriteFile(filepath.Join(s.layerDir(r.DiffID), syncedName), nil, 0o600))
 		}
-		s.mu.Unlock()
+		release()
 	}
 	return err
 }

@@ -51,6 +51,7 @@ var allowed = map[string][]string{
 	"shim/stdio":   {module + "pty", module + "shim/logfile", "golang.org/x/sys/unix"},
 	"shim/logfile": {"golang.org/x/sys/unix"},
 
+	"daemon/beneath": {"golang.org/x/sys/unix"},
 	"daemon/metrics": {module + "proto/...", "github.com/prometheus/client_golang/prometheus", "github.com/prometheus/client_golang/prometheus/collectors"},
 
 	"cmd/holdfast-pause": {},
@@ -104,7 +105,7 @@ var ofTheModule = map[string][]string{
 	"daemon/*": {
 		module + "proto", module + "proto/client", module + "proto/kind", module + "proto/record", module + "proto/rundir",
 		module + "runc", module + "runc/cgroup", module + "reaper/pidfd", module + "reaper/group",
-		module + "daemon/records", module + "daemon/dirs",
+		module + "daemon/beneath", module + "daemon/dirs", module + "daemon/records",
 	},
 }
 
