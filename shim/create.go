@@ -234,7 +234,13 @@ func (m *making) make(ctx context.Context) (err error) {
 			return logError(err)
 		}
 	}
-	m.c.stdio = stdio.New(m.c.log)
+	if m.c.memory, err = stdio.NewMemory(); err != nil {
+		return err
+	}
+	if m.c.log != nil {
+		m.c.log.KeepIn(m.c.memory.Log())
+	}
+	m.c.stdio = stdio.New(m.c.log, m.c.memory)
 	m.release = t.reaper.Hold()
 	if err := m.run(ctx); err != nil {
 		return err
@@ -279,8 +285,9 @@ func (m *making) run(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("cannot make stdin of %s: %w", id, err)
 		}
-		o.Stdin, m.c.stdin = r, w
+		o.Stdin = r
 		child = append(child, r)
+		m.c.stdio.SetInput(w, false, m.launch.StdinOnce, t.inputClosed)
 	}
 	for stream, file := range map[logfile.Stream]**os.File{logfile.Stdout: &o.Stdout, logfile.Stderr: &o.Stderr} {
 		r, w, err := os.Pipe()
@@ -336,6 +343,14 @@ func (m *making) runWithTerminal(ctx context.Context, o runc.CreateOptions) erro
 	if m.c.console, err = pty.Dup(r.master); err != nil {
 		r.master.Close()
 		return err
+	}
+	if m.launch.Stdin {
+		input, err := pty.Dup(r.master)
+		if err != nil {
+			r.master.Close()
+			return err
+		}
+		m.c.stdio.SetInput(input, true, m.launch.StdinOnce, m.task.inputClosed)
 	}
 	m.c.stdio.Add(logfile.Stdout, r.master)
 	return nil
@@ -415,12 +430,13 @@ func (c *container) close() {
 	if c.oom != nil {
 		c.oom.close()
 	}
-	for _, f := range []*os.File{c.stdin, c.console} {
-		if f != nil {
-			f.Close()
-		}
+	if c.console != nil {
+		c.console.Close()
 	}
 	if c.log != nil {
 		c.log.Close()
+	}
+	if c.memory != nil {
+		c.memory.Close()
 	}
 }

@@ -81,8 +81,8 @@ type container struct {
 	durableExit *rundir.ExitFile // nil without a durable directory
 
 	log     *logfile.File // nil: the output is dropped
-	stdio   *stdio.Stdio
-	stdin   *os.File // write end; nil without stdin, and with a terminal
+	stdio   *stdio.Hub
+	memory  *stdio.Memory
 	console *os.File // a second master of the terminal, for its size
 
 	life context.Context // of execs; gone ends it
@@ -381,6 +381,13 @@ func (t *task) Resize(width, height uint16) error {
 		return kind.Errorf(kind.State, "the container has no terminal")
 	}
 	return pty.Resize(c.console, width, height)
+}
+
+// inputClosed notes that the container gets no more input.
+func (t *task) inputClosed() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.update(pb.EventType_EVENT_TYPE_UNSPECIFIED, func(s *rundir.Status) { s.InputClosed = true })
 }
 
 // ReopenLog opens the log anew.

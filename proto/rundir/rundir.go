@@ -128,6 +128,9 @@ type Status struct {
 	// "" is cgroup v2. They outlive the shim: whoever buries a dead one kills by them.
 	Cgroups map[string]string `json:"cgroups,omitempty"`
 	Seq     uint64            `json:"seq"` // of the last event
+	// InputClosed says that the first client with input has left, and that no other
+	// one can give any (Launch.StdinOnce).
+	InputClosed bool `json:"inputClosed,omitempty"`
 	// Error is why create failed; the phase is exited then.
 	Error string `json:"error,omitempty"`
 }

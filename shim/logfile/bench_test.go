@@ -17,7 +17,7 @@ func BenchmarkFormat(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			f := &File{fd: fd}
+			f := Resume("", "", fd, new(State))
 			defer f.Close()
 			line := append(bytes.Repeat([]byte("x"), length-1), '\n')
 			data := bytes.Repeat(line, 1+64<<10/length)[:64<<10]
@@ -36,7 +36,7 @@ func BenchmarkOneLine(b *testing.B) {
 	if err != nil {
 		b.Fatal(err)
 	}
-	f := &File{fd: fd}
+	f := Resume("", "", fd, new(State))
 	defer f.Close()
 	line := append(bytes.Repeat([]byte("x"), 79), '\n')
 	b.ReportAllocs()

@@ -6,7 +6,7 @@
 // with F for a line that ends here and P for one that goes on in the next record
 // of the same stream. The text is the container's bytes, unchanged.
 //
-// Who reads a log takes away the newline behind a P and keeps the one behind an
+// A reader of the log takes away the newline behind a P and keeps the one behind an
 // F. So the records of a stream put together are exactly its bytes, and output
 // that ends without a newline is a P. Some readers wait for the F that belongs
 // to a P; the kubelet doesn't, and an F would add a newline that never was.
@@ -21,7 +21,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"slices"
 	"sync"
 	"time"
 
@@ -50,13 +49,11 @@ type File struct {
 	used int    // the most of out that was in use since the last Trim
 	// Of the records in out.
 	outRecords, outPartials int
-	// open says that the stream's last record in the file is a P.
-	open [streams]bool
-	loss loss
+	// state is guarded by mu. Its counters are changed under countersMu, too.
+	state *State
 
 	// countersMu is never held during a call to the kernel.
 	countersMu          sync.Mutex
-	counters            Counters
 	writeErr, reopenErr error
 }
 
@@ -76,7 +73,35 @@ func Open(directory, path string) (*File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &File{directory: directory, path: path, fd: o.fd}, nil
+	return Resume(directory, path, o.fd, new(State)), nil
+}
+
+// Resume goes on with a log that is open already, for appending, and of which
+// state is remembered. It owns fd.
+func Resume(directory, path string, fd int, state *State) *File {
+	return &File{directory: directory, path: path, fd: fd, state: state}
+}
+
+// KeepIn makes the File remember in s, which it overwrites, from now on. s has to
+// stay in place until the File is closed.
+func (f *File) KeepIn(s *State) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.countersMu.Lock()
+	defer f.countersMu.Unlock()
+	*s = *f.state
+	f.state = s
+}
+
+// Dup gives a second descriptor of the file that is in use, for Resume.
+func (f *File) Dup() (int, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	fd, err := unix.FcntlInt(uintptr(f.fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("cannot duplicate the log %s below %s: %w", f.path, f.directory, err)
+	}
+	return fd, nil
 }
 
 // Reopen opens the path anew and gives the new file's inode. Records go there
@@ -92,7 +117,8 @@ func (f *File) Reopen() (inode uint64, err error) {
 	return inode, err
 }
 
-// reopen does it. The caller holds reopening, so that Close doesn't come between.
+// reopen does the work of Reopen. The caller holds reopening, so that Close does
+// not come between.
 func (f *File) reopen() (inode uint64, err error) {
 	f.mu.Lock()
 	closed := f.fd < 0
@@ -105,8 +131,8 @@ func (f *File) reopen() (inode uint64, err error) {
 		return 0, err
 	}
 	f.mu.Lock()
-	f.complete()
-	f.loss.pending = nil // of the old file, and no more to be helped
+	f.completeLocked()
+	f.state.loss.torn.n = 0 // of the old file, which is out of reach now
 	old := f.fd
 	f.fd = o.fd
 	f.mu.Unlock()
@@ -118,7 +144,7 @@ func (f *File) reopen() (inode uint64, err error) {
 func (f *File) Counters() Counters {
 	f.countersMu.Lock()
 	defer f.countersMu.Unlock()
-	c := f.counters
+	c := Counters{Bytes: f.state.bytes, Lines: f.state.lines, DroppedBytes: f.state.droppedBytes}
 	if err := errors.Join(f.writeErr, f.reopenErr); err != nil {
 		c.Err = err.Error()
 	}
@@ -134,7 +160,7 @@ func (f *File) Close() error {
 	if f.fd < 0 {
 		return os.ErrClosed
 	}
-	f.mend(time.Now())
+	f.mendLocked(time.Now())
 	err := unix.Close(f.fd)
 	f.fd = -1
 	if f.out != nil {
@@ -148,7 +174,7 @@ func (f *File) Close() error {
 }
 
 // Append writes the lines in data, all with one time, and says how many bytes it
-// took. The rest is the begin of a line: at most MaxLine bytes, to be given again
+// took. The rest is the beginning of a line: at most MaxLine bytes, to be given again
 // in front of what follows. With end nothing follows, and there is no rest.
 //
 // Append never fails: see Counters.
@@ -177,12 +203,12 @@ func (f *File) Append(s Stream, at time.Time, data []byte, end bool) (taken int)
 		case end && len(rest) > 0:
 			h = &partialHeader
 		default:
-			f.flush(s, at)
+			f.flushLocked(s, at)
 			return taken
 		}
 		n := headerLen + len(text) + len("\n")
 		if n > cap(f.out)-len(f.out) {
-			f.flush(s, at)
+			f.flushLocked(s, at)
 		}
 		f.out = f.out[:len(f.out)+n]
 		r := f.out[len(f.out)-n:]
@@ -217,9 +243,8 @@ func (f *File) Trim() {
 	}
 }
 
-// flush empties out: into the file, or into the count of what was dropped. The
-// caller holds mu.
-func (f *File) flush(s Stream, at time.Time) {
+// flushLocked empties out: into the file, or into the count of what was dropped.
+func (f *File) flushLocked(s Stream, at time.Time) {
 	b, records, partials := f.out, f.outRecords, f.outPartials
 	if len(b) == 0 {
 		return
@@ -228,31 +253,31 @@ func (f *File) flush(s Stream, at time.Time) {
 	f.used = max(f.used, len(b))
 	total := outputLen(b, records, partials)
 
-	n, err := 0, f.mend(at)
+	n, err := 0, f.mendLocked(at)
 	if err == nil {
 		n, err = f.write(b)
 	}
 	if err == nil {
-		f.open[s] = partials > 0 && endsPartial(b)
+		f.state.open[s] = partials > 0 && endsPartial(b)
 		f.count(records, total, 0, nil)
 		return
 	}
 	keep := bytes.LastIndexByte(b[:n], '\n') + 1
-	f.cut(b, keep, n)
+	f.cutLocked(b, keep, n)
 	records, written := 0, 0
 	for r := range bytes.Lines(b[:keep]) {
 		p := 0
 		if r[tagAt] == partial {
 			p = 1
 		}
-		f.open[s] = p > 0
+		f.state.open[s] = p > 0
 		records++
 		written += outputLen(r, 1, p)
 	}
-	if len(f.loss.pending) > 0 && n > keep {
-		f.open[s] = b[keep+tagAt] == partial
+	if f.state.loss.torn.n > 0 && n > keep {
+		f.state.open[s] = b[keep+tagAt] == partial
 	}
-	f.loss.add(s, total-written, err)
+	f.state.loss.add(s, total-written, err)
 	f.count(records, written, total-written, f.failed(err))
 }
 
@@ -264,9 +289,9 @@ func endsPartial(b []byte) bool {
 func (f *File) count(records, written, dropped int, err error) {
 	f.countersMu.Lock()
 	defer f.countersMu.Unlock()
-	f.counters.Lines += uint64(records)
-	f.counters.Bytes += uint64(written)
-	f.counters.DroppedBytes += uint64(dropped)
+	f.state.lines += uint64(records)
+	f.state.bytes += uint64(written)
+	f.state.droppedBytes += uint64(dropped)
 	f.writeErr = err
 }
 
@@ -290,25 +315,9 @@ func (f *File) failed(err error) error {
 	return fmt.Errorf("cannot write the log %s below %s: %w", f.path, f.directory, err)
 }
 
-// loss is what went wrong since the log was last in order. The zero loss is none.
-type loss struct {
-	bytes   uint64        // of output, dropped
-	of      [streams]bool // whose
-	cause   error         // the first
-	pending []byte        // completes a torn record at the end of the file
-}
-
-func (l *loss) add(s Stream, n int, cause error) {
-	l.bytes += uint64(n)
-	l.of[s] = true
-	if l.cause == nil {
-		l.cause = cause
-	}
-}
-
-// cut takes b[keep:n] back from the end of the file. Where that can't be done,
-// it leaves a note of what makes whole records of it. The caller holds mu.
-func (f *File) cut(b []byte, keep, n int) {
+// cutLocked takes b[keep:n] back from the end of the file. Where that can't be done,
+// it leaves a note of what makes whole records of it.
+func (f *File) cutLocked(b []byte, keep, n int) {
 	if keep == n {
 		return
 	}
@@ -318,27 +327,28 @@ func (f *File) cut(b []byte, keep, n int) {
 	if err == nil && size >= 0 && unix.Ftruncate(f.fd, size) == nil {
 		return
 	}
-	begin := bytes.LastIndexByte(b[:n], '\n') + 1
-	if begin < n {
+	record := bytes.LastIndexByte(b[:n], '\n') + 1
+	if record < n {
 		// At least the header, so that the record can be read.
-		f.loss.pending = append(slices.Clone(b[n:max(n, begin+headerLen)]), '\n')
+		f.state.loss.torn.set(string(b[n:max(n, record+headerLen)]) + "\n")
 	}
 }
 
-// complete ends a torn record. The caller holds mu.
-func (f *File) complete() error {
-	n, err := f.write(f.loss.pending)
-	f.loss.pending = f.loss.pending[n:]
+// completeLocked ends a torn record.
+func (f *File) completeLocked() error {
+	torn := &f.state.loss.torn
+	n, err := f.write(torn.bytes())
+	torn.set(string(torn.bytes()[n:]))
 	return err
 }
 
-// mend brings the log in order after a loss, if there was one: it ends the lines
-// that lost their rest, and says how much is missing. The caller holds mu.
-func (f *File) mend(at time.Time) error {
-	if f.loss.bytes == 0 {
+// mendLocked brings the log in order after a loss, if there was one: it ends the lines
+// that lost their rest, and says how much is missing.
+func (f *File) mendLocked(at time.Time) error {
+	if f.state.loss.bytes == 0 {
 		return nil
 	}
-	if err := f.complete(); err != nil {
+	if err := f.completeLocked(); err != nil {
 		return err
 	}
 	var b []byte
@@ -346,22 +356,22 @@ func (f *File) mend(at time.Time) error {
 		h := header(at, s, full)
 		b = append(append(append(b, h[:]...), text...), '\n')
 	}
-	ends := f.loss.of
+	ends := f.state.loss.of
 	ends[Stderr] = true // or the line below would become part of it
 	for s := range streams {
-		if f.open[s] && ends[s] {
+		if f.state.open[s] && ends[s] {
 			add(s, "")
 		}
 	}
-	add(Stderr, fmt.Sprintf("holdfast: %d bytes of output are missing here: %v", f.loss.bytes, f.loss.cause))
+	add(Stderr, fmt.Sprintf("holdfast: %d bytes of output are missing here: %s", f.state.loss.bytes, f.state.loss.cause.bytes()))
 	if n, err := f.write(b); err != nil {
-		f.cut(b, 0, n)
+		f.cutLocked(b, 0, n)
 		return err
 	}
 	for s := range streams {
-		f.open[s] = f.open[s] && !ends[s]
+		f.state.open[s] = f.state.open[s] && !ends[s]
 	}
-	f.loss = loss{}
+	f.state.loss = loss{}
 	f.count(0, 0, 0, nil)
 	return nil
 }

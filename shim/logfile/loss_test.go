@@ -216,7 +216,7 @@ func TestTornRecordIsCompleted(t *testing.T) {
 	for seed := range uint64(60) {
 		p := fullable(t)
 		random := rand.New(rand.NewPCG(seed, 3))
-		f := &File{directory: "a", path: "pipe", fd: p[1]}
+		f := Resume("a", "pipe", p[1], new(State))
 		var log []byte
 		drain := func(size int) {
 			b := make([]byte, size)
@@ -283,7 +283,7 @@ func TestReopenAfterATornRecord(t *testing.T) {
 		if err := os.WriteFile(dir+"/0.log", nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		f := &File{directory: dir, path: "0.log", fd: p[1]}
+		f := Resume(dir, "0.log", p[1], new(State))
 		for f.Counters().DroppedBytes == 0 {
 			f.Append(Stdout, time.Now(), []byte(strings.Repeat("x", 9999)+"\n"), false)
 		}
@@ -316,7 +316,7 @@ func TestCountersDuringAWriteThatHangs(t *testing.T) {
 	if err := unix.SetNonblock(p[1], false); err != nil {
 		t.Fatal(err)
 	}
-	f := &File{directory: "a", path: "pipe", fd: p[1]}
+	f := Resume("a", "pipe", p[1], new(State))
 	appended := make(chan struct{})
 	go func() {
 		defer close(appended)

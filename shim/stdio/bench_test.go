@@ -85,8 +85,13 @@ func BenchmarkCopy(b *testing.B) {
 			b.Fatal(err)
 		}
 		defer log.Close()
+		memory, err := NewMemory() // as a shim has it
+		if err != nil {
+			b.Fatal(err)
+		}
+		defer memory.Close()
 		before := usage()
-		s := New(log)
+		s := New(log, memory)
 		s.Add(logfile.Stdout, r)
 		<-s.Drained()
 		after := usage()

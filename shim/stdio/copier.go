@@ -2,7 +2,6 @@ package stdio
 
 import (
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
 	"os"
@@ -16,7 +15,6 @@ import (
 )
 
 const (
-	bufferSize = 64 << 10
 	// A busy pipe is made this large, so that its writer can go on while the disk
 	// is slow. Not every pipe: there is a limit per user (pipe-user-pages-soft in
 	// pipe(7)), beyond which the pipes that unprivileged processes of that user
@@ -24,26 +22,27 @@ const (
 	largePipe = 1 << 20
 	// What a busy time took is given back when nothing was written for idleAfter.
 	idleAfter = time.Second
-	// trimSize is how much of the buffer stays in memory then.
+	// trimSize is how much may be in use without being given back.
 	trimSize = 4 << 10
 )
 
-// copier takes one output to the log. All fields but stopping are of the
-// goroutine of run.
+// copier takes one output to the log and to the clients. All fields but ending are
+// of the goroutine of run.
 type copier struct {
-	log      *logfile.File
-	stream   logfile.Stream
-	r        *os.File // closed by run
-	stopping atomic.Bool
+	log     *logfile.File // nil: there is none
+	clients *clients
+	stream  logfile.Stream
+	r       *os.File     // closed by run
+	ending  atomic.Int32 // an ending
+	part    *part        // freed by run
 
-	raw    syscall.RawConn
-	buffer []byte
-	held   int // bytes at the begin of buffer: a line that has no end yet
-	n      int // what the last read gave
-	err    error
+	raw  syscall.RawConn
+	held int // bytes at the beginning of part: a line that has no end yet
+	n    int // what the last read gave
+	err  error
 
 	// Taken by a busy time, given back by trim.
-	used  int // the most of buffer that was in use
+	used  int // the most of part that was in use
 	small int // the size of the pipe before it was made larger, 0 if it wasn't
 
 	armed bool // the deadline that notices an idle time is set
@@ -72,43 +71,56 @@ func pollable(r *os.File) *os.File {
 	return os.NewFile(uintptr(fd), r.Name())
 }
 
-// stop makes run end soon. It may be called from any goroutine.
-func (c *copier) stop() {
-	c.stopping.Store(true)
+// ending says how run ends before its output does.
+type ending int32
+
+const (
+	goOn  ending = iota
+	stop         // take what is there to the log
+	leave        // leave all as it is, for another process
+)
+
+// end makes run end soon. It may be called from any goroutine.
+func (c *copier) end(how ending) {
+	c.ending.Store(int32(how))
 	c.r.SetReadDeadline(time.Unix(1, 0)) // after the flag: see deadline
 }
 
-// deadline sets or clears the deadline for the next reads. One that stop has set
-// is not lost: either the flag is seen here, or stop's deadline comes later.
+// deadline sets or clears the deadline for the next reads. One that end has set
+// is not lost: either the flag is seen here, or the deadline of end comes later.
 func (c *copier) deadline(t time.Time) error {
 	c.r.SetReadDeadline(t)
 	c.armed = !t.IsZero()
-	if c.stopping.Load() {
+	return c.stopped()
+}
+
+var errStopped = errors.New("stopped")
+
+func (c *copier) stopped() error {
+	if c.ending.Load() != int32(goOn) {
 		return errStopped
 	}
 	return nil
 }
 
-var errStopped = errors.New("stopped")
-
-// run copies until the end of the output, or until stop.
+// run copies until the end of the output, or until end.
 func (c *copier) run() {
 	defer c.r.Close()
+	defer c.part.free()
 	var err error
 	if c.raw, err = c.r.SyscallConn(); err != nil {
 		c.report(err)
 		return
 	}
-	c.buffer, err = unix.Mmap(-1, 0, bufferSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
-	if err != nil {
-		panic(fmt.Sprintf("cannot map %d bytes: %v", bufferSize, err)) // as the heap does
-	}
-	defer unix.Munmap(c.buffer)
+	c.held = min(int(c.part.held.Load()), logfile.MaxLine)
 	try := func(fd uintptr) bool { c.read(int(fd)); return true }
 	wait := func(fd uintptr) bool { c.read(int(fd)); return c.err != unix.EAGAIN }
 
 	for err == nil {
 		err = c.next(try, wait)
+	}
+	if c.ending.Load() == int32(leave) && err == errStopped {
+		return
 	}
 	if err == errStopped {
 		err = c.rest(try)
@@ -127,7 +139,7 @@ func (c *copier) report(err error) {
 func (c *copier) read(fd int) {
 	c.n, c.err = 0, unix.EINTR
 	for c.err == unix.EINTR {
-		c.n, c.err = unix.Read(fd, c.buffer[c.held:])
+		c.n, c.err = unix.Read(fd, c.part.data[c.held:])
 	}
 	switch {
 	case c.err == unix.EIO: // no process has the terminal open any more
@@ -136,15 +148,15 @@ func (c *copier) read(fd int) {
 		c.n = 0
 	case c.n == 0:
 		c.err = io.EOF
-	case c.n == len(c.buffer)-c.held && c.small == 0:
+	case c.n == len(c.part.data)-c.held && c.small == 0:
 		c.enlarge(fd)
 	}
 }
 
 // next waits for output and passes on what one read gives.
 func (c *copier) next(try, wait func(uintptr) bool) error {
-	if c.stopping.Load() {
-		return errStopped
+	if err := c.stopped(); err != nil {
+		return err
 	}
 	err := c.raw.Read(try)
 	if err == nil && c.err == unix.EAGAIN {
@@ -197,17 +209,20 @@ func (c *copier) rest(try func(uintptr) bool) error {
 	return io.EOF
 }
 
-// pass gives what was held and read to the log, which leaves the begin of a line
-// to be held, unless this is the end.
+// pass gives what was read to the clients, and with what was held to the log, which
+// leaves the beginning of a line to be held, unless this is the end.
 func (c *copier) pass(end bool) {
-	data := c.buffer[:c.held+c.n]
+	data := c.part.data[:c.held+c.n]
+	c.clients.push(c.stream, data[c.held:])
 	c.n = 0
 	c.used = max(c.used, len(data))
 	taken := len(data)
 	if c.log != nil {
+		c.part.held.Store(0) // or another process might log it once more
 		taken = c.log.Append(c.stream, time.Now(), data, end)
 	}
-	c.held = copy(c.buffer, data[taken:])
+	c.held = copy(data, data[taken:])
+	c.part.held.Store(uint64(c.held))
 }
 
 // enlarge makes the pipe larger, if it is one.
@@ -226,9 +241,7 @@ func (c *copier) enlarge(fd int) {
 
 // trim gives back what a busy time took.
 func (c *copier) trim() {
-	if keep := (c.held + trimSize) &^ (trimSize - 1); keep < len(c.buffer) {
-		unix.Madvise(c.buffer[keep:], unix.MADV_DONTNEED)
-	}
+	c.part.trim(max(c.held, 1))
 	if c.small > 0 {
 		c.raw.Control(func(fd uintptr) {
 			unix.FcntlInt(fd, unix.F_SETPIPE_SZ, c.small)

@@ -56,6 +56,20 @@ func newLog(t testing.TB) (log *logfile.File, path string) {
 	return log, filepath.Join(dir, "0.log")
 }
 
+// newMemory is one for a Hub, or none.
+func newMemory(t testing.TB, want bool) *Memory {
+	t.Helper()
+	if !want {
+		return nil
+	}
+	m, err := NewMemory()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(m.Close)
+	return m
+}
+
 func contents(t testing.TB, path string) []byte {
 	t.Helper()
 	b, err := os.ReadFile(path)
@@ -129,7 +143,7 @@ func randomOutput(random *rand.Rand, size int) string {
 // them, and checks what is in the log.
 func checkOutput(t *testing.T, stdout, stderr string, seed uint64) {
 	log, path := newLog(t)
-	s := New(log)
+	s := New(log, newMemory(t, seed%3 == 0))
 	want := map[string]string{"stdout": stdout, "stderr": stderr}
 	var wg sync.WaitGroup
 	for _, stream := range []logfile.Stream{logfile.Stdout, logfile.Stderr} {
@@ -178,7 +192,7 @@ func FuzzOutput(f *testing.F) {
 }
 
 func TestDrained(t *testing.T) {
-	s := New(nil)
+	s := New(nil, nil)
 	if !isDone(s.Drained()) {
 		t.Error("not drained without an output")
 	}
@@ -201,7 +215,7 @@ func TestDrained(t *testing.T) {
 }
 
 func TestWithoutLogOutputIsDropped(t *testing.T) {
-	s := New(nil)
+	s := New(nil, nil)
 	r, w := pipe(t, true)
 	s.Add(logfile.Stdout, r)
 	for range 100 {
@@ -215,7 +229,7 @@ func TestWithoutLogOutputIsDropped(t *testing.T) {
 
 func TestLinesAreVisibleAtOnce(t *testing.T) {
 	log, path := newLog(t)
-	s := New(log)
+	s := New(log, nil)
 	defer s.Close()
 	r, w := pipe(t, true)
 	s.Add(logfile.Stdout, r)
@@ -251,7 +265,7 @@ func TestTerminal(t *testing.T) {
 			t.Fatal(err)
 		}
 		log, path := newLog(t)
-		s := New(log)
+		s := New(log, nil)
 		s.Add(logfile.Stdout, os.NewFile(uintptr(fd), "ptmx"))
 		want := strings.Repeat("0123456789\r\n", 5000) + "$ "
 		if _, err := io.WriteString(tty, strings.ReplaceAll(want, "\r", "")); err != nil {
@@ -280,7 +294,7 @@ func TestRegularFile(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s := New(log)
+		s := New(log, nil)
 		s.Add(logfile.Stdout, r)
 		wait(t, "drained", s.Drained())
 	}
@@ -292,7 +306,7 @@ func TestRegularFile(t *testing.T) {
 func TestCloseWithAHeldPipe(t *testing.T) {
 	for _, blocking := range []bool{true, false} {
 		log, path := newLog(t)
-		s := New(log)
+		s := New(log, nil)
 		r, w := pipe(t, blocking)
 		s.Add(logfile.Stdout, r)
 		if _, err := io.WriteString(w, "line\n$ "); err != nil {
@@ -322,7 +336,7 @@ func TestCloseWithAHeldPipe(t *testing.T) {
 // keep Close from ending. What was written before Close is in the log.
 func TestCloseWhileAProcessGoesOnWriting(t *testing.T) {
 	log, path := newLog(t)
-	s := New(log)
+	s := New(log, nil)
 	r, w := pipe(t, true)
 	s.Add(logfile.Stdout, r)
 	const before = 200_000
@@ -358,7 +372,7 @@ func TestCloseOfAFileWithoutEnd(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := New(nil)
+	s := New(nil, nil)
 	s.Add(logfile.Stdout, r)
 	drained := s.Drained()
 	go s.Close()
@@ -367,7 +381,7 @@ func TestCloseOfAFileWithoutEnd(t *testing.T) {
 
 func TestReopenWhileWriting(t *testing.T) {
 	log, path := newLog(t)
-	s := New(log)
+	s := New(log, nil)
 	var wg sync.WaitGroup
 	var want strings.Builder
 	for i := range 100_000 {
@@ -424,7 +438,7 @@ func TestFullDisk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := New(log)
+	s := New(log, nil)
 	r, w := pipe(t, true)
 	s.Add(logfile.Stdout, r)
 	for range 50_000 { // much more than disk and pipe hold
@@ -471,7 +485,7 @@ func TestIdleGivesBack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := New(log)
+	s := New(log, nil)
 	s.Add(logfile.Stdout, r)
 	size := func() int {
 		n, err := unix.FcntlInt(w.Fd(), unix.F_GETPIPE_SZ, 0)
@@ -501,7 +515,15 @@ func TestIdleGivesBack(t *testing.T) {
 	}
 }
 
+// Both kinds of memory give back what a busy time took, and no more.
 func TestTrim(t *testing.T) {
+	m, err := NewMemory()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	private := privatePart()
+	defer private.free()
 	r, w := pipe(t, false)
 	defer r.Close()
 	defer w.Close()
@@ -509,32 +531,37 @@ func TestTrim(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, held := range []int{0, 1, trimSize, 2*trimSize + 1, logfile.MaxLine} {
-		buffer, err := unix.Mmap(-1, 0, bufferSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
-		if err != nil {
-			t.Fatal(err)
+	page := os.Getpagesize()
+	for name, p := range map[string]*part{"private": private, "stdout": m.part(logfile.Stdout), "stderr": m.part(logfile.Stderr)} {
+		for _, held := range []int{0, 1, trimSize, 2*trimSize + 1, logfile.MaxLine} {
+			for i := range p.data {
+				p.data[i] = 'x'
+			}
+			c := &copier{raw: raw, part: p, held: held, used: bufferSize}
+			c.trim()
+			start := uintptr(unsafe.Pointer(&p.data[0])) &^ uintptr(page-1)
+			pages := make([]byte, 1+bufferSize/page)
+			if name != "stdout" { // it alone begins and ends within a page
+				pages = pages[1:]
+			}
+			_, _, e := unix.Syscall(unix.SYS_MINCORE, start, uintptr(len(pages)*page), uintptr(unsafe.Pointer(&pages[0])))
+			if e != 0 {
+				t.Fatal(e)
+			}
+			resident := 0
+			for _, p := range pages {
+				resident += int(p&1) * page
+			}
+			if resident > held+2*trimSize {
+				t.Errorf("%s: %d bytes in memory, and %d are held", name, resident, held)
+			}
+			if string(p.data[:held]) != strings.Repeat("x", held) {
+				t.Errorf("%s: what was held is gone", name)
+			}
 		}
-		for i := range buffer {
-			buffer[i] = 'x'
-		}
-		c := &copier{raw: raw, buffer: buffer, held: held, used: bufferSize}
-		c.trim()
-		pages := make([]byte, bufferSize/os.Getpagesize())
-		_, _, e := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&buffer[0])), bufferSize, uintptr(unsafe.Pointer(&pages[0])))
-		if e != 0 {
-			t.Fatal(e)
-		}
-		resident := 0
-		for _, p := range pages {
-			resident += int(p&1) * os.Getpagesize()
-		}
-		if resident > held+trimSize {
-			t.Errorf("%d bytes in memory, and %d are held", resident, held)
-		}
-		if string(buffer[:held]) != strings.Repeat("x", held) {
-			t.Error("what was held is gone")
-		}
-		unix.Munmap(buffer)
+	}
+	if m.head.layout != layout {
+		t.Error("the head is gone")
 	}
 }
 
@@ -551,7 +578,7 @@ func TestDescriptors(t *testing.T) {
 		if i == 1 {
 			before = count() // the poller has its own by now
 		}
-		s := New(nil)
+		s := New(nil, nil)
 		r1, w1 := pipe(t, true)
 		r2, w2 := pipe(t, false)
 		s.Add(logfile.Stdout, r1)

@@ -48,7 +48,7 @@ var allowed = map[string][]string{
 		"google.golang.org/protobuf/...",
 		"golang.org/x/sys/unix",
 	},
-	"shim/stdio":   {module + "pty", module + "shim/logfile", "golang.org/x/sys/unix"},
+	"shim/stdio":   {module + "shim/logfile", "golang.org/x/sys/unix"},
 	"shim/logfile": {"golang.org/x/sys/unix"},
 
 	"daemon/beneath": {"golang.org/x/sys/unix"},
