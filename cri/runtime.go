@@ -8,7 +8,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/holdfast-cri/holdfast/daemon/cgroup"
+	"github.com/holdfast-cri/holdfast/daemon/placement"
 )
 
 const (
@@ -47,7 +47,7 @@ func (s *Server) Status(_ context.Context, r *runtimeapi.StatusRequest) (*runtim
 // RuntimeConfig tells the kubelet the cgroup driver.
 func (s *Server) RuntimeConfig(context.Context, *runtimeapi.RuntimeConfigRequest) (*runtimeapi.RuntimeConfigResponse, error) {
 	driver := runtimeapi.CgroupDriver_CGROUPFS
-	if s.d.Driver() == cgroup.Systemd {
+	if s.d.Driver() == placement.Systemd {
 		driver = runtimeapi.CgroupDriver_SYSTEMD
 	}
 	return &runtimeapi.RuntimeConfigResponse{Linux: &runtimeapi.LinuxRuntimeConfiguration{CgroupDriver: driver}}, nil

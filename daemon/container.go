@@ -17,8 +17,8 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/beneath"
-	"github.com/holdfast-cri/holdfast/daemon/cgroup"
 	"github.com/holdfast-cri/holdfast/daemon/image"
+	"github.com/holdfast-cri/holdfast/daemon/placement"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
 	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/daemon/state"
@@ -292,7 +292,7 @@ func (d *Daemon) createInShim(ctx context.Context, p *pod, c *container, result 
 		Runtime: rundir.Runtime{
 			Path:          h.Path,
 			Root:          d.runtimeRoot(),
-			SystemdCgroup: d.cgroups.Driver() == cgroup.Systemd,
+			SystemdCgroup: d.cgroups.Driver() == placement.Systemd,
 		},
 		Stdin:      rec.Config.M.GetStdin(),
 		StdinOnce:  rec.Config.M.GetStdinOnce(),

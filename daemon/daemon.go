@@ -21,10 +21,10 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
-	"github.com/holdfast-cri/holdfast/daemon/cgroup"
 	"github.com/holdfast-cri/holdfast/daemon/image"
 	"github.com/holdfast-cri/holdfast/daemon/metrics"
 	"github.com/holdfast-cri/holdfast/daemon/network"
+	"github.com/holdfast-cri/holdfast/daemon/placement"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
 	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/spec"
@@ -81,7 +81,7 @@ type Daemon struct {
 	images   *image.Store
 	layers   *rootfs.Store
 	net      *network.Network
-	cgroups  *cgroup.Manager
+	cgroups  *placement.Manager
 	launcher *shims.Launcher
 	host     spec.Host
 	handlers map[string]handler
@@ -129,11 +129,11 @@ func Open(cfg Config, log *slog.Logger) (_ *Daemon, err error) {
 		return nil, err
 	}
 	undo = append(undo, func() { d.state.Close() })
-	driver, err := cgroup.Detect(cfg.CgroupDriver)
+	driver, err := placement.Detect(cfg.CgroupDriver)
 	if err != nil {
 		return nil, err
 	}
-	if d.cgroups, err = cgroup.New(driver); err != nil {
+	if d.cgroups, err = placement.New(driver); err != nil {
 		return nil, err
 	}
 	if d.layers, err = rootfs.Open(filepath.Join(cfg.Root, "layers"), log); err != nil {
@@ -210,7 +210,7 @@ func (d *Daemon) background(f func(ctx context.Context)) {
 }
 
 // Driver is the cgroup driver in force.
-func (d *Daemon) Driver() cgroup.Driver { return d.cgroups.Driver() }
+func (d *Daemon) Driver() placement.Driver { return d.cgroups.Driver() }
 
 // NetworkReady says why no pod with a network of its own can be made; nil if
 // one can.

@@ -8,13 +8,13 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/holdfast-cri/holdfast/daemon/cgroup"
+	"github.com/holdfast-cri/holdfast/daemon/placement"
 	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/runc"
-	runcgroup "github.com/holdfast-cri/holdfast/runc/cgroup"
+	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
 
 const defaultStopSignal = syscall.SIGTERM
@@ -135,7 +135,7 @@ func (d *Daemon) bury(ctx context.Context, rec *containerRecord, why string) err
 
 	status, serr := dir.ReadStatus() // damaged: the OCI runtime knows the cgroups too
 	alive := status.Init.Alive()
-	cgroups := runcgroup.Set(status.Cgroups)
+	cgroups := cgroup.Set(status.Cgroups)
 	kerr := cgroups.Kill(ctx)
 	if err := d.runtimeDelete(ctx, rec); err != nil {
 		return errors.Join(kerr, err)
@@ -143,7 +143,7 @@ func (d *Daemon) bury(ctx context.Context, rec *containerRecord, why string) err
 	if kerr != nil && serr == nil {
 		return kerr
 	}
-	if err := cgroups.Remove(); err != nil {
+	if err := cgroups.Remove(ctx); err != nil {
 		return err
 	}
 	if _, err := dir.ReadExit(); err == nil {
@@ -202,6 +202,6 @@ func (d *Daemon) runtimeDelete(ctx context.Context, rec *containerRecord) error 
 	}
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	r := runc.Runtime{Path: h.Path, Root: d.runtimeRoot(), SystemdCgroup: d.cgroups.Driver() == cgroup.Systemd}
+	r := runc.Runtime{Path: h.Path, Root: d.runtimeRoot(), SystemdCgroup: d.cgroups.Driver() == placement.Systemd}
 	return r.Delete(ctx, rec.ID, true)
 }

@@ -226,7 +226,9 @@ func (m *making) make(ctx context.Context) (err error) {
 		}
 	}
 	// What is in the cgroup now is not ours, and undo must not kill it.
-	if dir, used := m.cgroups().InUse(); used {
+	if dir, used, err := m.cgroups().Populated(); err != nil {
+		return fmt.Errorf("cannot create %s: %w", t.dir.ID(), err)
+	} else if used {
 		return fmt.Errorf("cannot create %s: cgroup %s is in use", t.dir.ID(), dir)
 	}
 	if m.launch.LogPath != "" {
@@ -403,7 +405,7 @@ func (m *making) undo() {
 		// which has no others.
 		errs = append(errs, t.reaper.KillStrays())
 		for _, g := range []cgroup.Set{m.cgroups(), c.cgroups} {
-			errs = append(errs, g.Kill(ctx), g.Remove())
+			errs = append(errs, g.Kill(ctx), g.Remove(ctx))
 		}
 	}
 	if c.init != nil {

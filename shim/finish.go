@@ -141,7 +141,7 @@ func (t *task) cleanUp(c *container) {
 	err := c.cgroups.Kill(ctx)
 	t.endExecs(c)
 	if c.cheapEnd {
-		err = errors.Join(err, c.cgroups.Remove(), os.RemoveAll(c.runtime.StateDir(t.dir.ID())))
+		err = errors.Join(err, c.cgroups.Remove(ctx), os.RemoveAll(c.runtime.StateDir(t.dir.ID())))
 	} else {
 		err = errors.Join(err, c.runtime.Delete(ctx, t.dir.ID(), true))
 	}

@@ -779,7 +779,7 @@ func TestBuryWithoutShim(t *testing.T) {
 	if err := b.runc.Delete(ctx, b.id, true); err != nil {
 		t.Error(err)
 	}
-	if err := c.Remove(); err != nil {
+	if err := c.Remove(ctx); err != nil {
 		t.Error(err)
 	}
 	b.until("init is dead", func() bool { return !alive(int(init.Pid)) })

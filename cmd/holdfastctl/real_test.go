@@ -18,7 +18,7 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
-	"github.com/holdfast-cri/holdfast/daemon/cgroup"
+	"github.com/holdfast-cri/holdfast/daemon/placement"
 	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
@@ -47,7 +47,7 @@ var programs = sync.OnceValues(func() (string, error) {
 // node is a state directory with real shims in it, and no daemon.
 type node struct {
 	state, bin string
-	cgroups    *cgroup.Manager
+	cgroups    *placement.Manager
 	pod        string
 }
 
@@ -58,7 +58,7 @@ func newNode(t *testing.T) *node {
 	}
 	bin, err := programs()
 	check(t, err)
-	m, err := cgroup.New(cgroup.Cgroupfs)
+	m, err := placement.New(placement.Cgroupfs)
 	check(t, err)
 	n := &node{state: newState(t), bin: bin, cgroups: m, pod: fmt.Sprintf("holdfastctl-%d", os.Getpid())}
 	t.Cleanup(func() {

@@ -15,13 +15,16 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
 
 // ProbeHost looks at the machine as this process sees it. What depends on the
 // OCI runtime is the caller's to correct: RecursiveReadOnly, which is set if
 // the kernel has it, and SeccompSupported.
 func ProbeHost() (Host, error) {
-	h := Host{CgroupV2: isCgroupV2("/sys/fs/cgroup")}
+	cg := cgroup.Probe()
+	h := Host{CgroupV2: cg.Unified, HugetlbSupported: cg.Hugetlb, SwapSupported: cg.Swap}
 	status, err := procStatus()
 	if err != nil {
 		return h, err
@@ -43,16 +46,6 @@ func ProbeHost() (Host, error) {
 	if h.NodeName, err = os.Hostname(); err != nil {
 		return h, fmt.Errorf("cannot learn the node's name: %w", err)
 	}
-	if h.CgroupV2 {
-		controllers, _ := os.ReadFile("/sys/fs/cgroup/cgroup.controllers")
-		h.HugetlbSupported = bytes.Contains(controllers, []byte("hugetlb"))
-		// The root of the hierarchy has no limits; any cgroup below tells.
-		found, _ := filepath.Glob("/sys/fs/cgroup/*/memory.swap.max")
-		h.SwapSupported = len(found) > 0
-	} else {
-		h.HugetlbSupported = exists("/sys/fs/cgroup/hugetlb")
-		h.SwapSupported = exists("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes")
-	}
 	enabled, _ := os.ReadFile("/sys/module/apparmor/parameters/enabled")
 	h.AppArmorEnabled = bytes.HasPrefix(enabled, []byte("Y")) && exists("/sys/kernel/security/apparmor")
 	h.SELinuxEnabled = exists("/sys/fs/selinux/enforce")
@@ -61,11 +54,6 @@ func ProbeHost() (Host, error) {
 }
 
 func exists(p string) bool { _, err := os.Stat(p); return err == nil }
-
-func isCgroupV2(mount string) bool {
-	var st unix.Statfs_t
-	return unix.Statfs(mount, &st) == nil && st.Type == unix.CGROUP2_SUPER_MAGIC
-}
 
 func procStatus() (map[string]string, error) {
 	b, err := os.ReadFile("/proc/self/status")

@@ -1,24 +1,23 @@
-// Package cgroup is all that is known of the cgroups of a container, v1 and v2:
-// who is in them, how they are killed and frozen, what the kernel counts there.
+// Package cgroup is all that is known of cgroups, v1 and v2: which hierarchies
+// there are, who is in a cgroup, how one is entered, killed, frozen and removed,
+// what the kernel counts there. Where shims and containers sit is decided
+// elsewhere.
+//
+// A container may make cgroups below its own. What is done to a cgroup is done
+// to the whole tree below it.
 package cgroup
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/holdfast-cri/holdfast/reaper/pidfd"
 )
 
 // Set are the cgroups of a container: controller -> path below the mount
@@ -67,13 +66,20 @@ func procCgroups(pid string) (Set, error) {
 	return c, nil
 }
 
-// At are the cgroups that exist now at the same path of every hierarchy,
-// where the cgroupfs driver makes those of a container.
-func At(path string) Set {
+// Everywhere is the same path in every hierarchy, be there a cgroup or not.
+func Everywhere(path string) Set {
 	c := Set{}
-	for name := range mounts() {
-		c[name] = path
+	for _, h := range hierarchies() {
+		for _, name := range h.names {
+			c[name] = path
+		}
 	}
+	return c
+}
+
+// At are the cgroups that exist now at the same path of every hierarchy.
+func At(path string) Set {
+	c := Everywhere(path)
 	maps.DeleteFunc(c, func(name, _ string) bool {
 		dir, ok := c.dir(name)
 		_, err := os.Stat(dir)
@@ -82,71 +88,121 @@ func At(path string) Set {
 	return c
 }
 
-// safe guards against the root, and against a path that leads out of its mount.
-func safe(path string) bool {
-	return filepath.IsAbs(path) && filepath.Clean(path) == path && path != "/"
+// Find gives the cgroups that exist now where the OCI runtime makes those of a
+// container: cgroupsPath is linux.cgroupsPath of its spec, which is a path for
+// the cgroupfs driver, and SLICE:PREFIX:NAME for the systemd driver.
+func Find(cgroupsPath string, systemd bool) Set {
+	if systemd {
+		cgroupsPath = scopePath(cgroupsPath)
+	}
+	return At(filepath.Clean(cgroupsPath))
 }
 
-// mount is one cgroup file system: which part of the hierarchy it shows, where.
-type mount struct{ root, dir string }
-
-// mounts maps controllers to their hierarchies. They don't change during the
-// life of a process that runs containers.
-var mounts = sync.OnceValue(func() map[string]mount {
-	b, _ := os.ReadFile("/proc/self/mountinfo")
-	m := map[string]mount{}
-	for line := range strings.Lines(string(b)) {
-		before, after, ok := strings.Cut(line, " - ")
-		f, g := strings.Fields(before), strings.Fields(after)
-		if !ok || len(f) < 5 || len(g) < 3 {
-			continue
-		}
-		mt := mount{root: f[3], dir: f[4]}
-		switch g[0] {
-		case "cgroup2":
-			if _, ok := m[""]; !ok {
-				m[""] = mt
-			}
-		case "cgroup":
-			for opt := range strings.SplitSeq(g[2], ",") {
-				if _, ok := m[opt]; !ok && opt != "rw" && opt != "ro" {
-					m[opt] = mt
-				}
+// scopePath is where systemd puts a scope: the name of a slice says which
+// slices are above (systemd.slice(5)). "" if cgroupsPath names no scope.
+func scopePath(cgroupsPath string) string {
+	parts := strings.Split(cgroupsPath, ":")
+	if len(parts) != 3 {
+		return ""
+	}
+	path := "/"
+	if stem := strings.TrimSuffix(parts[0], ".slice"); stem != "-" { // the root slice
+		for i, r := range stem + "-" {
+			if r == '-' {
+				path = filepath.Join(path, stem[:i]+".slice")
 			}
 		}
 	}
-	return m
-})
+	return filepath.Join(path, parts[1]+"-"+parts[2]+".scope")
+}
 
 // dir is the directory of a controller's cgroup.
 func (c Set) dir(controller string) (string, bool) {
 	path, ok := c[controller]
-	m, mounted := mounts()[controller]
-	if !ok || !mounted || !safe(path) {
+	if !ok {
 		return "", false
 	}
-	if m.root != "/" {
-		if path, ok = strings.CutPrefix(path, m.root); !ok || !safe(path) {
-			return "", false
+	for _, h := range hierarchies() {
+		if h.has(controller) {
+			return h.at(path)
 		}
 	}
-	return filepath.Join(m.dir, path), true
+	return "", false
+}
+
+// dirs are the directories of the set, one for each hierarchy.
+func (c Set) dirs() []string {
+	var all []string
+	for controller := range c {
+		if dir, ok := c.dir(controller); ok {
+			all = append(all, dir)
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
 }
 
 // tracker is the hierarchy by which the container's processes are known.
-func (c Set) tracker() (controller, dir string, ok bool) {
+func (c Set) tracker() (dir string, ok bool) {
 	for _, controller := range []string{"", "freezer", "pids", "memory", "devices", "cpu"} {
 		if dir, ok := c.dir(controller); ok {
-			return controller, dir, true
+			return dir, true
 		}
 	}
-	return "", "", false
+	return "", false
+}
+
+// Enter makes the cgroups where they are missing, with those above, and moves a
+// process into them. The caller keeps the pid from being used again. After an
+// error some of it may have been done.
+func (c Set) Enter(pid int) error {
+	for _, h := range hierarchies() {
+		path, ok := c[h.names[0]]
+		if _, below := h.at(path); !ok || !below {
+			continue
+		}
+		dir := h.dir
+		for part := range strings.SplitSeq(strings.Trim(path, "/"), "/") {
+			parent := dir
+			dir = filepath.Join(dir, part)
+			if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+				return fmt.Errorf("cannot make a cgroup: %w", err)
+			}
+			if !h.has("cpuset") {
+				continue
+			}
+			// A new cpuset of v1 is empty, and nothing can enter it (cpuset(7)).
+			for _, name := range []string{"cpuset.cpus", "cpuset.mems"} {
+				if err := inherit(parent, dir, name); err != nil {
+					return fmt.Errorf("cannot set up a cpuset: %w", err)
+				}
+			}
+		}
+		procs := filepath.Join(dir, "cgroup.procs")
+		if err := os.WriteFile(procs, strconv.AppendInt(nil, int64(pid), 10), 0); err != nil {
+			return fmt.Errorf("cannot enter a cgroup: %w", err)
+		}
+	}
+	return nil
+}
+
+// inherit copies a file from the parent unless the child's has something.
+func inherit(parent, child, name string) error {
+	path := filepath.Join(child, name)
+	if have, err := os.ReadFile(path); err != nil || !blank(have) {
+		return err
+	}
+	value, err := os.ReadFile(filepath.Join(parent, name))
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, value, 0)
 }
 
 // Sub makes a cgroup below the container's, for the tree of one exec. The
-// argument is for ExecOptions.Cgroup. On v1 it is made where processes can be
-// frozen, and nowhere else.
-func (c Set) Sub(name string) (Set, string, error) {
+// argument is for ExecOptions.Cgroup of package runc. On v1 it is made where
+// processes can be frozen, and nowhere else.
+func (c Set) Sub(name string) (sub Set, argument string, err error) {
 	controller, argument := "freezer", "freezer:"
 	if _, v1 := c[controller]; !v1 {
 		controller, argument = "", ""
@@ -161,238 +217,10 @@ func (c Set) Sub(name string) (Set, string, error) {
 	return Set{controller: c[controller] + "/" + name}, argument + name, nil
 }
 
-// Pids lists the processes in the cgroup and below it. No cgroup, no processes.
-func (c Set) Pids() ([]int, error) {
-	_, dir, ok := c.tracker()
-	if !ok {
-		return nil, nil
-	}
-	return pidsBelow(dir)
-}
-
-func pidsBelow(dir string) ([]int, error) {
-	var pids []int
-	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || !d.IsDir() {
-			return ignoreGone(err)
-		}
-		b, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
-		if errors.Is(err, unix.EOPNOTSUPP) {
-			return nil // a threaded cgroup; its processes are listed further up
-		}
-		for f := range strings.FieldsSeq(string(b)) {
-			// 0 is a process outside of our pid namespace.
-			if pid, err := strconv.Atoi(f); err == nil && pid > 0 {
-				pids = append(pids, pid)
-			}
-		}
-		return ignoreGone(err)
-	})
-	if err != nil {
-		return nil, fmt.Errorf("cannot list the processes of %s: %w", dir, err)
-	}
-	slices.Sort(pids)
-	return slices.Compact(pids), nil
-}
-
 // ignoreGone forgives a cgroup that was removed meanwhile.
 func ignoreGone(err error) error {
-	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENODEV) {
 		return nil
 	}
 	return err
-}
-
-// open gives pidfds of the living processes. The membership is checked again
-// behind the pidfd, so that a reused pid is not taken for a member.
-func (c Set) open() ([]unix.PollFd, error) {
-	pids, err := c.Pids()
-	if err != nil {
-		return nil, err
-	}
-	controller, _, _ := c.tracker()
-	var fds []unix.PollFd
-	for _, pid := range pids {
-		fd, err := unix.PidfdOpen(pid, 0)
-		if err == unix.EMFILE || err == unix.ENFILE {
-			if len(fds) == 0 {
-				return nil, fmt.Errorf("cannot get hold of process %d: pidfd_open: %w", pid, err)
-			}
-			break // the caller comes back for the rest
-		}
-		if err != nil {
-			continue // it has ended
-		}
-		now, err := procCgroups(strconv.Itoa(pid))
-		path := now[controller]
-		if err != nil || path != c[controller] && !strings.HasPrefix(path, c[controller]+"/") || ended(fd) {
-			unix.Close(fd)
-			continue
-		}
-		fds = append(fds, unix.PollFd{Fd: int32(fd), Events: unix.POLLIN})
-	}
-	return fds, nil
-}
-
-func ended(pidfd int) bool {
-	fds := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
-	n, _ := unix.Poll(fds, 0)
-	return n > 0
-}
-
-func closeAll(fds []unix.PollFd) {
-	for _, f := range fds {
-		unix.Close(int(f.Fd))
-	}
-}
-
-// Signal sends a signal to every process of the cgroup.
-func (c Set) Signal(sig unix.Signal) error {
-	fds, err := c.open()
-	if err != nil {
-		return err
-	}
-	defer closeAll(fds)
-	return signalAll(fds, sig)
-}
-
-func signalAll(fds []unix.PollFd, sig unix.Signal) error {
-	var errs []error
-	for _, f := range fds {
-		if err := unix.PidfdSendSignal(int(f.Fd), sig, nil, 0); err != nil && err != unix.ESRCH {
-			errs = append(errs, fmt.Errorf("pidfd_send_signal: %w", err))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// Kill kills every process of the cgroup, frozen ones and those being forked
-// included, and returns when all have ended. ctx must have a deadline.
-func (c Set) Kill(ctx context.Context) error {
-	for {
-		fds, err := c.open()
-		if err != nil || len(fds) == 0 {
-			return err
-		}
-		err = c.killOnce(fds)
-		for err == nil && len(fds) > 0 {
-			if err = pidfd.Poll(ctx, fds); err != nil {
-				err = fmt.Errorf("cannot kill %d processes of cgroup %s: %w", len(fds), c, err)
-				break
-			}
-			fds = slices.DeleteFunc(fds, func(f unix.PollFd) bool {
-				if f.Revents != 0 {
-					unix.Close(int(f.Fd))
-				}
-				return f.Revents != 0
-			})
-		}
-		closeAll(fds)
-		if err != nil {
-			return err
-		}
-	}
-}
-
-func (c Set) killOnce(fds []unix.PollFd) error {
-	if dir, ok := c.dir(""); ok {
-		err := os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0)
-		if err == nil {
-			c.thaw() // a v1 freezer of a hybrid holds the dying
-			return nil
-		}
-	}
-	// Without cgroup.kill: nothing forks while it is frozen, so all that was
-	// listed after the freeze is all there is. A freeze that is refused costs
-	// the caller another round.
-	c.freeze()
-	defer c.thaw()
-	more, err := c.open()
-	if err != nil {
-		return err
-	}
-	defer closeAll(more)
-	return errors.Join(signalAll(fds, unix.SIGKILL), signalAll(more, unix.SIGKILL))
-}
-
-func (c Set) freeze() { c.setFrozen("FROZEN", "1") }
-
-// Thaw lets a frozen cgroup run. On v1 a frozen process does not die of a
-// signal, SIGKILL included.
-func (c Set) Thaw() { c.thaw() }
-
-func (c Set) thaw() { c.setFrozen("THAWED", "0") }
-
-func (c Set) setFrozen(v1, v2 string) {
-	if dir, ok := c.dir("freezer"); ok {
-		os.WriteFile(filepath.Join(dir, "freezer.state"), []byte(v1), 0)
-	} else if dir, ok := c.dir(""); ok {
-		os.WriteFile(filepath.Join(dir, "cgroup.freeze"), []byte(v2), 0)
-	}
-}
-
-// Remove removes the cgroups and those below them. They must be empty.
-func (c Set) Remove() error {
-	var errs []error
-	for controller := range c {
-		if dir, ok := c.dir(controller); ok {
-			errs = append(errs, removeTree(dir))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// RemoveIdle is Remove unless a process is left, which is reported as false.
-func (c Set) RemoveIdle() (bool, error) {
-	if pids, err := c.Pids(); err != nil || len(pids) > 0 {
-		return false, err
-	}
-	return true, c.Remove()
-}
-
-func removeTree(dir string) error {
-	if err := rmdir(dir); err == nil {
-		return nil
-	}
-	entries, err := os.ReadDir(dir)
-	if err != nil {
-		return ignoreGone(err)
-	}
-	for _, e := range entries {
-		if e.IsDir() {
-			if err := removeTree(filepath.Join(dir, e.Name())); err != nil {
-				return err
-			}
-		}
-	}
-	// A process that has just died keeps its cgroup busy for a moment, and v1
-	// has no way to be told when that is over.
-	wait := time.Millisecond
-	for {
-		err := rmdir(dir)
-		if !errors.Is(err, unix.EBUSY) || wait > 512*time.Millisecond {
-			return err
-		}
-		time.Sleep(wait)
-		wait *= 2
-	}
-}
-
-func rmdir(dir string) error {
-	if err := unix.Rmdir(dir); err != nil && err != unix.ENOENT {
-		return fmt.Errorf("cannot remove cgroup %s: %w", dir, err)
-	}
-	return nil
-}
-
-// InUse says whether a process is in one of the cgroups.
-func (c Set) InUse() (string, bool) {
-	for controller := range c {
-		if dir, ok := c.dir(controller); ok {
-			if pids, _ := pidsBelow(dir); len(pids) > 0 {
-				return dir, true
-			}
-		}
-	}
-	return "", false
 }

@@ -2,12 +2,16 @@ package cgroup
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -22,8 +26,9 @@ func newCgroup(t *testing.T) Set {
 	}
 	path := "/holdfast-runc-test-" + strconv.Itoa(os.Getpid())
 	c := Set{}
+	all := Everywhere(path)
 	for _, name := range []string{"", "freezer", "memory", "pids"} {
-		if _, ok := mounts()[name]; ok {
+		if _, ok := all[name]; ok {
 			c[name] = path
 		}
 	}
@@ -36,7 +41,7 @@ func newCgroup(t *testing.T) Set {
 		if err := c.Kill(ctx); err != nil {
 			t.Error(err)
 		}
-		if err := c.Remove(); err != nil {
+		if err := c.Remove(ctx); err != nil {
 			t.Error(err)
 		}
 		if left := At(path); len(left) > 0 {
@@ -95,12 +100,9 @@ func until(t *testing.T, what string, done func() bool) {
 
 func TestNeverTheRoot(t *testing.T) {
 	for _, path := range []string{"/", "", "//", "/..", "/a/../..", "relative"} {
-		c := Set{}
-		for name := range mounts() {
-			c[name] = path
-		}
-		if controller, dir, ok := c.tracker(); ok {
-			t.Errorf("%q leads to %s of %q", path, dir, controller)
+		c := Everywhere(path)
+		if dir, ok := c.tracker(); ok || len(c.dirs()) > 0 {
+			t.Errorf("%q leads to %s and %v", path, dir, c.dirs())
 		}
 		if pids, err := c.Pids(); len(pids) > 0 || err != nil {
 			t.Errorf("%q: %v, %v", path, pids, err)
@@ -108,7 +110,7 @@ func TestNeverTheRoot(t *testing.T) {
 		if err := c.Kill(t.Context()); err != nil {
 			t.Error(err)
 		}
-		if err := c.Remove(); err != nil {
+		if err := c.Remove(t.Context()); err != nil {
 			t.Error(err)
 		}
 	}
@@ -126,10 +128,12 @@ func TestReadCgroups(t *testing.T) {
 	}
 }
 
+// A container may make cgroups below its own, and freeze those.
 func TestKill(t *testing.T) {
-	for name, prepare := range map[string]func(Set){
-		"running": func(Set) {},
-		"frozen":  Set.freeze,
+	for name, frozen := range map[string]func(top, sub Set) Set{
+		"running":      func(_, _ Set) Set { return nil },
+		"frozen":       func(top, _ Set) Set { return top },
+		"frozen below": func(_, sub Set) Set { return sub },
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := newCgroup(t)
@@ -140,7 +144,7 @@ func TestKill(t *testing.T) {
 				t.Fatal(err)
 			}
 			sub.join(t, "exec sleep 1000")
-			prepare(c)
+			frozen(c, sub).freeze()
 			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 			defer cancel()
 			if err := c.Kill(ctx); err != nil {
@@ -150,6 +154,215 @@ func TestKill(t *testing.T) {
 				t.Errorf("left: %v, %v", pids, err)
 			}
 		})
+	}
+}
+
+// What is frozen below, by whoever is in the container, runs again too.
+func TestThawBelow(t *testing.T) {
+	c := newCgroup(t)
+	sub, _, err := c.Sub("below")
+	if err != nil {
+		t.Fatal(err)
+	}
+	mark := filepath.Join(t.TempDir(), "mark")
+	sub.join(t, "trap 'echo x > "+mark+"; exit' USR1; echo > "+mark+".ready; while :; do sleep 0.01; done")
+	until(t, "the trap is set", func() bool { _, err := os.Stat(mark + ".ready"); return err == nil })
+	sub.freeze()
+	c.Thaw()
+	if err := c.Signal(unix.SIGUSR1); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the signal arrived", func() bool { _, err := os.Stat(mark); return err == nil })
+}
+
+// Cgroups can be nested deeper than a path can be long, and processes be more
+// than are held at once.
+func TestDeepAndWide(t *testing.T) {
+	c := newCgroup(t)
+	top, _ := c.tracker()
+	at, err := openBelow(nil, top)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const deep, wide = 1500, holdAtOnce + 10
+	for range deep {
+		if err := unix.Mkdirat(int(at.Fd()), "deep", 0o755); err != nil {
+			t.Fatal(err)
+		}
+		below, err := openBelow(at, "deep")
+		if err != nil {
+			t.Fatal(err)
+		}
+		at.Close()
+		at = below
+	}
+	defer at.Close()
+	cmd := c.join(t, "exec sleep 1000")
+	if err := write(at, "cgroup.procs", strconv.Itoa(cmd.Process.Pid)); err != nil {
+		t.Fatal(err)
+	}
+	c.join(t, fmt.Sprintf("i=0; while [ $i -lt %d ]; do sleep 1000 & i=$((i+1)); done; wait", wide))
+	until(t, "all processes", func() bool { p, _ := c.Pids(); return len(p) == wide+2 })
+	if _, populated, err := c.Populated(); !populated || err != nil {
+		t.Errorf("populated: %v, %v", populated, err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	if err := c.Kill(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if dir, populated, err := c.Populated(); populated || err != nil {
+		t.Errorf("populated: %s, %v, %v", dir, populated, err)
+	}
+	if err := c.Remove(ctx); err != nil {
+		t.Error(err)
+	}
+}
+
+// A process that is left keeps its cgroup and no other.
+func TestRemoveWhatCanGo(t *testing.T) {
+	c := newCgroup(t)
+	busy, _, err := c.Sub("busy")
+	if err != nil {
+		t.Fatal(err)
+	}
+	idle, _, err := c.Sub("idle")
+	if err != nil {
+		t.Fatal(err)
+	}
+	busy.join(t, "exec sleep 1000")
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := c.Remove(ctx); !errors.Is(err, ErrBusy) {
+		t.Errorf("got %v, want ErrBusy", err)
+	}
+	if _, populated, err := busy.Populated(); !populated || err != nil {
+		t.Errorf("the busy one: %v, %v", populated, err)
+	}
+	for _, dir := range idle.dirs() {
+		if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left: %v", dir, err)
+		}
+	}
+}
+
+// Cgroups come and go while others look at them.
+func TestWalkOfWhatChanges(t *testing.T) {
+	c := newCgroup(t)
+	top, _ := c.tracker()
+	ctx, cancel := context.WithCancel(t.Context())
+	var churn sync.WaitGroup
+	for i := range 4 {
+		churn.Go(func() {
+			dir := filepath.Join(top, strconv.Itoa(i))
+			for ctx.Err() == nil {
+				os.MkdirAll(filepath.Join(dir, "a/b/c"), 0o755)
+				for _, below := range []string{"a/b/c", "a/b", "a", ""} {
+					os.Remove(filepath.Join(dir, below))
+				}
+			}
+		})
+	}
+	for range 300 {
+		if pids, err := c.Pids(); err != nil || len(pids) > 0 {
+			t.Errorf("got %v, %v", pids, err)
+		}
+		c.Thaw()
+		if err := walk(top, func(*os.File) error { return nil }, func(*os.File, string) error { return nil }); err != nil {
+			t.Error(err)
+		}
+	}
+	cancel()
+	churn.Wait()
+}
+
+func TestFind(t *testing.T) {
+	for path, want := range map[string]string{
+		"system.slice:holdfast:c1":            "/system.slice/holdfast-c1.scope",
+		"-.slice:holdfast:c1":                 "/holdfast-c1.scope",
+		"kubepods-burstable-podX.slice:hf:c1": "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podX.slice/hf-c1.scope",
+		"/kubepods/burstable/podX/c1":         "",
+		"system.slice:holdfast":               "",
+	} {
+		if got := scopePath(path); got != want {
+			t.Errorf("scopePath(%q) = %q, want %q", path, got, want)
+		}
+	}
+	c := newCgroup(t)
+	for name, path := range c {
+		if got := Find(path, false)[name]; got != path {
+			t.Errorf("Find(%q) has %q for %q", path, got, name)
+		}
+		if got := Find(path+"/none", false); len(got) > 0 {
+			t.Errorf("found %v", got)
+		}
+	}
+}
+
+func TestEnter(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	path := "/holdfast-runc-test-" + strconv.Itoa(os.Getpid())
+	c := Everywhere(path + "/a/b")
+	cmd := exec.Command("sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		if err := Everywhere(path).Remove(t.Context()); err != nil {
+			t.Error(err)
+		}
+		if left := At(path); len(left) > 0 {
+			t.Errorf("left: %v", left)
+		}
+	}()
+	for range 2 {
+		if err := c.Enter(cmd.Process.Pid); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, err := Of(cmd.Process.Pid); err != nil || !maps.Equal(got, c) {
+		t.Errorf("it is in %v, %v; want %v", got, err, c)
+	}
+}
+
+func TestHierarchies(t *testing.T) {
+	const hybrid = `31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
+32 31 0:29 /docker/x /sys/fs/cgroup/cpu,cpuacct ro,relatime - cgroup cgroup rw,cpu,cpuacct
+33 31 0:29 / /mnt/with\040space rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct
+34 31 0:31 / /sys/fs/cgroup/cpuset rw,relatime - cgroup cgroup rw,cpuset,clone_children
+40 31 0:37 / /sys/fs/cgroup/systemd rw,relatime - cgroup cgroup rw,xattr,release_agent=/x,name=systemd
+41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw,nsdelegate
+42 31 0:38 / /elsewhere rw,relatime - cgroup2 cgroup2 rw,nsdelegate
+`
+	const v2 = `30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot
+`
+	const named = `31 30 0:37 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd
+`
+	for _, c := range []struct {
+		name, table, want string
+		unified           bool
+	}{
+		{
+			"hybrid", hybrid,
+			`/mnt/with space ["cpu" "cpuacct"];/sys/fs/cgroup/cpuset ["cpuset"];` +
+				`/sys/fs/cgroup/systemd ["name=systemd"];/sys/fs/cgroup/unified [""]`, false,
+		},
+		{"v2", v2, `/sys/fs/cgroup [""]`, true},
+		{"v2 and a named one", v2 + named, `/sys/fs/cgroup [""];/sys/fs/cgroup/systemd ["name=systemd"]`, true},
+		{"none", "", "", false},
+	} {
+		hs := parseMountinfo(c.table)
+		var all []string
+		for _, h := range hs {
+			all = append(all, fmt.Sprintf("%s %q", h.dir, h.names))
+		}
+		if got := strings.Join(all, ";"); got != c.want || unified(hs) != c.unified {
+			t.Errorf("%s: got %q, unified %v; want %q, %v", c.name, got, unified(hs), c.want, c.unified)
+		}
 	}
 }
 
@@ -188,7 +401,7 @@ func TestRemoveIdle(t *testing.T) {
 	}
 	cmd.Process.Kill()
 	until(t, "it is removed", func() bool { idle, err := sub.RemoveIdle(); return idle && err == nil })
-	if dir, used := c.InUse(); used {
-		t.Errorf("%s in use", dir)
+	if dir, populated, err := c.Populated(); populated || err != nil {
+		t.Errorf("%s in use, %v", dir, err)
 	}
 }

@@ -1,6 +1,7 @@
 package cgroup
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -10,24 +11,45 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// OOMKills counts the processes of the cgroup that the OOM killer has killed,
-// whichever limit made it: v2 memory.events, v1 memory.oom_control. Once the
-// cgroup is removed it is an error.
-func (c Set) OOMKills() (uint64, error) {
+// OOMKills counts the processes that the OOM killer has killed, whichever limit
+// made it: v2 memory.events, v1 memory.oom_control. Once the cgroup is removed
+// it is an error.
+//
+// v2 keeps the sum for what is below, v1 does not: there it may fall when a
+// cgroup below is removed.
+func (c Set) OOMKills() (sum uint64, err error) {
 	dir, file, ok := c.oomFile()
 	if !ok {
 		return 0, fmt.Errorf("cannot count OOM kills: %w", ErrNone)
 	}
-	b, err := os.ReadFile(filepath.Join(dir, file))
-	if err != nil {
-		return 0, fmt.Errorf("cannot count OOM kills: %w", err)
+	if sum, err = oomKills(os.ReadFile(filepath.Join(dir, file))); err != nil {
+		return 0, fmt.Errorf("cannot count OOM kills in %s: %w", dir, err)
 	}
-	for line := range strings.Lines(string(b)) {
+	if file == eventsName {
+		return sum, nil
+	}
+	sum = 0
+	err = walk(dir, func(f *os.File) error {
+		n, err := oomKills(read(f, file))
+		sum += n
+		return err
+	}, nil)
+	if err != nil {
+		return 0, fmt.Errorf("cannot count OOM kills below %s: %w", dir, err)
+	}
+	return sum, nil
+}
+
+func oomKills(file []byte, err error) (uint64, error) {
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(file)) {
 		if k, v, _ := strings.Cut(strings.TrimSpace(line), " "); k == "oom_kill" {
 			return strconv.ParseUint(v, 10, 64)
 		}
 	}
-	return 0, fmt.Errorf("cannot count OOM kills: no oom_kill in %s/%s", dir, file)
+	return 0, errors.New("the kernel does not tell oom_kill")
 }
 
 func (c Set) oomFile() (dir, file string, ok bool) {
@@ -70,7 +92,8 @@ func (c Set) WatchOOM() (f *os.File, early bool, err error) {
 		}
 		if parent, ok := c.OOMParent(); ok && err == nil {
 			dir, file, _ := parent.oomFile()
-			unix.InotifyAddWatch(fd, filepath.Join(dir, file), unix.IN_MODIFY) // a help, not a need
+			// Where it fails, the cgroup's own file still tells.
+			unix.InotifyAddWatch(fd, filepath.Join(dir, file), unix.IN_MODIFY)
 		}
 	} else if fd, err = unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC); err == nil {
 		err = registerEventfd(dir, path, fd)

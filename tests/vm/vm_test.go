@@ -41,8 +41,9 @@ type suite struct {
 }
 
 var suites = []suite{
-	{"daemon/cgroup", "."},
+	{"daemon/placement", "."},
 	{"runc", "."},
+	{"runc/cgroup", "."},
 	{"shim", "."},
 	{"tests/vm/guest", "."},
 	// What is not here has nothing to do with cgroups or systemd, or needs a

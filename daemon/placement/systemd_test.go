@@ -1,4 +1,4 @@
-package cgroup
+package placement
 
 import (
 	"context"
@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -80,8 +79,8 @@ func TestScope(t *testing.T) {
 	if got, want := cgroupsOf(t, pid), ":/system.slice/"+scopeName(id)+"\n"; !strings.Contains(got, want) {
 		t.Errorf("the shim is in %q, want %q", got, want)
 	}
-	if ids, err := m.ListShims(); err != nil || !slices.Contains(ids, id) {
-		t.Errorf("ListShims() = %v, %v; want %s among them", ids, err, id)
+	if dir, alive, err := m.ShimCgroups(id).Populated(); err != nil || !alive {
+		t.Errorf("the shim is not seen in its cgroup: %q, %v, %v", dir, alive, err)
 	}
 
 	// Nothing of the service is left when stop returns; the shim is.
@@ -106,8 +105,8 @@ func TestScope(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if ids, err := m.ListShims(); err != nil || slices.Contains(ids, id) {
-		t.Errorf("ListShims() = %v, %v after the removal", ids, err)
+	if left := m.ShimCgroups(id); len(left) > 0 {
+		t.Errorf("left: %v", left)
 	}
 }
 

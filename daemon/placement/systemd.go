@@ -1,4 +1,4 @@
-package cgroup
+package placement
 
 import (
 	"context"
@@ -10,14 +10,16 @@ import (
 
 	"github.com/coreos/go-systemd/v22/dbus"
 	godbus "github.com/godbus/dbus/v5"
+
+	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
 
 const (
-	scopePrefix = "holdfast-shim-"
+	scopePrefix = "holdfast-shim"
 	scopeSuffix = ".scope"
 )
 
-func scopeName(id string) string { return scopePrefix + id + scopeSuffix }
+func scopeName(id string) string { return scopePrefix + "-" + id + scopeSuffix }
 
 // systemdLimit ends a call to systemd whose caller set no deadline.
 const systemdLimit = 30 * time.Second
@@ -127,7 +129,7 @@ func removeScope(ctx context.Context, id string) error {
 // awaitScopeEnd returns once systemd has let go of the scope. It ends by itself
 // with its last process; only one that failed has to be told.
 func awaitScopeEnd(ctx context.Context, conn *dbus.Conn, id string) error {
-	return retryBusy(ctx, func() error {
+	return cgroup.RetryBusy(ctx, func() error {
 		// A unit that is not loaded is listed too, as inactive.
 		units, err := conn.ListUnitsByNamesContext(ctx, []string{scopeName(id)})
 		if err != nil {
@@ -147,21 +149,6 @@ func awaitScopeEnd(ctx context.Context, conn *dbus.Conn, id string) error {
 		}
 		return nil
 	})
-}
-
-func listScopes() ([]string, error) {
-	var ids []string
-	err := withSystemd(context.Background(), func(ctx context.Context, conn *dbus.Conn) error {
-		units, err := conn.ListUnitsByPatternsContext(ctx, nil, []string{scopeName("*")})
-		for _, u := range units {
-			ids = append(ids, strings.TrimSuffix(strings.TrimPrefix(u.Name, scopePrefix), scopeSuffix))
-		}
-		return err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("cannot list the scopes of shims: %w", err)
-	}
-	return ids, nil
 }
 
 func isDBusError(err error, name string) bool {

@@ -1,4 +1,4 @@
-package cgroup
+package placement
 
 import (
 	"context"
@@ -7,7 +7,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -36,43 +35,6 @@ func TestDetect(t *testing.T) {
 		got, err := detect(c.setting, c.booted, c.unified)
 		if got != c.want || (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
 			t.Errorf("detect(%q, %v, %v) = %q, %v; want %q, %q", c.setting, c.booted, c.unified, got, err, c.want, c.err)
-		}
-	}
-}
-
-func TestHierarchies(t *testing.T) {
-	const hybrid = `31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
-32 31 0:29 /docker/x /sys/fs/cgroup/cpu,cpuacct ro,relatime - cgroup cgroup rw,cpu,cpuacct
-33 31 0:29 / /mnt/with\040space rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct
-34 31 0:31 / /sys/fs/cgroup/cpuset rw,relatime - cgroup cgroup rw,cpuset,clone_children
-40 31 0:37 / /sys/fs/cgroup/systemd rw,relatime - cgroup cgroup rw,xattr,release_agent=/x,name=systemd
-41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw,nsdelegate
-42 31 0:38 / /elsewhere rw,relatime - cgroup2 cgroup2 rw,nsdelegate
-`
-	const v2 = `30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot
-`
-	const v2Named = v2 + `31 30 0:37 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd
-`
-	for _, c := range []struct {
-		name, table, want string
-		unified           bool
-	}{
-		{"hybrid", hybrid, "/mnt/with space [cpu cpuacct] false;/sys/fs/cgroup/cpuset [cpuset] false;/sys/fs/cgroup/systemd [] false;/sys/fs/cgroup/unified [] true", false},
-		{"v2", v2, "/sys/fs/cgroup [] true", true},
-		{"v2 and a named one", v2Named, "/sys/fs/cgroup [] true;/sys/fs/cgroup/systemd [] false", true},
-		{"none", "", "", false},
-	} {
-		mounts, err := mountinfo.GetMountsFromReader(strings.NewReader(c.table), mountinfo.FSTypeFilter("cgroup", "cgroup2"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		hs := fromMounts(mounts)
-		var got []string
-		for _, h := range hs {
-			got = append(got, fmt.Sprint(h.root, " ", h.controllers, " ", h.v2))
-		}
-		if strings.Join(got, ";") != c.want || unified(hs) != c.unified {
-			t.Errorf("%s: got %q, unified %v; want %q, %v", c.name, strings.Join(got, ";"), unified(hs), c.want, c.unified)
 		}
 	}
 }
@@ -165,6 +127,20 @@ func cgroupsOf(t *testing.T, pid int) string {
 	return string(b)
 }
 
+// hierarchies are the mount points of all.
+func hierarchies(t *testing.T) []string {
+	t.Helper()
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var dirs []string
+	for _, m := range mounts {
+		dirs = append(dirs, m.Mountpoint)
+	}
+	return dirs
+}
+
 func TestShim(t *testing.T) {
 	m := newManager(t)
 	id := shimID(t, m, "test")
@@ -174,15 +150,12 @@ func TestShim(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	hs, err := hierarchies()
-	if err != nil {
-		t.Fatal(err)
+	of := cgroupsOf(t, pid)
+	if n, all := strings.Count(of, ":/holdfast/shims/"+id+"\n"), len(hierarchies(t)); n != all {
+		t.Errorf("placed in %d of %d hierarchies:\n%s", n, all, of)
 	}
-	if n := strings.Count(cgroupsOf(t, pid), ":/holdfast/shims/"+id+"\n"); n != len(hs) {
-		t.Errorf("placed in %d of %d hierarchies:\n%s", n, len(hs), cgroupsOf(t, pid))
-	}
-	if ids, err := m.ListShims(); err != nil || !slices.Contains(ids, id) {
-		t.Errorf("ListShims() = %v, %v; want %s among them", ids, err, id)
+	if dir, alive, err := m.ShimCgroups(id).Populated(); err != nil || !alive {
+		t.Errorf("the shim is not seen in its cgroup: %q, %v, %v", dir, alive, err)
 	}
 
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
@@ -199,8 +172,8 @@ func TestShim(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if ids, err := m.ListShims(); err != nil || slices.Contains(ids, id) {
-		t.Errorf("ListShims() = %v, %v after the removal", ids, err)
+	if left := m.ShimCgroups(id); len(left) > 0 {
+		t.Errorf("left: %v", left)
 	}
 }
 
@@ -231,8 +204,8 @@ func TestPlaceDeadProcess(t *testing.T) {
 	if err := m.RemoveShim(t.Context(), id); err != nil {
 		t.Error(err)
 	}
-	if ids, err := m.ListShims(); err != nil || slices.Contains(ids, id) {
-		t.Errorf("ListShims() = %v, %v: something is left", ids, err)
+	if left := m.ShimCgroups(id); len(left) > 0 {
+		t.Errorf("left: %v", left)
 	}
 }
 
@@ -243,13 +216,10 @@ func TestRemovePod(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	hs, err := hierarchies()
-	if err != nil {
-		t.Fatal(err)
-	}
+	hs := hierarchies(t)
 	nested := filepath.Join(path, "made by the container")
 	for _, h := range hs {
-		if err := os.MkdirAll(filepath.Join(h.root, nested), 0o755); err != nil {
+		if err := os.MkdirAll(filepath.Join(h, nested), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -257,7 +227,7 @@ func TestRemovePod(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, h := range hs {
-		if _, err := os.Stat(filepath.Join(h.root, nested)); err != nil {
+		if _, err := os.Stat(filepath.Join(h, nested)); err != nil {
 			t.Errorf("removed though the pod has a parent of its own: %v", err)
 		}
 	}
@@ -267,8 +237,8 @@ func TestRemovePod(t *testing.T) {
 		}
 	}
 	for _, h := range hs {
-		if _, err := os.Stat(filepath.Join(h.root, podsPath, pod)); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("%s is left: %v", filepath.Join(h.root, podsPath, pod), err)
+		if _, err := os.Stat(filepath.Join(h, podsPath, pod)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left: %v", filepath.Join(h, podsPath, pod), err)
 		}
 	}
 }

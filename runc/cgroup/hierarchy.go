@@ -1,0 +1,158 @@
+package cgroup
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+)
+
+// hierarchy is one tree of cgroups: v2, or one or more v1 controllers, or a
+// named one of v1 without any.
+type hierarchy struct {
+	dir   string   // where it is mounted
+	root  string   // which part of it is mounted there, mostly "/"
+	names []string // as in /proc/PID/cgroup: "" is v2, a named one is "name=..."
+}
+
+func (h hierarchy) has(name string) bool { return slices.Contains(h.names, name) }
+
+// at is the directory of a cgroup of the hierarchy. It is never the root.
+func (h hierarchy) at(path string) (string, bool) {
+	if !safe(path) {
+		return "", false
+	}
+	if h.root != "/" {
+		below, ok := strings.CutPrefix(path, h.root)
+		if !ok || !safe(below) {
+			return "", false
+		}
+		path = below
+	}
+	return filepath.Join(h.dir, path), true
+}
+
+// safe guards against the root, and against a path that leads out of its mount.
+func safe(path string) bool {
+	return filepath.IsAbs(path) && filepath.Clean(path) == path && path != "/"
+}
+
+// hierarchies are all that are mounted, each once. They do not change during
+// the life of a process that runs containers.
+var hierarchies = sync.OnceValue(func() []hierarchy {
+	b, _ := os.ReadFile("/proc/self/mountinfo")
+	return parseMountinfo(string(b))
+})
+
+// parseMountinfo takes one mount of each hierarchy: of the whole tree, and
+// writable, if there is such a one. The device number tells hierarchies apart,
+// because any may be mounted several times. The fields are those of
+// proc_pid_mountinfo(5).
+func parseMountinfo(table string) []hierarchy {
+	type choice struct {
+		hierarchy
+		device string
+		worth  int
+	}
+	var found []choice
+	for line := range strings.Lines(table) {
+		before, after, _ := strings.Cut(line, " - ")
+		mount, super := strings.Fields(before), strings.Fields(after)
+		if len(mount) < 6 || len(super) < 3 || super[0] != "cgroup" && super[0] != "cgroup2" {
+			continue
+		}
+		c := choice{
+			hierarchy: hierarchy{
+				root:  unescape(mount[3]),
+				dir:   unescape(mount[4]),
+				names: []string{""},
+			},
+			device: mount[2],
+		}
+		if super[0] == "cgroup" {
+			c.names = namesOf(super[2])
+		}
+		if c.root == "/" {
+			c.worth += 2
+		}
+		if slices.Contains(strings.Split(mount[5], ","), "rw") {
+			c.worth++
+		}
+		i := slices.IndexFunc(found, func(o choice) bool { return o.device == c.device })
+		if i < 0 {
+			found = append(found, c)
+		} else if c.worth > found[i].worth {
+			found[i] = c
+		}
+	}
+	var hs []hierarchy
+	for _, c := range found {
+		hs = append(hs, c.hierarchy)
+	}
+	return hs
+}
+
+var unescape = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace
+
+// notNames are the other options that a v1 superblock shows (cgroups(7) and
+// cgroup-v1/cgroups.rst of the kernel).
+var notNames = []string{
+	"rw", "ro", "none", "noprefix", "clone_children", "xattr", "cpuset_v2_mode", "favordynmods", "seclabel",
+}
+
+func namesOf(options string) []string {
+	var names []string
+	for o := range strings.SplitSeq(options, ",") {
+		if strings.HasPrefix(o, "name=") || !strings.Contains(o, "=") && !slices.Contains(notNames, o) {
+			names = append(names, o)
+		}
+	}
+	return names
+}
+
+// Features is what the cgroups of this machine can do.
+type Features struct {
+	Mounted bool // there are any
+	Unified bool // v2 has all controllers; false where some are on v1, as in a hybrid
+	Hugetlb bool // huge pages can be limited
+	Swap    bool // swap can be limited
+}
+
+// Probe looks at the cgroups that are mounted.
+func Probe() Features {
+	hs := hierarchies()
+	f := Features{Mounted: len(hs) > 0, Unified: unified(hs)}
+	for _, h := range hs {
+		switch {
+		case h.has("") && f.Unified:
+			controllers, _ := os.ReadFile(filepath.Join(h.dir, "cgroup.controllers"))
+			f.Hugetlb = slices.Contains(strings.Fields(string(controllers)), "hugetlb")
+			// The root of the hierarchy has no limits; any cgroup below tells.
+			found, _ := filepath.Glob(filepath.Join(h.dir, "*", "memory.swap.max"))
+			f.Swap = len(found) > 0
+		case h.has("hugetlb"):
+			f.Hugetlb = true
+		case h.has("memory"):
+			_, err := os.Stat(filepath.Join(h.dir, "memory.memsw.limit_in_bytes"))
+			f.Swap = err == nil
+		}
+	}
+	return f
+}
+
+// unified allows for named v1 hierarchies, which old containers may still mount.
+func unified(hs []hierarchy) bool {
+	v2 := false
+	for _, h := range hs {
+		v2 = v2 || h.has("")
+		if slices.ContainsFunc(h.names, func(n string) bool { return n != "" && !strings.HasPrefix(n, "name=") }) {
+			return false
+		}
+	}
+	return v2
+}
+
+// blank says whether a file of the kernel holds nothing.
+func blank(b []byte) bool { return len(bytes.TrimSpace(b)) == 0 }
