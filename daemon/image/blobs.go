@@ -3,13 +3,13 @@ package image
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
-	"time"
 
+	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -30,7 +30,8 @@ func (s *Store) hasBlob(d ocispec.Descriptor) bool {
 
 // hasAll says whether the config and all layers are here.
 func (s *Store) hasAll(m *ocispec.Manifest) bool {
-	return s.hasBlob(m.Config) && !slices.ContainsFunc(m.Layers, func(d ocispec.Descriptor) bool { return !s.hasBlob(d) })
+	missing := func(d ocispec.Descriptor) bool { return !s.hasBlob(d) }
+	return s.hasBlob(m.Config) && !slices.ContainsFunc(m.Layers, missing)
 }
 
 // addBlob stores a small blob that is verified already.
@@ -65,50 +66,49 @@ func (s *Store) adopt(path string, d digest.Digest, size int64) error {
 		return fmt.Errorf("cannot store a blob: %w", err)
 	}
 	err := os.Rename(path, to)
-	if err != nil && s.removeBlob(to, d) == nil {
+	if err != nil && s.removeBlobLocked(to, d) == nil {
 		err = os.Rename(path, to) // a directory was in the way
 	}
 	if err != nil {
 		return fmt.Errorf("cannot store a blob: %w", err)
 	}
-	s.account(d, size)
+	s.accountLocked(d, size)
 	return nil
 }
 
-// account notes the size of a blob that has its name now. It keeps the sizes, as
-// what is subtracted later has to be what was added. mu is held.
-func (s *Store) account(d digest.Digest, size int64) {
-	s.unaccount(d)
-	s.sizes[d] = size
-	s.usage.Bytes += uint64(size)
-	s.usage.Inodes++
-}
-
-func (s *Store) unaccount(d digest.Digest) {
-	if size, ok := s.sizes[d]; ok {
+// accountLocked notes the size of a blob that has its name now, or -1 of one that
+// has it no more. Sizes are kept, as what is subtracted later has to be what was
+// added.
+func (s *Store) accountLocked(d digest.Digest, size int64) {
+	if old, ok := s.sizes[d]; ok {
 		delete(s.sizes, d)
-		s.usage.Bytes -= uint64(size)
-		s.usage.Inodes--
+		s.count.blobBytes.Add(-old)
+		s.count.blobs.Add(-1)
+	}
+	if size >= 0 {
+		s.sizes[d] = size
+		s.count.blobBytes.Add(size)
+		s.count.blobs.Add(1)
 	}
 }
 
-// removeBlob removes a blob, whatever has its name. mu is held.
-func (s *Store) removeBlob(path string, d digest.Digest) error {
+// removeBlobLocked removes a blob, whatever has its name.
+func (s *Store) removeBlobLocked(path string, d digest.Digest) error {
 	if err := os.RemoveAll(path); err != nil {
 		return err
 	}
-	s.unaccount(d)
+	s.accountLocked(d, -1)
 	return nil
 }
 
-// measure counts what is there.
+// measure counts what is there. It is part of Open.
 func (s *Store) measure() error {
 	return s.eachBlob(func(path string, d digest.Digest) error {
 		st, err := os.Lstat(path)
 		if err != nil {
 			return err
 		}
-		s.account(d, st.Size())
+		s.accountLocked(d, st.Size())
 		return nil
 	})
 }
@@ -156,118 +156,48 @@ func (s *Store) dropIfDamaged(d ocispec.Descriptor) bool {
 	defer s.mu.Unlock()
 	read, err := f.Stat()
 	if now, nerr := os.Lstat(path); err == nil && nerr == nil && !os.SameFile(read, now) {
-		return true // whoever saw it before has brought a good one
+		return true // another pull has noticed, and brought a good one
 	}
-	return s.removeBlob(path, d.Digest) == nil
+	return s.removeBlobLocked(path, d.Digest) == nil
 }
 
-// kick wakes the collector.
-func (s *Store) kick() {
-	select {
-	case s.wake <- struct{}{}:
-	default: // awake already
+// readBlob reads a small blob of the store and verifies it.
+func (s *Store) readBlob(d ocispec.Descriptor, limit int64) ([]byte, error) {
+	if err := checkDescriptor(d); err != nil {
+		return nil, err
 	}
+	path := s.blobPath(d.Digest)
+	if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
+		return nil, fmt.Errorf("%w: blob %s is not a file", ErrCorrupt, d.Digest) // a FIFO would block the open
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read a blob: %w", err)
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, limit))
+	if err != nil {
+		return nil, fmt.Errorf("cannot read a blob: %w", err)
+	}
+	if d.Digest.Algorithm().FromBytes(b) != d.Digest {
+		return nil, fmt.Errorf("%w: blob %s has another content", ErrCorrupt, d.Digest)
+	}
+	return b, nil
 }
 
-// collector removes what nothing refers to: after Open, a removal, a pull, and
-// when what they left is stale. What cannot be removed is tried again, less and
-// less often.
-func (s *Store) collector() {
-	const first, longest = 100 * time.Millisecond, 10 * time.Minute
-	again := time.NewTimer(0) // the start
-	defer again.Stop()
-	for wait := first; ; {
-		select {
-		case <-s.wake:
-		case <-again.C:
-		case <-s.ctx.Done():
-			return
-		}
-		if err := s.collect(); err != nil {
-			s.o.Log.Warn("cannot remove unused blobs, trying again", "in", wait, "error", err)
-			again.Reset(wait)
-			wait = min(2*wait, longest)
-			continue
-		}
-		again.Reset(s.o.StaleIngest)
-		wait = first
-	}
-}
-
-// resumes says whether an interrupted pull, or one that runs, is to bring the
-// blob. mu is held.
-func (s *Store) resumes(d digest.Digest) bool {
-	for _, p := range s.pending {
-		if !p.over && slices.Contains(p.Blobs, d) {
-			return true
-		}
-	}
-	return false
-}
-
-func (s *Store) collect() error {
-	needed := func(d digest.Digest) bool { // mu is held
-		for _, l := range s.refs {
-			if slices.Contains(l.blobs, d) {
-				return true
-			}
-		}
-		return s.held[d] > 0 || s.resumes(d)
-	}
-	rerr := s.dropKept()
-	s.mu.Lock()
-	rerr = errors.Join(rerr, s.dropStalePending(), s.forgetRemoval(), s.refreshIndex())
-	named := map[digest.Digest]bool{}
-	for _, l := range s.refs {
-		for _, d := range l.blobs {
-			named[d] = true
-		}
-	}
-	s.mu.Unlock()
-	count := 0
-	err := s.eachBlob(func(path string, d digest.Digest) error {
-		if named[d] {
-			return nil // or not any more: whoever took the name has called for another run
-		}
-		// One at a time, so that nobody waits long for the lock; and decided
-		// with it held, so that no pull can take the blob for present.
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if needed(d) {
-			return nil
-		}
-		before := s.usage.Bytes
-		if err := s.removeBlob(path, d); err != nil {
-			return err
-		}
-		count++
-		s.count.collected.Add(1)
-		s.count.freed.Add(before - s.usage.Bytes)
-		return nil
-	})
-	if count > 0 {
-		s.o.Log.Info("unused blobs removed", "blobs", count)
-	}
-	return errors.Join(rerr, err, s.collectIngest())
-}
-
-// collectIngest removes partial downloads that no pull goes on with.
-func (s *Store) collectIngest() error {
-	dir := filepath.Join(s.o.Root, ingestName)
-	files, err := os.ReadDir(dir)
+// syncBlobNames puts the names of blobs on the disk; their content is.
+func (s *Store) syncBlobNames() error {
+	algorithms, err := os.ReadDir(filepath.Join(s.o.Root, blobsName))
 	if err != nil {
 		return err
 	}
-	var errs []error
-	for _, e := range files {
-		if strings.HasPrefix(e.Name(), smallPrefix) {
-			continue // its writer removes it
+	for _, a := range algorithms {
+		if !a.IsDir() {
+			continue // not ours; a fifo would block the open
 		}
-		s.mu.Lock()
-		if s.downloads[e.Name()] == nil && !s.resumes(blobOfPart(e.Name())) {
-			errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
+		if err := record.SyncDir(filepath.Join(s.o.Root, blobsName, a.Name())); err != nil {
+			return fmt.Errorf("cannot sync the blobs: %w", err)
 		}
-		s.mu.Unlock()
 	}
-	return errors.Join(errs...)
+	return nil
 }

@@ -16,9 +16,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/remotes/docker"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/holdfast-cri/holdfast/daemon/image/registry"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -259,16 +259,6 @@ func TestRetryAfter(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	half(t, s)
-	r := &registry{}
-	r.hosts = append(r.hosts, hostNamed("x"))
-	busy := &statusError{kind: ErrUnavailable, retryAfter: 7 * time.Second}
-	if wait, ok := r.again(hostNamed("x"), busy, 1); !ok || wait < 7*time.Second {
-		t.Errorf("waits %v", wait)
-	}
-	busy.retryAfter = time.Hour
-	if wait, _ := r.again(hostNamed("x"), busy, 1); wait > 2*maxBackoff {
-		t.Errorf("waits %v", wait)
-	}
 }
 
 // A transfer that never stands still, and never ends either.
@@ -302,7 +292,7 @@ func TestTrickle(t *testing.T) {
 	})
 	s := openAt(t, t.TempDir(), func(o *Options) { o.ProgressTimeout, o.MinRate = 2*time.Second, 10_000 })
 	var k sink
-	if _, err := s.Pull(t.Context(), k.request(f.ref)); !errors.Is(err, ErrUnavailable) || !errors.Is(err, errTooSlow) {
+	if _, err := s.Pull(t.Context(), k.request(f.ref)); !errors.Is(err, ErrUnavailable) || !errors.Is(err, registry.ErrTooSlow) {
 		t.Errorf("got %v", err)
 	}
 	mu.Lock()
@@ -319,7 +309,7 @@ func TestTrickle(t *testing.T) {
 			s2.mu.Lock()
 			defer s2.mu.Unlock()
 			d := s2.downloadOf(f.digest(0))
-			return d != nil && d.progress().n > 10
+			return d != nil && d.status().n > 10
 		})
 		cancel()
 	}()
@@ -417,5 +407,3 @@ func descOf(l *testLayer) ocispec.Descriptor { return descOfBytes(l.packed) }
 func descOfBytes(b []byte) ocispec.Descriptor {
 	return ocispec.Descriptor{Digest: digest.FromBytes(b), Size: int64(len(b))}
 }
-
-func hostNamed(name string) docker.RegistryHost { return docker.RegistryHost{Host: name} }

@@ -2,19 +2,15 @@ package image
 
 import (
 	"bytes"
-	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"io"
-	"net/http"
-	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
-	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -105,62 +101,6 @@ func FuzzReference(f *testing.F) {
 		}
 		if (refRecord{Ref: n.String()}).tagged() == strings.Contains(s, "@") {
 			t.Fatalf("%q is %q, and tagged: %v", s, n, refRecord{Ref: n.String()}.tagged())
-		}
-	})
-}
-
-// Credentials for one host are not those of another one, whatever the address
-// looks like.
-func FuzzCredentials(f *testing.F) {
-	f.Add("https://registry.example/v2/", "dXNlcjpwYXNz", "user")
-	f.Add("registry.example:443", "dXNlcjpwYXNz", "")
-	f.Add("https://other.example@registry.example", "eDp5\n", "<token>")
-	f.Fuzz(func(t *testing.T, address, secret, user string) {
-		c, err := (&Auth{ServerAddress: address, Auth: secret, Username: user}).credentials()
-		if err != nil {
-			if !errors.Is(err, ErrUnauthorized) {
-				t.Fatal(err)
-			}
-			return
-		}
-		const host = "somewhere.example"
-		if address != "" && c.match(host) && !strings.Contains(strings.ToLower(address), host) && !strings.Contains(address, "%") {
-			t.Fatalf("credentials for %q would go to %s: %+v", address, host, c)
-		}
-	})
-}
-
-// Whatever a registry asks for through TLS, a password never goes in the clear.
-func FuzzChallenge(f *testing.F) {
-	f.Add(`Bearer realm="https://auth.example/token",service="registry.example",scope="repository:a:pull"`)
-	f.Add(`Basic realm="x", Bearer realm="http://auth.example/token"`)
-	f.Add(`bearer realm=/token,error="insufficient_scope"`)
-	name, err := parse("registry.example/a")
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Fuzz(func(t *testing.T, header string) {
-		h := docker.RegistryHost{Host: "registry.example", Scheme: "https", Path: "/v2"}
-		r := &registry{name: name, hosts: []docker.RegistryHost{h}, creds: credentials{user: "me", secret: "secret"}}
-		u, err := url.Parse("https://registry.example/v2/a/manifests/1")
-		if err != nil {
-			t.Fatal(err)
-		}
-		resp := &http.Response{StatusCode: http.StatusUnauthorized, Header: http.Header{"Www-Authenticate": {header}}, TLS: &tls.ConnectionState{}, Request: &http.Request{URL: u}}
-		if r.challenged(t.Context(), h, resp, "", false) != nil {
-			return
-		}
-		l, err := r.login(t.Context(), h)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.release()
-		if l.token == nil {
-			return
-		}
-		realm, err := url.Parse(l.token.Realm)
-		if err != nil || l.token.Secret != "" && realm.Scheme != "https" {
-			t.Fatalf("%q: the secret would go to %q: %v", header, l.token.Realm, err)
 		}
 	})
 }

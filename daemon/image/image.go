@@ -18,7 +18,6 @@ package image
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"io"
 	"log/slog"
 	"time"
@@ -26,27 +25,29 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/holdfast-cri/holdfast/daemon/image/registry"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
-// The errors of this package wrap one of these where it applies. Each has a kind.
+// The errors of this package wrap one of these where it applies. Each but
+// ErrCorrupt has a kind.
 var (
-	// ErrNotFound: the registry, or the store, has no such image.
-	ErrNotFound = kind.Errorf(kind.NotFound, "image not found")
 	// ErrInvalidReference: the name of the image cannot be parsed.
 	ErrInvalidReference = kind.Errorf(kind.Invalid, "invalid image reference")
-	// ErrUnauthorized: the registry refused the credentials, or the lack of them.
-	ErrUnauthorized = kind.Errorf(kind.Unauthorized, "not authorized by the registry")
-	// ErrUnavailable: the registry cannot be reached, is overloaded or too slow.
-	ErrUnavailable = kind.Errorf(kind.Unavailable, "registry unavailable")
-	// ErrUnsupported: the image is there but of a kind that cannot be run here:
-	// another platform, an unknown media type, a foreign layer.
-	ErrUnsupported = kind.Errorf(kind.Unsupported, "unsupported image")
 	// ErrRejected: a verifier does not let the image in.
 	ErrRejected = kind.Errorf(kind.Rejected, "image rejected")
-	// ErrCorrupt: what the registry sent is not what its digest or size says. It
-	// has no kind: no caller can do anything about it.
-	ErrCorrupt = errors.New("corrupt image")
+
+	// ErrNotFound: the registry, or the store, has no such image.
+	ErrNotFound = registry.ErrNotFound
+	// ErrUnauthorized: the registry refused the credentials, or the lack of them.
+	ErrUnauthorized = registry.ErrUnauthorized
+	// ErrUnavailable: the registry cannot be reached, is overloaded or too slow.
+	ErrUnavailable = registry.ErrUnavailable
+	// ErrUnsupported: the image is there but of a kind that cannot be run here:
+	// another platform, an unknown media type, a foreign layer.
+	ErrUnsupported = registry.ErrUnsupported
+	// ErrCorrupt: what the registry sent is not what its digest or size says.
+	ErrCorrupt = registry.ErrCorrupt
 )
 
 // Image is one image, known by its config's digest. It is a value that the
@@ -78,12 +79,8 @@ type Spec struct {
 	History json.RawMessage `json:"history,omitempty"`
 }
 
-// Auth is CRI's AuthConfig. ServerAddress, where given, limits the rest to that
-// host. Order of use: RegistryToken, IdentityToken, Username and Password, Auth
-// (base64 of "user:password").
-type Auth struct {
-	Username, Password, Auth, ServerAddress, IdentityToken, RegistryToken string
-}
+// Auth is what a caller shows a registry.
+type Auth = registry.Auth
 
 // Layers keeps unpacked layers by their diff ids. It is safe for concurrent use.
 type Layers interface {

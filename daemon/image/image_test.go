@@ -23,7 +23,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/distribution/reference"
 	"github.com/google/go-containerregistry/pkg/name"
 	ggcr "github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -34,6 +33,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/google/go-containerregistry/pkg/v1/validate"
+	"github.com/holdfast-cri/holdfast/daemon/image/registry"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
@@ -615,7 +615,7 @@ func TestTagsMoveAndRemove(t *testing.T) {
 	if err != nil || !slices.Equal(free, []digest.Digest{img1.DiffIDs[1]}) {
 		t.Errorf("freed %v, want what is not shared: %v", free, err)
 	}
-	if _, ok := s.Get(img1.ID); ok || s.Wants(img1.DiffIDs[1]) || !s.Wants(img1.DiffIDs[0]) {
+	if _, ok := s.Get(img1.ID); ok || needed(s, img1.DiffIDs[1]) || !needed(s, img1.DiffIDs[0]) {
 		t.Error("not removed")
 	}
 	verify(t, s)
@@ -996,7 +996,7 @@ func TestCancelEndsTheDownload(t *testing.T) {
 	eventually(t, "no download is left", func() bool {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		return len(s.downloads) == 0 && len(s.held) == 0
+		return len(s.downloads) == 0 && len(s.holds.n) == 0
 	})
 	ctx, cancel = context.WithTimeout(t.Context(), time.Nanosecond)
 	defer cancel()
@@ -1030,7 +1030,7 @@ func TestStandstillEnds(t *testing.T) {
 	})
 	s := openAt(t, t.TempDir(), func(o *Options) { o.ProgressTimeout = 50 * time.Millisecond })
 	var k sink
-	if _, err := s.Pull(t.Context(), k.request(ref)); !errors.Is(err, ErrUnavailable) || !errors.Is(err, errTooSlow) {
+	if _, err := s.Pull(t.Context(), k.request(ref)); !errors.Is(err, ErrUnavailable) || !errors.Is(err, registry.ErrTooSlow) {
 		t.Errorf("got %v", err)
 	}
 	noRefs(t, s)
@@ -1289,7 +1289,7 @@ func TestPartsAreRemoved(t *testing.T) {
 		return filepath.Join(root, ingestName, partName("registry.example", descOfBytes([]byte(s))))
 	}
 	resumed, orphan, small := part("resumed"), part("orphan"), filepath.Join(root, ingestName, smallPrefix+"1")
-	if err := s.beginPending(named(t, "registry.test/a:1"), []digest.Digest{digest.FromString("resumed")}); err != nil {
+	if err := s.beginPending("registry.test/a:1", []digest.Digest{digest.FromString("resumed")}); err != nil {
 		t.Fatal(err)
 	}
 	for _, p := range []string{resumed, orphan, small} {
@@ -1304,7 +1304,7 @@ func TestPartsAreRemoved(t *testing.T) {
 		t.Error("what an interrupted pull has is gone")
 	}
 	s.mu.Lock()
-	s.dropPending("registry.test/a:1")
+	s.dropPendingLocked("registry.test/a:1")
 	s.mu.Unlock()
 	s.kick()
 	eventually(t, "it is gone when the pull went well", func() bool { return gone(resumed) })
@@ -1349,11 +1349,9 @@ type noRoom struct{ *sink }
 
 func (noRoom) Apply(context.Context, digest.Digest, io.Reader) error { return syscall.ENOSPC }
 
-func named(t *testing.T, ref string) reference.Named {
-	t.Helper()
-	n, err := parse(ref)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n
+// needed says whether a layer may not be collected.
+func needed(s *Store, d digest.Digest) bool {
+	unneeded := false
+	s.ifUnneeded(d, func() error { unneeded = true; return nil })
+	return !unneeded
 }

@@ -110,7 +110,9 @@ func (l *Library) Collect(layers []digest.Digest) {
 	l.background(func() {
 		const first, longest = time.Second, 10 * time.Minute
 		for wait := first; len(failed) > 0; wait = min(2*wait, longest) {
-			if pause(l.ctx, wait) != nil {
+			select {
+			case <-time.After(wait):
+			case <-l.ctx.Done():
 				return // the next start does it
 			}
 			failed = l.removeUnneeded(failed)
@@ -134,4 +136,16 @@ func (l *Library) removeUnneeded(layers []digest.Digest) (failed []digest.Digest
 		}
 	}
 	return failed
+}
+
+// Wants says whether an image, a pull or a holder needs a layer.
+func (s *Store) Wants(diffID digest.Digest) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.layers[diffID] || s.holds.has(diffID)
+}
+
+// IfUnwanted calls f if nothing needs the layer.
+func (s *Store) IfUnwanted(diffID digest.Digest, f func() error) error {
+	return s.ifUnneeded(diffID, f)
 }

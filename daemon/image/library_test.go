@@ -262,7 +262,7 @@ func TestEnsure(t *testing.T) {
 	}
 	// Neither here nor to be had.
 	for _, m := range l.refs[other.RepoTags[0]].manifest.Layers {
-		if err := l.removeBlob(l.blobPath(m.Digest), m.Digest); err != nil {
+		if err := l.removeBlobLocked(l.blobPath(m.Digest), m.Digest); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -8,21 +8,23 @@ import (
 	"strings"
 
 	"github.com/containerd/platforms"
+	"github.com/holdfast-cri/holdfast/daemon/image/registry"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-// Media types of Docker's image manifest, schema 2.
+// Media types that are known beside those of OCI.
 const (
-	typeDockerList     = "application/vnd.docker.distribution.manifest.list.v2+json"
-	typeDockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
-	typeDockerConfig   = "application/vnd.docker.container.image.v1+json"
-	typeDockerLayer    = "application/vnd.docker.image.rootfs.diff.tar"
-	typeDockerForeign  = "application/vnd.docker.image.rootfs.foreign.diff.tar"
-	typeDockerSchema1  = "application/vnd.docker.distribution.manifest.v1+"
-	typeOCIForeign     = "application/vnd.oci.image.layer.nondistributable.v1.tar"
-	typeOctets         = "application/octet-stream" // configs of old pushers
+	typeDockerConfig  = "application/vnd.docker.container.image.v1+json"
+	typeDockerLayer   = "application/vnd.docker.image.rootfs.diff.tar"
+	typeDockerForeign = "application/vnd.docker.image.rootfs.foreign.diff.tar"
+	typeDockerSchema1 = "application/vnd.docker.distribution.manifest.v1+"
+	typeOCIForeign    = "application/vnd.oci.image.layer.nondistributable.v1.tar"
+	typeOctets        = "application/octet-stream" // configs of old pushers
 )
+
+// maxConfig is the limit of a config in bytes.
+const maxConfig = 8 << 20
 
 // document is a manifest or an index, as JSON tells.
 type document struct {
@@ -50,16 +52,17 @@ func parseDocument(b []byte, said string) (d document, err error) {
 	index, manifest := probe.Manifests != nil, probe.Layers != nil || probe.Config != nil
 	switch {
 	case probe.SchemaVersion == 1 || probe.FSLayers != nil || strings.HasPrefix(said, typeDockerSchema1):
-		return d, fmt.Errorf("%w: a manifest of schema version 1; the image has to be pushed again by a newer tool", ErrUnsupported)
+		return d, fmt.Errorf("%w: a manifest of schema version 1; the image has to be pushed again by a newer tool",
+			ErrUnsupported)
 	case index == manifest:
 		return d, fmt.Errorf("%w: neither a manifest nor an index (%s)", ErrUnsupported, said)
 	case index:
-		if t := probe.MediaType; t != "" && t != ocispec.MediaTypeImageIndex && t != typeDockerList {
+		if t := probe.MediaType; t != "" && t != ocispec.MediaTypeImageIndex && t != registry.TypeDockerList {
 			return d, fmt.Errorf("%w: an index of type %q", ErrUnsupported, t)
 		}
 		err = json.Unmarshal(b, &d.index)
 	default:
-		if t := probe.MediaType; t != "" && t != ocispec.MediaTypeImageManifest && t != typeDockerManifest {
+		if t := probe.MediaType; t != "" && t != ocispec.MediaTypeImageManifest && t != registry.TypeDockerManifest {
 			return d, fmt.Errorf("%w: a manifest of type %q", ErrUnsupported, t)
 		}
 		if err = json.Unmarshal(b, &d.manifest); err == nil {
@@ -103,7 +106,7 @@ func mediaType(b []byte, said string) string {
 	if json.Unmarshal(b, &probe) == nil && probe.MediaType != "" {
 		return probe.MediaType
 	}
-	if slices.Contains(manifestTypes, said) {
+	if slices.Contains(registry.ManifestTypes, said) {
 		return said
 	}
 	return ocispec.MediaTypeImageManifest
@@ -117,7 +120,8 @@ func checkManifest(m *ocispec.Manifest) error {
 	switch m.Config.MediaType {
 	case ocispec.MediaTypeImageConfig, typeDockerConfig, typeOctets:
 	default:
-		return fmt.Errorf("%w: its config is of type %q, it is not a container image", ErrUnsupported, m.Config.MediaType)
+		return fmt.Errorf("%w: its config is of type %q, it is not a container image",
+			ErrUnsupported, m.Config.MediaType)
 	}
 	for _, d := range append([]ocispec.Descriptor{m.Config}, m.Layers...) {
 		if err := checkDescriptor(d); err != nil {
@@ -187,7 +191,8 @@ func choose(x *ocispec.Index, p ocispec.Platform) (ocispec.Descriptor, error) {
 		}
 	}
 	if best = cmp.Or(best, plain); best == nil {
-		return ocispec.Descriptor{}, fmt.Errorf("%w: no image for %s, there are: %s", ErrUnsupported, platforms.Format(p), strings.Join(offers, ", "))
+		return ocispec.Descriptor{}, fmt.Errorf("%w: no image for %s, there are: %s",
+			ErrUnsupported, platforms.Format(p), strings.Join(offers, ", "))
 	}
 	return *best, nil
 }

@@ -11,7 +11,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/distribution/reference"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/holdfast-cri/holdfast/proto/record"
@@ -26,11 +25,7 @@ type pending struct {
 	Ref   string          `json:"ref"`
 	Blobs []digest.Digest `json:"blobs"`
 	Since time.Time       `json:"since"`
-	// Had are those of Blobs that are not to be had by their digest alone, and
-	// have come from the repository of this reference; see ours.
-	Had   []digest.Digest `json:"had,omitempty"`
 	pulls int             // that run; guarded by Store.mu
-	over  bool            // it keeps nothing any more, only its file is still there
 }
 
 func (s *Store) pendingPath(ref string) string {
@@ -62,38 +57,15 @@ func (s *Store) loadPending() {
 }
 
 // beginPending notes that a pull is going to fetch blobs. It is not synced: a
-// power cut may cost what was fetched, not more. What is here by an image of the
-// same repository stays this pull's, also when that image is removed meanwhile.
-func (s *Store) beginPending(name reference.Named, blobs []digest.Digest) error {
+// power cut may cost what was fetched, not more.
+func (s *Store) beginPending(ref string, blobs []digest.Digest) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	known := s.broughtBy(name.Name())
-	had := slices.DeleteFunc(slices.Clone(blobs), func(d digest.Digest) bool { return !known[d] })
-	return s.writePending(pending{Ref: name.String(), Blobs: blobs, Since: time.Now().UTC(), Had: had, pulls: s.pending[name.String()].pulls + 1})
-}
-
-// notePending notes that a blob has come from the repository of a reference.
-func (s *Store) notePending(ref string, d digest.Digest) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	p, ok := s.pending[ref]
-	if !ok || slices.Contains(p.Had, d) {
-		return nil
-	}
-	p.Had = append(slices.Clone(p.Had), d)
-	return s.writePending(p)
-}
-
-// writePending is called with mu held.
-func (s *Store) writePending(p pending) error {
-	path := s.pendingPath(p.Ref)
-	if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
-		os.RemoveAll(path) // a rename would not replace it
-	}
-	if err := record.Write(path, p, false); err != nil {
+	p := pending{Ref: ref, Blobs: blobs, Since: time.Now().UTC(), pulls: s.pending[ref].pulls + 1}
+	if err := record.Write(s.pendingPath(ref), p, false); err != nil {
 		return err
 	}
-	s.pending[p.Ref] = p
+	s.pending[ref] = p
 	return nil
 }
 
@@ -105,12 +77,10 @@ func (s *Store) endPending(ref string, err error) {
 	p := s.pending[ref]
 	p.pulls--
 	s.pending[ref] = p
-	if p.pulls > 0 {
-		return
-	}
-	interrupted := errors.Is(err, ErrUnavailable) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, errClosed)
-	if !interrupted {
-		s.dropPending(ref)
+	interruptions := []error{ErrUnavailable, context.Canceled, context.DeadlineExceeded, errClosed}
+	interrupted := slices.ContainsFunc(interruptions, func(i error) bool { return errors.Is(err, i) })
+	if p.pulls == 0 && !interrupted {
+		s.dropPendingLocked(ref)
 	}
 }
 
@@ -125,34 +95,32 @@ func (s *Store) makeRoom() {
 	defer s.mu.Unlock()
 	for ref, p := range s.pending {
 		if p.pulls == 0 {
-			s.dropPending(ref)
+			s.dropPendingLocked(ref)
 		}
 	}
 	s.kick()
 }
 
-// dropPending is called with mu held. Where the file cannot be removed, the
-// collector tries again.
-func (s *Store) dropPending(ref string) error {
-	if err := os.Remove(s.pendingPath(ref)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		p := s.pending[ref]
-		p.over = true
-		s.pending[ref] = p
-		return err
-	}
+// dropPendingLocked forgets a pull. Where its file cannot be removed, the next
+// start finds it, and forgets it in its time.
+func (s *Store) dropPendingLocked(ref string) error {
 	delete(s.pending, ref)
-	return nil
+	err := os.Remove(s.pendingPath(ref))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	return err
 }
 
 // old says whether so much has passed since t, or the clock was set back by that.
 func old(t time.Time, age time.Duration) bool { return time.Since(t).Abs() >= age }
 
-// dropStalePending forgets pulls that nobody came back for. mu is held.
-func (s *Store) dropStalePending() error {
+// dropStalePendingLocked forgets pulls that nobody came back for.
+func (s *Store) dropStalePendingLocked() error {
 	var errs []error
 	for ref, p := range s.pending {
-		if p.pulls == 0 && (p.over || old(p.Since, s.o.StaleIngest)) {
-			errs = append(errs, s.dropPending(ref))
+		if p.pulls == 0 && old(p.Since, s.o.StaleIngest) {
+			errs = append(errs, s.dropPendingLocked(ref))
 		}
 	}
 	return errors.Join(errs...)

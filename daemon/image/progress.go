@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -37,8 +38,8 @@ type part struct {
 	done     bool // and unpacked
 }
 
-// is says what the pull is at, before it has come to the layers.
-func (g *progress) is(phase rundir.PullPhase) {
+// setPhase says what the pull is at, before it has come to the layers.
+func (g *progress) setPhase(phase rundir.PullPhase) {
 	if g != nil {
 		g.mu.Lock()
 		defer g.mu.Unlock()
@@ -46,8 +47,8 @@ func (g *progress) is(phase rundir.PullPhase) {
 	}
 }
 
-// needs says what the image is made of.
-func (g *progress) needs(layers []ocispec.Descriptor) {
+// setLayers says what the image is made of.
+func (g *progress) setLayers(layers []ocispec.Descriptor) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.p.Phase = rundir.PullDownloading
@@ -71,11 +72,11 @@ func (g *progress) change(d digest.Digest, f func(*part)) {
 	}
 }
 
-// flows says that a layer comes by this download.
-func (g *progress) flows(d *download) {
+// downloading says that a layer comes by this download.
+func (g *progress) downloading(d *download) {
 	g.change(d.desc.Digest, func(l *part) {
 		l.d, l.here = d, false
-		if now := d.progress(); now.started && !l.hadKnown {
+		if now := d.status(); now.started && !l.hadKnown {
 			l.had, l.hadKnown = now.n, true
 		}
 	})
@@ -84,13 +85,13 @@ func (g *progress) flows(d *download) {
 // stopped says that the layer's download failed.
 func (g *progress) stopped(d digest.Digest) {
 	g.change(d, func(l *part) {
-		l.look()
+		l.refresh()
 		l.d = nil
 	})
 }
 
-// has says that a layer is in the store, or not needed there.
-func (g *progress) has(d digest.Digest) {
+// present says that a layer is in the store, or not needed there.
+func (g *progress) present(d digest.Digest) {
 	g.change(d, func(l *part) {
 		l.here = true
 		if !l.hadKnown {
@@ -99,24 +100,24 @@ func (g *progress) has(d digest.Digest) {
 	})
 }
 
-// ended says that a layer is complete, or that it cannot be had.
-func (g *progress) ended(d digest.Digest, complete bool) {
+// finished says that a layer is complete, or that it cannot be had.
+func (g *progress) finished(d digest.Digest, complete bool) {
 	g.change(d, func(l *part) {
-		l.look()
+		l.refresh()
 		l.d = nil
 		l.here, l.done = complete, complete
 	})
 }
 
-// look gives what is here of a layer.
-func (l *part) look() (n int64, waiting bool, trouble string) {
+// refresh gives what is here of a layer.
+func (l *part) refresh() (n int64, waiting bool, trouble string) {
 	if l.d == nil {
 		if l.here {
 			n = l.size
 		}
 		return n, false, ""
 	}
-	now := l.d.progress()
+	now := l.d.status()
 	switch {
 	case now.started && !l.hadKnown:
 		l.had, l.hadKnown = now.had, true
@@ -126,13 +127,14 @@ func (l *part) look() (n int64, waiting bool, trouble string) {
 	return now.n, now.waiting, now.trouble
 }
 
-func (g *progress) now() rundir.Pull {
+// snapshot gives all of it, without a Rate.
+func (g *progress) snapshot() rundir.Pull {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	p := g.p
 	var flowing, waiting int
 	for _, l := range g.parts {
-		n, waits, trouble := l.look()
+		n, waits, trouble := l.refresh()
 		p.Bytes += n
 		p.PresentBytes += min(l.had, n)
 		if l.done {
@@ -164,22 +166,46 @@ var self = sync.OnceValue(func() rundir.Process {
 	return p
 })
 
+// pulls are those that run.
+type pulls struct {
+	mu sync.Mutex
+	m  map[*progress]struct{}
+}
+
+// list gives them, the oldest first.
+func (p *pulls) list() (l []rundir.Pull) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for g := range p.m {
+		l = append(l, g.snapshot())
+	}
+	slices.SortFunc(l, func(a, b rundir.Pull) int { return a.Since.Compare(b.Since) })
+	return l
+}
+
 // follow makes a pull known to whoever looks, until stop is called: in Stats, in
 // the log, and in a record.
 func (s *Store) follow(asked, name, pod string) (g *progress, stop func()) {
-	g = &progress{news: make(chan struct{}, 1), p: rundir.Pull{Ref: name, Asked: asked, Pod: pod, Since: time.Now().UTC(), Phase: rundir.PullResolving, Daemon: self()}}
-	s.mu.Lock()
-	s.running[g] = struct{}{}
-	s.mu.Unlock()
+	g = &progress{news: make(chan struct{}, 1), p: rundir.Pull{
+		Ref:    name,
+		Asked:  asked,
+		Pod:    pod,
+		Since:  time.Now().UTC(),
+		Phase:  rundir.PullResolving,
+		Daemon: self(),
+	}}
+	s.running.mu.Lock()
+	s.running.m[g] = struct{}{}
+	s.running.mu.Unlock()
 	quit := make(chan struct{})
 	var done sync.WaitGroup
 	done.Go(func() { s.report(g, quit) })
 	return g, func() {
 		close(quit)
 		done.Wait()
-		s.mu.Lock()
-		delete(s.running, g)
-		s.mu.Unlock()
+		s.running.mu.Lock()
+		delete(s.running.m, g)
+		s.running.mu.Unlock()
 	}
 }
 
@@ -187,7 +213,7 @@ func (s *Store) follow(asked, name, pod string) (g *progress, stop func()) {
 func (s *Store) report(g *progress, quit <-chan struct{}) {
 	var path string
 	if s.o.ProgressDir != "" {
-		path = filepath.Join(s.o.ProgressDir, fmt.Sprintf("%d-%d.json", os.Getpid(), s.serial.Add(1)))
+		path = filepath.Join(s.o.ProgressDir, fmt.Sprintf("%d-%d.json", os.Getpid(), s.count.records.Add(1)))
 		defer os.Remove(path)
 	}
 	tick := time.NewTicker(s.o.ProgressEvery)
@@ -198,7 +224,7 @@ func (s *Store) report(g *progress, quit <-chan struct{}) {
 	}
 	last := []point{{time.Now(), 0}} // at most logEvery updates ago
 	for n := 0; ; {
-		p := g.now()
+		p := g.snapshot()
 		now := point{time.Now(), p.Bytes - p.PresentBytes}
 		if d := now.at.Sub(last[0].at); d > 0 {
 			p.Rate = max(0, int64(float64(now.came-last[0].came)/d.Seconds()))
@@ -231,8 +257,8 @@ func (s *Store) logProgress(p rundir.Pull) {
 		args = append(args, "pod", p.Pod)
 	}
 	if p.TotalBytes > 0 {
-		args = append(args, "percent", p.Bytes*100/p.TotalBytes, "bytes", p.Bytes, "of", p.TotalBytes, "present", p.PresentBytes,
-			"layers", p.Layers, "ofLayers", p.TotalLayers, "bytesPerSecond", p.Rate)
+		args = append(args, "percent", p.Bytes*100/p.TotalBytes, "bytes", p.Bytes, "of", p.TotalBytes,
+			"present", p.PresentBytes, "layers", p.Layers, "ofLayers", p.TotalLayers, "bytesPerSecond", p.Rate)
 	}
 	if p.Trouble != "" {
 		args = append(args, "trouble", p.Trouble)

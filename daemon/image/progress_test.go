@@ -28,53 +28,53 @@ func TestProgressOfLayers(t *testing.T) {
 	g := &progress{news: make(chan struct{}, 1), p: rundir.Pull{Phase: rundir.PullResolving}}
 	check := func(what string, phase rundir.PullPhase, bytes, present int64, layers int, trouble string) {
 		t.Helper()
-		p := g.now()
+		p := g.snapshot()
 		if p.Phase != phase || p.Bytes != bytes || p.PresentBytes != present || p.Layers != layers || p.Trouble != trouble {
 			t.Errorf("%s: %+v", what, p)
 		}
 	}
 	check("nothing is known", rundir.PullResolving, 0, 0, 0, "")
-	g.is(rundir.PullVerifying)
+	g.setPhase(rundir.PullVerifying)
 	check("it is verified", rundir.PullVerifying, 0, 0, 0, "")
-	g.needs([]ocispec.Descriptor{kept, resumed, joined, fresh, kept})
-	if p := g.now(); p.TotalBytes != 400 || p.TotalLayers != 4 {
+	g.setLayers([]ocispec.Descriptor{kept, resumed, joined, fresh, kept})
+	if p := g.snapshot(); p.TotalBytes != 400 || p.TotalLayers != 4 {
 		t.Errorf("%+v", p)
 	}
 	check("the layers are known", rundir.PullDownloading, 0, 0, 0, "")
 	r, j, f := &download{desc: resumed}, &download{desc: joined, n: 30, started: true}, &download{desc: fresh}
-	g.flows(r)
+	g.downloading(r)
 	check("a download begins", rundir.PullDownloading, 0, 0, 0, "")
 	r.queued, f.queued = true, true
 	check("no download has its turn", rundir.PullWaiting, 0, 0, 0, "")
-	g.has(kept.Digest)
-	g.flows(j)
-	g.flows(f)
+	g.present(kept.Digest)
+	g.downloading(j)
+	g.downloading(f)
 	check("one is here, one flows", rundir.PullDownloading, 130, 130, 0, "")
 	r.n, r.had, r.started = 50, 40, true
 	j.n, f.trouble = 60, "503"
 	check("all flow", rundir.PullDownloading, 210, 170, 0, "503")
-	g.ended(kept.Digest, true)
+	g.finished(kept.Digest, true)
 	r.n = 100
-	g.ended(resumed.Digest, true)
+	g.finished(resumed.Digest, true)
 	check("two are unpacked", rundir.PullDownloading, 260, 170, 2, "503")
 	// What the other pull had brought was no good: it comes anew.
 	g.stopped(joined.Digest)
 	check("one is gone", rundir.PullWaiting, 200, 140, 2, "503")
-	g.flows(&download{desc: joined, started: true})
+	g.downloading(&download{desc: joined, started: true})
 	f.n, f.started, f.trouble = 100, true, ""
 	check("it comes anew", rundir.PullDownloading, 300, 140, 2, "")
-	g.has(joined.Digest)
+	g.present(joined.Digest)
 	g.stopped(joined.Digest)
 	check("all bytes are here", rundir.PullUnpacking, 400, 140, 2, "")
-	g.ended(joined.Digest, true)
-	g.ended(fresh.Digest, true)
+	g.finished(joined.Digest, true)
+	g.finished(fresh.Digest, true)
 	check("all are unpacked", rundir.PullUnpacking, 400, 140, 4, "")
 
 	// Nobody looks.
 	var none *progress
-	none.is(rundir.PullVerifying)
-	none.flows(f)
-	none.ended(fresh.Digest, true)
+	none.setPhase(rundir.PullVerifying)
+	none.downloading(f)
+	none.finished(fresh.Digest, true)
 }
 
 func TestResultOf(t *testing.T) {
@@ -87,7 +87,7 @@ func TestResultOf(t *testing.T) {
 		{errors.New("x"), "error"},
 		{fmt.Errorf("%w: %w", context.Canceled, ErrUnavailable), "canceled"},
 		{fmt.Errorf("%w: %w", ErrUnavailable, context.DeadlineExceeded), "timeout"},
-		{&diskError{&os.PathError{Err: syscall.ENOSPC}}, "no_space"},
+		{fmt.Errorf("cannot store a blob: %w", &os.PathError{Err: syscall.ENOSPC}), "no_space"},
 		{fmt.Errorf("x: %w", ErrUnauthorized), "unauthorized"},
 		{errClosed, "canceled"},
 	} {

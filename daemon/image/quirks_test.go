@@ -18,7 +18,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -29,6 +28,7 @@ import (
 	"github.com/containerd/platforms"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/holdfast-cri/holdfast/daemon/image/registry"
 	"github.com/klauspost/compress/gzip"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -386,58 +386,6 @@ func TestTokenIsShared(t *testing.T) {
 	}
 }
 
-func TestCredentialsAsPeopleWriteThem(t *testing.T) {
-	b64 := base64.StdEncoding.EncodeToString
-	for _, c := range []struct {
-		in   Auth
-		want credentials
-	}{
-		{Auth{Auth: b64([]byte("me:a:b"))}, credentials{user: "me", secret: "a:b"}},
-		{Auth{Auth: b64([]byte("me:secret\n"))}, credentials{user: "me", secret: "secret"}},
-		{Auth{Auth: b64([]byte("me:secret\x00\x00"))}, credentials{user: "me", secret: "secret"}},
-		{Auth{Auth: b64([]byte("me:secret")) + "\n"}, credentials{user: "me", secret: "secret"}},
-		{Auth{Auth: base64.RawStdEncoding.EncodeToString([]byte("me:secret1"))}, credentials{user: "me", secret: "secret1"}},
-		{Auth{Auth: base64.URLEncoding.EncodeToString([]byte("me:\xff\xfe?>"))}, credentials{user: "me", secret: "\xff\xfe?>"}},
-		{Auth{Username: "<token>", Password: "t"}, credentials{secret: "t"}},
-		{Auth{Username: "me", Password: "p\n"}, credentials{user: "me", secret: "p\n"}},
-		{Auth{ServerAddress: "https://registry.example/v1/"}, credentials{host: "registry.example"}},
-		{Auth{}, credentials{}},
-	} {
-		got, err := c.in.credentials()
-		if err != nil || got != c.want {
-			t.Errorf("%+v: %+v, %v", c.in, got, err)
-		}
-	}
-	for _, a := range []Auth{{Auth: "%"}, {Auth: b64([]byte("nocolon"))}, {ServerAddress: "http://"}, {ServerAddress: "://"}} {
-		if _, err := a.credentials(); err == nil || strings.Contains(err.Error(), "nocolon") {
-			t.Errorf("%+v: %v", a, err)
-		}
-	}
-	for _, c := range []struct {
-		server, host string
-		ok           bool
-	}{
-		{"https://index.docker.io/v1/", "registry-1.docker.io", true},
-		{"index.docker.io", "registry-1.docker.io", true},
-		{"docker.io", "registry-1.docker.io", true},
-		{"https://registry-1.docker.io", "registry-1.docker.io", true},
-		{"https://auth.docker.io", "registry-1.docker.io", false},
-		{"REG.example", "reg.example", true},
-		{"reg.example:443", "reg.example", true},
-		{"https://reg.example", "reg.example:443", true},
-		{"reg.example", "reg.example:5000", false},
-		{"[::1]:5000", "[::1]:5000", true},
-		{"http://[::1]", "[::1]:5000", false},
-		{"example", "reg.example", false},
-		{"https://me@reg.example", "reg.example", true},
-	} {
-		a := Auth{Username: "u", Password: "p", ServerAddress: c.server}
-		if got, err := a.credentials(); err != nil || got.match(c.host) != c.ok {
-			t.Errorf("%s for %s: %v, %v", c.server, c.host, !c.ok, err)
-		}
-	}
-}
-
 // What is wrong in hosts.toml is said, with the file and the key: a pull that
 // went elsewhere instead would surprise its owner.
 func TestBrokenHostsToml(t *testing.T) {
@@ -495,7 +443,7 @@ func TestHostDirectories(t *testing.T) {
 	t.Parallel()
 	a, d := newAuthority(t), newDepot(t)
 	d.push("team/app:1", someImage(t))
-	s := a.serve(d.app(nil, nil))
+	s := a.serve(d.app(nil))
 	port := s.host[strings.LastIndex(s.host, ":")+1:]
 	first, second := t.TempDir(), t.TempDir()
 	for name, c := range map[string]struct{ root, dir, domain string }{
@@ -520,53 +468,6 @@ func TestHostDirectories(t *testing.T) {
 	}
 	if _, err := pullOnce(t, first, s.host+"/team/app:1", nil); err != nil {
 		t.Errorf("ca.crt: %v", err)
-	}
-	// The order is that of the file.
-	var l []string
-	for i := range 8 {
-		l = append(l, fmt.Sprintf("[host.\"http://h%d.example\"]\ncapabilities = [\"pull\"]\n", (i*5+3)%8))
-	}
-	hostsToml(t, first, "order.example", strings.Join(l, "")+"")
-	st := openAt(t, t.TempDir(), func(o *Options) { o.RegistryConfigDir = first })
-	hosts, err := st.hosts(t.Context(), "order.example")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i, h := range hosts[:8] {
-		if want := fmt.Sprintf("h%d.example", (i*5+3)%8); h.Host != want {
-			t.Errorf("%d: %s, want %s", i, h.Host, want)
-		}
-	}
-	if last := hosts[8].Host; last != "order.example" {
-		t.Errorf("last %s", last)
-	}
-	// A mirror of Docker Hub is told what it mirrors, the Hub itself is not.
-	name, _ := parse("busybox")
-	hostsToml(t, first, "docker.io", "server = \"https://docker.io\"\n")
-	r, err := st.newRegistry(t.Context(), name, nil)
-	if err != nil || r.hosts[0].Host != "registry-1.docker.io" {
-		t.Errorf("the Hub: %v %v", r.hosts, err)
-	}
-}
-
-// A mirror that takes connections and says nothing is given up once, not for
-// each of the layers.
-func TestSilentMirror(t *testing.T) {
-	h := hostNamed("mirror")
-	r := &registry{}
-	r.hosts = append(r.hosts, h, hostNamed("registry"))
-	if _, ok := r.again(h, fmt.Errorf("%w: %w", ErrUnavailable, context.DeadlineExceeded), 1); ok {
-		t.Error("it is asked again")
-	}
-	if _, down := r.down.Load(addressOf(h)); !down {
-		t.Error("it is asked for the next blob")
-	}
-	busy := &statusError{kind: ErrUnavailable, status: 503, retryAfter: time.Minute}
-	if _, ok := r.again(h, busy, 1); ok {
-		t.Error("a busy mirror is waited for")
-	}
-	if _, ok := r.again(hostNamed("registry"), fmt.Errorf("%w: %w", ErrUnavailable, context.DeadlineExceeded), 1); !ok {
-		t.Error("the registry itself is not asked again")
 	}
 }
 
@@ -626,21 +527,6 @@ func TestMirrorOutOfOrder(t *testing.T) {
 	}
 	if len(hits) != 3 {
 		t.Errorf("asked for %v", hits)
-	}
-}
-
-func TestRetryAfterDate(t *testing.T) {
-	e := newStatusError(ErrUnavailable, 429, "", nil, time.Now().Add(10*time.Second).UTC().Format(http.TimeFormat)).(*statusError)
-	if e.retryAfter < 5*time.Second || e.retryAfter > 10*time.Second {
-		t.Errorf("waits %v", e.retryAfter)
-	}
-	for _, s := range []string{"", "x", "-1", "Mon, 02 Jan 2006 15:04:05 GMT", "99999999999999999999"} {
-		if e := newStatusError(ErrUnavailable, 429, "", nil, s).(*statusError); e.retryAfter != 0 {
-			t.Errorf("%q: waits %v", s, e.retryAfter)
-		}
-	}
-	if e := newStatusError(ErrUnavailable, 429, "", nil, "9000000000000").(*statusError); e.retryAfter != time.Hour {
-		t.Errorf("waits %v", e.retryAfter)
 	}
 }
 
@@ -1046,7 +932,7 @@ func TestOddManifests(t *testing.T) {
 		"nothing":            {nil, ErrCorrupt},
 		"null":               {[]byte("null"), ErrUnsupported},
 		"deep":               {bytes.Repeat([]byte("["), 1<<20), ErrCorrupt},
-		"too large":          {bytes.Repeat([]byte(" "), maxManifest+1), ErrUnsupported},
+		"too large":          {bytes.Repeat([]byte(" "), registry.MaxManifest+1), ErrUnsupported},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -1144,21 +1030,5 @@ func TestExpiredLinkAndPortal(t *testing.T) {
 	hostsToml(t, certs, "registry.example", fmt.Sprintf("server = %q\n[host.%q]\n", q.URL, portal.URL))
 	if _, err := pullOnce(t, certs, "registry.example/team/app:1", nil); err != nil {
 		t.Errorf("portal: %v", err)
-	}
-}
-
-func TestChallengesApart(t *testing.T) {
-	for in, want := range map[string][]string{
-		"":          nil,
-		",":         nil,
-		`"`:         {`"`},
-		"Negotiate": {"Negotiate"},
-		`Bearer realm="a",service="b, c",scope="d:pull,push"`:    {`Bearer realm="a",service="b, c",scope="d:pull,push"`},
-		`Negotiate, Basic realm="x"`:                             {"Negotiate", `Basic realm="x"`},
-		`Basic realm="x" , charset="UTF-8" , Bearer realm = "y"`: {`Basic realm="x",charset="UTF-8"`, `Bearer realm = "y"`},
-	} {
-		if got := apart(http.Header{"Www-Authenticate": {in}})["Www-Authenticate"]; !slices.Equal(got, want) {
-			t.Errorf("%s: %q, want %q", in, got, want)
-		}
 	}
 }

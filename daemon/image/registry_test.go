@@ -4,12 +4,10 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/base64"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -22,28 +20,22 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"github.com/distribution/distribution/v3/configuration"
-	"github.com/distribution/distribution/v3/registry/handlers"
 	"github.com/google/go-containerregistry/pkg/name"
+	ggcr "github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/types"
-	"github.com/sirupsen/logrus"
-	"golang.org/x/crypto/bcrypt"
-
-	_ "github.com/distribution/distribution/v3/registry/auth/htpasswd"
-	_ "github.com/distribution/distribution/v3/registry/auth/token"
-	_ "github.com/distribution/distribution/v3/registry/storage/driver/filesystem"
 )
 
-// The tests of this file pull from CNCF Distribution, served with TLS.
+// The tests of this file pull from registries that are served with TLS.
 
 // authority is a certificate authority that nobody trusts who is not told to.
 type authority struct {
@@ -147,34 +139,38 @@ func (s *tlsServer) requests() []*http.Request {
 
 // depot is the storage that several registries of a test show.
 type depot struct {
-	t   testing.TB
-	dir string
+	t       testing.TB
+	storage http.Handler
 }
 
-func newDepot(t testing.TB) *depot { return &depot{t: t, dir: t.TempDir()} }
+func newDepot(t testing.TB) *depot {
+	return &depot{t, ggcr.New(ggcr.Logger(log.New(io.Discard, "", 0)))}
+}
 
-var quietOnce sync.Once
+// guard lets a request for a repository in, or says how to log in ("" for the
+// repository: at the root).
+type guard func(r *http.Request, repository string) (challenge string, ok bool)
 
-// app is a registry on the depot. auth and change may be nil.
-func (d *depot) app(auth configuration.Auth, change func(*configuration.Configuration)) http.Handler {
-	quietOnce.Do(func() { logrus.SetOutput(io.Discard) })
-	c := &configuration.Configuration{
-		Version: "0.1", Auth: auth,
-		Storage: configuration.Storage{"filesystem": {"rootdirectory": d.dir}},
-	}
-	c.HTTP.Secret = "test"
-	c.Log.AccessLog.Disabled = true
-	if change != nil {
-		change(c)
-	}
-	app := handlers.NewApp(d.t.Context(), c)
-	d.t.Cleanup(func() { app.Shutdown() })
-	return app
+// app is a registry on the depot. g may be nil: all may come in.
+func (d *depot) app(g guard) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if g != nil {
+			repository, _, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/v2/"), "/manifests/")
+			repository, _, _ = strings.Cut(repository, "/blobs/")
+			if challenge, ok := g(r, repository); !ok {
+				w.Header().Set("WWW-Authenticate", challenge)
+				w.WriteHeader(http.StatusUnauthorized)
+				io.WriteString(w, `{"errors":[{"code":"UNAUTHORIZED","message":"authentication required"}]}`)
+				return
+			}
+		}
+		d.storage.ServeHTTP(w, r)
+	})
 }
 
 func (d *depot) push(repo string, img remote.Taggable) {
 	d.t.Helper()
-	s := httptest.NewServer(d.app(nil, nil))
+	s := httptest.NewServer(d.app(nil))
 	defer s.Close()
 	r, err := name.ParseReference(strings.TrimPrefix(s.URL, "http://") + "/" + repo)
 	if err != nil {
@@ -190,32 +186,53 @@ func (d *depot) push(repo string, img remote.Taggable) {
 	}
 }
 
-func htpasswd(t testing.TB, user, password string) configuration.Auth {
-	t.Helper()
-	b, err := bcrypt.GenerateFromPassword([]byte(password), bcrypt.MinCost)
-	file := filepath.Join(t.TempDir(), "htpasswd")
-	if err = errors.Join(err, os.WriteFile(file, fmt.Appendf(nil, "%s:%s\n", user, b), 0o600)); err != nil {
-		t.Fatal(err)
+// password is the guard of a registry that wants one.
+func password(user, password string) guard {
+	return func(r *http.Request, _ string) (string, bool) {
+		u, p, _ := r.BasicAuth()
+		return `Basic realm="test"`, u == user && p == password
 	}
-	return configuration.Auth{"htpasswd": {"realm": "test", "path": file}}
 }
 
 // tokens is a token server as registries name it in their challenge.
 type tokens struct {
 	*tlsServer
-	a     *authority
-	mu    sync.Mutex
-	stale int // so many tokens are given out that have expired
+	mu     sync.Mutex
+	stale  int // so many tokens are given out that have expired
+	issued map[string]grant
+}
+
+// grant is what a token is good for.
+type grant struct {
+	repositories []string
+	until        time.Time
 }
 
 func newTokens(a *authority) *tokens {
-	s := &tokens{a: a}
+	s := &tokens{issued: map[string]grant{}}
 	s.tlsServer = a.serve(s)
 	return s
 }
 
-func (s *tokens) auth() configuration.Auth {
-	return configuration.Auth{"token": {"realm": s.URL + "/token", "issuer": "issuer", "service": "service", "rootcertbundle": s.a.file}}
+// guard lets in who has a token of s. realm is where the challenge sends others.
+func (s *tokens) guard(realm string) guard {
+	return func(r *http.Request, repository string) (string, bool) {
+		challenge := fmt.Sprintf(`Bearer realm=%q,service="service"`, realm)
+		if repository != "" {
+			challenge += fmt.Sprintf(`,scope="repository:%s:pull"`, repository)
+		}
+		token, ok := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+		if !ok {
+			return challenge, false
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		g, ok := s.issued[token]
+		if !ok || time.Now().After(g.until) {
+			return challenge + `,error="invalid_token"`, false
+		}
+		return challenge + `,error="insufficient_scope"`, slices.Contains(g.repositories, repository)
+	}
 }
 
 // ServeHTTP knows me:secret and the refresh token "identity"; strangers get a
@@ -226,50 +243,33 @@ func (s *tokens) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.Method == http.MethodPost {
 		user, password = r.Form.Get("username"), r.Form.Get("password")
 	}
-	known := user == "me" && password == "secret" || r.Form.Get("grant_type") == "refresh_token" && r.Form.Get("refresh_token") == "identity"
-	if !known && (password != "" || r.Method == http.MethodPost) {
+	known := user == "me" && password == "secret" ||
+		r.Form.Get("grant_type") == "refresh_token" && r.Form.Get("refresh_token") == "identity"
+	if !known && (password != "" || r.Method == http.MethodPost) || r.Form.Get("service") != "service" {
 		w.WriteHeader(http.StatusUnauthorized)
 		return
 	}
-	var access []map[string]any
+	var repositories []string
 	for _, scope := range strings.Fields(strings.Join(r.Form["scope"], " ")) {
-		if p := strings.Split(scope, ":"); known && len(p) == 3 {
-			access = append(access, map[string]any{"type": p[0], "name": p[1], "actions": strings.Split(p[2], ",")})
+		if p := strings.Split(scope, ":"); known && len(p) == 3 && p[0] == "repository" && p[2] == "pull" {
+			repositories = append(repositories, p[1])
 		}
 	}
-	t := s.sign(access)
-	json.NewEncoder(w).Encode(map[string]any{"token": t, "access_token": t, "expires_in": 300})
+	asJSON(w, s.issue(repositories...), "token", "access_token")
 }
 
-// sign makes a JSON Web Token (RFC 7519) for the registry.
-func (s *tokens) sign(access []map[string]any) string {
-	now := time.Now()
+// issue makes a token that is good for repositories.
+func (s *tokens) issue(repositories ...string) string {
+	token := rand.Text()
 	s.mu.Lock()
+	defer s.mu.Unlock()
+	g := grant{repositories, time.Now().Add(5 * time.Minute)}
 	if s.stale > 0 {
 		s.stale--
-		now = now.Add(-time.Hour)
+		g.until = time.Now().Add(-time.Hour)
 	}
-	s.mu.Unlock()
-	part := func(v any) string {
-		b, err := json.Marshal(v)
-		if err != nil {
-			s.a.t.Error(err)
-		}
-		return base64.RawURLEncoding.EncodeToString(b)
-	}
-	text := part(map[string]any{"typ": "JWT", "alg": "ES256", "x5c": []string{base64.StdEncoding.EncodeToString(s.a.cert.Raw)}}) + "." +
-		part(map[string]any{"iss": "issuer", "sub": "me", "aud": "service", "access": access,
-			"nbf": now.Add(-time.Minute).Unix(), "iat": now.Unix(), "exp": now.Add(5 * time.Minute).Unix()})
-	sum := sha256.Sum256([]byte(text))
-	r, q, err := ecdsa.Sign(rand.Reader, s.a.key, sum[:])
-	if err != nil {
-		s.a.t.Error(err)
-		return ""
-	}
-	sig := make([]byte, 64)
-	r.FillBytes(sig[:32])
-	q.FillBytes(sig[32:])
-	return text + "." + base64.RawURLEncoding.EncodeToString(sig)
+	s.issued[token] = g
+	return token
 }
 
 // hostsToml writes the hosts.toml of a registry host.
@@ -304,7 +304,7 @@ func someImage(t testing.TB) v1.Image {
 	return imageOf(t, "x", layerOf(t, "a", 300_000, 1, types.OCILayer), layerOf(t, "b", 200_000, 2, types.OCILayerZStd))
 }
 
-func TestRealRegistry(t *testing.T) {
+func TestLogins(t *testing.T) {
 	t.Parallel()
 	a, d := newAuthority(t), newDepot(t)
 	img := someImage(t)
@@ -312,19 +312,19 @@ func TestRealRegistry(t *testing.T) {
 	d.push("team/index:1", mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), mutate.IndexAddendum{Add: img,
 		Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "amd64"}}}))
 	token := newTokens(a)
-	open, basic, bearer := a.serve(d.app(nil, nil)), a.serve(d.app(htpasswd(t, "me", "secret"), nil)), a.serve(d.app(token.auth(), nil))
+	open, basic, bearer := a.serve(d.app(nil)), a.serve(d.app(password("me", "secret"))), a.serve(d.app(token.guard(token.URL+"/token")))
 	certs := t.TempDir()
 	for _, s := range []*tlsServer{open, basic, bearer} {
 		hostsToml(t, certs, s.host, fmt.Sprintf("server = %q\nca = %q\n", s.URL, a.file))
 	}
-	password := &Auth{Username: "me", Password: "secret"}
+	secret := &Auth{Username: "me", Password: "secret"}
 	encoded := &Auth{Auth: base64.StdEncoding.EncodeToString([]byte("me:secret"))}
 	with := func(a *Auth, server string) *Auth {
 		c := *a
 		c.ServerAddress = server
 		return &c
 	}
-	signed := &Auth{RegistryToken: token.sign([]map[string]any{{"type": "repository", "name": "team/app", "actions": []string{"pull"}}})}
+	signed := &Auth{RegistryToken: token.issue("team/app")}
 	for _, c := range []struct {
 		name string
 		s    *tlsServer
@@ -332,23 +332,23 @@ func TestRealRegistry(t *testing.T) {
 		ok   bool
 	}{
 		{"open", open, nil, true},
-		{"open, needless credentials", open, password, true},
-		{"basic", basic, password, true},
+		{"open, needless credentials", open, secret, true},
+		{"basic", basic, secret, true},
 		{"basic, encoded", basic, encoded, true},
 		{"basic, encoded badly", basic, &Auth{Auth: "%%%"}, false},
 		{"basic, none", basic, nil, false},
 		{"basic, wrong", basic, &Auth{Username: "me", Password: "guess"}, false},
-		{"basic, for this host", basic, with(password, basic.URL), true},
-		{"basic, for this host, with a path", basic, with(password, basic.URL+"/v1/"), true},
-		{"basic, for this host, bare", basic, with(password, basic.host), true},
-		{"basic, for another host", basic, with(password, "https://registry.example"), false},
-		{"basic, for another port", basic, with(password, "127.0.0.1:1"), false},
+		{"basic, for this host", basic, with(secret, basic.URL), true},
+		{"basic, for this host, with a path", basic, with(secret, basic.URL+"/v1/"), true},
+		{"basic, for this host, bare", basic, with(secret, basic.host), true},
+		{"basic, for another host", basic, with(secret, "https://registry.example"), false},
+		{"basic, for another port", basic, with(secret, "127.0.0.1:1"), false},
 		{"basic, identity token", basic, &Auth{IdentityToken: "identity"}, false},
-		{"token", bearer, password, true},
+		{"token", bearer, secret, true},
 		{"token, encoded", bearer, encoded, true},
 		{"token, none", bearer, nil, false},
 		{"token, wrong", bearer, &Auth{Username: "me", Password: "guess"}, false},
-		{"token, for another host", bearer, with(password, token.URL), false},
+		{"token, for another host", bearer, with(secret, token.URL), false},
 		{"identity token", bearer, &Auth{IdentityToken: "identity"}, true},
 		{"identity token, and a user", bearer, &Auth{IdentityToken: "identity", Username: "00000000-0000-0000-0000-000000000000"}, true},
 		{"identity token, wrong", bearer, &Auth{IdentityToken: "other"}, false},
@@ -367,7 +367,7 @@ func TestRealRegistry(t *testing.T) {
 			}
 		})
 	}
-	if _, err := pullOnce(t, certs, bearer.host+"/team/index:1", password); err != nil {
+	if _, err := pullOnce(t, certs, bearer.host+"/team/index:1", secret); err != nil {
 		t.Errorf("index: %v", err)
 	}
 	if _, err := pullOnce(t, certs, open.host+"/team/none:1", nil); !errors.Is(err, ErrNotFound) {
@@ -377,7 +377,7 @@ func TestRealRegistry(t *testing.T) {
 	token.mu.Lock()
 	token.stale = 1
 	token.mu.Unlock()
-	expired, once := token.sign(nil), sync.Once{}
+	expired, once := token.issue(), sync.Once{}
 	expires := a.serve(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if strings.Contains(r.URL.Path, "/blobs/") {
 			once.Do(func() { r.Header.Set("Authorization", "Bearer "+expired) })
@@ -385,7 +385,7 @@ func TestRealRegistry(t *testing.T) {
 		bearer.Config.Handler.ServeHTTP(w, r)
 	}))
 	hostsToml(t, certs, expires.host, fmt.Sprintf("server = %q\nca = %q\n", expires.URL, a.file))
-	if _, err := pullOnce(t, certs, expires.host+"/team/app:1", password); err != nil {
+	if _, err := pullOnce(t, certs, expires.host+"/team/app:1", secret); err != nil {
 		t.Errorf("expired token: %v", err)
 	}
 	// The credentials go to the token server alone, those for another host to none.
@@ -408,10 +408,10 @@ func TestHostsToml(t *testing.T) {
 	if err := os.WriteFile(both, append(read(t, cert), read(t, key)...), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	plain := a.serve(d.app(nil, nil))
-	strict := a.serve(d.app(nil, nil), func(c *tls.Config) { c.ClientAuth, c.ClientCAs = tls.RequireAndVerifyClientCert, a.pool() })
-	prefixed := a.serve(d.app(nil, func(c *configuration.Configuration) { c.HTTP.Prefix = "/mirrors/" }))
-	app := d.app(nil, nil)
+	plain := a.serve(d.app(nil))
+	strict := a.serve(d.app(nil), func(c *tls.Config) { c.ClientAuth, c.ClientCAs = tls.RequireAndVerifyClientCert, a.pool() })
+	prefixed := a.serve(http.StripPrefix("/mirrors", d.app(nil)))
+	app := d.app(nil)
 	header := a.serve(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("X-Key") != "open sesame" {
 			w.WriteHeader(http.StatusForbidden)
@@ -467,9 +467,9 @@ func TestNodeCredentials(t *testing.T) {
 	d.push("team/app:1", someImage(t))
 	token := newTokens(a)
 	header := fmt.Sprintf("[header]\nauthorization = \"Basic %s\"\n", base64.StdEncoding.EncodeToString([]byte("me:secret")))
-	for kind, auth := range map[string]configuration.Auth{"basic": htpasswd(t, "me", "secret"), "token": token.auth()} {
+	for kind, auth := range map[string]guard{"basic": password("me", "secret"), "token": token.guard(token.URL + "/token")} {
 		t.Run(kind, func(t *testing.T) {
-			s := a.serve(d.app(auth, nil))
+			s := a.serve(d.app(auth))
 			certs := t.TempDir()
 			hostsToml(t, certs, s.host, fmt.Sprintf("server = %q\nca = %q\n%s", s.URL, a.file, header))
 			ref := s.host + "/team/app:1"
@@ -500,9 +500,9 @@ func TestJoinerNeedsCredentials(t *testing.T) {
 	img := someImage(t)
 	d.push("team/app:1", img)
 	token := newTokens(a)
-	for kind, auth := range map[string]configuration.Auth{"basic": htpasswd(t, "me", "secret"), "token": token.auth()} {
+	for kind, auth := range map[string]guard{"basic": password("me", "secret"), "token": token.guard(token.URL + "/token")} {
 		t.Run(kind, func(t *testing.T) {
-			app := d.app(auth, nil)
+			app := d.app(auth)
 			refused := make(chan struct{})
 			s := a.serve(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 				if strings.Contains(r.URL.Path, "/blobs/") {
@@ -558,15 +558,15 @@ func TestJoinerNeedsCredentials(t *testing.T) {
 
 // Neither the storage behind a redirect, nor one behind the token server's,
 // ever sees a credential.
-func TestRedirectsOfARealRegistry(t *testing.T) {
+func TestRedirectsAmongServers(t *testing.T) {
 	t.Parallel()
 	a, d := newAuthority(t), newDepot(t)
 	d.push("team/app:1", someImage(t))
 	token := newTokens(a)
-	files := d.app(nil, nil)
+	files := d.app(nil)
 	storage := a.serve(files)
 	elsewhere := a.serve(token)
-	app := d.app(token.auth(), nil)
+	app := d.app(token.guard(token.URL + "/token"))
 	s := a.serve(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if strings.Contains(r.URL.Path, "/blobs/") && r.Header.Get("Authorization") != "" {
 			http.Redirect(w, r, storage.URL+r.URL.Path+"?signature=hush", http.StatusTemporaryRedirect)
@@ -578,7 +578,7 @@ func TestRedirectsOfARealRegistry(t *testing.T) {
 	hostsToml(t, certs, s.host, fmt.Sprintf("server = %q\nca = %q\n[header]\nx-key = \"key\"\n", s.URL, a.file))
 	ref := s.host + "/team/app:1"
 	for name, c := range map[string]*Auth{"password": {Username: "me", Password: "secret"}, "identity": {IdentityToken: "identity"},
-		"token": {RegistryToken: token.sign([]map[string]any{{"type": "repository", "name": "team/app", "actions": []string{"pull"}}})}} {
+		"token": {RegistryToken: token.issue("team/app")}} {
 		if _, err := pullOnce(t, certs, ref, c); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -595,8 +595,7 @@ func TestRedirectsOfARealRegistry(t *testing.T) {
 		}
 		http.Redirect(w, r, elsewhere.URL+r.URL.Path+"?"+r.URL.RawQuery, code)
 	}))
-	auth := configuration.Auth{"token": {"realm": away.URL + "/token", "issuer": "issuer", "service": "service", "rootcertbundle": a.file}}
-	s2 := a.serve(d.app(auth, nil))
+	s2 := a.serve(d.app(token.guard(away.URL + "/token")))
 	hostsToml(t, certs, s2.host, fmt.Sprintf("server = %q\nca = %q\n[header]\nx-key = \"key\"\n", s2.URL, a.file))
 	for name, c := range map[string]*Auth{"password": {Username: "me", Password: "secret"}, "identity": {IdentityToken: "identity"}, "none": nil} {
 		if _, err := pullOnce(t, certs, s2.host+"/team/app:1", c); err == nil {

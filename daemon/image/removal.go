@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/holdfast-cri/holdfast/proto/record"
 )
@@ -20,12 +21,12 @@ type removal struct {
 	Refs []refRecord `json:"refs"`
 }
 
-// removeRefs removes the records of an image, tags first: where the removal
+// removeRefsLocked removes the records of an image, tags first: where the removal
 // cannot be written down, on a full disk for one, an image that is half removed
-// has lost its name, not its digest, and can be removed again. mu is held.
-func (s *Store) removeRefs(img Image) error {
+// has lost its name, not its digest, and can be removed again.
+func (s *Store) removeRefsLocked(img Image) error {
 	r := removal{ID: img.ID}
-	for _, ref := range append(append([]string{}, img.RepoTags...), img.RepoDigests...) {
+	for _, ref := range slices.Concat(img.RepoTags, img.RepoDigests) {
 		r.Refs = append(r.Refs, s.refs[ref].refRecord)
 	}
 	path := filepath.Join(s.o.Root, removalName)
@@ -35,7 +36,7 @@ func (s *Store) removeRefs(img Image) error {
 		}
 		// Also after an error: the caller knows of it, and a reference that
 		// stays may be pulled again as it is.
-		defer s.forgetRemoval()
+		defer s.forgetRemovalLocked()
 	}
 	defer s.kick()
 	for _, rec := range r.Refs {
@@ -47,9 +48,9 @@ func (s *Store) removeRefs(img Image) error {
 	return nil
 }
 
-// forgetRemoval is called with mu held, so that none is under way. Where it fails
-// the collector tries again.
-func (s *Store) forgetRemoval() error {
+// forgetRemovalLocked removes the record: with mu held, no removal is under way.
+// Where it fails the collector tries again.
+func (s *Store) forgetRemovalLocked() error {
 	err := os.Remove(filepath.Join(s.o.Root, removalName))
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil
@@ -73,7 +74,8 @@ func (s *Store) finishRemoval() {
 		}
 	}
 	if err = errors.Join(err, os.RemoveAll(path)); err != nil {
-		s.o.Log.Warn("cannot finish the removal of an image that was cut short, some of its names may be left", "id", r.ID, "error", err)
+		s.o.Log.Warn("cannot finish the removal of an image that was cut short, some of its names may be left",
+			"id", r.ID, "error", err)
 		return
 	}
 	s.o.Log.Info("finished the removal of an image that was cut short", "id", r.ID)

@@ -63,36 +63,12 @@ func TestRemovalIsFinished(t *testing.T) {
 }
 
 // A pull that found its config by an image of its repository needs no permission
-// anew where that image is removed, and the process killed, before its end.
-func TestHadBeforeTheRemoval(t *testing.T) {
-	t.Parallel()
-	h := newHub(t)
-	ref := h.push(t, "app:1", imageOf(t, "x", layerOf(t, "a", 1000, 1, types.OCILayer)))
-	root := t.TempDir()
-	s := openAt(t, root)
-	id := digest.Digest(mustPull(t, s, PullRequest{Ref: ref}).ID)
-	if err := s.beginPending(named(t, h.host+"/app:2"), []digest.Digest{id}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := s.Remove(ref); err != nil {
-		t.Fatal(err)
-	}
-	s.Close()
-	s = openAt(t, root)
-	if !s.inRepository(named(t, h.host+"/app:3"), id) {
-		t.Error("it is not known any more that the config is of this repository")
-	}
-	if s.inRepository(named(t, h.host+"/application:1"), id) {
-		t.Error("another repository has it")
-	}
-}
-
 // What the clock dates to a day that will not come for long is not kept for so
 // long.
 func TestClockWasWrong(t *testing.T) {
 	root := t.TempDir()
 	s := openAt(t, root)
-	if err := s.beginPending(named(t, "registry.test/a:1"), nil); err != nil {
+	if err := s.beginPending("registry.test/a:1", nil); err != nil {
 		t.Fatal(err)
 	}
 	s.Close()

@@ -3,7 +3,6 @@ package image
 import (
 	"context"
 	"errors"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -32,6 +31,8 @@ type Stats struct {
 // counters are behind Stats.
 type counters struct {
 	bytes, resumed, retries, shared, unpacked, collected, freed atomic.Uint64
+	records                                                     atomic.Uint64 // about running pulls, for their names
+	downloads, blobs, blobBytes                                 atomic.Int64  // that there are now
 
 	mu    sync.Mutex
 	pulls map[string]uint64
@@ -73,6 +74,10 @@ func resultOf(err error) string {
 	return resultOther
 }
 
+func (c *counters) usage() Usage {
+	return Usage{Bytes: uint64(c.blobBytes.Load()), Inodes: uint64(c.blobs.Load())}
+}
+
 // pulled counts a pull that ended.
 func (c *counters) pulled(err error) {
 	c.mu.Lock()
@@ -86,9 +91,20 @@ func (c *counters) pulled(err error) {
 // Stats is cheap: nothing is computed, and no file is read.
 func (s *Store) Stats() Stats {
 	c := &s.count
-	st := Stats{Pulls: map[string]uint64{resultSuccess: 0, resultOther: 0},
-		Bytes: c.bytes.Load(), ResumedBytes: c.resumed.Load(), Retries: c.retries.Load(), Shared: c.shared.Load(),
-		Unpacked: c.unpacked.Load(), Collected: c.collected.Load(), FreedBytes: c.freed.Load()}
+	st := Stats{
+		Pulls:        map[string]uint64{resultSuccess: 0, resultOther: 0},
+		Running:      s.running.list(),
+		Downloads:    int(c.downloads.Load()),
+		Bytes:        c.bytes.Load(),
+		ResumedBytes: c.resumed.Load(),
+		Retries:      c.retries.Load(),
+		Shared:       c.shared.Load(),
+		Unpacked:     c.unpacked.Load(),
+		Images:       len(s.view.Load().images),
+		Usage:        c.usage(),
+		Collected:    c.collected.Load(),
+		FreedBytes:   c.freed.Load(),
+	}
 	for _, r := range results {
 		st.Pulls[r.name] = 0
 	}
@@ -97,16 +113,5 @@ func (s *Store) Stats() Stats {
 		st.Pulls[name] = n
 	}
 	c.mu.Unlock()
-	s.mu.Lock()
-	st.Downloads, st.Images, st.Usage = len(s.downloads), len(s.images), s.usage
-	running := make([]*progress, 0, len(s.running))
-	for g := range s.running {
-		running = append(running, g)
-	}
-	s.mu.Unlock()
-	for _, g := range running {
-		st.Running = append(st.Running, g.now())
-	}
-	slices.SortFunc(st.Running, func(a, b rundir.Pull) int { return a.Since.Compare(b.Since) })
 	return st
 }

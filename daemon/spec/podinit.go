@@ -16,6 +16,7 @@ type PodInitInput struct {
 	// Rootfs is its own and read-only. The OCI runtime makes /proc and /dev in
 	// it where they are missing.
 	Rootfs string
+	Args   []string // default: /pause
 	// Namespaces to join. PID is not looked at: this process makes the one that
 	// the pod shares, unless the pod uses the node's.
 	Namespaces  Namespaces
@@ -30,14 +31,29 @@ const podInitOOM = -998
 const nobody = 65535
 
 // PodInit makes the spec of the process that keeps the PID namespace of a pod
-// and reaps its orphans, for a config that ValidateSandbox has passed.
+// and reaps its orphans.
 func PodInit(in PodInitInput) (*specs.Spec, error) {
-	b := &builder{
-		Input: Input{Host: in.Host, Sandbox: in.Sandbox, Namespaces: in.Namespaces},
-		sc:    &runtimeapi.LinuxContainerSecurityContext{},
+	if err := ValidateSandbox(in.Sandbox); err != nil {
+		return nil, err
+	}
+	sc := in.Sandbox.GetLinux().GetSecurityContext()
+	b := &builder{Input: Input{Host: in.Host, Sandbox: in.Sandbox, Namespaces: in.Namespaces}, sc: &runtimeapi.LinuxContainerSecurityContext{}}
+	args := in.Args
+	if len(args) == 0 {
+		args = []string{"/pause"}
+	}
+	u := specs.User{UID: nobody, GID: nobody}
+	if m := Userns(in.Sandbox); m != nil && !(mapped(m.GetUids(), nobody) && mapped(m.GetGids(), nobody)) {
+		u = specs.User{} // no rights for the host either
+	}
+	if v := sc.GetRunAsUser(); v != nil {
+		u.UID = uint32(v.GetValue())
+	}
+	if v := sc.GetRunAsGroup(); v != nil {
+		u.GID = uint32(v.GetValue())
 	}
 	in.Namespaces.PID = ""
-	opts := in.Sandbox.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	opts := sc.GetNamespaceOptions()
 	pid := opts.GetPid()
 	if pid != modeNode {
 		pid = modePod
@@ -46,10 +62,10 @@ func PodInit(in PodInitInput) (*specs.Spec, error) {
 		Version: specs.Version,
 		Root:    &specs.Root{Path: in.Rootfs, Readonly: true},
 		Process: &specs.Process{
-			Args:            []string{"/pause"},
+			Args:            args,
 			Cwd:             "/",
 			Env:             []string{"PATH=" + defaultPath},
-			User:            podInitUser(in.Sandbox),
+			User:            u,
 			Capabilities:    &specs.LinuxCapabilities{},
 			NoNewPrivileges: true,
 			OOMScoreAdj:     b.clampOOM(podInitOOM),
@@ -82,21 +98,6 @@ func PodInit(in PodInitInput) (*specs.Spec, error) {
 		}
 	}
 	return b.spec, nil
-}
-
-func podInitUser(s *runtimeapi.PodSandboxConfig) specs.User {
-	u := specs.User{UID: nobody, GID: nobody}
-	if m := Userns(s); m != nil && !(mapped(m.GetUids(), nobody) && mapped(m.GetGids(), nobody)) {
-		u = specs.User{} // no rights for the host either
-	}
-	sc := s.GetLinux().GetSecurityContext()
-	if v := sc.GetRunAsUser(); v != nil {
-		u.UID = uint32(v.GetValue())
-	}
-	if v := sc.GetRunAsGroup(); v != nil {
-		u.GID = uint32(v.GetValue())
-	}
-	return u
 }
 
 // What the kubelet masks in containers by default.

@@ -170,7 +170,8 @@ imports = []
 // start starts a daemon with an empty root that has all images from host.
 func (k kind) start(dir, host, logDir string) (*daemon, error) {
 	certs := filepath.Join(dir, "certs.d")
-	hosts := fmt.Sprintf("server = %q\n[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n", "http://"+host, "http://"+host)
+	url := "http://" + host
+	hosts := fmt.Sprintf("server = %q\n[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n", url, url)
 	config, args := k.make(dir, filepath.Join(dir, "sock"), certs)
 	err := errors.Join(os.MkdirAll(filepath.Join(certs, "_default"), 0o755),
 		os.WriteFile(filepath.Join(certs, "_default/hosts.toml"), []byte(hosts), 0o644),
@@ -190,7 +191,8 @@ func (k kind) start(dir, host, logDir string) (*daemon, error) {
 		return nil, err
 	}
 	d := &daemon{process: p}
-	if d.conn, err = grpc.NewClient("unix://"+filepath.Join(dir, "sock"), grpc.WithTransportCredentials(insecure.NewCredentials())); err == nil {
+	plain := grpc.WithTransportCredentials(insecure.NewCredentials())
+	if d.conn, err = grpc.NewClient("unix://"+filepath.Join(dir, "sock"), plain); err == nil {
 		d.images = cri.NewImageServiceClient(d.conn)
 		err = d.ready()
 	}

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bufio"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -203,7 +204,8 @@ func (l *layer) fill(w *tar.Writer) error {
 			return err
 		}
 		if l.files%20 == 0 {
-			if err := writeHeader(w, &tar.Header{Typeflag: tar.TypeSymlink, Name: name + ".link", Linkname: filepath.Base(name)}); err != nil {
+			link := &tar.Header{Typeflag: tar.TypeSymlink, Name: name + ".link", Linkname: filepath.Base(name)}
+			if err := writeHeader(w, link); err != nil {
 				return err
 			}
 		}
@@ -247,10 +249,11 @@ func (c *content) write(w io.Writer, size int64) error {
 				c.buf = append(c.buf, c.words[c.zipf.Uint64()]...)
 			case kind < 19: // records
 				v := c.r.Uint64()
-				c.buf = append(c.buf, 0x48, 0x8b, byte(v)&0x3f, byte(v>>8), 0, 0, 0, byte(v>>16)&7, 0xe8, byte(v>>24)&0x3f, 0, 0, 0, 0xc3)
+				c.buf = append(c.buf, 0x48, 0x8b, byte(v)&0x3f, byte(v>>8), 0, 0, 0,
+					byte(v>>16)&7, 0xe8, byte(v>>24)&0x3f, 0, 0, 0, 0xc3)
 			default: // random
 				v := c.r.Uint64()
-				c.buf = append(c.buf, byte(v), byte(v>>8), byte(v>>16), byte(v>>24), byte(v>>32), byte(v>>40), byte(v>>48), byte(v>>56))
+				c.buf = binary.LittleEndian.AppendUint64(c.buf, v)
 			}
 		}
 		n, err := w.Write(c.buf[:min(size, int64(len(c.buf)))])

@@ -40,9 +40,11 @@ func main() {
 		log.Fatal(serve(os.Args[2]))
 	}
 	o := options{bytes: 2 << 30}
-	flag.StringVar(&o.dir, "dir", "", "scratch `folder` on the disk to be measured; images stay in it (default: a temporary one)")
+	flag.StringVar(&o.dir, "dir", "",
+		"scratch `folder` on the disk to be measured; images stay in it (default: a temporary one)")
 	flag.StringVar(&o.bin, "bin", "bin", "`folder` of holdfastd")
-	flag.StringVar(&o.containerd, "containerd", "", "containerd `program` to compare with, 2.0 or later (default: on PATH; none: no comparison)")
+	flag.StringVar(&o.containerd, "containerd", "",
+		"containerd `program` to compare with, 2.0 or later (default: on PATH; none: no comparison)")
 	flag.IntVar(&o.images, "images", 1, "images pulled at the same time")
 	flag.IntVar(&o.layers, "layers", 60, "layers of each image")
 	flag.Func("bytes", "content of all images together, such as 40M (default 2G)", func(s string) (err error) {
@@ -50,7 +52,8 @@ func main() {
 		return err
 	})
 	flag.StringVar(&o.compress, "compression", "gzip", "of the layers: gzip, zstd or none")
-	flag.BoolVar(&o.plain, "plain", false, "use the file system of -dir as it is, instead of a fresh ext4 in a file there for every pull")
+	flag.BoolVar(&o.plain, "plain", false,
+		"use the file system of -dir as it is, instead of a fresh ext4 in a file there for every pull")
 	flag.IntVar(&o.rounds, "rounds", 3, "pulls by each daemon")
 	flag.Parse()
 	if err := command(o); err != nil {

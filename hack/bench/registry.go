@@ -98,7 +98,8 @@ func handler(dir string) http.Handler {
 		files, _ := filepath.Glob(filepath.Join(dir, "manifest-*"))
 		for _, f := range files {
 			b, err := os.ReadFile(f)
-			if name := r.PathValue("name"); err == nil && (f == filepath.Join(dir, "manifest-"+name) || name == digest.FromBytes(b).String()) {
+			name := r.PathValue("name")
+			if err == nil && (f == filepath.Join(dir, "manifest-"+name) || name == digest.FromBytes(b).String()) {
 				manifest(w, b)
 				return
 			}

@@ -1,4 +1,4 @@
-package image
+package registry
 
 import (
 	"context"
@@ -7,18 +7,14 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
-	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 
-	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
 	clog "github.com/containerd/log"
-	"github.com/distribution/reference"
 	"github.com/pelletier/go-toml/v2"
 	"github.com/sirupsen/logrus"
 )
@@ -38,68 +34,24 @@ func newQuiet(hooks ...logrus.Hook) *clog.Entry {
 	return logrus.NewEntry(l)
 }
 
-// newRegistry reads what hosts.toml says about a registry, each time anew.
-func (s *Store) newRegistry(ctx context.Context, name reference.Named, a *Auth) (*registry, error) {
-	creds, err := a.credentials()
-	if err != nil {
-		return nil, err
-	}
-	r := &registry{name: name, domain: reference.Domain(name), creds: creds}
-	if r.hosts, err = s.hosts(ctx, r.domain); err != nil {
-		return nil, fmt.Errorf("cannot use the registry configuration of %s: %w", r.domain, err)
-	}
-	for i := range r.hosts {
-		h := &r.hosts[i]
-		if h.Host == "docker.io" && h.Path == "/v2" {
-			h.Host = "registry-1.docker.io" // docker.io itself is a web site
-		}
-		if len(h.Header) == 0 {
-			continue
-		}
-		header := http.Header{}
-		for k, v := range h.Header { // the file may have it in any spelling
-			k = http.CanonicalHeaderKey(k)
-			header[k] = append(header[k], v...)
-		}
-		if creds.given() && creds.match(h.Host) {
-			// The caller is asked who it is, not the node: whom the registry
-			// does not know gets nothing that the node could.
-			header.Del("Authorization")
-		}
-		// A host with headers has a client of its own. The token server gets
-		// the headers too; where that one redirects to does not.
-		client := *h.Client
-		client.CheckRedirect = checkRedirect(header)
-		h.Header, h.Client = header, &client
-	}
-	return r, nil
-}
-
-// close lets go of idle connections.
-func (r *registry) close() {
-	for _, h := range r.hosts {
-		h.Client.CloseIdleConnections()
-	}
-}
-
 // hosts are those to ask for the images of a registry. A mirror that is named
 // there is trusted with the credentials, as its users expect.
-func (s *Store) hosts(ctx context.Context, domain string) ([]docker.RegistryHost, error) {
+func (c Config) hosts(ctx context.Context, domain string) ([]host, error) {
 	var dir string
 	var broken decodeErrors
 	plain := map[*http.Client]*http.Transport{} // as they were before any fallback
 	o := config.HostOptions{
 		HostDir: func(string) (d string, err error) {
-			if dir, err = hostDir(s.o.RegistryConfigDir, domain); err == nil && dir != "" {
+			if dir, err = hostDir(c.Dir, domain); err == nil && dir != "" {
 				_, err = present(filepath.Join(dir, "hosts.toml")) // without one, certificates alone
 			}
 			return dir, err
 		},
-		UpdateClient: func(c *http.Client) error {
-			c.CheckRedirect = checkRedirect(nil)
-			if t, ok := c.Transport.(*http.Transport); ok {
+		UpdateClient: func(client *http.Client) error {
+			client.CheckRedirect = checkRedirect(nil)
+			if t, ok := client.Transport.(*http.Transport); ok {
 				t.MaxResponseHeaderBytes = maxHeader
-				plain[c] = t
+				plain[client] = t
 			}
 			return nil
 		},
@@ -127,7 +79,7 @@ func (s *Store) hosts(ctx context.Context, domain string) ([]docker.RegistryHost
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
-	warnUnknown(s.o.Log, file)
+	warnUnknown(c.Log, file)
 	return hosts, nil
 }
 
@@ -249,7 +201,10 @@ func checkRedirect(secret http.Header) func(*http.Request, []*http.Request) erro
 		}
 		// The address that led here may have the user's name in its query, or a
 		// signature.
-		for _, k := range slices.Concat([]string{"Authorization", "Cookie", "Proxy-Authorization", "Referer"}, slices.Collect(maps.Keys(secret))) {
+		for _, k := range []string{"Authorization", "Cookie", "Proxy-Authorization", "Referer"} {
+			req.Header.Del(k)
+		}
+		for k := range secret {
 			req.Header.Del(k)
 		}
 		return nil

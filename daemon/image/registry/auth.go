@@ -1,4 +1,4 @@
-package image
+package registry
 
 import (
 	"context"
@@ -13,12 +13,18 @@ import (
 	"strings"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/auth"
 	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	clog "github.com/containerd/log"
 	"github.com/distribution/reference"
 )
+
+// Auth is CRI's AuthConfig. ServerAddress, where given, limits the rest to that
+// host. Order of use: RegistryToken, IdentityToken, Username and Password, Auth
+// (base64 of "user:password").
+type Auth struct {
+	Username, Password, Auth, ServerAddress, IdentityToken, RegistryToken string
+}
 
 // credentials as the caller gave them. host limits them, "" does not.
 type credentials struct {
@@ -92,7 +98,8 @@ func decodeAuth(s string) (user, secret string, err error) {
 	b, err := base64.RawStdEncoding.DecodeString(strings.TrimRight(s, "="))
 	user, secret, ok := strings.Cut(string(b), ":")
 	if err != nil || !ok {
-		return "", "", fmt.Errorf("%w: cannot use the credentials: auth is not base64 of user:password", ErrUnauthorized)
+		return "", "", fmt.Errorf("%w: cannot use the credentials: auth is not base64 of user:password",
+			ErrUnauthorized)
 	}
 	return user, strings.TrimRight(secret, "\x00\r\n"), nil
 }
@@ -107,7 +114,7 @@ type login struct {
 	until  time.Time // of header; the zero time if nobody said
 }
 
-func (r *registry) login(ctx context.Context, h docker.RegistryHost) (*login, error) {
+func (r *Repository) login(ctx context.Context, h host) (*login, error) {
 	l, _ := r.logins.LoadOrStore(h.Scheme+"://"+h.Host+h.Path, &login{turn: make(chan struct{}, 1)})
 	select {
 	case l.(*login).turn <- struct{}{}:
@@ -120,7 +127,7 @@ func (r *registry) login(ctx context.Context, h docker.RegistryHost) (*login, er
 func (l *login) release() { <-l.turn }
 
 // authorization is what to send to a host: nothing, before it asks.
-func (r *registry) authorization(ctx context.Context, h docker.RegistryHost) (string, error) {
+func (r *Repository) authorization(ctx context.Context, h host) (string, error) {
 	if r.creds.token != "" && r.creds.match(h.Host) {
 		return "Bearer " + r.creds.token, nil
 	}
@@ -146,7 +153,8 @@ func (r *registry) authorization(ctx context.Context, h docker.RegistryHost) (st
 // challenged learns from an answer how the host wants to be asked. sent is the
 // authorization that it turned down; fresh says that it was got for this very
 // request. The error says why asking again makes no sense.
-func (r *registry) challenged(ctx context.Context, h docker.RegistryHost, resp *http.Response, sent string, fresh bool) error {
+func (r *Repository) challenged(ctx context.Context, h host, resp *http.Response,
+	sent string, fresh bool) error {
 	if r.creds.token != "" && r.creds.match(h.Host) {
 		return errors.New("the registry token is not accepted")
 	}
@@ -213,7 +221,7 @@ func apart(h http.Header) http.Header {
 }
 
 // secrets are the caller's for this host.
-func (r *registry) secrets(h docker.RegistryHost) (user, secret string) {
+func (r *Repository) secrets(h host) (user, secret string) {
 	if !r.creds.match(h.Host) {
 		return "", ""
 	}
@@ -222,7 +230,7 @@ func (r *registry) secrets(h docker.RegistryHost) (user, secret string) {
 
 // tokenOptions says where the host's token is to be had. A secret never goes
 // in the clear for a host that is asked through TLS.
-func (r *registry) tokenOptions(h docker.RegistryHost, resp *http.Response, c auth.Challenge) (o auth.TokenOptions, err error) {
+func (r *Repository) tokenOptions(h host, resp *http.Response, c auth.Challenge) (o auth.TokenOptions, err error) {
 	realm, err := resp.Request.URL.Parse(c.Parameters["realm"])
 	if err != nil || c.Parameters["realm"] == "" {
 		return o, fmt.Errorf("it names no token server: realm %q", c.Parameters["realm"])
@@ -240,7 +248,7 @@ func (r *registry) tokenOptions(h docker.RegistryHost, resp *http.Response, c au
 // repository by another name, and some token servers refuse all where they do
 // not know one. A host that asks for none, or at its root for an example, is
 // taken to have the repository where its path leads.
-func (r *registry) scopes(h docker.RegistryHost, resp *http.Response, asked string) []string {
+func (r *Repository) scopes(h host, resp *http.Response, asked string) []string {
 	l := strings.Fields(asked)
 	if atRoot := resp.Request.URL.Path == rootOf(h); atRoot {
 		l = nil
@@ -258,7 +266,8 @@ const maxToken = 256 << 10
 
 // fetchToken asks the token server, in the newer way where there is a secret,
 // and in the older one where that is not understood.
-func (r *registry) fetchToken(ctx context.Context, h docker.RegistryHost, o auth.TokenOptions) (token string, life time.Duration, err error) {
+func (r *Repository) fetchToken(ctx context.Context, h host, o auth.TokenOptions) (
+	token string, life time.Duration, err error) {
 	ctx, cancel := context.WithTimeout(clog.WithLogger(ctx, quiet), smallTimeout)
 	defer cancel()
 	header := http.Header{"User-Agent": {userAgent}}
@@ -294,24 +303,26 @@ func (r *registry) fetchToken(ctx context.Context, h docker.RegistryHost, o auth
 // overloaded or unreachable one is not asked twice.
 func onlyOlder(err error, o auth.TokenOptions) bool {
 	e, ok := errors.AsType[remoteerrors.ErrUnexpectedStatus](err)
+	code := e.StatusCode
 	switch {
 	case !ok: // an answer that is no token, or no answer
 		_, unreachable := errors.AsType[*url.Error](err)
 		return o.Username != "" && !unreachable
 	case o.Username == "":
-		return e.StatusCode == http.StatusBadRequest || e.StatusCode == http.StatusUnauthorized || e.StatusCode == http.StatusNotFound
+		return slices.Contains([]int{http.StatusBadRequest, http.StatusUnauthorized, http.StatusNotFound}, code)
 	}
-	return e.StatusCode/100 == 4 && e.StatusCode != http.StatusTooManyRequests || e.StatusCode == http.StatusNotImplemented
+	return code/100 == 4 && code != http.StatusTooManyRequests || code == http.StatusNotImplemented
 }
 
 // tokenError gives what went wrong with a token its kind.
 func tokenError(err error, retryAfter string) error {
 	if e, ok := errors.AsType[remoteerrors.ErrUnexpectedStatus](err); ok {
-		kind := ErrUnauthorized
-		if e.StatusCode/100 != 4 || e.StatusCode == http.StatusTooManyRequests || e.StatusCode == http.StatusRequestTimeout {
-			kind = ErrUnavailable
+		code, sentinel := e.StatusCode, ErrUnauthorized
+		if code/100 != 4 || code == http.StatusTooManyRequests || code == http.StatusRequestTimeout {
+			sentinel = ErrUnavailable
 		}
-		return newStatusError(kind, e.StatusCode, fmt.Sprintf("%s %s: %s", e.RequestMethod, e.RequestURL, e.Status), e.Body, retryAfter)
+		text := fmt.Sprintf("%s %s: %s", e.RequestMethod, e.RequestURL, e.Status)
+		return newStatusError(sentinel, code, text, e.Body, retryAfter)
 	}
 	return fmt.Errorf("%w: %w", ErrUnavailable, err)
 }

@@ -1,0 +1,124 @@
+package image
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// kick wakes the collector.
+func (s *Store) kick() {
+	select {
+	case s.wake <- struct{}{}:
+	default: // awake already
+	}
+}
+
+// collector removes what nothing refers to: after Open, a removal, a pull, and
+// when what they left is stale. What cannot be removed is tried again, less and
+// less often.
+func (s *Store) collector() {
+	const first, longest = 100 * time.Millisecond, 10 * time.Minute
+	again := time.NewTimer(0) // the start
+	defer again.Stop()
+	for wait := first; ; {
+		select {
+		case <-s.wake:
+		case <-again.C:
+		case <-s.ctx.Done():
+			return
+		}
+		if err := s.collect(); err != nil {
+			s.o.Log.Warn("cannot remove unused blobs, trying again", "in", wait, "error", err)
+			again.Reset(wait)
+			wait = min(2*wait, longest)
+			continue
+		}
+		again.Reset(s.o.StaleIngest)
+		wait = first
+	}
+}
+
+// resumesLocked says whether an interrupted pull, or one that runs, is to bring
+// the blob.
+func (s *Store) resumesLocked(d digest.Digest) bool {
+	for _, p := range s.pending {
+		if slices.Contains(p.Blobs, d) {
+			return true
+		}
+	}
+	return false
+}
+
+// namedLocked are the blobs that references need.
+func (s *Store) namedLocked() map[digest.Digest]bool {
+	named := map[digest.Digest]bool{}
+	for _, l := range s.refs {
+		for _, d := range l.blobs {
+			named[d] = true
+		}
+	}
+	return named
+}
+
+// collect removes the blobs that no reference, pull or interrupted pull needs, and
+// does again what could not be done before.
+func (s *Store) collect() error {
+	s.mu.Lock()
+	errs := []error{s.dropKeptLocked(), s.dropStalePendingLocked(), s.forgetRemovalLocked(), s.refreshIndexLocked()}
+	named := s.namedLocked()
+	s.mu.Unlock()
+	removed := 0
+	errs = append(errs, s.eachBlob(func(path string, d digest.Digest) error {
+		if named[d] {
+			return nil // or not any more: then another run is due
+		}
+		// One at a time, so that nobody waits long for the lock.
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.resumesLocked(d) || s.namedLocked()[d] {
+			return nil
+		}
+		// Decided while nobody can hold it, so that no pull takes it for present.
+		return s.holds.ifNone(d, func() error {
+			size := s.sizes[d]
+			if err := s.removeBlobLocked(path, d); err != nil {
+				return err
+			}
+			removed++
+			s.count.collected.Add(1)
+			s.count.freed.Add(uint64(size))
+			return nil
+		})
+	}))
+	if removed > 0 {
+		s.o.Log.Info("unused blobs removed", "blobs", removed)
+	}
+	return errors.Join(append(errs, s.collectIngest())...)
+}
+
+// collectIngest removes partial downloads that no pull goes on with.
+func (s *Store) collectIngest() error {
+	dir := filepath.Join(s.o.Root, ingestName)
+	files, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range files {
+		if strings.HasPrefix(e.Name(), smallPrefix) {
+			continue // its writer removes it
+		}
+		s.mu.Lock()
+		if s.downloads[e.Name()] == nil && !s.resumesLocked(blobOfPart(e.Name())) {
+			errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
+		}
+		s.mu.Unlock()
+	}
+	return errors.Join(errs...)
+}
