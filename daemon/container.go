@@ -117,7 +117,7 @@ func (d *Daemon) CreateContainer(ctx context.Context, podID string, cfg *runtime
 		return "", err
 	}
 	if err := spec.Validate(cfg, p.rec.Load().Config.M); err != nil {
-		return "", specError(err)
+		return "", err
 	}
 	print, err := fingerprint(cfg)
 	if err != nil {
@@ -153,7 +153,7 @@ func (d *Daemon) makeContainer(ctx context.Context, cl *claim, p *pod, cfg *runt
 	}
 	signal, criSignal, err := spec.StopSignal(cfg, img.Config)
 	if err != nil {
-		return specError(err)
+		return err
 	}
 	rec := &containerRecord{ID: cl.id, PodID: pr.ID, Config: message[*runtimeapi.ContainerConfig]{cfg}, Handler: pr.Handler,
 		Fingerprint: cl.fingerprint, CreatedAt: time.Now(), BootID: rundir.BootID(), Phase: containerCreating,
@@ -353,7 +353,7 @@ func (d *Daemon) containerSpec(ctx context.Context, pr *podRecord, rec *containe
 		in.Shm = "/dev/shm"
 	}
 	if in.Devices, err = spec.ResolveDevices(cfg); err != nil {
-		return nil, specError(err)
+		return nil, err
 	}
 	if cfg.GetLinux().GetSecurityContext().GetPrivileged() {
 		if in.HostDevices, err = spec.HostDevices(); err != nil {
@@ -389,7 +389,7 @@ func (d *Daemon) containerSpec(ctx context.Context, pr *podRecord, rec *containe
 	}
 	result, err := spec.Build(in)
 	if err != nil {
-		return nil, specError(err)
+		return nil, err
 	}
 	return result, nil
 }
@@ -445,7 +445,7 @@ func (d *Daemon) mountSources(cfg *runtimeapi.ContainerConfig) error {
 			}
 		}
 	}
-	return specError(spec.CheckMounts(cfg))
+	return spec.CheckMounts(cfg)
 }
 
 // pinTarget pins the pid namespace of another container of the same pod for a

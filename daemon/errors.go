@@ -4,19 +4,18 @@ import (
 	"errors"
 	"fmt"
 
-	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
 // The kinds of error, for errors.Is. Package cri maps each to a gRPC code.
 var (
-	ErrInvalid      = errors.New("invalid request")
+	ErrInvalid      = kind.Invalid
 	ErrNotFound     = errors.New("not found")
 	ErrExists       = errors.New("exists already")
 	ErrState        = errors.New("wrong state")
 	ErrUnavailable  = errors.New("unavailable")
-	ErrUnsupported  = errors.New("not supported")
+	ErrUnsupported  = kind.Unsupported
 	ErrUnauthorized = errors.New("not authorized")
 	ErrRejected     = errors.New("rejected") // an image, by a verifier
 	ErrClosing      = errors.New("shutting down")
@@ -36,17 +35,6 @@ func as(kind, err error) error {
 		return nil
 	}
 	return &kindError{err, kind}
-}
-
-// specError gives the errors of package spec their kind.
-func specError(err error) error {
-	switch {
-	case errors.Is(err, spec.ErrInvalid):
-		return as(ErrInvalid, err)
-	case errors.Is(err, spec.ErrUnsupported):
-		return as(ErrUnsupported, err)
-	}
-	return err
 }
 
 // shimError gives the answers of a shim, and its silence, their kind.

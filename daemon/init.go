@@ -95,7 +95,7 @@ func (d *Daemon) makeInit(ctx context.Context, p *pod) error {
 		s, err := spec.PodInit(spec.PodInitInput{Host: d.host, ID: pr.ID, Rootfs: root, CgroupsPath: cgroupsPath,
 			Namespaces: pr.specNamespaces(), Sandbox: pr.Config.M})
 		if err != nil {
-			return nil, specError(err)
+			return nil, err
 		}
 		// The root is the empty directory itself: nothing to mount, nothing to copy.
 		if err := rootOf(pr.Config.M).take(root); err != nil {

@@ -70,7 +70,7 @@ const networkLimit = 2 * time.Minute
 // RunPod makes a pod and gives its id.
 func (d *Daemon) RunPod(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, handler string) (string, error) {
 	if err := spec.ValidateSandbox(cfg); err != nil {
-		return "", specError(err)
+		return "", err
 	}
 	h, err := d.handlerFor(handler)
 	if err != nil {

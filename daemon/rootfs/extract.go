@@ -9,6 +9,7 @@ import (
 	"io"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -67,22 +68,21 @@ type dirEntry struct {
 
 // extract reads stream to its end, writes its entries below diff, and compares
 // its digest.
-func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stream io.Reader, limits Limits) (layerRecord, error) {
+func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stream io.Reader,
+	limits Limits) (r layerRecord, err error) {
 	const dirFlags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
-	root, err := unix.Open(diff, dirFlags, 0)
-	if err != nil {
-		return layerRecord{}, fmt.Errorf("cannot open %s: %w", diff, err)
+	fds := make([]int, 2)
+	for i, dir := range []string{diff, trash} {
+		if fds[i], err = unix.Open(dir, dirFlags, 0); err != nil {
+			return r, fmt.Errorf("cannot open %s: %w", dir, err)
+		}
+		defer unix.Close(fds[i])
 	}
-	defer unix.Close(root)
-	trashFd, err := unix.Open(trash, dirFlags, 0)
-	if err != nil {
-		return layerRecord{}, fmt.Errorf("cannot open %s: %w", trash, err)
-	}
-	defer unix.Close(trashFd)
+	root := fds[0]
 	x := &extractor{
 		ctx:        ctx,
 		root:       root,
-		trash:      trashFd,
+		trash:      fds[1],
 		limits:     limits,
 		buf:        make([]byte, 64<<10),
 		parentName: ".",
@@ -93,32 +93,36 @@ func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stre
 	}
 	defer x.forgetParent()
 	if err := x.imply(root, "."); err != nil {
-		return layerRecord{}, err
+		return r, err
 	}
+	return x.all(diffID, stream)
+}
 
+// all extracts the archive, and compares its digest.
+func (x *extractor) all(diffID digest.Digest, stream io.Reader) (r layerRecord, err error) {
 	hash := diffID.Algorithm().Hash()
-	ahead := readAhead(ctx, stream, hash, limits.Bytes)
+	ahead := readAhead(x.ctx, stream, hash, x.limits.Bytes)
 	defer ahead.stop()
 	if err := x.run(ahead); err != nil {
-		return layerRecord{}, x.blame(err, ahead.failed)
+		return r, x.blame(err, ahead.failed)
 	}
 	// The archive may be padded; the digest covers that too.
 	if _, err := io.Copy(io.Discard, ahead); err != nil {
-		return layerRecord{}, err
+		return r, err
 	}
 	if got := digest.NewDigest(diffID.Algorithm(), hash); got != diffID {
-		return layerRecord{}, fmt.Errorf("%w: its digest is %s", ErrBadLayer, got)
+		return r, fmt.Errorf("%w: its digest is %s", ErrBadLayer, got)
 	}
 	if err := x.finish(); err != nil {
-		return layerRecord{}, x.blame(err, nil)
+		return r, x.blame(err, nil)
 	}
 	implied, err := x.impliedNames()
 	if err != nil {
-		return layerRecord{}, err
+		return r, err
 	}
 	if x.trashed > 0 {
 		if err := x.recount(); err != nil {
-			return layerRecord{}, err
+			return r, err
 		}
 	}
 	return layerRecord{
@@ -409,7 +413,8 @@ func (x *extractor) hardLink(parent int, base, target string) error {
 	}
 	defer unix.Close(targetDir)
 	var to, at unix.Stat_t
-	if err := unix.Fstatat(targetDir, targetBase, &to, unix.AT_SYMLINK_NOFOLLOW); err != nil || to.Mode&unix.S_IFMT == unix.S_IFDIR || isWhiteout(&to) {
+	err = unix.Fstatat(targetDir, targetBase, &to, unix.AT_SYMLINK_NOFOLLOW)
+	if err != nil || to.Mode&unix.S_IFMT == unix.S_IFDIR || isWhiteout(&to) {
 		return fmt.Errorf("%w: a hard link to %.200q, which is not a file in the layer", ErrBadLayer, target)
 	}
 	if unix.Fstatat(parent, base, &at, unix.AT_SYMLINK_NOFOLLOW) == nil && at.Ino == to.Ino {
@@ -570,7 +575,8 @@ func (x *extractor) finish() error {
 
 // replaced says that openStill found something else, or nothing.
 func replaced(err error) bool {
-	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) || errors.Is(err, unix.ENAMETOOLONG)
+	errno, _ := errors.AsType[unix.Errno](err)
+	return slices.Contains([]unix.Errno{unix.ENOENT, unix.ENOTDIR, unix.ELOOP, unix.ENAMETOOLONG}, errno)
 }
 
 // openStill opens a directory if the name still means the one with this inode
@@ -636,7 +642,8 @@ func setXattr(path, name, value string) error {
 	}
 	var st unix.Statfs_t
 	if errors.Is(err, unix.ENOSPC) && unix.Statfs(filepath.Dir(path), &st) == nil && st.Bavail*uint64(st.Bsize) > 1<<20 {
-		err = fmt.Errorf("%w: %v, and the disk is not full: it has no more room for the attributes of one file", ErrBadLayer, err)
+		err = fmt.Errorf("%w: %v, and the disk is not full: it has no more room for attributes of one file",
+			ErrBadLayer, err)
 	}
 	return fmt.Errorf("cannot set %.200s of %d bytes: %w", name, len(value), err)
 }

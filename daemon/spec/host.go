@@ -204,7 +204,8 @@ func CheckMounts(c *runtimeapi.ContainerConfig) error {
 			return fmt.Errorf("%spropagation: cannot look up the mount of %s: %w", field, src, err)
 		}
 		if !ok {
-			return invalid(field+"propagation", "%s needs a host mount that is shared: %s lies on %s, which is not (mount --make-rshared %s)",
+			return invalid(field+"propagation",
+				"%s needs a host mount that is shared: %s lies on %s, which is not (mount --make-rshared %s)",
 				m.GetPropagation(), src, on, on)
 		}
 	}

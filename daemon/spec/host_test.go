@@ -9,6 +9,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
 func TestProbeHost(t *testing.T) {
@@ -73,7 +75,7 @@ func TestResolveDevices(t *testing.T) {
 	}
 	for _, bad := range []string{filepath.Join(dir, "none"), dir} {
 		_, err := resolve(&runtimeapi.Device{HostPath: bad})
-		wantField(t, err, ErrInvalid, "config.devices[0].host_path")
+		wantField(t, err, kind.Invalid, "config.devices[0].host_path")
 	}
 }
 
@@ -105,7 +107,7 @@ func TestCheckMounts(t *testing.T) {
 	if err := check(dir, private); err != nil {
 		t.Error(err)
 	}
-	wantField(t, check(filepath.Join(dir, "none"), private), ErrInvalid, "config.mounts[0].host_path")
+	wantField(t, check(filepath.Join(dir, "none"), private), kind.Invalid, "config.mounts[0].host_path")
 
 	if os.Geteuid() != 0 {
 		t.Skip("the rest makes mounts")
@@ -147,7 +149,7 @@ func TestCheckMounts(t *testing.T) {
 				t.Errorf("%s mount, %s: %v", tt.name, p, err)
 			}
 			if !want {
-				wantField(t, err, ErrInvalid, "config.mounts[0].propagation")
+				wantField(t, err, kind.Invalid, "config.mounts[0].propagation")
 			}
 		}
 	}

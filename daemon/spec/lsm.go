@@ -2,6 +2,7 @@ package spec
 
 import (
 	"cmp"
+	"strings"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -60,6 +61,7 @@ func (b *builder) selinux() {
 		return
 	}
 	user, level := cmp.Or(o.GetUser(), "system_u"), cmp.Or(o.GetLevel(), "s0")
-	b.spec.Process.SelinuxLabel = user + ":" + cmp.Or(o.GetRole(), "system_r") + ":" + cmp.Or(o.GetType(), "container_t") + ":" + level
+	role, domain := cmp.Or(o.GetRole(), "system_r"), cmp.Or(o.GetType(), "container_t")
+	b.spec.Process.SelinuxLabel = strings.Join([]string{user, role, domain, level}, ":")
 	b.spec.Linux.MountLabel = user + ":object_r:container_file_t:" + level
 }

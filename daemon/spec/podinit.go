@@ -16,7 +16,6 @@ type PodInitInput struct {
 	// Rootfs is its own and read-only. The OCI runtime makes /proc and /dev in
 	// it where they are missing.
 	Rootfs string
-	Args   []string // default: /pause
 	// Namespaces to join. PID is not looked at: this process makes the one that
 	// the pod shares, unless the pod uses the node's.
 	Namespaces  Namespaces
@@ -31,29 +30,14 @@ const podInitOOM = -998
 const nobody = 65535
 
 // PodInit makes the spec of the process that keeps the PID namespace of a pod
-// and reaps its orphans.
+// and reaps its orphans, for a config that ValidateSandbox has passed.
 func PodInit(in PodInitInput) (*specs.Spec, error) {
-	if err := ValidateSandbox(in.Sandbox); err != nil {
-		return nil, err
-	}
-	sc := in.Sandbox.GetLinux().GetSecurityContext()
-	b := &builder{Input: Input{Host: in.Host, Sandbox: in.Sandbox, Namespaces: in.Namespaces}, sc: &runtimeapi.LinuxContainerSecurityContext{}}
-	args := in.Args
-	if len(args) == 0 {
-		args = []string{"/pause"}
-	}
-	u := specs.User{UID: nobody, GID: nobody}
-	if m := Userns(in.Sandbox); m != nil && !(mapped(m.GetUids(), nobody) && mapped(m.GetGids(), nobody)) {
-		u = specs.User{} // no rights for the host either
-	}
-	if v := sc.GetRunAsUser(); v != nil {
-		u.UID = uint32(v.GetValue())
-	}
-	if v := sc.GetRunAsGroup(); v != nil {
-		u.GID = uint32(v.GetValue())
+	b := &builder{
+		Input: Input{Host: in.Host, Sandbox: in.Sandbox, Namespaces: in.Namespaces},
+		sc:    &runtimeapi.LinuxContainerSecurityContext{},
 	}
 	in.Namespaces.PID = ""
-	opts := sc.GetNamespaceOptions()
+	opts := in.Sandbox.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	pid := opts.GetPid()
 	if pid != modeNode {
 		pid = modePod
@@ -62,10 +46,10 @@ func PodInit(in PodInitInput) (*specs.Spec, error) {
 		Version: specs.Version,
 		Root:    &specs.Root{Path: in.Rootfs, Readonly: true},
 		Process: &specs.Process{
-			Args:            args,
+			Args:            []string{"/pause"},
 			Cwd:             "/",
 			Env:             []string{"PATH=" + defaultPath},
-			User:            u,
+			User:            podInitUser(in.Sandbox),
 			Capabilities:    &specs.LinuxCapabilities{},
 			NoNewPrivileges: true,
 			OOMScoreAdj:     b.clampOOM(podInitOOM),
@@ -98,6 +82,21 @@ func PodInit(in PodInitInput) (*specs.Spec, error) {
 		}
 	}
 	return b.spec, nil
+}
+
+func podInitUser(s *runtimeapi.PodSandboxConfig) specs.User {
+	u := specs.User{UID: nobody, GID: nobody}
+	if m := Userns(s); m != nil && !(mapped(m.GetUids(), nobody) && mapped(m.GetGids(), nobody)) {
+		u = specs.User{} // no rights for the host either
+	}
+	sc := s.GetLinux().GetSecurityContext()
+	if v := sc.GetRunAsUser(); v != nil {
+		u.UID = uint32(v.GetValue())
+	}
+	if v := sc.GetRunAsGroup(); v != nil {
+		u.GID = uint32(v.GetValue())
+	}
+	return u
 }
 
 // What the kubelet masks in containers by default.

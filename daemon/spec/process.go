@@ -12,7 +12,8 @@ const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bi
 func (b *builder) process() error {
 	p := b.spec.Process
 	if p.Args = b.args(); len(p.Args) == 0 {
-		return invalid("config.command", "is empty, and so are config.args and the image's entrypoint and command: nothing to run")
+		return invalid("config.command",
+			"is empty, and so are config.args and the image's entrypoint and command: nothing to run")
 	}
 	p.Env = b.env()
 	p.Cwd = "/"

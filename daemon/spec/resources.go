@@ -13,23 +13,10 @@ import (
 
 const fieldResources = "config.linux.resources"
 
-// Resources turns limits into what the OCI runtime's update takes. Only fields
-// that are set are in the result; neither oom_score_adj, which is no property
-// of a cgroup, nor the device rules are among them.
-func Resources(r *runtimeapi.LinuxContainerResources, h Host) (*specs.LinuxResources, error) {
-	if err := ValidateResources("linux", r); err != nil {
-		return nil, err
-	}
-	out := new(specs.LinuxResources)
-	err := (&builder{Input: Input{Host: h}}).fillResources("linux", r, out)
-	return out, err
-}
-
+// resources sets only what the config sets. oom_score_adj is not among them: it
+// is no property of a cgroup.
 func (b *builder) resources() error {
-	return b.fillResources(fieldResources, b.Container.GetLinux().GetResources(), b.spec.Linux.Resources)
-}
-
-func (b *builder) fillResources(field string, r *runtimeapi.LinuxContainerResources, out *specs.LinuxResources) error {
+	r, out := b.Container.GetLinux().GetResources(), b.spec.Linux.Resources
 	cpu := specs.LinuxCPU{Cpus: r.GetCpusetCpus(), Mems: r.GetCpusetMems()}
 	if n := r.GetCpuShares(); n != 0 {
 		cpu.Shares = new(uint64(n))
@@ -64,15 +51,17 @@ func (b *builder) fillResources(field string, r *runtimeapi.LinuxContainerResour
 	for _, l := range r.GetHugepageLimits() {
 		if !b.HugetlbSupported {
 			if l.GetLimit() != 0 {
-				b.warn("%s.hugepage_limits: there is no hugetlb controller: the limit of %s pages is not set", field, l.GetPageSize())
+				b.warn("%s.hugepage_limits: there is no hugetlb controller: the limit of %s pages is not set",
+					fieldResources, l.GetPageSize())
 			}
 			continue
 		}
-		out.HugepageLimits = append(out.HugepageLimits, specs.LinuxHugepageLimit{Pagesize: l.GetPageSize(), Limit: l.GetLimit()})
+		limit := specs.LinuxHugepageLimit{Pagesize: l.GetPageSize(), Limit: l.GetLimit()}
+		out.HugepageLimits = append(out.HugepageLimits, limit)
 	}
 	if len(r.GetUnified()) > 0 {
 		if !b.CgroupV2 {
-			return unsupported(field+".unified", "needs cgroup v2, and this machine has v1")
+			return unsupported(fieldResources+".unified", "needs cgroup v2, and this machine has v1")
 		}
 		out.Unified = maps.Clone(r.GetUnified())
 	}
@@ -125,11 +114,13 @@ func ValidateResources(field string, r *runtimeapi.LinuxContainerResources) erro
 	case swap > 0 && limit <= 0:
 		return invalid(field+".memory_swap_limit_in_bytes", "is set without memory_limit_in_bytes")
 	case swap > 0 && swap < limit:
-		return invalid(field+".memory_swap_limit_in_bytes", "%d is less than memory_limit_in_bytes (%d): it counts both together", swap, limit)
+		return invalid(field+".memory_swap_limit_in_bytes",
+			"%d is less than memory_limit_in_bytes (%d): it counts both together", swap, limit)
 	}
 	for i, l := range r.GetHugepageLimits() {
 		if !pageSize.MatchString(l.GetPageSize()) {
-			return invalid(fmt.Sprintf("%s.hugepage_limits[%d].page_size", field, i), "%q is not of the form 2MB", l.GetPageSize())
+			field := fmt.Sprintf("%s.hugepage_limits[%d].page_size", field, i)
+			return invalid(field, "%q is not of the form 2MB", l.GetPageSize())
 		}
 	}
 	for k := range r.GetUnified() {

@@ -113,7 +113,7 @@ func (b *bundle) delete() {
 
 func (b *bundle) run(in Input) string {
 	b.t.Helper()
-	r, err := Build(in)
+	r, err := validateAndBuild(in)
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -221,7 +221,7 @@ func TestRuncTerminal(t *testing.T) {
 	b := newBundle(t)
 	in := b.input(`test -t 0 && test -t 1 && echo term=$TERM $(/bin/busybox tty)`)
 	in.Container.Tty = true
-	r, err := Build(in)
+	r, err := validateAndBuild(in)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -281,10 +281,11 @@ func TestRuncPodInit(t *testing.T) {
 	in := c.input(`/bin/busybox tr '\0' ' ' </proc/1/cmdline; echo; echo $(/bin/busybox id -u)`)
 	in.pod().NamespaceOptions.Pid = modePod
 	s, err := PodInit(PodInitInput{Host: in.Host, ID: b.id, Sandbox: in.Sandbox, Rootfs: b.root,
-		Args: []string{"/bin/busybox", "sleep", "600"}, CgroupsPath: "/holdfast-test/" + b.id})
+		CgroupsPath: "/holdfast-test/" + b.id})
 	if err != nil {
 		t.Fatal(err)
 	}
+	s.Process.Args = []string{"/bin/busybox", "sleep", "600"}
 	defer b.delete()
 	pidFile := filepath.Join(b.dir, "pid")
 	stderr, err := os.Create(filepath.Join(b.dir, "stderr"))

@@ -1,16 +1,15 @@
 // Package spec turns what the kubelet asked for (a CRI config) and what the
 // image says (its OCI config) into an OCI runtime spec.
 //
-// Build, PodInit, Resources and the Validate functions are pure: the same input
-// gives the same output on every machine, with no file read and no system call.
-// All that they must know of the machine is in Host and Input. The functions
-// that do look at the machine are together in host.go.
+// Build, PodInit and the Validate functions are pure: the same input gives the
+// same output on every machine, with no file opened and no system call. All that
+// they must know of the machine is in Host and Input. The functions that do look
+// at the machine are together in host.go.
 package spec
 
 import (
 	"fmt"
 	"maps"
-	"syscall"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -97,21 +96,14 @@ type Result struct {
 	Spec *specs.Spec
 	// User is who the first process runs as, for ContainerStatus.
 	User *runtimeapi.LinuxContainerUser
-	// Signal is what stops the container; StopSignal is the same as the CRI
-	// names it.
-	Signal     syscall.Signal
-	StopSignal runtimeapi.Signal
 	// Warnings are deviations from the letter of the request that the machine
 	// forces, each worth one line of log.
 	Warnings []string
 }
 
-// Build makes the spec. Errors are of kind ErrInvalid or ErrUnsupported and
-// name the field.
+// Build makes the spec of a container that Validate has passed. Errors are
+// FieldErrors.
 func Build(in Input) (*Result, error) {
-	if err := Validate(in.Container, in.Sandbox); err != nil {
-		return nil, err
-	}
 	c := in.Container
 	sc := c.GetLinux().GetSecurityContext()
 	b := &builder{Input: in, sc: sc}
@@ -125,10 +117,6 @@ func Build(in Input) (*Result, error) {
 	// Only the annotations of the container: those of the pod come from whoever
 	// may create pods, and OCI runtimes take orders from annotations.
 
-	number, signal, err := StopSignal(c, in.Image)
-	if err != nil {
-		return nil, err
-	}
 	// Seccomp rules depend on the capabilities; devices are rules within the
 	// resources.
 	for _, step := range []func() error{
@@ -144,7 +132,7 @@ func Build(in Input) (*Result, error) {
 	for _, g := range u.AdditionalGids {
 		user.SupplementalGroups = append(user.SupplementalGroups, int64(g))
 	}
-	return &Result{Spec: b.spec, User: user, Signal: number, StopSignal: signal, Warnings: b.warnings}, nil
+	return &Result{Spec: b.spec, User: user, Warnings: b.warnings}, nil
 }
 
 // builder is what the steps of Build share. Each step owns some fields of the

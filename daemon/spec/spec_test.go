@@ -14,6 +14,8 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
@@ -90,9 +92,17 @@ func (in *Input) privileged() {
 	in.pod().Privileged = true
 }
 
+// validateAndBuild is what a request for a container passes.
+func validateAndBuild(in Input) (*Result, error) {
+	if err := Validate(in.Container, in.Sandbox); err != nil {
+		return nil, err
+	}
+	return Build(in)
+}
+
 func build(t *testing.T, in Input) *Result {
 	t.Helper()
-	r, err := Build(in)
+	r, err := validateAndBuild(in)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -282,8 +292,8 @@ func TestArgs(t *testing.T) {
 			in.Container.Command, in.Container.Args = tt.command, tt.args
 			in.Image.Entrypoint, in.Image.Cmd = tt.entrypoint, tt.cmd
 			if tt.want == nil {
-				_, err := Build(in)
-				wantField(t, err, ErrInvalid, "config.command")
+				_, err := validateAndBuild(in)
+				wantField(t, err, kind.Invalid, "config.command")
 				return
 			}
 			if got := build(t, in).Spec.Process.Args; !slices.Equal(got, tt.want) {
@@ -394,8 +404,8 @@ func TestUser(t *testing.T) {
 				in.Passwd, in.Group = nil, nil
 			}
 			if tt.field != "" {
-				_, err := Build(in)
-				wantField(t, err, ErrInvalid, tt.field)
+				_, err := validateAndBuild(in)
+				wantField(t, err, kind.Invalid, tt.field)
 				return
 			}
 			r := build(t, in)
@@ -438,12 +448,12 @@ func TestCapabilities(t *testing.T) {
 		{name: "ambient dropped", caps: &runtimeapi.Capability{AddAmbientCapabilities: []string{"KILL"}, DropCapabilities: []string{"KILL"}}, want: without(defaultCaps, "CAP_KILL")},
 		{name: "weak machine", known: few, want: []string{"CAP_CHOWN", "CAP_KILL"}},
 		{name: "weak machine, all", known: few, caps: &runtimeapi.Capability{AddCapabilities: []string{"ALL"}}, want: few},
-		{name: "weak machine, too much", known: few, caps: &runtimeapi.Capability{AddCapabilities: []string{"BPF"}}, kind: ErrUnsupported, field: fieldAdd},
+		{name: "weak machine, too much", known: few, caps: &runtimeapi.Capability{AddCapabilities: []string{"BPF"}}, kind: kind.Unsupported, field: fieldAdd},
 		{name: "privileged", privileged: true, caps: &runtimeapi.Capability{DropCapabilities: []string{"ALL"}}, want: allCaps},
 		{name: "privileged on a weak machine", privileged: true, known: few, want: few},
-		{name: "unknown add", caps: &runtimeapi.Capability{AddCapabilities: []string{"FLY"}}, kind: ErrInvalid, field: fieldAdd},
-		{name: "unknown drop", caps: &runtimeapi.Capability{DropCapabilities: []string{""}}, kind: ErrInvalid, field: fieldDrop},
-		{name: "unknown ambient", caps: &runtimeapi.Capability{AddAmbientCapabilities: []string{"CAP_CAP_KILL"}}, kind: ErrInvalid, field: fieldAmbient},
+		{name: "unknown add", caps: &runtimeapi.Capability{AddCapabilities: []string{"FLY"}}, kind: kind.Invalid, field: fieldAdd},
+		{name: "unknown drop", caps: &runtimeapi.Capability{DropCapabilities: []string{""}}, kind: kind.Invalid, field: fieldDrop},
+		{name: "unknown ambient", caps: &runtimeapi.Capability{AddAmbientCapabilities: []string{"CAP_CAP_KILL"}}, kind: kind.Invalid, field: fieldAmbient},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			in := input()
@@ -453,7 +463,7 @@ func TestCapabilities(t *testing.T) {
 				in.privileged()
 			}
 			if tt.field != "" {
-				_, err := Build(in)
+				_, err := validateAndBuild(in)
 				wantField(t, err, tt.kind, tt.field)
 				return
 			}
@@ -507,8 +517,8 @@ func TestNamespaces(t *testing.T) {
 			in.security().NamespaceOptions = tt.own
 			in.Namespaces = tt.paths
 			if tt.field != "" {
-				_, err := Build(in)
-				wantField(t, err, ErrInvalid, tt.field)
+				_, err := validateAndBuild(in)
+				wantField(t, err, kind.Invalid, tt.field)
 				return
 			}
 			s := build(t, in).Spec
@@ -550,19 +560,19 @@ func TestSeccomp(t *testing.T) {
 		{name: "default", profile: &profile{}, want: specs.ActErrno},
 		{name: "unconfined", profile: &profile{ProfileType: profileUnconfined}},
 		{name: "localhost", profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "/p.json"}, body: localhost, want: specs.ActAllow},
-		{name: "missing file", profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "/p.json"}, kind: ErrInvalid, field: refField},
-		{name: "no JSON", profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "/p.json"}, body: "{", kind: ErrInvalid, field: refField},
-		{name: "no rules", profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "/p.json"}, body: "{}", kind: ErrInvalid, field: refField},
-		{name: "relative path", profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "p.json"}, body: localhost, kind: ErrInvalid, field: refField},
-		{name: "path without localhost", profile: &profile{LocalhostRef: "/p.json"}, kind: ErrInvalid, field: refField},
-		{name: "unknown type", profile: &profile{ProfileType: 7}, kind: ErrInvalid, field: fieldSeccomp + ".profile_type"},
+		{name: "missing file", profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "/p.json"}, kind: kind.Invalid, field: refField},
+		{name: "no JSON", profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "/p.json"}, body: "{", kind: kind.Invalid, field: refField},
+		{name: "no rules", profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "/p.json"}, body: "{}", kind: kind.Invalid, field: refField},
+		{name: "relative path", profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "p.json"}, body: localhost, kind: kind.Invalid, field: refField},
+		{name: "path without localhost", profile: &profile{LocalhostRef: "/p.json"}, kind: kind.Invalid, field: refField},
+		{name: "unknown type", profile: &profile{ProfileType: 7}, kind: kind.Invalid, field: fieldSeccomp + ".profile_type"},
 		{name: "old default", path: "runtime/default", want: specs.ActErrno},
 		{name: "old unconfined", path: "unconfined"},
 		{name: "old localhost", path: "localhost//p.json", body: localhost, want: specs.ActAllow},
-		{name: "old nonsense", path: "docker", kind: ErrInvalid, field: fieldContext + "seccomp_profile_path"},
+		{name: "old nonsense", path: "docker", kind: kind.Invalid, field: fieldContext + "seccomp_profile_path"},
 		{name: "new wins", profile: &profile{ProfileType: profileUnconfined}, path: "runtime/default"},
 		{name: "privileged", priv: true, profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "/p.json"}},
-		{name: "kernel without", weak: true, profile: &profile{}, kind: ErrUnsupported, field: fieldSeccomp},
+		{name: "kernel without", weak: true, profile: &profile{}, kind: kind.Unsupported, field: fieldSeccomp},
 		{name: "kernel without, unconfined", weak: true, profile: &profile{ProfileType: profileUnconfined}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -575,7 +585,7 @@ func TestSeccomp(t *testing.T) {
 				in.privileged()
 			}
 			if tt.field != "" {
-				_, err := Build(in)
+				_, err := validateAndBuild(in)
 				wantField(t, err, tt.kind, tt.field)
 				return
 			}
@@ -644,10 +654,10 @@ func TestAppArmor(t *testing.T) {
 	}{
 		{name: "nothing", enabled: true, deflt: "d"},
 		{name: "default", profile: &profile{}, enabled: true, deflt: "d", want: "d"},
-		{name: "default where there is none", profile: &profile{}, enabled: true, kind: ErrUnsupported},
+		{name: "default where there is none", profile: &profile{}, enabled: true, kind: kind.Unsupported},
 		{name: "default, disabled", profile: &profile{}},
 		{name: "localhost", profile: local, enabled: true, want: "mine"},
-		{name: "localhost, disabled", profile: local, kind: ErrUnsupported},
+		{name: "localhost, disabled", profile: local, kind: kind.Unsupported},
 		{name: "old localhost", old: "localhost/mine", enabled: true, want: "mine"},
 		{name: "unconfined", profile: &profile{ProfileType: profileUnconfined}, enabled: true, deflt: "d"},
 		{name: "privileged", profile: local, priv: true},
@@ -660,7 +670,7 @@ func TestAppArmor(t *testing.T) {
 			if tt.priv {
 				in.privileged()
 			}
-			r, err := Build(in)
+			r, err := validateAndBuild(in)
 			if tt.kind != nil {
 				wantField(t, err, tt.kind, fieldApparmor)
 				return
@@ -776,13 +786,13 @@ func TestMounts(t *testing.T) {
 	t.Run("cannot", func(t *testing.T) {
 		in := input()
 		in.Container.Mounts = []*runtimeapi.Mount{{ContainerPath: "/i", Image: &runtimeapi.ImageSpec{Image: "x"}, Readonly: true}}
-		_, err := Build(in)
-		wantField(t, err, ErrUnsupported, "config.mounts[0].image")
+		_, err := validateAndBuild(in)
+		wantField(t, err, kind.Unsupported, "config.mounts[0].image")
 		in = input()
 		in.RecursiveReadOnly = false
 		in.Container.Mounts = []*runtimeapi.Mount{{ContainerPath: "/i", HostPath: "/h", Readonly: true, RecursiveReadOnly: true}}
-		_, err = Build(in)
-		wantField(t, err, ErrUnsupported, "config.mounts[0].recursive_read_only")
+		_, err = validateAndBuild(in)
+		wantField(t, err, kind.Unsupported, "config.mounts[0].recursive_read_only")
 	})
 }
 
@@ -806,19 +816,22 @@ func TestResources(t *testing.T) {
 		{"oom_score_adj is not the cgroup's", &res{OomScoreAdj: 5}, host, `{}`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			r, err := Resources(tt.in, tt.host)
-			if err != nil {
-				t.Fatal(err)
-			}
+			in := input()
+			in.Host, in.Container.Linux.Resources = tt.host, tt.in
+			r := build(t, in).Spec.Linux.Resources
+			r.Devices = nil // see TestDevices
 			if got, _ := json.Marshal(r); string(got) != tt.want {
 				t.Errorf("resources %s, want %s", got, tt.want)
 			}
 		})
 	}
-	_, err := Resources(&res{Unified: map[string]string{"memory.high": "7"}}, Host{})
-	wantField(t, err, ErrUnsupported, "linux.unified")
-	_, err = Resources(&res{CpuShares: -1}, host)
-	wantField(t, err, ErrInvalid, "linux.cpu_shares")
+	in := input()
+	in.Host, in.Container.Linux.Resources = Host{}, &res{Unified: map[string]string{"memory.high": "7"}}
+	_, err := validateAndBuild(in)
+	wantField(t, err, kind.Unsupported, "config.linux.resources.unified")
+	in.Container.Linux.Resources = &res{CpuShares: -1}
+	_, err = validateAndBuild(in)
+	wantField(t, err, kind.Invalid, "config.linux.resources.cpu_shares")
 }
 
 func TestStopSignal(t *testing.T) {
@@ -856,7 +869,7 @@ func TestStopSignal(t *testing.T) {
 			t.Errorf("%q passes for a signal", bad)
 			continue
 		}
-		wantField(t, err, ErrInvalid, "image config: StopSignal")
+		wantField(t, err, kind.Invalid, "image config: StopSignal")
 	}
 	// Each name of the CRI has a number, the same on the way back, unless it is
 	// one of two names.

@@ -73,13 +73,15 @@ func validateMappings(field string, maps []*runtimeapi.IDMapping) error {
 		}
 		// The last id of 32 bits is none: it stands for "no change".
 		if uint64(m.GetHostId())+n > math.MaxUint32 || uint64(m.GetContainerId())+n > math.MaxUint32 {
-			return invalid(field+"length", "%d ids do not fit between %d or %d and the last id", n, m.GetHostId(), m.GetContainerId())
+			return invalid(field+"length", "%d ids do not fit between %d or %d and the last id",
+				n, m.GetHostId(), m.GetContainerId())
 		}
 		overlaps := func(a, b uint32, length uint32) bool {
 			return uint64(a) < uint64(b)+uint64(length) && uint64(b) < uint64(a)+n
 		}
 		if slices.ContainsFunc(maps[:i], func(o *runtimeapi.IDMapping) bool {
-			return overlaps(m.GetHostId(), o.GetHostId(), o.GetLength()) || overlaps(m.GetContainerId(), o.GetContainerId(), o.GetLength())
+			return overlaps(m.GetHostId(), o.GetHostId(), o.GetLength()) ||
+				overlaps(m.GetContainerId(), o.GetContainerId(), o.GetLength())
 		}) {
 			return invalid(field+"length", "the ids overlap with those of an earlier mapping")
 		}
@@ -93,7 +95,8 @@ func validateImageOwners(mounts []*runtimeapi.Mount, pod *runtimeapi.UserNamespa
 	for i, m := range mounts {
 		own := &runtimeapi.UserNamespace{Uids: m.GetUidMappings(), Gids: m.GetGidMappings()}
 		if m.GetImage() != nil && len(own.GetUids())+len(own.GetGids()) > 0 && !proto.Equal(own, pod) {
-			return invalid(fmt.Sprintf("config.mounts[%d].uidMappings", i), "are not those of the pod, with which images are mounted")
+			field := fmt.Sprintf("config.mounts[%d].uidMappings", i)
+			return invalid(field, "are not those of the pod, with which images are mounted")
 		}
 	}
 	return nil

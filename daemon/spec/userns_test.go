@@ -8,6 +8,8 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
 func idMap(container, host, length uint32) []*runtimeapi.IDMapping {
@@ -71,7 +73,7 @@ func TestValidateUserns(t *testing.T) {
 			}
 			continue
 		}
-		t.Run(name, func(t *testing.T) { wantField(t, err, ErrInvalid, c.field) })
+		t.Run(name, func(t *testing.T) { wantField(t, err, kind.Invalid, c.field) })
 	}
 }
 
@@ -104,7 +106,7 @@ func TestContainerHasTheUsernsOfItsPod(t *testing.T) {
 				}
 				return
 			}
-			wantField(t, err, ErrInvalid, fieldUserns)
+			wantField(t, err, kind.Invalid, fieldUserns)
 		})
 	}
 }
@@ -128,8 +130,8 @@ func TestMappedMounts(t *testing.T) {
 		}
 	}
 	in.MappedMounts = false
-	_, err := Build(in)
-	wantField(t, err, ErrUnsupported, "config.mounts[0].uidMappings")
+	_, err := validateAndBuild(in)
+	wantField(t, err, kind.Unsupported, "config.mounts[0].uidMappings")
 
 	for field, m := range map[string]*runtimeapi.Mount{
 		"uidMappings":           {HostPath: "/v", UidMappings: maps},
@@ -140,11 +142,11 @@ func TestMappedMounts(t *testing.T) {
 		m.ContainerPath = "/x"
 		in.Container.Mounts = []*runtimeapi.Mount{m}
 		t.Run(field, func(t *testing.T) {
-			wantField(t, Validate(in.Container, in.Sandbox), ErrInvalid, "config.mounts[0]."+field)
+			wantField(t, Validate(in.Container, in.Sandbox), kind.Invalid, "config.mounts[0]."+field)
 		})
 	}
 	in.Container.Mounts = []*runtimeapi.Mount{{ContainerPath: "/b", Image: image, Readonly: true, UidMappings: idMap(0, 7, 10), GidMappings: maps}}
-	wantField(t, Validate(in.Container, in.Sandbox), ErrInvalid, "config.mounts[0].uidMappings")
+	wantField(t, Validate(in.Container, in.Sandbox), kind.Invalid, "config.mounts[0].uidMappings")
 }
 
 // What is not mapped is said before the OCI runtime says EINVAL.
@@ -166,14 +168,14 @@ func TestUsersOfUserns(t *testing.T) {
 			in := input()
 			in.userns(100000, 1000)
 			c.change(&in)
-			_, err := Build(in)
+			_, err := validateAndBuild(in)
 			if c.field == "" {
 				if err != nil {
 					t.Error(err)
 				}
 				return
 			}
-			wantField(t, err, ErrInvalid, c.field)
+			wantField(t, err, kind.Invalid, c.field)
 		})
 	}
 }

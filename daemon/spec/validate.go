@@ -184,7 +184,11 @@ func validateMount(field string, m *runtimeapi.Mount) error {
 	if (len(m.GetUidMappings()) > 0) != (len(m.GetGidMappings()) > 0) {
 		return invalid(field+"uidMappings", "and gidMappings go together, and one of them is empty")
 	}
-	if err := first(validateMappings(field+"uidMappings", m.GetUidMappings()), validateMappings(field+"gidMappings", m.GetGidMappings())); err != nil {
+	err := first(
+		validateMappings(field+"uidMappings", m.GetUidMappings()),
+		validateMappings(field+"gidMappings", m.GetGidMappings()),
+	)
+	if err != nil {
 		return err
 	}
 	for _, o := range m.GetMountOptions() {
@@ -257,7 +261,8 @@ func validateUser(sc *runtimeapi.LinuxContainerSecurityContext) error {
 	return identity(fieldContext, user, group, sc.GetSupplementalGroups(), sc.GetSupplementalGroupsPolicy())
 }
 
-func identity(field string, user, group *runtimeapi.Int64Value, groups []int64, policy runtimeapi.SupplementalGroupsPolicy) error {
+func identity(field string, user, group *runtimeapi.Int64Value, groups []int64,
+	policy runtimeapi.SupplementalGroupsPolicy) error {
 	id := func(name string, n int64) error {
 		if n < 0 || n > maxID {
 			return invalid(field+name, "%d is not within 0..%d", n, maxID)

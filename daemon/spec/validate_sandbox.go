@@ -16,7 +16,9 @@ import (
 // maxHostname is the kernel's bound (HOST_NAME_MAX).
 const maxHostname = 64
 
-var hostname = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*$`)
+const hostnamePart = `[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?`
+
+var hostname = regexp.MustCompile(`^` + hostnamePart + `(\.` + hostnamePart + `)*$`)
 
 // maxName is more than Kubernetes allows any name to have (253 bytes). Names end
 // up in logs, labels of metrics and error messages.
@@ -87,7 +89,10 @@ func validateDNS(d *runtimeapi.DNSConfig) error {
 			return invalid(fmt.Sprintf("config.dns_config.servers[%d]", i), "%q is not an IP address", ip)
 		}
 	}
-	for _, l := range []namedList{{"config.dns_config.searches", d.GetSearches()}, {"config.dns_config.options", d.GetOptions()}} {
+	for _, l := range []namedList{
+		{"config.dns_config.searches", d.GetSearches()},
+		{"config.dns_config.options", d.GetOptions()},
+	} {
 		for i, w := range l.items {
 			if w == "" || strings.ContainsAny(w, " \t\r\n\x00") {
 				return invalid(fmt.Sprintf("%s[%d]", l.field, i), "%q is not one word", w)
@@ -137,7 +142,8 @@ func validatePodContext(sc *runtimeapi.LinuxSandboxSecurityContext) error {
 		seccomp = namedProfile(sc.GetSeccompProfilePath()) //nolint:staticcheck // clients still send it
 	}
 	return first(
-		identity(fieldContext, sc.GetRunAsUser(), sc.GetRunAsGroup(), sc.GetSupplementalGroups(), sc.GetSupplementalGroupsPolicy()),
+		identity(fieldContext, sc.GetRunAsUser(), sc.GetRunAsGroup(),
+			sc.GetSupplementalGroups(), sc.GetSupplementalGroupsPolicy()),
 		profile(fieldSeccomp, "seccomp_profile_path", seccomp, true),
 		profile(fieldApparmor, "", sc.GetApparmor(), false),
 		selinuxOptions(fieldContext+"selinux_options", sc.GetSelinuxOptions()),
