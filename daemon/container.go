@@ -16,7 +16,6 @@ import (
 	securejoin "github.com/cyphar/filepath-securejoin"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/holdfast-cri/holdfast/daemon/beneath"
 	"github.com/holdfast-cri/holdfast/daemon/image"
 	"github.com/holdfast-cri/holdfast/daemon/placement"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
@@ -330,11 +329,8 @@ func (d *Daemon) containerSpec(ctx context.Context, pr *podRecord, rec *containe
 		return nil, err
 	}
 	in.RecursiveReadOnly, in.MappedMounts = h.recursiveReadOnly, h.userns
-	if in.Passwd, err = readOptional(root, "/etc/passwd"); err != nil {
-		return nil, as(ErrInvalid, err)
-	}
-	if in.Group, err = readOptional(root, "/etc/group"); err != nil {
-		return nil, as(ErrInvalid, err)
+	if in.User, err = spec.FindUser(root, cfg, img.Config); err != nil {
+		return nil, err
 	}
 	in.Namespaces = pr.specNamespaces()
 	switch spec.PIDMode(cfg, pr.Config.M) {
@@ -360,10 +356,8 @@ func (d *Daemon) containerSpec(ctx context.Context, pr *podRecord, rec *containe
 			return nil, as(ErrUnavailable, err)
 		}
 	}
-	if path := spec.SeccompProfilePath(cfg); path != "" {
-		if in.SeccompProfile, err = os.ReadFile(path); err != nil {
-			return nil, errorf(ErrInvalid, "config.linux.security_context.seccomp.localhost_ref: %w", err)
-		}
+	if in.SeccompProfile, err = spec.ReadSeccompProfile(cfg); err != nil {
+		return nil, err
 	}
 	if cfg.GetLinux().GetSecurityContext().GetReadonlyRootfs() {
 		// What an image declares a volume stays writable on a read-only root:
@@ -466,14 +460,6 @@ func (d *Daemon) pinTarget(rec *containerRecord, id string) (string, error) {
 		return "", as(ErrUnavailable, err)
 	}
 	return pin, nil
-}
-
-func readOptional(root, path string) ([]byte, error) {
-	b, err := beneath.ReadFile(root, path, 4<<20)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	return b, err
 }
 
 // podIsReady says why a pod takes no container.

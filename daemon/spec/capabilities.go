@@ -1,6 +1,7 @@
 package spec
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 
@@ -34,32 +35,26 @@ const (
 	fieldAmbient = fieldContext + "capabilities.add_ambient_capabilities"
 )
 
-// parseCap gives the kernel's name for one that the CRI may write in any case
-// and without its prefix, or ALL.
-func parseCap(field, name string) (string, error) {
-	s := strings.ToUpper(name)
-	if s == capALL {
-		return capALL, nil
-	}
-	if !strings.HasPrefix(s, "CAP_") {
-		s = "CAP_" + s
-	}
-	if !slices.Contains(allCaps, s) {
-		return "", invalid(field, "%q is not a capability", name)
-	}
-	return s, nil
-}
-
-func parseCaps(field string, names []string) ([]string, error) {
-	caps := make([]string, 0, len(names))
+// parseCaps gives the kernel's names for those that the CRI may write in any case
+// and without their prefix, or ALL. What is no capability is left out, as by
+// other runtimes, and worth a warning: a name to drop may be a typing error.
+func (b *builder) parseCaps(field string, names []string) (caps []string) {
+	var unknown []string
 	for _, n := range names {
-		c, err := parseCap(field, n)
-		if err != nil {
-			return nil, err
+		c := strings.ToUpper(n)
+		if c != capALL && !strings.HasPrefix(c, "CAP_") {
+			c = "CAP_" + c
 		}
-		caps = append(caps, c)
+		if c == capALL || slices.Contains(allCaps, c) {
+			caps = append(caps, c)
+		} else {
+			unknown = append(unknown, n)
+		}
 	}
-	return caps, nil
+	if len(unknown) > 0 {
+		b.warn("%s: no such capability: %s", field, shorten(fmt.Sprintf("%q", unknown), longestField))
+	}
+	return caps
 }
 
 // capabilities: ALL counts first, then what is added by name, then what is
@@ -74,18 +69,9 @@ func (b *builder) capabilities() error {
 		return nil
 	}
 	req := b.sc.GetCapabilities()
-	add, err := parseCaps(fieldAdd, req.GetAddCapabilities())
-	if err != nil {
-		return err
-	}
-	drop, err := parseCaps(fieldDrop, req.GetDropCapabilities())
-	if err != nil {
-		return err
-	}
-	ambient, err := parseCaps(fieldAmbient, req.GetAddAmbientCapabilities())
-	if err != nil {
-		return err
-	}
+	add := b.parseCaps(fieldAdd, req.GetAddCapabilities())
+	drop := b.parseCaps(fieldDrop, req.GetDropCapabilities())
+	ambient := b.parseCaps(fieldAmbient, req.GetAddAmbientCapabilities())
 
 	set := slices.DeleteFunc(slices.Clone(defaultCaps), func(c string) bool { return !slices.Contains(known, c) })
 	if slices.Contains(add, capALL) {

@@ -5,6 +5,8 @@ import (
 
 	"github.com/moby/profiles/seccomp"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/daemon/beneath"
 )
 
 const (
@@ -15,14 +17,22 @@ const (
 	fieldSeccomp = fieldContext + "seccomp"
 )
 
-// SeccompProfilePath gives the absolute path of the profile that the container
-// asks for, empty if it asks for no file. Read it into Input.SeccompProfile.
-func SeccompProfilePath(c *runtimeapi.ContainerConfig) string {
+// maxProfile bounds a seccomp profile, in bytes. The default one has 15 KB.
+const maxProfile = 1 << 20
+
+// ReadSeccompProfile reads the file of the profile that the container asks for;
+// nil if it asks for none. The path is the host's.
+func ReadSeccompProfile(c *runtimeapi.ContainerConfig) ([]byte, error) {
 	sc := c.GetLinux().GetSecurityContext()
-	if p := seccompProfile(sc); p.GetProfileType() == profileLocalhost && !sc.GetPrivileged() {
-		return p.GetLocalhostRef()
+	p := seccompProfile(sc)
+	if p.GetProfileType() != profileLocalhost || sc.GetPrivileged() {
+		return nil, nil
 	}
-	return ""
+	b, err := beneath.ReadFile("/", p.GetLocalhostRef(), maxProfile)
+	if err != nil {
+		return nil, invalid(fieldSeccomp+".localhost_ref", "%v", err)
+	}
+	return b, nil
 }
 
 // seccompProfile gives what is asked for, nil for nothing. The CRI says that

@@ -63,8 +63,8 @@ type Input struct {
 	Image     ocispec.ImageConfig
 	// Rootfs is the absolute path of the prepared root file system.
 	Rootfs string
-	// Passwd and Group are the image's /etc/passwd and /etc/group; nil if none.
-	Passwd, Group []byte
+	// User comes from FindUser.
+	User specs.User
 
 	Namespaces Namespaces
 	// CgroupsPath is the OCI cgroupsPath: /a/b for cgroupfs, slice:prefix:name
@@ -87,7 +87,7 @@ type Input struct {
 	// HostDevices come from the function of this name; only privileged
 	// containers get them.
 	HostDevices []Device
-	// SeccompProfile is the content of the file that SeccompProfilePath names.
+	// SeccompProfile comes from ReadSeccompProfile.
 	SeccompProfile []byte
 }
 
@@ -110,7 +110,7 @@ func Build(in Input) (*Result, error) {
 	b.spec = &specs.Spec{
 		Version:     specs.Version,
 		Root:        &specs.Root{Path: in.Rootfs, Readonly: sc.GetReadonlyRootfs()},
-		Process:     &specs.Process{Terminal: c.GetTty(), NoNewPrivileges: sc.GetNoNewPrivs()},
+		Process:     &specs.Process{User: in.User, Terminal: c.GetTty(), NoNewPrivileges: sc.GetNoNewPrivs()},
 		Annotations: maps.Clone(c.GetAnnotations()),
 		Linux:       &specs.Linux{CgroupsPath: in.CgroupsPath, Resources: &specs.LinuxResources{}},
 	}
@@ -120,7 +120,7 @@ func Build(in Input) (*Result, error) {
 	// Seccomp rules depend on the capabilities; devices are rules within the
 	// resources.
 	for _, step := range []func() error{
-		b.process, b.user, b.capabilities, b.lsm, b.seccomp,
+		b.process, b.capabilities, b.lsm, b.seccomp,
 		b.namespaces, b.userns, b.resources, b.devices, b.mounts,
 	} {
 		if err := step(); err != nil {

@@ -68,8 +68,6 @@ func input() Input {
 		Container:   container(),
 		Sandbox:     sandbox(),
 		Rootfs:      "/rootfs",
-		Passwd:      []byte(passwd),
-		Group:       []byte(group),
 		Namespaces:  Namespaces{Net: "/ns/net", IPC: "/ns/ipc", UTS: "/ns/uts"},
 		CgroupsPath: "/pod/id",
 		Shm:         "/pod/shm",
@@ -94,7 +92,16 @@ func (in *Input) privileged() {
 
 // validateAndBuild is what a request for a container passes.
 func validateAndBuild(in Input) (*Result, error) {
-	if err := Validate(in.Container, in.Sandbox); err != nil {
+	return buildFor(in, passwd, group)
+}
+
+func buildFor(in Input, passwd, group string) (*Result, error) {
+	err := Validate(in.Container, in.Sandbox)
+	if err != nil {
+		return nil, err
+	}
+	sc := in.Container.GetLinux().GetSecurityContext()
+	if in.User, err = findUser(strings.NewReader(passwd), strings.NewReader(group), sc, in.Image.User); err != nil {
 		return nil, err
 	}
 	return Build(in)
@@ -400,15 +407,18 @@ func TestUser(t *testing.T) {
 			if tt.sc != nil {
 				in.Container.Linux.SecurityContext = tt.sc
 			}
+			passwd, group := passwd, group
 			if tt.nobody {
-				in.Passwd, in.Group = nil, nil
+				passwd, group = "", ""
 			}
+			r, err := buildFor(in, passwd, group)
 			if tt.field != "" {
-				_, err := validateAndBuild(in)
 				wantField(t, err, kind.Invalid, tt.field)
 				return
 			}
-			r := build(t, in)
+			if err != nil {
+				t.Fatal(err)
+			}
 			got := append([]int64{r.User.Uid, r.User.Gid}, r.User.SupplementalGroups...)
 			if !slices.Equal(got, tt.want) {
 				t.Errorf("uid, gid, groups %v, want %v", got, tt.want)
@@ -435,6 +445,7 @@ func TestCapabilities(t *testing.T) {
 		ambient    []string
 		kind       error
 		field      string
+		warn       string
 	}{
 		{name: "default", want: defaultCaps},
 		{name: "add", caps: &runtimeapi.Capability{AddCapabilities: []string{"net_admin", "CAP_SYS_TIME"}}, want: append(slices.Clone(defaultCaps), "CAP_NET_ADMIN", "CAP_SYS_TIME")},
@@ -451,9 +462,24 @@ func TestCapabilities(t *testing.T) {
 		{name: "weak machine, too much", known: few, caps: &runtimeapi.Capability{AddCapabilities: []string{"BPF"}}, kind: kind.Unsupported, field: fieldAdd},
 		{name: "privileged", privileged: true, caps: &runtimeapi.Capability{DropCapabilities: []string{"ALL"}}, want: allCaps},
 		{name: "privileged on a weak machine", privileged: true, known: few, want: few},
-		{name: "unknown add", caps: &runtimeapi.Capability{AddCapabilities: []string{"FLY"}}, kind: kind.Invalid, field: fieldAdd},
-		{name: "unknown drop", caps: &runtimeapi.Capability{DropCapabilities: []string{""}}, kind: kind.Invalid, field: fieldDrop},
-		{name: "unknown ambient", caps: &runtimeapi.Capability{AddAmbientCapabilities: []string{"CAP_CAP_KILL"}}, kind: kind.Invalid, field: fieldAmbient},
+		{
+			name: "unknown add",
+			caps: &runtimeapi.Capability{AddCapabilities: []string{"FLY", "SYS_NICE"}},
+			want: append(slices.Clone(defaultCaps), "CAP_SYS_NICE"),
+			warn: fieldAdd + `: no such capability: ["FLY"]`,
+		},
+		{
+			name: "unknown drop",
+			caps: &runtimeapi.Capability{DropCapabilities: []string{""}},
+			want: defaultCaps,
+			warn: fieldDrop + `: no such capability: [""]`,
+		},
+		{
+			name: "unknown ambient",
+			caps: &runtimeapi.Capability{AddAmbientCapabilities: []string{"CAP_CAP_KILL"}},
+			want: defaultCaps,
+			warn: fieldAmbient + `: no such capability: ["CAP_CAP_KILL"]`,
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			in := input()
@@ -467,7 +493,11 @@ func TestCapabilities(t *testing.T) {
 				wantField(t, err, tt.kind, tt.field)
 				return
 			}
-			c := build(t, in).Spec.Process.Capabilities
+			r := build(t, in)
+			if got := strings.Join(r.Warnings, "\n"); got != tt.warn {
+				t.Errorf("warnings %q, want %q", got, tt.warn)
+			}
+			c := r.Spec.Process.Capabilities
 			same := func(set string, got, want []string) {
 				got, want = slices.Sorted(slices.Values(got)), slices.Sorted(slices.Values(want))
 				if !slices.Equal(got, want) {
@@ -589,8 +619,8 @@ func TestSeccomp(t *testing.T) {
 				wantField(t, err, tt.kind, tt.field)
 				return
 			}
-			if ask := SeccompProfilePath(in.Container); (ask == "/p.json") != (tt.body != "") {
-				t.Errorf("the profile to read is %q", ask)
+			if _, err := ReadSeccompProfile(in.Container); (err != nil) != (tt.body != "") { // it is not there
+				t.Errorf("reading the profile: %v", err)
 			}
 			f := build(t, in).Spec.Linux.Seccomp
 			if tt.want == "" {

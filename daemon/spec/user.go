@@ -1,14 +1,22 @@
 package spec
 
 import (
-	"bytes"
+	"bufio"
+	"errors"
+	"io"
+	"io/fs"
 	"math"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
 
-	"github.com/moby/sys/user"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/daemon/beneath"
+	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
 const (
@@ -20,122 +28,166 @@ const (
 // maxID is the largest uid and gid: the bound of Kubernetes, below the kernel's.
 const maxID = math.MaxInt32
 
-// user decides who the first process is. A user that the CRI names replaces the
-// image's USER together with its group.
-func (b *builder) user() error {
-	db, err := parseAccounts(b.Passwd, b.Group)
+// The image's files of accounts are read line by line, so that large ones cost
+// time and no memory.
+const (
+	maxAccounts    = 64 << 20 // bytes of a file
+	maxAccountLine = 1 << 20  // bytes of a line
+	maxGroups      = 65536    // the kernel's bound of the groups of a process (NGROUPS_MAX)
+)
+
+// FindUser says as whom the first process of a container runs, by the image's
+// config and the /etc/passwd and /etc/group in its mounted root. A user that the
+// CRI names replaces the image's USER together with its group. An error is of
+// the kind kind.Invalid.
+func FindUser(root string, c *runtimeapi.ContainerConfig, image ocispec.ImageConfig) (specs.User, error) {
+	passwd, err := openAccounts(root, "/etc/passwd")
 	if err != nil {
-		return err
+		return specs.User{}, err
 	}
-	acc, err := db.find(b.sc, b.Image.User)
+	defer passwd.Close()
+	group, err := openAccounts(root, "/etc/group")
 	if err != nil {
-		return err
+		return specs.User{}, err
 	}
-	if g := b.sc.GetRunAsGroup(); g != nil {
+	defer group.Close()
+	return findUser(passwd, group, c.GetLinux().GetSecurityContext(), image.User)
+}
+
+// openAccounts opens a file of accounts. One that is missing has none.
+func openAccounts(root, name string) (io.ReadCloser, error) {
+	f, err := beneath.Open(root, name, beneath.File, maxAccounts)
+	if errors.Is(err, fs.ErrNotExist) {
+		return os.Open(os.DevNull)
+	}
+	if err != nil {
+		return nil, kind.Errorf(kind.Invalid, "image: %w", err)
+	}
+	return f, nil
+}
+
+func findUser(passwd, group io.Reader, sc *runtimeapi.LinuxContainerSecurityContext, imageUser string) (specs.User, error) {
+	acc, err := findAccount(passwd, sc, imageUser)
+	if err != nil {
+		return specs.User{}, err
+	}
+	gids, err := acc.findGroups(group, sc.GetSupplementalGroupsPolicy() == runtimeapi.SupplementalGroupsPolicy_Merge)
+	if err != nil {
+		return specs.User{}, err
+	}
+	if g := sc.GetRunAsGroup(); g != nil {
 		acc.gid = int(g.GetValue())
 	}
 	if acc.uid < 0 || acc.uid > maxID || acc.gid < 0 || acc.gid > maxID {
-		return invalid(fieldImage, "uid %d or gid %d is out of range 0..%d", acc.uid, acc.gid, maxID)
+		return specs.User{}, invalid(fieldImage, "uid %d or gid %d is out of range 0..%d", acc.uid, acc.gid, maxID)
 	}
-	groups := []uint32{}
-	for _, g := range b.sc.GetSupplementalGroups() {
-		groups = append(groups, uint32(g))
-	}
-	if b.sc.GetSupplementalGroupsPolicy() == runtimeapi.SupplementalGroupsPolicy_Merge {
-		groups = append(groups, db.memberships(acc.name)...)
+	for _, g := range sc.GetSupplementalGroups() {
+		gids = append(gids, uint32(g))
 	}
 	// The primary group is among them, as after a login, so that a process that
 	// changes its gid keeps access to what the group owns.
-	groups = append(groups, uint32(acc.gid))
-	slices.Sort(groups)
-
-	u := &b.spec.Process.User
-	u.UID, u.GID = uint32(acc.uid), uint32(acc.gid)
-	u.AdditionalGids = slices.Compact(groups)
-	return nil
+	gids = append(gids, uint32(acc.gid))
+	slices.Sort(gids)
+	return specs.User{UID: uint32(acc.uid), GID: uint32(acc.gid), AdditionalGids: slices.Compact(gids)}, nil
 }
 
-// account is an identity; name is empty if /etc/passwd has none for the uid.
+// account is an identity.
 type account struct {
-	name     string
+	name     string // empty if /etc/passwd has none for the uid
 	uid, gid int
+	group    string // the name of the group that the image asks for instead of gid
 }
 
-type accounts struct {
-	users  []user.User
-	groups []user.Group
-}
-
-func parseAccounts(passwd, group []byte) (accounts, error) {
-	var db accounts
-	var err error
-	if db.users, err = user.ParsePasswd(bytes.NewReader(passwd)); err != nil {
-		return db, invalid("image /etc/passwd", "cannot be read: %v", err)
-	}
-	if db.groups, err = user.ParseGroup(bytes.NewReader(group)); err != nil {
-		return db, invalid("image /etc/group", "cannot be read: %v", err)
-	}
-	return db, nil
-}
-
-func (db accounts) find(sc *runtimeapi.LinuxContainerSecurityContext, imageUser string) (account, error) {
-	if name := sc.GetRunAsUsername(); name != "" {
-		acc, ok := db.byName(name)
-		if !ok {
-			return acc, invalid(fieldUsername, "user %q is not in the image's /etc/passwd", name)
-		}
-		return acc, nil
-	}
+// findAccount finds a user by its name or its uid: the first one in the file. A
+// uid that is not there has the group 0.
+func findAccount(passwd io.Reader, sc *runtimeapi.LinuxContainerSecurityContext, imageUser string) (account, error) {
+	var acc account
+	name, field := sc.GetRunAsUsername(), fieldUsername
 	if u := sc.GetRunAsUser(); u != nil {
-		return db.byID(int(u.GetValue())), nil
-	}
-	name, group, _ := strings.Cut(imageUser, ":")
-	acc := db.byID(0)
-	if id, err := strconv.Atoi(name); err == nil {
-		acc = db.byID(id)
-	} else if name != "" {
-		var ok bool
-		if acc, ok = db.byName(name); !ok {
-			return acc, invalid(fieldImage, "user %q is not in the image's /etc/passwd", name)
+		acc.uid = int(u.GetValue())
+	} else if name == "" {
+		field = fieldImage
+		name, acc.group, _ = strings.Cut(imageUser, ":")
+		if uid, err := strconv.Atoi(name); err == nil {
+			name, acc.uid = "", uid
 		}
 	}
-	if id, err := strconv.Atoi(group); err == nil {
-		acc.gid = id
-	} else if group != "" {
-		i := slices.IndexFunc(db.groups, func(g user.Group) bool { return g.Name == group })
-		if i < 0 {
-			return acc, invalid(fieldImage, "group %q is not in the image's /etc/group", group)
+	found := false
+	err := scanAccounts(passwd, "image /etc/passwd", func(entry []string) error {
+		uid, err := strconv.Atoi(entry[2])
+		if err != nil || found || name != "" && entry[0] != name || name == "" && uid != acc.uid {
+			return nil
 		}
-		acc.gid = db.groups[i].Gid
+		found = true
+		acc.name, acc.uid = entry[0], uid
+		acc.gid, err = strconv.Atoi(entry[3])
+		if err != nil {
+			return invalid("image /etc/passwd", "user %q has the group %q", entry[0], entry[3])
+		}
+		return nil
+	})
+	if err == nil && name != "" && !found {
+		err = invalid(field, "user %q is not in the image's /etc/passwd", name)
 	}
-	return acc, nil
+	return acc, err
 }
 
-func (db accounts) byName(name string) (account, bool) {
-	for _, u := range db.users {
-		if u.Name == name {
-			return account{u.Name, u.Uid, u.Gid}, true
+// findGroups sets the gid of the group that is asked for by name or number, and
+// gives, if that is wanted, the groups that the user is a member of.
+func (acc *account) findGroups(group io.Reader, memberships bool) (gids []uint32, err error) {
+	gid, err := strconv.Atoi(acc.group)
+	found := err == nil
+	err = scanAccounts(group, "image /etc/group", func(entry []string) error {
+		n, err := strconv.Atoi(entry[2])
+		if err != nil {
+			return nil
 		}
+		if !found && entry[0] == acc.group {
+			found, gid = true, n
+		}
+		if memberships && acc.name != "" && n >= 0 && n <= maxID && isMember(entry[3], acc.name) {
+			gids = append(gids, uint32(n))
+		}
+		if len(gids) >= maxGroups {
+			return invalid("image /etc/group", "user %q is in %d groups, and the kernel takes no more", acc.name, maxGroups)
+		}
+		return nil
+	})
+	if acc.group == "" || err != nil {
+		return gids, err
 	}
-	return account{}, false
+	if !found {
+		return nil, invalid(fieldImage, "group %q is not in the image's /etc/group", acc.group)
+	}
+	acc.gid = gid
+	return gids, nil
 }
 
-// byID gives the first entry of the uid; a uid without one has the group 0.
-func (db accounts) byID(uid int) account {
-	for _, u := range db.users {
-		if u.Uid == uid {
-			return account{u.Name, u.Uid, u.Gid}
+func isMember(list, name string) bool {
+	for m := range strings.SplitSeq(list, ",") {
+		if m == name {
+			return true
 		}
 	}
-	return account{uid: uid}
+	return false
 }
 
-func (db accounts) memberships(name string) []uint32 {
-	var gids []uint32
-	for _, g := range db.groups {
-		if name != "" && g.Gid >= 0 && g.Gid <= maxID && slices.Contains(g.List, name) {
-			gids = append(gids, uint32(g.Gid))
+// scanAccounts calls each with the first four fields of each line, passwd(5) and
+// group(5). Lines with fewer are none.
+func scanAccounts(r io.Reader, field string, each func(entry []string) error) error {
+	s := bufio.NewScanner(io.LimitReader(r, maxAccounts))
+	s.Buffer(nil, maxAccountLine)
+	for s.Scan() {
+		entry := strings.SplitN(strings.TrimSpace(s.Text()), ":", 5)
+		if len(entry) < 4 {
+			continue
+		}
+		if err := each(entry); err != nil {
+			return err
 		}
 	}
-	return gids
+	if err := s.Err(); err != nil {
+		return invalid(field, "cannot be read: %v", err) // also of a line that is too long
+	}
+	return nil
 }

@@ -113,7 +113,7 @@ func TestContainerHasTheUsernsOfItsPod(t *testing.T) {
 
 func TestMappedMounts(t *testing.T) {
 	in := input()
-	in.Group = nil
+	in.security().SupplementalGroupsPolicy = runtimeapi.SupplementalGroupsPolicy_Strict
 	in.userns(1000, 10)
 	maps := idMap(0, 1000, 10)
 	image := &runtimeapi.ImageSpec{Image: "i"}
@@ -182,7 +182,7 @@ func TestUsersOfUserns(t *testing.T) {
 
 func TestSmallUserns(t *testing.T) {
 	in := input()
-	in.Group = nil
+	in.security().SupplementalGroupsPolicy = runtimeapi.SupplementalGroupsPolicy_Strict
 	in.userns(1000, 1)
 	for _, m := range build(t, in).Spec.Mounts {
 		if slices.Contains(m.Options, "gid=5") {
@@ -206,7 +206,7 @@ func TestSmallUserns(t *testing.T) {
 // A pod that is to have a user namespace never runs in the host's.
 func TestUsernsThatIsNotPinned(t *testing.T) {
 	in := input()
-	in.Group = nil
+	in.security().SupplementalGroupsPolicy = runtimeapi.SupplementalGroupsPolicy_Strict
 	in.userns(1000, 10)
 	in.Namespaces.User = ""
 	s := build(t, in).Spec

@@ -45,6 +45,8 @@ func TestValidate(t *testing.T) {
 		{"huge", func(c *config) { c.Labels = map[string]string{"a": strings.Repeat("x", maxConfig)} }, kind.Invalid, "config"},
 		{"windows", func(c *config) { c.Windows = &runtimeapi.WindowsContainerConfig{} }, kind.Unsupported, "config.windows"},
 		{"CDI", func(c *config) { c.CDIDevices = []*runtimeapi.CDIDevice{{Name: "v/c=d"}} }, kind.Unsupported, "config.CDI_devices"},
+		{"CDI annotation", func(c *config) { c.Annotations = map[string]string{"cdi.k8s.io/d": "v/c=d"} },
+			kind.Unsupported, "config.annotations[cdi.k8s.io/d]"},
 		{"signal", func(c *config) { c.StopSignal = 66 }, kind.Invalid, "config.stop_signal"},
 
 		{"zero byte in args", func(c *config) { c.Args = []string{"a", "b\x00"} }, kind.Invalid, "config.args[1]"},
@@ -84,9 +86,6 @@ func TestValidate(t *testing.T) {
 		{"device permissions", device(&runtimeapi.Device{HostPath: "/dev/null", Permissions: "rx"}), kind.Invalid, "config.devices[0].permissions"},
 
 		{"privileged in a pod that is not", context(func(sc *runtimeapi.LinuxContainerSecurityContext) { sc.Privileged = true }), kind.Invalid, fieldContext + "privileged"},
-		{"capability", context(func(sc *runtimeapi.LinuxContainerSecurityContext) {
-			sc.Capabilities = &runtimeapi.Capability{AddCapabilities: []string{"x"}}
-		}), kind.Invalid, fieldAdd},
 		{"masked path", context(func(sc *runtimeapi.LinuxContainerSecurityContext) { sc.MaskedPaths = []string{"a"} }), kind.Invalid, fieldContext + "masked_paths[0]"},
 		{"group alone", context(func(sc *runtimeapi.LinuxContainerSecurityContext) { sc.RunAsGroup = &runtimeapi.Int64Value{} }), kind.Invalid, fieldContext + "run_as_group"},
 		{"username with group", context(func(sc *runtimeapi.LinuxContainerSecurityContext) { sc.RunAsUsername = "a:b" }), kind.Invalid, fieldUsername},

@@ -139,9 +139,6 @@ func TestBadInput(t *testing.T) {
 			{"group without user", security(func(s *cri.LinuxContainerSecurityContext) { s.RunAsGroup = &cri.Int64Value{Value: 7} }), codes.InvalidArgument, "run_as_group"},
 			{"negative user", security(func(s *cri.LinuxContainerSecurityContext) { s.RunAsUser = &cri.Int64Value{Value: -7} }), codes.InvalidArgument, "run_as_user"},
 			{"unknown user", security(func(s *cri.LinuxContainerSecurityContext) { s.RunAsUsername = "stranger" }), codes.InvalidArgument, "run_as_username"},
-			{"unknown capability", security(func(s *cri.LinuxContainerSecurityContext) {
-				s.Capabilities = &cri.Capability{AddCapabilities: []string{"FLY"}}
-			}), codes.InvalidArgument, "add_capabilities"},
 			{"seccomp profile that is not there", security(func(s *cri.LinuxContainerSecurityContext) {
 				s.Seccomp = &cri.SecurityProfile{ProfileType: cri.SecurityProfile_Localhost, LocalhostRef: "/nothing.json"}
 			}), codes.InvalidArgument, "seccomp"},
