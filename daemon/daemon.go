@@ -214,7 +214,7 @@ func (d *Daemon) Driver() placement.Driver { return d.cgroups.Driver() }
 
 // NetworkReady says why no pod with a network of its own can be made; nil if
 // one can.
-func (d *Daemon) NetworkReady() error { return d.net.Ready() }
+func (d *Daemon) NetworkReady(ctx context.Context) error { return d.net.Ready(ctx) }
 
 // SetPodCIDR takes the node's pod range for the built-in network.
 func (d *Daemon) SetPodCIDR(cidr string) error {

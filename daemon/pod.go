@@ -15,6 +15,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/network"
+	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
 	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/daemon/state"
@@ -99,7 +100,7 @@ func (d *Daemon) RunPod(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, h
 func (d *Daemon) makePod(ctx context.Context, c *claim, cfg *runtimeapi.PodSandboxConfig, handler string) (err error) {
 	own := ownNamespaces(cfg)
 	if own.Net {
-		if err := d.net.Ready(); err != nil {
+		if _, err := d.net.Config(); err != nil {
 			return as(ErrUnavailable, err)
 		}
 	}
@@ -192,8 +193,19 @@ func (d *Daemon) attach(ctx context.Context, p *pod) error {
 	}
 	rec := p.rec.Load()
 	cfg := rec.Config.M
-	a := network.Attachment{ID: rec.ID, Netns: rec.Namespaces.Net, Name: cfg.GetMetadata().GetName(), Namespace: cfg.GetMetadata().GetNamespace(),
-		UID: cfg.GetMetadata().GetUid(), Annotations: cfg.GetAnnotations(), Config: conf}
+	a := network.Attachment{
+		ID:           rec.ID,
+		Netns:        rec.Namespaces.Net,
+		Name:         cfg.GetMetadata().GetName(),
+		Namespace:    cfg.GetMetadata().GetNamespace(),
+		UID:          cfg.GetMetadata().GetUid(),
+		Annotations:  cfg.GetAnnotations(),
+		CgroupParent: cfg.GetLinux().GetCgroupParent(),
+		Config:       conf,
+	}
+	if dns := cfg.GetDnsConfig(); dns != nil {
+		a.DNS = &records.DNS{Servers: dns.GetServers(), Searches: dns.GetSearches(), Options: dns.GetOptions()}
+	}
 	for _, m := range cfg.GetPortMappings() {
 		if m.GetHostPort() > 0 {
 			a.PortMappings = append(a.PortMappings, network.PortMapping{HostPort: m.GetHostPort(), ContainerPort: m.GetContainerPort(),
@@ -206,6 +218,11 @@ func (d *Daemon) attach(ctx context.Context, p *pod) error {
 	ctx, cancel := context.WithTimeout(ctx, networkLimit)
 	defer cancel()
 	result, err := d.net.Add(ctx, a)
+	if err == nil {
+		own := ownNamespaces(cfg)
+		own.Sysctls = cfg.GetLinux().GetSysctls()
+		err = d.net.SetInterfaceSysctls(a.Netns, own)
+	}
 	if err != nil {
 		return d.networkError(err)
 	}

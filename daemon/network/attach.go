@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"path/filepath"
 	"slices"
@@ -16,6 +17,8 @@ import (
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/netns"
+	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
 // ifName is the pod's interface; Kubernetes' tools expect this name.
@@ -73,7 +76,7 @@ func (n *Network) add(ctx context.Context, a *Attachment) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	if !isNamespace(a.Netns) {
+	if !netns.IsPinned(a.Netns) {
 		return Result{}, fmt.Errorf("no network namespace is mounted at %q", a.Netns)
 	}
 
@@ -92,8 +95,10 @@ func (n *Network) add(ctx context.Context, a *Attachment) (Result, error) {
 
 // Del detaches a pod: all that Add made, or a part of it made before a crash,
 // is given back. It works from a.Config, or from libcni's cache, never from the
-// config directory, and also when the namespace is gone. It succeeds when
-// nothing is attached. Errors wrap ErrNotReleased; call it again then.
+// config directory, also when the namespace is gone, and where Add refused what
+// the pod asks for. It succeeds when nothing is attached. Errors wrap
+// ErrNotReleased: something may be left, and Del has to be called again. None is
+// for ever, not even that of a plugin that is missing.
 func (n *Network) Del(ctx context.Context, a Attachment) error {
 	if err := n.del(ctx, a); err != nil {
 		return fmt.Errorf("%w: pod %s/%s (%s): %w", ErrNotReleased, a.Namespace, a.Name, a.ID, err)
@@ -115,7 +120,7 @@ func (n *Network) del(ctx context.Context, a Attachment) error {
 		return err
 	}
 	if list != nil {
-		if !isNamespace(rt.NetNS) {
+		if !netns.IsPinned(rt.NetNS) {
 			// Some plugins fail on a path that is there but no namespace;
 			// the specification has the empty one for a namespace that is gone.
 			rt.NetNS = ""
@@ -129,13 +134,12 @@ func (n *Network) del(ctx context.Context, a Attachment) error {
 
 // recorded returns what a was added with; a nil list if it never was.
 func (n *Network) recorded(run *run, a Attachment) (*libcni.NetworkConfigList, *libcni.RuntimeConf, error) {
-	if len(a.Config) > 0 {
-		list, err := libcni.NetworkConfFromBytes(a.Config)
-		if err != nil {
-			return nil, nil, fmt.Errorf("recorded CNI config: %w", err)
-		}
-		rt, err := runtimeConf(a, list)
-		return list, rt, err
+	if list, err := libcni.NetworkConfFromBytes(a.Config); err == nil {
+		// What Add refuses never reached a plugin: without it DEL asks for less.
+		rt, _ := runtimeConf(a, list)
+		return list, rt, nil
+	} else if len(a.Config) > 0 {
+		n.log.Warn("recorded CNI config cannot be read, taking the cached one", "pod", a.ID, "err", err)
 	}
 	cached, err := n.cni(run).GetCachedAttachments(a.ID)
 	if err != nil {
@@ -158,55 +162,72 @@ func (n *Network) recorded(run *run, a Attachment) (*libcni.NetworkConfigList, *
 	}, nil
 }
 
-// ListCached returns the ids of pods that libcni's cache holds an attachment
-// of, so that those no record knows can be given to Del.
-func (n *Network) ListCached() ([]string, error) {
-	cached, err := n.cni(nil).GetCachedAttachments("")
-	if err != nil {
-		return nil, fmt.Errorf("cannot read the CNI cache: %w", err)
-	}
-	var ids []string
-	for _, c := range cached {
-		ids = append(ids, c.ContainerID)
-	}
-	slices.Sort(ids)
-	return slices.Compact(ids), nil
-}
-
 func (n *Network) cni(r *run) *libcni.CNIConfig {
 	return libcni.NewCNIConfigWithCacheDir(n.opts.BinDirs, n.opts.CacheDir, r)
 }
 
-// runtimeConf translates a for libcni. Arguments are those that Kubernetes'
-// plugins know; capabilities are those of CNI's CONVENTIONS.md, of which libcni
-// passes on what a plugin's config declares.
+// runtimeConf translates a for libcni. With an error, which is kind.Invalid, it
+// gives what there is without the part that plugins do not take.
 func runtimeConf(a Attachment, list *libcni.NetworkConfigList) (*libcni.RuntimeConf, error) {
-	rt := &libcni.RuntimeConf{
-		ContainerID: a.ID,
-		NetNS:       a.Netns,
-		IfName:      ifName,
-		Args: [][2]string{
-			{"IgnoreUnknown", "1"},
-			{"K8S_POD_NAMESPACE", a.Namespace},
-			{"K8S_POD_NAME", a.Name},
-			{"K8S_POD_INFRA_CONTAINER_ID", a.ID},
-			{"K8S_POD_UID", a.UID},
-		},
-		CapabilityArgs: map[string]any{},
+	args, argsErr := arguments(a)
+	capabilities, err := capabilities(a, list)
+	return &libcni.RuntimeConf{
+		ContainerID:    a.ID,
+		NetNS:          a.Netns,
+		IfName:         ifName,
+		Args:           args,
+		CapabilityArgs: capabilities,
+	}, errors.Join(argsErr, err)
+}
+
+// arguments are those that Kubernetes' plugins know. CNI_ARGS joins them by ";"
+// and "=", and has no way to quote those.
+func arguments(a Attachment) (args [][2]string, err error) {
+	for _, arg := range [][2]string{
+		{"IgnoreUnknown", "1"},
+		{"K8S_POD_NAMESPACE", a.Namespace},
+		{"K8S_POD_NAME", a.Name},
+		{"K8S_POD_INFRA_CONTAINER_ID", a.ID},
+		{"K8S_POD_UID", a.UID},
+	} {
+		if strings.ContainsAny(arg[1], ";=") {
+			err = errors.Join(err, fmt.Errorf("%w: network plugins take no \";\" or \"=\" in %s: %q",
+				kind.Invalid, arg[0], arg[1]))
+			continue
+		}
+		args = append(args, arg)
 	}
+	return args, err
+}
+
+// capabilities are those of CNI's CONVENTIONS.md that a pod has something for,
+// and the pod's annotations under the name that CRI runtimes use, as far as a
+// plugin of the list declares them. The CRI has nothing for ips, mac, ipRanges,
+// infinibandGUID and deviceID: a plugin that takes them from annotations gets
+// those.
+func capabilities(a Attachment, list *libcni.NetworkConfigList) (map[string]any, error) {
+	all := map[string]any{}
 	if ports := portMappings(a.PortMappings); len(ports) > 0 {
-		rt.CapabilityArgs["portMappings"] = ports
+		all["portMappings"] = ports
 	}
+	if a.DNS != nil {
+		all["dns"] = a.DNS
+	}
+	if a.CgroupParent != "" {
+		all["cgroupPath"] = a.CgroupParent
+	}
+	if len(a.Annotations) > 0 {
+		all["io.kubernetes.cri.pod-annotations"] = a.Annotations
+	}
+	var err error
 	if hasCapability(list, "bandwidth") {
-		bw, err := bandwidth(a.Annotations)
-		if err != nil {
-			return nil, err
-		}
-		if len(bw) > 0 {
-			rt.CapabilityArgs["bandwidth"] = bw
+		var limits map[string]any
+		if limits, err = bandwidth(a.Annotations); err == nil && len(limits) > 0 {
+			all["bandwidth"] = limits
 		}
 	}
-	return rt, nil
+	maps.DeleteFunc(all, func(name string, _ any) bool { return !hasCapability(list, name) })
+	return all, err
 }
 
 func hasCapability(list *libcni.NetworkConfigList, name string) bool {
@@ -242,7 +263,7 @@ func bandwidth(annotations map[string]string) (map[string]any, error) {
 		}
 		rate, err := parseQuantity(s)
 		if err != nil {
-			return nil, fmt.Errorf("annotation %s: %w", key, err)
+			return nil, fmt.Errorf("%w: annotation %s: %w", kind.Invalid, key, err)
 		}
 		bw[dir+"Rate"] = rate
 		bw[dir+"Burst"] = math.MaxInt32

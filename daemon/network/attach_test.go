@@ -5,15 +5,21 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/netns"
+	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
 func TestPodsReachEachOther(t *testing.T) {
@@ -42,9 +48,11 @@ func TestPodsReachEachOther(t *testing.T) {
 	if sr.IPs[0] == cr.IPs[0] {
 		t.Fatalf("both pods have %s", sr.IPs[0])
 	}
-	ids, err := w.ListCached()
-	if err != nil || !slices.Equal(ids, []string{"client", "server"}) {
-		t.Errorf("ListCached: %v, %v", ids, err)
+	for _, id := range []string{"client", "server"} {
+		cached := filepath.Join(w.opts.CacheDir, "results", "net-hf-reach-"+id+"-eth0")
+		if _, err := os.Stat(cached); err != nil {
+			t.Errorf("not in the cache: %v", err)
+		}
 	}
 
 	serve(t, server.Netns, "0.0.0.0:80", "hello")
@@ -256,7 +264,8 @@ echo '{"cniVersion": "1.0.0",
          {"address": "10.230.16.8/24", "interface": 1}, {"address": "10.230.17.8/24", "interface": 2}]}'
 `)
 	w.write("10.conflist", `{"cniVersion": "1.0.0", "name": "told", "plugins": [
-		{"type": "note", "capabilities": {"portMappings": true, "bandwidth": true}}, {"type": "give"}]}`)
+		{"type": "note", "capabilities": {"portMappings": true, "bandwidth": true, "dns": true, "cgroupPath": true,
+			"io.kubernetes.cri.pod-annotations": true, "ips": true}}, {"type": "give"}]}`)
 	a := w.pod("a")
 	a.PortMappings = []PortMapping{
 		{HostPort: 53, ContainerPort: 5353, Protocol: "UDP", HostIP: "127.0.0.1"},
@@ -266,6 +275,8 @@ echo '{"cniVersion": "1.0.0",
 	a.Annotations = map[string]string{
 		"kubernetes.io/ingress-bandwidth": "10M", "kubernetes.io/egress-bandwidth": "1Gi", "other": "x",
 	}
+	a.CgroupParent = "/kubepods/podX"
+	a.DNS = &records.DNS{Servers: []string{"10.0.0.10"}, Searches: []string{"a.b"}, Options: []string{"ndots:5"}}
 	w.script("note", fmt.Sprintf(`
 { echo "$CNI_CONTAINERID $CNI_IFNAME $CNI_NETNS"; echo "$CNI_ARGS"; cat; } >>%s.$CNI_COMMAND
 echo '{}'
@@ -291,6 +302,9 @@ echo '{}'
 			RuntimeConfig struct {
 				PortMappings []PortMapping
 				Bandwidth    map[string]uint64
+				DNS          *records.DNS
+				CgroupPath   string
+				Annotations  map[string]string `json:"io.kubernetes.cri.pod-annotations"`
 			}
 		}
 		if err := json.Unmarshal([]byte(lines[2]), &conf); err != nil {
@@ -306,12 +320,108 @@ echo '{}'
 		if bw := conf.RuntimeConfig.Bandwidth; bw["ingressRate"] != 10_000_000 || bw["egressRate"] != 1<<30 || bw["ingressBurst"] == 0 || bw["egressBurst"] == 0 {
 			t.Errorf("%s: bandwidth %v", verb, bw)
 		}
+		if got := conf.RuntimeConfig; !reflect.DeepEqual(got.DNS, a.DNS) || got.CgroupPath != a.CgroupParent {
+			t.Errorf("%s: dns %+v, cgroup %q", verb, got.DNS, got.CgroupPath)
+		}
+		if got := conf.RuntimeConfig.Annotations; !maps.Equal(got, a.Annotations) {
+			t.Errorf("%s: annotations %v, want %v", verb, got, a.Annotations)
+		}
 	}
 	a.Annotations["kubernetes.io/egress-bandwidth"] = "lots"
 	if _, err := w.Add(t.Context(), a); err == nil || !strings.Contains(err.Error(), "kubernetes.io/egress-bandwidth") {
 		t.Errorf("bad bandwidth: %v", err)
 	}
 	w.removeNamespaces("a")
+}
+
+// What Add refuses reaches no plugin, and keeps no pod from its removal.
+func TestDelOfWhatAddRefuses(t *testing.T) {
+	needRoot(t)
+	for name, change := range map[string]func(*Attachment){
+		"name":      func(a *Attachment) { a.Name = "a=b" },
+		"uid":       func(a *Attachment) { a.UID = "u;K8S_POD_NAME=other" },
+		"namespace": func(a *Attachment) { a.Namespace = "=" },
+		"bandwidth": func(a *Attachment) {
+			a.Annotations = map[string]string{"kubernetes.io/egress-bandwidth": "lots"}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			before := w.traces()
+			w.conf("10.conflist", "hf-refuse", "10.230.23.0/24", `{"type": "note", "capabilities": {"bandwidth": true}}`)
+			called := filepath.Join(w.dir, "called")
+			w.script("note", `echo "$CNI_ARGS" >>`+called+`.$CNI_COMMAND; cat | sed 's/.*"prevResult"://; s/}$//'`)
+			a := w.pod("a")
+			change(&a)
+			_, err := w.Add(t.Context(), a)
+			if !errors.Is(err, kind.Invalid) || errors.Is(err, ErrNotReleased) {
+				t.Errorf("Add: %v, want kind.Invalid and nothing left", err)
+			}
+			if _, err := os.Stat(called + ".ADD"); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("a plugin was called: %v", err)
+			}
+			w.del(a)
+			b, err := os.ReadFile(called + ".DEL")
+			if args := string(b); err != nil || !strings.Contains(args, "K8S_POD_INFRA_CONTAINER_ID=a") {
+				t.Errorf("DEL with %q, %v", args, err)
+			}
+			args := strings.TrimSpace(string(b))
+			if strings.Count(args, "=") != strings.Count(args, ";")+1 || strings.Contains(args, "other") {
+				t.Errorf("DEL with %q, which a plugin does not take", args)
+			}
+			w.removeNamespaces("a")
+			w.unchanged(before)
+		})
+	}
+}
+
+// A sysctl of an interface is set when the plugins have made that.
+func TestSysctlsOfInterfaces(t *testing.T) {
+	needRoot(t)
+	w := newWorld(t)
+	before := w.traces()
+	w.conf("10.conflist", "hf-sysctl", "10.230.24.0/24")
+	want := Want{Net: true, Sysctls: map[string]string{
+		"net.ipv4.conf.eth0.arp_ignore":     "1",
+		"net/ipv4/neigh/eth0/mcast_solicit": "7",
+		"net.ipv4.conf.all.arp_announce":    "2",
+		"net.ipv4.conf.lo.arp_announce":     "1",
+	}}
+	ns, err := w.CreateNamespaces("a", want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := Attachment{ID: "a", Netns: ns.Net, Name: "a", Namespace: "default"}
+	w.add(a)
+	if err := w.SetInterfaceSysctls(ns.Net, want); err != nil {
+		t.Fatal(err)
+	}
+	err = netns.OnThread(func() error {
+		if err := netns.Enter(ns.Net); err != nil {
+			return err
+		}
+		for name, value := range want.Sysctls {
+			rel, err := sysctlPath(name)
+			if err != nil {
+				return err
+			}
+			got, err := os.ReadFile("/proc/sys/" + rel)
+			if err != nil || strings.TrimSpace(string(got)) != value {
+				t.Errorf("%s is %q, %v; want %s", name, got, err, value)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	want.Sysctls = map[string]string{"net.ipv4.conf.eth7.arp_ignore": "1"}
+	if err := w.SetInterfaceSysctls(ns.Net, want); !errors.Is(err, ErrSysctl) || !strings.Contains(err.Error(), "eth7") {
+		t.Errorf("an interface that is not there: %v", err)
+	}
+	w.del(a)
+	w.removeNamespaces("a")
+	w.unchanged(before)
 }
 
 func TestManyPodsAtOnce(t *testing.T) {
@@ -362,14 +472,14 @@ func TestDialEndsWithItsContext(t *testing.T) {
 	a := w.pod("a")
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if c, err := w.Dial(ctx, a.Netns, "tcp", "127.0.0.1:80"); !errors.Is(err, context.Canceled) {
+	if c, err := netns.Dial(ctx, a.Netns, "tcp", "127.0.0.1:80"); !errors.Is(err, context.Canceled) {
 		t.Errorf("%v, %v, want canceled", c, err)
 	}
-	if _, err := w.Dial(t.Context(), a.Netns+"-gone", "tcp", "127.0.0.1:80"); !errors.Is(err, os.ErrNotExist) {
+	if _, err := netns.Dial(t.Context(), a.Netns+"-gone", "tcp", "127.0.0.1:80"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("namespace gone: %v", err)
 	}
 	var op *net.OpError
-	if _, err := w.Dial(t.Context(), a.Netns, "tcp", "127.0.0.1:80"); !errors.As(err, &op) {
+	if _, err := netns.Dial(t.Context(), a.Netns, "tcp", "127.0.0.1:80"); !errors.As(err, &op) {
 		t.Errorf("nobody listens: %v", err)
 	}
 }

@@ -1,6 +1,7 @@
 package network
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/invoke"
@@ -22,15 +24,27 @@ type conf struct {
 
 // Ready returns nil if pods can be given a network now, and else the reason; it
 // wraps ErrNoNetwork. It reads the config directory each time, so a CNI that
-// arrives later, or a plugin that is put in place, is seen by the next call.
-func (n *Network) Ready() error {
-	_, err := n.current()
-	return err
+// arrives later, or a plugin that is put in place, is seen by the next call. The
+// plugins are asked as well (STATUS), where the config is of CNI 1.1 or later.
+func (n *Network) Ready(ctx context.Context) error {
+	c, err := n.current()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
+	defer cancel()
+	if err := n.cni(&run{net: n}).GetStatusNetworkList(ctx, c.list); err != nil {
+		return fmt.Errorf("%w: network %q is not ready: %w", ErrNoNetwork, c.list.Name, err)
+	}
+	return nil
 }
+
+// statusTimeout bounds how long plugins may take to say whether they are ready.
+const statusTimeout = 5 * time.Second
 
 // Config returns the config list in force, as JSON that needs no other file.
 // It is for the caller to record before Add: Del then works from the record,
-// whatever becomes of the config directory. Errors are those of Ready.
+// whatever becomes of the config directory. Errors wrap ErrNoNetwork.
 func (n *Network) Config() ([]byte, error) {
 	c, err := n.current()
 	if err != nil {

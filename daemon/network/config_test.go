@@ -1,12 +1,15 @@
 package network
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func (w *world) wantNetwork(name string) {
@@ -20,7 +23,7 @@ func (w *world) wantNetwork(name string) {
 	if err := json.Unmarshal(b, &got); err != nil || got.Name != name {
 		w.t.Errorf("network in force is %q (%v), want %q", got.Name, err, name)
 	}
-	if err := w.Ready(); err != nil {
+	if err := w.Ready(w.t.Context()); err != nil {
 		w.t.Errorf("Ready: %v", err)
 	}
 }
@@ -31,7 +34,7 @@ func (w *world) wantNone(says ...string) {
 	if !errors.Is(err, ErrNoNetwork) || b != nil {
 		w.t.Errorf("Config: %s, %v, want ErrNoNetwork", b, err)
 	}
-	err = w.Ready()
+	err = w.Ready(w.t.Context())
 	if !errors.Is(err, ErrNoNetwork) {
 		w.t.Errorf("Ready: %v, want ErrNoNetwork", err)
 		return
@@ -240,7 +243,7 @@ func TestBuiltinNetwork(t *testing.T) {
 	if err := n.SetPodCIDR("10.230.9.0/24"); err != nil {
 		t.Error(err)
 	}
-	if err := n.Ready(); !errors.Is(err, ErrNoNetwork) {
+	if err := n.Ready(t.Context()); !errors.Is(err, ErrNoNetwork) {
 		t.Errorf("Ready without a config: %v", err)
 	}
 }
@@ -254,5 +257,63 @@ func TestQuantity(t *testing.T) {
 		if got != want || (err == nil) != (want != 0) {
 			t.Errorf("%q: %d, %v, want %d", s, got, err, want)
 		}
+	}
+}
+
+// Plugins of CNI 1.1 say themselves whether they are ready.
+func TestReadyAsksThePlugins(t *testing.T) {
+	w := newWorld(t)
+	told := filepath.Join(w.dir, "told")
+	const refuses = `
+[ "$CNI_COMMAND" = STATUS ] || exit 9
+echo '{"cniVersion": "1.1.0", "code": 50, "msg": "no route reflector", "details": "ask the one on call"}'
+exit 1
+`
+	for name, c := range map[string]struct{ version, script, want string }{
+		"ready":      {"1.1.0", `[ "$CNI_COMMAND" = STATUS ] && cat >` + told, ""},
+		"not ready":  {"1.1.0", refuses, "no route reflector; ask the one on call"},
+		"cannot say": {"1.0.0", refuses, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w.script("status", c.script)
+			w.write("10.conflist", `{"cniVersion": "`+c.version+`", "name": "asked", "plugins": [{"type": "status"}]}`)
+			err := w.Ready(t.Context())
+			if c.want == "" && err != nil {
+				t.Error(err)
+			}
+			if c.want != "" && (!errors.Is(err, ErrNoNetwork) || !strings.Contains(err.Error(), c.want)) {
+				t.Errorf("got %v, want %q", err, c.want)
+			}
+			if _, err := w.Config(); err != nil {
+				t.Errorf("a pod may be tried anyway: %v", err)
+			}
+		})
+	}
+	if b, err := os.ReadFile(told); err != nil || !strings.Contains(string(b), `"name":"asked"`) {
+		t.Errorf("the plugin was told %s, %v", b, err)
+	}
+}
+
+// A plugin that hangs costs the one who asks, and no longer than allowed.
+func TestReadyEndsAHangingPlugin(t *testing.T) {
+	w := newWorld(t)
+	gate := filepath.Join(w.dir, "gate")
+	if err := unix.Mkfifo(gate, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	w.script("status", "echo >"+gate+"; exec sleep 1000")
+	w.write("10.conflist", `{"cniVersion": "1.1.0", "name": "hangs", "plugins": [{"type": "status"}]}`)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- w.Ready(ctx) }()
+	if _, err := os.ReadFile(gate); err != nil { // it runs
+		t.Fatal(err)
+	}
+	if _, err := w.Config(); err != nil {
+		t.Error(err)
+	}
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) || !errors.Is(err, ErrNoNetwork) {
+		t.Errorf("got %v", err)
 	}
 }

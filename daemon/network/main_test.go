@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/netns"
 )
 
 const (
@@ -324,11 +326,11 @@ func waitFor(t *testing.T, what string, f func() error) {
 }
 
 // serve answers each connection at addr in a namespace with its own name.
-func serve(t *testing.T, netns, addr, answer string) {
+func serve(t *testing.T, path, addr, answer string) {
 	t.Helper()
 	var l net.Listener
-	err := onThread(func() error {
-		if err := enterNetns(netns); err != nil {
+	err := netns.OnThread(func() error {
+		if err := netns.Enter(path); err != nil {
 			return err
 		}
 		var err error
@@ -353,10 +355,10 @@ func serve(t *testing.T, netns, addr, answer string) {
 }
 
 // ask connects from a namespace and returns what it hears.
-func (w *world) ask(netns, addr string) (string, error) {
+func (w *world) ask(path, addr string) (string, error) {
 	ctx, cancel := context.WithTimeout(w.t.Context(), 30*time.Second)
 	defer cancel()
-	c, err := w.Dial(ctx, netns, "tcp", addr)
+	c, err := netns.Dial(ctx, path, "tcp", addr)
 	if err != nil {
 		return "", err
 	}

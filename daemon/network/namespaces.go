@@ -7,9 +7,10 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/netns"
 )
 
 // Want says which namespaces a pod has of its own, and what is set in them.
@@ -20,7 +21,7 @@ type Want struct {
 	User *Userns
 
 	Hostname string            // set if UTS; empty keeps the host's
-	Sysctls  map[string]string // namespaced ones only; see resolveSysctls
+	Sysctls  map[string]string // namespaced ones only; see resolveSysctls and SetInterfaceSysctls
 }
 
 // Paths returns where the namespaces of a pod are pinned, if it has them. It
@@ -42,27 +43,11 @@ func (n *Network) pinDir(id string) string { return filepath.Join(n.opts.PinDir,
 func (n *Network) Pinned(id string) Namespaces {
 	p := n.Paths(id)
 	for _, path := range []*string{&p.Net, &p.IPC, &p.UTS, &p.User} {
-		if !isNamespace(*path) {
+		if !netns.IsPinned(*path) {
 			*path = ""
 		}
 	}
 	return p
-}
-
-// ListPinned returns the ids of all pods that have a file in NetnsDir, mounted
-// or not, so that what no record knows can be removed.
-func (n *Network) ListPinned() []string {
-	entries, err := os.ReadDir(n.opts.NetnsDir)
-	if err != nil {
-		return nil // no directory: no `ip netns` and no pod was here since boot
-	}
-	var ids []string
-	for _, e := range entries {
-		if id, ok := strings.CutPrefix(e.Name(), pinPrefix); ok && checkID(id) == nil {
-			ids = append(ids, id)
-		}
-	}
-	return ids
 }
 
 // CreateNamespaces makes the wanted namespaces and pins them at Paths(id). They
@@ -86,7 +71,7 @@ func (n *Network) CreateNamespaces(id string, w Want) (Namespaces, error) {
 	}
 	err = n.createPinFiles(id, pins)
 	if err == nil {
-		err = onThread(func() error { return n.makeNamespaces(id, flags, w, settings, pins) })
+		err = netns.OnThread(func() error { return n.makeNamespaces(id, flags, w, settings, pins) })
 	}
 	if err != nil {
 		err = fmt.Errorf("cannot create namespaces of pod %s: %w", id, err)
@@ -170,6 +155,9 @@ func (n *Network) makeNamespaces(id string, flags int, w Want, settings []settin
 		}
 	}
 	for _, s := range settings {
+		if s.late {
+			continue
+		}
 		if err := s.write(w.User); err != nil {
 			return err
 		}
@@ -280,7 +268,11 @@ func shareDir(dir string) error {
 		return fmt.Errorf("cannot open the directory for network namespaces: %w", err)
 	}
 	defer f.Close()
-	if err := ignoreEINTR(func() error { return unix.Flock(int(f.Fd()), unix.LOCK_EX) }); err != nil {
+	err = unix.EINTR
+	for errors.Is(err, unix.EINTR) {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
 		return fmt.Errorf("cannot lock %s: %w", dir, err)
 	}
 	err = unix.Mount("", dir, "", unix.MS_SHARED|unix.MS_REC, "")
@@ -294,19 +286,4 @@ func shareDir(dir string) error {
 		return fmt.Errorf("cannot make %s a shared mount: %w", dir, err)
 	}
 	return nil
-}
-
-// isNamespace tells whether a namespace is mounted at path.
-func isNamespace(path string) bool {
-	var st unix.Statfs_t
-	err := ignoreEINTR(func() error { return unix.Statfs(path, &st) })
-	return err == nil && st.Type == unix.NSFS_MAGIC
-}
-
-func ignoreEINTR(f func() error) error {
-	for {
-		if err := f(); !errors.Is(err, unix.EINTR) {
-			return err
-		}
-	}
 }

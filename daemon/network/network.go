@@ -13,11 +13,8 @@ import (
 	"net/netip"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 var (
@@ -126,28 +123,4 @@ func checkID(id string) error {
 		return fmt.Errorf("invalid pod id %q", id)
 	}
 	return nil
-}
-
-// onThread runs f on an OS thread of its own, so that f may enter or make
-// namespaces. The thread ends with f.
-func onThread(f func() error) error {
-	done := make(chan error, 1)
-	var run func()
-	run = func() {
-		runtime.LockOSThread()
-		if unix.Getpid() == unix.Gettid() {
-			// The main thread cannot end, and it is what /proc/self shows: it
-			// would stay in the pod's namespaces and keep them alive. While
-			// this goroutine holds it, another one gets another thread.
-			inner := make(chan struct{})
-			go func() { defer close(inner); run() }()
-			<-inner
-			runtime.UnlockOSThread()
-			return
-		}
-		done <- f()
-		// Not unlocked: the runtime ends the thread with the goroutine.
-	}
-	go run()
-	return <-done
 }

@@ -11,12 +11,14 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/version"
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/reaper/group"
+	"github.com/holdfast-cri/holdfast/reaper/pidfd"
 )
 
 const (
@@ -40,7 +42,8 @@ const (
 	lockTick    = 5 * time.Millisecond
 )
 
-// run is one ADD or DEL of one pod, and runs its plugins for libcni.
+// run is one ADD or DEL of one pod, and runs its plugins for libcni. One without
+// a lock only asks, and leaves nothing that would have to be waited for.
 //
 // It holds a lock that the plugins inherit. If the daemon is killed meanwhile,
 // they go on and the lock stays with them; the next run of that pod waits for
@@ -158,26 +161,22 @@ func (r *run) FindInPath(plugin string, dirs []string) (string, error) {
 // running: bridge runs an IPAM plugin and iptables.
 func (r *run) ExecPlugin(ctx context.Context, path string, stdin []byte, env []string) ([]byte, error) {
 	var stdout, stderr limitedBuffer
-	c := exec.CommandContext(ctx, path)
+	c := exec.Command(path)
 	c.Env = env
 	c.Stdin = bytes.NewReader(stdin)
 	c.Stdout, c.Stderr = &stdout, &stderr
-	c.ExtraFiles = []*os.File{r.lock} // becomes lockFD
+	if r.lock != nil {
+		c.ExtraFiles = []*os.File{r.lock} // becomes lockFD
+	}
 	c.WaitDelay = pipeDelay
-	// A group of its own, to be killed as one, and out of reach of a ^C that is
-	// meant for the daemon.
-	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	err := group.Run(ctx, c, nil, group.Keep)
 	var killErr error
-	c.Cancel = func() error {
-		_ = syscall.Kill(-c.Process.Pid, syscall.SIGKILL)
+	if err != nil && ctx.Err() != nil && r.lock != nil {
 		// What left the group is still found by the lock.
 		kill, cancel := context.WithTimeout(context.WithoutCancel(ctx), killTimeout)
 		defer cancel()
 		_, killErr = killHolders(kill, r.path)
-		return killErr
 	}
-
-	err := c.Run()
 	name := filepath.Base(path)
 	if ctx.Err() != nil && err != nil {
 		return nil, errors.Join(fmt.Errorf("CNI plugin %s killed: %w", name, context.Cause(ctx)), killErr)
@@ -209,20 +208,22 @@ func pluginError(name string, err error, stdout, stderr []byte) error {
 }
 
 // killHolders kills every other process that has the lock file at path open as
-// lockFD, until there is none, and returns their pids.
+// lockFD, until there is none, and returns their pids. They are looked for in
+// /proc: a cgroup for each run would have to be one of systemd's where that
+// manages them, and on v1 a plugin enters one only after it has begun.
 func killHolders(ctx context.Context, path string) ([]int, error) {
+	ctx, cancel := context.WithTimeout(ctx, killTimeout)
+	defer cancel()
 	var killed []int
 	for {
 		holders, err := lockHolders(path)
-		if err != nil {
+		if err != nil || len(holders) == 0 {
 			return killed, err
 		}
-		if len(holders) == 0 {
-			return killed, nil
-		}
 		for _, h := range holders {
-			killed = append(killed, h.pid)
-			err = errors.Join(err, h.kill(ctx))
+			killed = append(killed, h.PID)
+			err = errors.Join(err, h.Kill(ctx))
+			h.Close()
 		}
 		if err != nil {
 			return killed, err
@@ -230,14 +231,8 @@ func killHolders(ctx context.Context, path string) ([]int, error) {
 	}
 }
 
-// holder is a process, held by pidfd so that it cannot be mistaken for a later
-// one with the same pid.
-type holder struct {
-	pid   int
-	pidfd *os.File // closed by kill
-}
-
-func lockHolders(path string) ([]holder, error) {
+// lockHolders gives the processes that killHolders kills; the caller closes them.
+func lockHolders(path string) ([]*pidfd.Process, error) {
 	real, err := filepath.EvalSymlinks(path)
 	if err != nil {
 		return nil, err
@@ -246,56 +241,30 @@ func lockHolders(path string) ([]holder, error) {
 	if err != nil {
 		return nil, err
 	}
-	var out []holder
+	var holders []*pidfd.Process
 	for _, p := range procs {
 		pid, err := strconv.Atoi(p.Name())
 		if err != nil || pid == os.Getpid() || !holds(pid, real) {
 			continue
 		}
-		fd, err := unix.PidfdOpen(pid, 0)
-		if err != nil {
-			continue // ended
-		}
-		h := holder{pid: pid, pidfd: os.NewFile(uintptr(fd), "pidfd")}
-		if !holds(pid, real) { // the pid was given to another in between
-			h.pidfd.Close()
+		h, err := pidfd.Open(pid, func() bool { return holds(pid, real) })
+		if errors.Is(err, pidfd.ErrEnded) {
 			continue
 		}
-		out = append(out, h)
+		if err != nil && len(holders) == 0 { // otherwise the caller comes back
+			return nil, err
+		}
+		if err != nil {
+			break
+		}
+		holders = append(holders, h)
 	}
-	return out, nil
+	return holders, nil
 }
 
 func holds(pid int, path string) bool {
 	link, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", pid, lockFD))
 	return err == nil && link == path
-}
-
-// kill returns when the process has ended, so that it holds nothing any more.
-func (h holder) kill(ctx context.Context) error {
-	defer h.pidfd.Close()
-	fd := int(h.pidfd.Fd())
-	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-		return fmt.Errorf("cannot kill process %d: %w", h.pid, err)
-	}
-	timeout := killTimeout
-	if d, ok := ctx.Deadline(); ok {
-		timeout = min(timeout, max(0, time.Until(d)))
-	}
-	poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	end := time.Now().Add(timeout)
-	for {
-		ready, err := unix.Poll(poll, int(max(0, time.Until(end)).Milliseconds()))
-		switch {
-		case errors.Is(err, unix.EINTR):
-		case err != nil:
-			return fmt.Errorf("cannot wait for process %d: %w", h.pid, err)
-		case ready == 0:
-			return fmt.Errorf("process %d does not end after SIGKILL", h.pid)
-		default:
-			return nil
-		}
-	}
 }
 
 // limitedBuffer keeps the first maxOutput bytes and drops the rest, so that a

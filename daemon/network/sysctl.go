@@ -10,11 +10,15 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/netns"
 )
 
 // setting is one sysctl that has been found to belong to a namespace of the pod.
 type setting struct {
 	name, path, value string
+
+	late bool // of an interface that the network plugins make
 }
 
 // write sets it for the namespaces of the calling thread, which may belong to
@@ -67,9 +71,52 @@ func resolveSysctls(w Want) ([]setting, error) {
 		if !own {
 			return nil, fmt.Errorf("%w: %s belongs to the %s namespace, and this pod uses the node's", ErrSysctl, name, kind)
 		}
-		out = append(out, setting{name: name, path: "/proc/sys/" + rel, value: w.Sysctls[name]})
+		out = append(out, setting{
+			name:  name,
+			path:  "/proc/sys/" + rel,
+			value: w.Sysctls[name],
+			late:  interfaceOf(rel) != "",
+		})
 	}
 	return out, nil
+}
+
+// interfaceOf is the interface that a path below /proc/sys is about, "" if none
+// that only comes with the pod's network: net/ipv4/conf/eth0/forwarding.
+func interfaceOf(rel string) string {
+	parts := strings.Split(rel, "/")
+	if len(parts) < 5 || parts[0] != "net" || parts[2] != "conf" && parts[2] != "neigh" {
+		return ""
+	}
+	if slices.Contains([]string{"all", "default", "lo"}, parts[3]) {
+		return ""
+	}
+	return parts[3]
+}
+
+// SetInterfaceSysctls sets those sysctls of a pod that CreateNamespaces could
+// not, because they are of interfaces that Add has made. path is that of the
+// network namespace. Errors are those of CreateNamespaces.
+func (n *Network) SetInterfaceSysctls(path string, w Want) error {
+	settings, err := resolveSysctls(w)
+	if err != nil {
+		return err
+	}
+	settings = slices.DeleteFunc(settings, func(s setting) bool { return !s.late })
+	if len(settings) == 0 {
+		return nil
+	}
+	return netns.OnThread(func() error {
+		if err := netns.Enter(path); err != nil {
+			return err
+		}
+		for _, s := range settings {
+			if err := s.write(w.User); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 // sysctlPath turns a name in either notation of sysctl(8) into a path below

@@ -8,6 +8,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/netns"
 )
 
 // IDMap maps the ids inside a user namespace, from 0 on and Length of them, to
@@ -81,7 +83,7 @@ func (k *keeper) release() {
 // OpenUserns makes a user namespace that lasts as long as the file is open, or
 // something else refers to it.
 func (n *Network) OpenUserns(u Userns) (f *os.File, err error) {
-	err = onThread(func() error {
+	err = netns.OnThread(func() error {
 		k, err := n.startKeeper(n.opts.PinDir, unix.CLONE_NEWUSER, u)
 		if err != nil {
 			return err

@@ -13,6 +13,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/netns"
 )
 
 func withKeeper(t *testing.T) func(*Options) {
@@ -173,7 +175,7 @@ func TestOpenUserns(t *testing.T) {
 // keepInHelper is a daemon that is killed while its keeper runs.
 func keepInHelper() int {
 	n := &Network{opts: Options{Keeper: os.Getenv(keepEnv)}}
-	err := onThread(func() error {
+	err := netns.OnThread(func() error {
 		k, err := n.startKeeper("/", unix.CLONE_NEWUSER|unix.CLONE_NEWNET, *someUserns)
 		if err != nil {
 			return err

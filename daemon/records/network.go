@@ -24,11 +24,20 @@ type Attachment struct {
 
 	PortMappings []PortMapping     `json:"portMappings,omitempty"`
 	Annotations  map[string]string `json:"annotations,omitempty"`
+	CgroupParent string            `json:"cgroupParent,omitempty"` // of the pod
+	DNS          *DNS              `json:"dns,omitempty"`
 
 	// Config is the CNI config list that was in force when the attachment was
 	// recorded. Without it ADD takes the one in force, DEL the one in libcni's
 	// cache.
 	Config json.RawMessage `json:"config,omitempty"`
+}
+
+// DNS is what the pod's resolver is to be, in the words of CNI's conventions.
+type DNS struct {
+	Servers  []string `json:"servers,omitempty"`
+	Searches []string `json:"searches,omitempty"`
+	Options  []string `json:"options,omitempty"`
 }
 
 // PortMapping is a port of the node that leads to the pod. HostPort 0 is none.

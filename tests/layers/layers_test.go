@@ -36,6 +36,7 @@ var allowed = map[string][]string{
 	"reaper":       {module + "reaper/pidfd", "golang.org/x/sys/unix"},
 	"reaper/group": {module + "reaper/pidfd", "golang.org/x/sys/unix"},
 	"reaper/pidfd": {"golang.org/x/sys/unix"},
+	"netns":        {"golang.org/x/sys/unix"},
 	"pty":          {"github.com/creack/pty", "github.com/containerd/console", "golang.org/x/sys/unix"},
 	"runc":         {module + "reaper/pidfd", module + "reaper/group", "golang.org/x/sys/unix"},
 	"runc/cgroup":  {module + "reaper/pidfd", "golang.org/x/sys/unix"},
@@ -107,6 +108,7 @@ var ofTheModule = map[string][]string{
 	"daemon/*": {
 		module + "proto", module + "proto/client", module + "proto/kind", module + "proto/record", module + "proto/rundir",
 		module + "runc", module + "runc/cgroup", module + "reaper/pidfd", module + "reaper/group",
+		module + "netns",
 		module + "daemon/beneath", module + "daemon/dirs", module + "daemon/records",
 	},
 }

@@ -1,4 +1,4 @@
-package network
+package netns
 
 import (
 	"context"
@@ -6,15 +6,13 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-
-	"golang.org/x/sys/unix"
 )
 
-// Dial connects to addr from inside the namespace at netns; "" is the node's.
+// Dial connects to addr from inside the namespace at path; "" is the node's.
 // The host in addr is an IP address, or "localhost" for 127.0.0.1 and then ::1;
 // other names are refused, because a resolver would not run inside. The
 // connection belongs to the caller and may be used from any goroutine.
-func (n *Network) Dial(ctx context.Context, netns, network, addr string) (net.Conn, error) {
+func Dial(ctx context.Context, path, network, addr string) (net.Conn, error) {
 	host, port, err := net.SplitHostPort(addr)
 	if err != nil {
 		return nil, fmt.Errorf("cannot dial in a pod: %w", err)
@@ -27,8 +25,8 @@ func (n *Network) Dial(ctx context.Context, netns, network, addr string) (net.Co
 	}
 
 	var conn net.Conn
-	err = onThread(func() error {
-		if err := enterNetns(netns); err != nil {
+	err = OnThread(func() error {
+		if err := Enter(path); err != nil {
 			return err
 		}
 		var errs []error
@@ -45,22 +43,7 @@ func (n *Network) Dial(ctx context.Context, netns, network, addr string) (net.Co
 		return errors.Join(errs...)
 	})
 	if err != nil {
-		return nil, fmt.Errorf("cannot dial %s in %s: %w", addr, netns, err)
+		return nil, fmt.Errorf("cannot dial %s in %s: %w", addr, path, err)
 	}
 	return conn, nil
-}
-
-func enterNetns(path string) error {
-	if path == "" {
-		return nil
-	}
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("cannot open network namespace: %w", err)
-	}
-	defer unix.Close(fd)
-	if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
-		return fmt.Errorf("cannot enter network namespace: %w", err)
-	}
-	return nil
 }
