@@ -28,7 +28,10 @@ func TestMake(t *testing.T) {
 				}
 				moved, err := Make(root, "a/b")
 				if name == "dangling link" && at == "" { // its disk may be yet to come
-					if _, there := os.Lstat(root); there != nil || err == nil || !strings.Contains(err.Error(), "nowhere") {
+					if _, there := os.Lstat(
+						root,
+					); there != nil || err == nil ||
+						!strings.Contains(err.Error(), "nowhere") {
 						t.Errorf("got %v, %v", err, there)
 					}
 					return

@@ -44,8 +44,11 @@ func fill(b testing.TB, root string, images, layers int) {
 		return content
 	}
 	for i := range images {
-		img := ocispec.Image{Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"}, RootFS: ocispec.RootFS{Type: "layers"},
-			Config: ocispec.ImageConfig{Env: []string{"PATH=/bin"}, Cmd: []string{"sh"}}}
+		img := ocispec.Image{
+			Platform: ocispec.Platform{OS: "linux", Architecture: "amd64"},
+			RootFS:   ocispec.RootFS{Type: "layers"},
+			Config:   ocispec.ImageConfig{Env: []string{"PATH=/bin"}, Cmd: []string{"sh"}},
+		}
 		m := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest}
 		for n := range layers {
 			m.Layers = append(m.Layers, put(ocispec.MediaTypeImageLayerGzip, fmt.Append(nil, i, "-", n)))
@@ -55,7 +58,11 @@ func fill(b testing.TB, root string, images, layers int) {
 		target := put(m.MediaType, asJSON(m))
 		name := fmt.Sprintf("registry.test/team/app%d", i)
 		for _, ref := range []string{name + ":1", name + "@" + target.Digest.String()} {
-			if err := record.Write(s.recordPath(ref), refRecord{Ref: ref, Target: target, Manifest: target, PulledAt: time.Now()}, false); err != nil {
+			if err := record.Write(
+				s.recordPath(ref),
+				refRecord{Ref: ref, Target: target, Manifest: target, PulledAt: time.Now()},
+				false,
+			); err != nil {
 				b.Fatal(err)
 			}
 		}
@@ -88,7 +95,12 @@ func BenchmarkList(b *testing.B) {
 func BenchmarkGet(b *testing.B) {
 	s := filled(b, 200, 48)
 	id := s.List()[100].ID
-	for what, ref := range map[string]string{"name": "registry.test/team/app100:1", "id": id, "prefix": id[7:20], "none": "registry.test/none:1"} {
+	for what, ref := range map[string]string{
+		"name":   "registry.test/team/app100:1",
+		"id":     id,
+		"prefix": id[7:20],
+		"none":   "registry.test/none:1",
+	} {
 		b.Run(what, func(b *testing.B) {
 			for b.Loop() {
 				if _, ok := s.Get(ref); ok == (what == "none") {

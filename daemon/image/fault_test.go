@@ -107,7 +107,13 @@ func TestInterruptedPullKeepsFinishedBlobs(t *testing.T) {
 	fail(s)
 	f.reset()
 	fail(s) // in the same process
-	if hits, _ := f.reset(); count(hits, "GET blobs "+f.digest(0).String())+count(hits, "GET blobs "+f.digest(1).String()) != 0 {
+	if hits, _ := f.reset(); count(
+		hits,
+		"GET blobs "+f.digest(0).String(),
+	)+count(
+		hits,
+		"GET blobs "+f.digest(1).String(),
+	) != 0 {
 		t.Errorf("fetched again: %v", hits)
 	}
 	s.Close()
@@ -116,7 +122,8 @@ func TestInterruptedPullKeepsFinishedBlobs(t *testing.T) {
 	var k sink
 	mustPull(t, s, k.request(f.ref))
 	hits, sent := f.reset()
-	if count(hits, "GET blobs "+f.digest(0).String())+count(hits, "GET blobs "+f.digest(1).String()) != 0 || sent > 510_000 {
+	if count(hits, "GET blobs "+f.digest(0).String())+count(hits, "GET blobs "+f.digest(1).String()) != 0 ||
+		sent > 510_000 {
 		t.Errorf("%d bytes came, the rest was 500_000: %v", sent, hits)
 	}
 	if l, _ := os.ReadDir(filepath.Join(root, pendingName)); len(l) != 0 || len(s.pending) != 0 {
@@ -212,7 +219,11 @@ func TestCutsBehindARedirect(t *testing.T) {
 func TestBusyForEver(t *testing.T) {
 	t.Parallel()
 	for _, what := range []string{"/manifests/", "/blobs/"} {
-		for _, code := range []int{http.StatusTooManyRequests, http.StatusInternalServerError, http.StatusServiceUnavailable} {
+		for _, code := range []int{
+			http.StatusTooManyRequests,
+			http.StatusInternalServerError,
+			http.StatusServiceUnavailable,
+		} {
 			t.Run(fmt.Sprint(strings.Trim(what, "/"), code), func(t *testing.T) {
 				t.Parallel()
 				f := newFaulty(t, 10_000)
@@ -227,7 +238,8 @@ func TestBusyForEver(t *testing.T) {
 				})
 				var k sink
 				_, err := s.Pull(t.Context(), k.request(f.ref))
-				if !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "come back later") || !strings.Contains(err.Error(), fmt.Sprint(code)) {
+				if !errors.Is(err, ErrUnavailable) || !strings.Contains(err.Error(), "come back later") ||
+					!strings.Contains(err.Error(), fmt.Sprint(code)) {
 					t.Errorf("got %v", err)
 				}
 				half(t, s)
@@ -292,7 +304,9 @@ func TestTrickle(t *testing.T) {
 	})
 	s := openAt(t, t.TempDir(), func(o *Options) { o.ProgressTimeout, o.MinRate = 2*time.Second, 10_000 })
 	var k sink
-	if _, err := s.Pull(t.Context(), k.request(f.ref)); !errors.Is(err, ErrUnavailable) || !errors.Is(err, registry.ErrTooSlow) {
+	_, err := s.Pull(t.Context(), k.request(f.ref))
+	if !errors.Is(err, ErrUnavailable) ||
+		!errors.Is(err, registry.ErrTooSlow) {
 		t.Errorf("got %v", err)
 	}
 	mu.Lock()
@@ -327,7 +341,11 @@ func TestNoRanges(t *testing.T) {
 	b := f.layers[0].packed
 	// All of it takes longer than the timeout, and each part much less.
 	s := openAt(t, t.TempDir(), func(o *Options) { o.ProgressTimeout, o.MinRate = 3*time.Second, 10_000 })
-	if err := os.WriteFile(filepath.Join(s.o.Root, ingestName, partName(f.host, descOf(f.layers[0]))), b[:len(b)-10], 0o600); err != nil {
+	if err := os.WriteFile(
+		filepath.Join(s.o.Root, ingestName, partName(f.host, descOf(f.layers[0]))),
+		b[:len(b)-10],
+		0o600,
+	); err != nil {
 		t.Fatal(err)
 	}
 	f.set(func(w http.ResponseWriter, r *http.Request) bool {
@@ -389,7 +407,12 @@ func TestMirrorLiesOnce(t *testing.T) {
 	mirror, origin := newHub(t), newHub(t)
 	origin.push(t, "team/app:1", imageOf(t, "x", layerOf(t, "a", 1000, 1, types.OCILayer)))
 	certs := t.TempDir()
-	hostsToml(t, certs, "registry.example", fmt.Sprintf("server = %q\n[host.%q]\ncapabilities = [\"pull\"]\n", origin.URL, mirror.URL))
+	hostsToml(
+		t,
+		certs,
+		"registry.example",
+		fmt.Sprintf("server = %q\n[host.%q]\ncapabilities = [\"pull\"]\n", origin.URL, mirror.URL),
+	)
 	mirror.set(func(w http.ResponseWriter, r *http.Request) bool {
 		io.WriteString(w, "{}")
 		return false

@@ -56,9 +56,18 @@ const someDigest = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca4959
 
 // A document that is taken has nothing in it that could not be used as a path.
 func FuzzDocument(f *testing.F) {
-	f.Add([]byte(`{"schemaVersion":2,"config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"`+someDigest+`","size":2},`+
-		`"layers":[{"mediaType":"application/vnd.oci.image.layer.v1.tar+gzip","digest":"`+someDigest+`","size":3}]}`), []byte(`{"os":"linux","rootfs":{"type":"layers","diff_ids":["`+someDigest+`"]}}`))
-	f.Add([]byte(`{"schemaVersion":2,"manifests":[{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"`+someDigest+`","size":2,"platform":{"architecture":"amd64","os":"linux"}}]}`), []byte(`{}`))
+	f.Add(
+		[]byte(`{"schemaVersion":2,"config":{"mediaType":"application/vnd.oci.image.config.v1+json",`+
+			`"digest":"`+someDigest+`","size":2},`+
+			`"layers":[{"mediaType":"application/vnd.oci.image.layer.v1.tar+gzip",`+
+			`"digest":"`+someDigest+`","size":3}]}`),
+		[]byte(`{"os":"linux","rootfs":{"type":"layers","diff_ids":["`+someDigest+`"]}}`),
+	)
+	f.Add(
+		[]byte(`{"schemaVersion":2,"manifests":[{"mediaType":"application/vnd.oci.image.manifest.v1+json",`+
+			`"digest":"`+someDigest+`","size":2,"platform":{"architecture":"amd64","os":"linux"}}]}`),
+		[]byte(`{}`),
+	)
 	f.Add([]byte(`{"schemaVersion":2,"manifests":null,"config":null}`), []byte(`null`))
 	f.Fuzz(func(t *testing.T, doc, config []byte) {
 		d, err := parseDocument(doc, mediaType(doc, "text/plain"))
@@ -66,7 +75,11 @@ func FuzzDocument(f *testing.F) {
 			return
 		}
 		if d.index != nil {
-			if c, err := choose(d.index, ocispec.Platform{OS: "linux", Architecture: "amd64"}); err == nil && (c.Digest.Validate() != nil || c.Size < 0) {
+			if c, err := choose(
+				d.index,
+				ocispec.Platform{OS: "linux", Architecture: "amd64"},
+			); err == nil &&
+				(c.Digest.Validate() != nil || c.Size < 0) {
 				t.Fatalf("chose %+v", c)
 			}
 			return
@@ -84,7 +97,13 @@ func FuzzDocument(f *testing.F) {
 
 // The full form of a name is its own full form: records are found by it.
 func FuzzReference(f *testing.F) {
-	for _, s := range []string{"busybox", "a/b:c", "localhost:5000/x@" + someDigest, "[::1]:5000/a:b", "a:b@" + someDigest} {
+	for _, s := range []string{
+		"busybox",
+		"a/b:c",
+		"localhost:5000/x@" + someDigest,
+		"[::1]:5000/a:b",
+		"a:b@" + someDigest,
+	} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, s string) {
@@ -107,7 +126,11 @@ func FuzzReference(f *testing.F) {
 
 // A store opens with any record in it, and verifies.
 func FuzzRecord(f *testing.F) {
-	good := refRecord{Ref: "docker.io/a/b:c", Target: ocispec.Descriptor{Digest: someDigest}, Manifest: ocispec.Descriptor{Digest: someDigest}}
+	good := refRecord{
+		Ref:      "docker.io/a/b:c",
+		Target:   ocispec.Descriptor{Digest: someDigest},
+		Manifest: ocispec.Descriptor{Digest: someDigest},
+	}
 	b, err := json.Marshal(good)
 	if err != nil {
 		f.Fatal(err)
@@ -148,7 +171,10 @@ func FuzzRecord(f *testing.F) {
 			return // the envelope's checksum is for that
 		}
 		blobs := filepath.Join(root, blobsName, string(digest.Canonical))
-		if err := errors.Join(os.MkdirAll(blobs, 0o700), os.MkdirAll(filepath.Join(root, refsName), 0o700)); err != nil {
+		if err := errors.Join(
+			os.MkdirAll(blobs, 0o700),
+			os.MkdirAll(filepath.Join(root, refsName), 0o700),
+		); err != nil {
 			t.Fatal(err)
 		}
 		for _, b := range [][]byte{config, manifest} {

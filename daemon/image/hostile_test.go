@@ -95,7 +95,12 @@ func (h *hostile) slowly(d digest.Digest, size int64) ocispec.Descriptor {
 }
 
 func manifestOf(config ocispec.Descriptor, layers ...ocispec.Descriptor) ocispec.Manifest {
-	return ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, Config: config, Layers: layers}
+	return ocispec.Manifest{
+		Versioned: specs.Versioned{SchemaVersion: 2},
+		MediaType: ocispec.MediaTypeImageManifest,
+		Config:    config,
+		Layers:    layers,
+	}
 }
 
 // configOf is a config with these diff ids, and more in the way of JSON.
@@ -105,7 +110,10 @@ func (h *hostile) configOf(t testing.TB, more string, diffIDs ...digest.Digest) 
 	if err != nil {
 		t.Fatal(err)
 	}
-	return h.has(ocispec.MediaTypeImageConfig, fmt.Appendf(nil, `{"os":"linux","architecture":"amd64"%s,"rootfs":{"type":"layers","diff_ids":%s}}`, more, ids))
+	return h.has(
+		ocispec.MediaTypeImageConfig,
+		fmt.Appendf(nil, `{"os":"linux","architecture":"amd64"%s,"rootfs":{"type":"layers","diff_ids":%s}}`, more, ids),
+	)
 }
 
 // A registry that hardly sends anything, though it names the digests of others,
@@ -169,14 +177,25 @@ func TestDigestsAreNoKeys(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			config := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: digest.Digest(img.ID), Size: int64(len(raw))}
+			config := ocispec.Descriptor{
+				MediaType: ocispec.MediaTypeImageConfig,
+				Digest:    digest.Digest(img.ID),
+				Size:      int64(len(raw)),
+			}
 			junk := bad.has(ocispec.MediaTypeImageLayerGzip, []byte("junk"))
 			other := layerOf(t, "g", 1000, 2, types.OCILayer).(*testLayer)
 			own := bad.has(ocispec.MediaTypeImageLayerGzip, other.packed)
 			for name, ref := range map[string]string{
-				"config":   bad.tag(t, "1", manifestOf(config, junk)),
-				"manifest": bad.tag(t, "2", ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, Manifests: []ocispec.Descriptor{{Digest: digest.Digest(manifest.String()), Size: 7}}}),
-				"diff id":  bad.tag(t, "3", manifestOf(bad.configOf(t, "", img.DiffIDs[0]), junk)),
+				"config": bad.tag(t, "1", manifestOf(config, junk)),
+				"manifest": bad.tag(
+					t,
+					"2",
+					ocispec.Index{
+						Versioned: specs.Versioned{SchemaVersion: 2},
+						Manifests: []ocispec.Descriptor{{Digest: digest.Digest(manifest.String()), Size: 7}},
+					},
+				),
+				"diff id": bad.tag(t, "3", manifestOf(bad.configOf(t, "", img.DiffIDs[0]), junk)),
 				"one blob as two layers": bad.tag(t, "4", manifestOf(
 					bad.configOf(t, "", digest.FromBytes(other.raw), img.DiffIDs[0]), own, own)),
 			} {
@@ -207,11 +226,29 @@ func TestIndexLies(t *testing.T) {
 	d := h.has(ocispec.MediaTypeImageManifest, b)
 	s := openAt(t, t.TempDir())
 	for i, size := range []int64{1, 1 << 40} { // the manifest is here the second time
-		x := ocispec.Descriptor{MediaType: "application/x", Digest: d.Digest, Size: size, Data: []byte("data"), URLs: []string{"http://elsewhere.example"}, Annotations: map[string]string{"k": "v"}}
-		mustPull(t, s, PullRequest{Ref: h.tag(t, fmt.Sprint(i), ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, Manifests: []ocispec.Descriptor{x}})})
+		x := ocispec.Descriptor{
+			MediaType:   "application/x",
+			Digest:      d.Digest,
+			Size:        size,
+			Data:        []byte("data"),
+			URLs:        []string{"http://elsewhere.example"},
+			Annotations: map[string]string{"k": "v"},
+		}
+		mustPull(
+			t,
+			s,
+			PullRequest{
+				Ref: h.tag(
+					t,
+					fmt.Sprint(i),
+					ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, Manifests: []ocispec.Descriptor{x}},
+				),
+			},
+		)
 	}
 	for ref, l := range s.refs {
-		if m := l.Manifest; m.Size != d.Size || m.Data != nil || m.URLs != nil || m.Annotations != nil || m.MediaType != ocispec.MediaTypeImageManifest {
+		if m := l.Manifest; m.Size != d.Size || m.Data != nil || m.URLs != nil || m.Annotations != nil ||
+			m.MediaType != ocispec.MediaTypeImageManifest {
 			t.Errorf("%s: %+v", ref, m)
 		}
 	}
@@ -228,7 +265,8 @@ func TestImagesTakeLittleMemory(t *testing.T) { // not parallel: it measures
 	if took := heapInUse() - before; took > 4<<20 {
 		t.Errorf("%d bytes for an image without layers", took)
 	}
-	if _, err := s.Pull(t.Context(), PullRequest{Ref: h.tag(t, "3", manifestOf(h.configOf(t, history(maxValues))))}); !errors.Is(err, ErrUnsupported) {
+	_, err := s.Pull(t.Context(), PullRequest{Ref: h.tag(t, "3", manifestOf(h.configOf(t, history(maxValues))))})
+	if !errors.Is(err, ErrUnsupported) {
 		t.Errorf("a config of very many values: %v", err)
 	}
 	for name, text := range map[string]string{"layers": `"config":{},"layers"`, "manifests": `"manifests"`} {
@@ -248,7 +286,8 @@ func TestImagesTakeLittleMemory(t *testing.T) { // not parallel: it measures
 		diffIDs = append(diffIDs, d)
 		layers = append(layers, ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: d, Size: 1})
 	}
-	if _, err := s.Pull(t.Context(), PullRequest{Ref: h.tag(t, "2", manifestOf(h.configOf(t, "", diffIDs...), layers...))}); !errors.Is(err, ErrUnsupported) {
+	_, err = s.Pull(t.Context(), PullRequest{Ref: h.tag(t, "2", manifestOf(h.configOf(t, "", diffIDs...), layers...))})
+	if !errors.Is(err, ErrUnsupported) {
 		t.Errorf("%d layers: %v", len(layers), err)
 	}
 }
@@ -296,7 +335,8 @@ func TestOthersGetNothingInTheClear(t *testing.T) {
 			return false
 		})
 		s := openAt(t, t.TempDir())
-		_, err := s.Pull(t.Context(), PullRequest{Ref: h.host + "/app:1", Auth: &Auth{Username: "me", Password: "secret"}})
+		secret := &Auth{Username: "me", Password: "secret"}
+		_, err := s.Pull(t.Context(), PullRequest{Ref: h.host + "/app:1", Auth: secret})
 		if err == nil || strings.Contains(err.Error(), "secret") {
 			t.Errorf("%s: %v", realm, err)
 		}

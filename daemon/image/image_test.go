@@ -222,7 +222,9 @@ func (l *testLayer) MediaType() (types.MediaType, error) { return l.typ, nil }
 
 func imageOf(t testing.TB, cmd string, layers ...v1.Layer) v1.Image {
 	t.Helper()
-	img, err := mutate.AppendLayers(mutate.MediaType(mutate.ConfigMediaType(empty.Image, types.OCIConfigJSON), types.OCIManifestSchema1), layers...)
+	img, err := mutate.AppendLayers(
+		mutate.MediaType(mutate.ConfigMediaType(empty.Image, types.OCIConfigJSON), types.OCIManifestSchema1),
+		layers...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -299,7 +301,11 @@ func (k *sink) request(ref string) PullRequest {
 
 func openAt(t testing.TB, root string, change ...func(*Options)) *Store {
 	t.Helper()
-	o := Options{Root: root, Log: slog.New(slog.DiscardHandler), Platform: &ocispec.Platform{OS: "linux", Architecture: "amd64"}}
+	o := Options{
+		Root:     root,
+		Log:      slog.New(slog.DiscardHandler),
+		Platform: &ocispec.Platform{OS: "linux", Architecture: "amd64"},
+	}
 	for _, f := range change {
 		f(&o)
 	}
@@ -412,10 +418,13 @@ func TestPull(t *testing.T) {
 	img := mustPull(t, s, k.request(ref))
 
 	hash, _ := src.Digest()
-	if img.ID != idOf(t, src) || !slices.Equal(img.RepoTags, []string{ref}) || !slices.Equal(img.RepoDigests, []string{h.host + "/library/app@" + hash.String()}) {
+	if img.ID != idOf(t, src) || !slices.Equal(img.RepoTags, []string{ref}) ||
+		!slices.Equal(img.RepoDigests, []string{h.host + "/library/app@" + hash.String()}) {
 		t.Errorf("%+v", img)
 	}
-	if img.Config.User != "1000:1000" || img.Config.StopSignal != "SIGINT" || img.Config.Cmd[0] != "run" || img.Config.Labels["k"] != "v" || len(img.DiffIDs) != 5 {
+	if img.Config.User != "1000:1000" || img.Config.StopSignal != "SIGINT" || img.Config.Cmd[0] != "run" ||
+		img.Config.Labels["k"] != "v" ||
+		len(img.DiffIDs) != 5 {
 		t.Errorf("config %+v", img.Config)
 	}
 	if img.Size < 1_500_000 || img.Size > 1_600_000 {
@@ -434,7 +443,8 @@ func TestPull(t *testing.T) {
 	if again := mustPull(t, s, k.request(ref)); again.ID != img.ID {
 		t.Errorf("%+v", again)
 	}
-	if hits, _ := h.reset(); count(hits, "GET") > 1 || count(hits, "GET manifests") != 0 || count(hits, "HEAD manifests") != 1 { // GET /v2/ is not asked for
+	if hits, _ := h.reset(); count(hits, "GET") > 1 || count(hits, "GET manifests") != 0 ||
+		count(hits, "HEAD manifests") != 1 { // GET /v2/ is not asked for
 		t.Errorf("again: %v", hits)
 	}
 	// By its digest: another reference to the same image.
@@ -450,7 +460,14 @@ func TestPull(t *testing.T) {
 			t.Errorf("Get(%q): %v", q, ok)
 		}
 	}
-	for _, q := range []string{"", "sha256:", h.host + "/library/app", ref + "x", "sha256:" + strings.Repeat("0", 64), "UPPER CASE"} {
+	for _, q := range []string{
+		"",
+		"sha256:",
+		h.host + "/library/app",
+		ref + "x",
+		"sha256:" + strings.Repeat("0", 64),
+		"UPPER CASE",
+	} {
 		if _, ok := s.Get(q); ok {
 			t.Errorf("Get(%q) found something", q)
 		}
@@ -499,7 +516,8 @@ func TestSpec(t *testing.T) {
 		t.Fatal(err)
 	}
 	var got ocispec.Image
-	if err := json.Unmarshal(b, &got); err != nil || got.Author != "somebody" || len(got.History) != 2 || !got.History[1].EmptyLayer || got.Config.Cmd[0] != "x" || got.RootFS.DiffIDs[0] != pulled.DiffIDs[0] {
+	if err := json.Unmarshal(b, &got); err != nil || got.Author != "somebody" || got.Config.Cmd[0] != "x" ||
+		len(got.History) != 2 || !got.History[1].EmptyLayer || got.RootFS.DiffIDs[0] != pulled.DiffIDs[0] {
 		t.Errorf("%s: %v", b, err)
 	}
 	if err := os.Remove(s.blobPath(digest.Digest(pulled.ID))); err != nil {
@@ -583,7 +601,8 @@ func TestIndex(t *testing.T) {
 	}
 	s := openAt(t, t.TempDir(), func(o *Options) { o.Platform = &ocispec.Platform{OS: "linux", Architecture: "s390x"} })
 	_, err := s.Pull(t.Context(), PullRequest{Ref: ref})
-	if !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "linux/arm/v7") || strings.Contains(err.Error(), "unknown") {
+	if !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "linux/arm/v7") ||
+		strings.Contains(err.Error(), "unknown") {
 		t.Errorf("no platform: %v", err)
 	}
 	noRefs(t, s)
@@ -599,7 +618,9 @@ func TestTagsMoveAndRemove(t *testing.T) {
 	ref := h.push(t, "app:latest", one)
 	img1 := mustPull(t, s, k.request(ref))
 	other := h.push(t, "elsewhere/app:pin", one)
-	if img := mustPull(t, s, k.request(other)); img.ID != img1.ID || len(img.RepoTags) != 2 || len(img.RepoDigests) != 2 || !img.Pinned || img1.Pinned {
+	img := mustPull(t, s, k.request(other))
+	if img.ID != img1.ID || len(img.RepoTags) != 2 || len(img.RepoDigests) != 2 || !img.Pinned ||
+		img1.Pinned {
 		t.Errorf("%+v", img)
 	}
 	h.push(t, "app:latest", two)
@@ -773,10 +794,18 @@ func TestDamageIsMended(t *testing.T) {
 	d := digest.FromBytes(l.packed)
 	bad := bytes.Repeat([]byte("bad "), 100_000)
 	t.Run("partial", func(t *testing.T) {
-		for name, b := range map[string][]byte{"garbage": bad, "good begin": append(slices.Clone(l.packed[:1000]), bad...), "too long": append(slices.Clone(l.packed), bad...)} {
+		for name, b := range map[string][]byte{
+			"garbage":    bad,
+			"good begin": append(slices.Clone(l.packed[:1000]), bad...),
+			"too long":   append(slices.Clone(l.packed), bad...),
+		} {
 			t.Run(name, func(t *testing.T) {
 				s := openAt(t, t.TempDir())
-				if err := os.WriteFile(filepath.Join(s.o.Root, ingestName, partName(h.host, descOfBytes(l.packed))), b, 0o600); err != nil {
+				if err := os.WriteFile(
+					filepath.Join(s.o.Root, ingestName, partName(h.host, descOfBytes(l.packed))),
+					b,
+					0o600,
+				); err != nil {
 					t.Fatal(err)
 				}
 				var k sink
@@ -881,7 +910,11 @@ func TestDamageIsMendedOnce(t *testing.T) {
 
 func TestConcurrentPullsShareBlobs(t *testing.T) {
 	h := newHub(t)
-	ref := h.push(t, "app:1", imageOf(t, "x", layerOf(t, "a", 1<<20, 1, types.OCILayer), layerOf(t, "b", 1<<20, 2, types.OCILayer)))
+	ref := h.push(
+		t,
+		"app:1",
+		imageOf(t, "x", layerOf(t, "a", 1<<20, 1, types.OCILayer), layerOf(t, "b", 1<<20, 2, types.OCILayer)),
+	)
 	// Blobs stand still until everybody has resolved the name.
 	const pulls = 8
 	check := basicAuth("me", "secret")
@@ -1019,7 +1052,8 @@ func TestStandstillEnds(t *testing.T) {
 	}
 	cfg := digest.Digest(m.Config.Digest.String())
 	h.set(func(w http.ResponseWriter, r *http.Request) bool {
-		if r.Method != http.MethodGet || !strings.Contains(r.URL.Path, "/blobs/") || strings.HasSuffix(r.URL.Path, cfg.String()) {
+		if r.Method != http.MethodGet || !strings.Contains(r.URL.Path, "/blobs/") ||
+			strings.HasSuffix(r.URL.Path, cfg.String()) {
 			return true
 		}
 		w.Header().Set("Content-Length", fmt.Sprint(m.Layers[0].Size))
@@ -1030,7 +1064,9 @@ func TestStandstillEnds(t *testing.T) {
 	})
 	s := openAt(t, t.TempDir(), func(o *Options) { o.ProgressTimeout = 50 * time.Millisecond })
 	var k sink
-	if _, err := s.Pull(t.Context(), k.request(ref)); !errors.Is(err, ErrUnavailable) || !errors.Is(err, registry.ErrTooSlow) {
+	_, err = s.Pull(t.Context(), k.request(ref))
+	if !errors.Is(err, ErrUnavailable) ||
+		!errors.Is(err, registry.ErrTooSlow) {
 		t.Errorf("got %v", err)
 	}
 	noRefs(t, s)
@@ -1058,7 +1094,9 @@ func TestBusyRegistryIsAskedAgain(t *testing.T) {
 		if n > 3 {
 			return true
 		}
-		w.WriteHeader([]int{http.StatusTooManyRequests, http.StatusServiceUnavailable, http.StatusInternalServerError}[n-1])
+		w.WriteHeader(
+			[]int{http.StatusTooManyRequests, http.StatusServiceUnavailable, http.StatusInternalServerError}[n-1],
+		)
 		return false
 	})
 	s := openAt(t, t.TempDir())
@@ -1098,7 +1136,8 @@ func TestLiesAreNotKept(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			h.set(func(w http.ResponseWriter, r *http.Request) bool {
-				if fault == nil && strings.Contains(r.URL.Path, "/blobs/") && !strings.HasSuffix(r.URL.Path, hash.String()) {
+				if fault == nil && strings.Contains(r.URL.Path, "/blobs/") &&
+					!strings.HasSuffix(r.URL.Path, hash.String()) {
 					io.WriteString(w, `{"config":{"Cmd":["evil"]}}`)
 					return false
 				}
@@ -1128,14 +1167,19 @@ func TestLiesAreNotKept(t *testing.T) {
 			return true
 		})
 		s := openAt(t, t.TempDir())
-		if _, err := s.Pull(t.Context(), PullRequest{Ref: h.host + "/app@" + digest.FromString("x").String()}); !errors.Is(err, ErrCorrupt) {
+		_, err := s.Pull(t.Context(), PullRequest{Ref: h.host + "/app@" + digest.FromString("x").String()})
+		if !errors.Is(err, ErrCorrupt) {
 			t.Errorf("got %v", err)
 		}
 	})
 	h.set(nil)
 	t.Run("diff id", func(t *testing.T) {
 		b := layerOf(t, "b", 1000, 2, types.OCILayer).(*testLayer)
-		ref := h.push(t, "liar:1", imageOf(t, "x", &testLayer{raw: []byte("something else"), packed: b.packed, typ: b.typ}))
+		ref := h.push(
+			t,
+			"liar:1",
+			imageOf(t, "x", &testLayer{raw: []byte("something else"), packed: b.packed, typ: b.typ}),
+		)
 		s := openAt(t, t.TempDir())
 		var k sink
 		if _, err := s.Pull(t.Context(), k.request(ref)); err == nil || len(k.layers) != 0 {
@@ -1163,9 +1207,20 @@ func TestUnsupportedImages(t *testing.T) {
 	s := openAt(t, t.TempDir())
 	layer := layerOf(t, "f", 100, 1, types.OCILayer).(*testLayer)
 	for name, img := range map[string]v1.Image{
-		"foreign":  imageOf(t, "x", &testLayer{raw: layer.raw, packed: layer.packed, typ: types.OCIUncompressedRestrictedLayer}),
-		"unknown":  imageOf(t, "x", &testLayer{raw: layer.raw, packed: layer.packed, typ: "application/vnd.oci.image.layer.v1.tar+encrypted"}),
-		"artifact": mutate.ConfigMediaType(imageOf(t, "x", static.NewLayer([]byte("x"), types.OCILayer)), "application/vnd.oci.empty.v1+json"),
+		"foreign": imageOf(
+			t,
+			"x",
+			&testLayer{raw: layer.raw, packed: layer.packed, typ: types.OCIUncompressedRestrictedLayer},
+		),
+		"unknown": imageOf(
+			t,
+			"x",
+			&testLayer{raw: layer.raw, packed: layer.packed, typ: "application/vnd.oci.image.layer.v1.tar+encrypted"},
+		),
+		"artifact": mutate.ConfigMediaType(
+			imageOf(t, "x", static.NewLayer([]byte("x"), types.OCILayer)),
+			"application/vnd.oci.empty.v1+json",
+		),
 	} {
 		if _, err := s.Pull(t.Context(), PullRequest{Ref: h.push(t, name+":1", img)}); !errors.Is(err, ErrUnsupported) {
 			t.Errorf("%s: %v", name, err)
@@ -1227,7 +1282,12 @@ func TestMirrors(t *testing.T) {
 		t.Errorf("origin: %d manifests, %d blobs", m, b)
 	}
 	// The mirror may not say what a tag means.
-	hostsToml(t, certs, "registry.example", fmt.Sprintf("server = %q\n[host.%q]\ncapabilities = [\"pull\"]\n", origin.URL, mirror.URL))
+	hostsToml(
+		t,
+		certs,
+		"registry.example",
+		fmt.Sprintf("server = %q\n[host.%q]\ncapabilities = [\"pull\"]\n", origin.URL, mirror.URL),
+	)
 	if err := pull(ref); err != nil {
 		t.Fatal(err)
 	}
@@ -1271,7 +1331,12 @@ func TestMirrors(t *testing.T) {
 	if err := os.RemoveAll(filepath.Join(certs, "registry.example")); err != nil {
 		t.Fatal(err)
 	}
-	hostsToml(t, certs, "_default", fmt.Sprintf("[host.%q]\n[host.\"%s/v2\"]\noverride_path = true\n", mirror.URL, origin.URL))
+	hostsToml(
+		t,
+		certs,
+		"_default",
+		fmt.Sprintf("[host.%q]\n[host.\"%s/v2\"]\noverride_path = true\n", mirror.URL, origin.URL),
+	)
 	if err := pull(ref); err != nil {
 		t.Error(err)
 	}
@@ -1314,7 +1379,11 @@ func TestPartsAreRemoved(t *testing.T) {
 func TestUnfinishedFilesAreRemoved(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "a[b")
 	openAt(t, root).Close()
-	for _, name := range []string{filepath.Join(ingestName, smallPrefix+"1"), ".index.json.1", filepath.Join(refsName, ".x.json.1")} {
+	for _, name := range []string{
+		filepath.Join(ingestName, smallPrefix+"1"),
+		".index.json.1",
+		filepath.Join(refsName, ".x.json.1"),
+	} {
 		path := filepath.Join(root, name)
 		if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {
 			t.Fatal(err)
@@ -1332,7 +1401,11 @@ func TestUnpackMakesRoom(t *testing.T) {
 	t.Parallel()
 	h := newHub(t)
 	s := openAt(t, t.TempDir())
-	img := mustPull(t, s, PullRequest{Ref: h.push(t, "app:1", imageOf(t, "x", layerOf(t, "a", 1000, 1, types.OCILayer)))})
+	img := mustPull(
+		t,
+		s,
+		PullRequest{Ref: h.push(t, "app:1", imageOf(t, "x", layerOf(t, "a", 1000, 1, types.OCILayer)))},
+	)
 	part := filepath.Join(s.o.Root, ingestName, partName(h.host, descOfBytes([]byte("part"))))
 	if err := os.WriteFile(part, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)

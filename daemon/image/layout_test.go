@@ -32,14 +32,31 @@ func variety(t testing.TB, s *Store, h *hub) map[string]string {
 		}
 		return d.String()
 	}
-	app := imageOf(t, "app", layer(1, types.OCILayer), layer(2, types.OCILayerZStd), layer(3, types.OCIUncompressedLayer))
-	docker := mutate.MediaType(mutate.ConfigMediaType(imageOf(t, "docker", layer(4, types.DockerLayer)), types.DockerConfigJSON), types.DockerManifestSchema2)
+	app := imageOf(
+		t,
+		"app",
+		layer(1, types.OCILayer),
+		layer(2, types.OCILayerZStd),
+		layer(3, types.OCIUncompressedLayer),
+	)
+	docker := mutate.MediaType(
+		mutate.ConfigMediaType(imageOf(t, "docker", layer(4, types.DockerLayer)), types.DockerConfigJSON),
+		types.DockerManifestSchema2,
+	)
 	untagged := imageOf(t, "untagged", layer(5, types.OCILayer))
 	here := imageOf(t, "here", layer(6, types.OCILayer))
 	elsewhere := imageOf(t, "elsewhere", layer(7, types.OCILayer))
-	index := mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex),
-		mutate.IndexAddendum{Add: elsewhere, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "s390x"}}},
-		mutate.IndexAddendum{Add: here, Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "amd64"}}})
+	index := mutate.AppendManifests(
+		mutate.IndexMediaType(empty.Index, types.OCIImageIndex),
+		mutate.IndexAddendum{
+			Add:        elsewhere,
+			Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "s390x"}},
+		},
+		mutate.IndexAddendum{
+			Add:        here,
+			Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "amd64"}},
+		},
+	)
 	h.push(t, "team/untagged:x", untagged)
 	want := map[string]string{
 		h.push(t, "team/app:1", app):                    digestOf(app),
@@ -138,7 +155,10 @@ func TestLayoutDuringPulls(t *testing.T) {
 	h := newHub(t)
 	var refs []string
 	for i := range 20 {
-		refs = append(refs, h.push(t, "app:"+string(rune('a'+i)), imageOf(t, "x", layerOf(t, "f", 1000, uint64(i), types.OCILayer))))
+		refs = append(
+			refs,
+			h.push(t, "app:"+string(rune('a'+i)), imageOf(t, "x", layerOf(t, "f", 1000, uint64(i), types.OCILayer))),
+		)
 	}
 	pulled := make(chan error, 1)
 	go func() {

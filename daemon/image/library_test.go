@@ -202,7 +202,8 @@ func TestFailedPullLeavesNoLayers(t *testing.T) {
 		<-failed
 		return wrong
 	}
-	if _, err := l.Pull(t.Context(), PullRequest{Ref: h.push(t, "app:1", imageOf(t, "x", a, b))}); !errors.Is(err, wrong) {
+	_, err := l.Pull(t.Context(), PullRequest{Ref: h.push(t, "app:1", imageOf(t, "x", a, b))})
+	if !errors.Is(err, wrong) {
 		t.Fatalf("got %v", err)
 	}
 	if left := k.List(); len(left) != 0 {

@@ -29,7 +29,8 @@ func TestProgressOfLayers(t *testing.T) {
 	check := func(what string, phase rundir.PullPhase, bytes, present int64, layers int, trouble string) {
 		t.Helper()
 		p := g.snapshot()
-		if p.Phase != phase || p.Bytes != bytes || p.PresentBytes != present || p.Layers != layers || p.Trouble != trouble {
+		if p.Phase != phase || p.Bytes != bytes || p.PresentBytes != present || p.Layers != layers ||
+			p.Trouble != trouble {
 			t.Errorf("%s: %+v", what, p)
 		}
 	}
@@ -133,7 +134,8 @@ func TestProgressBeforeLayers(t *testing.T) {
 		files, _ := filepath.Glob(filepath.Join(dir, "*.json"))
 		return len(files) == 1 && record.Read(files[0], &p) == nil
 	})
-	if p.Phase != rundir.PullResolving || p.Pod != "team/web" || p.Ref != f.ref || p.TotalBytes != 0 || !p.Daemon.Alive() {
+	if p.Phase != rundir.PullResolving || p.Pod != "team/web" || p.Ref != f.ref || p.TotalBytes != 0 ||
+		!p.Daemon.Alive() {
 		t.Errorf("%+v", p)
 	}
 	close(gate)

@@ -53,7 +53,9 @@ func newQuirk(t testing.TB, f func(q *quirk, w http.ResponseWriter, r *http.Requ
 	img := imageOf(t, "x", layerOf(t, "a", 100_000, 1, types.OCILayer), layerOf(t, "b", 3000, 2, types.OCILayer))
 	h.push(t, quirkRepo+":1", img)
 	q := &quirk{back: h.Config.Handler, id: idOf(t, img)}
-	q.Server = httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { f(q, w, r) }))
+	q.Server = httptest.NewUnstartedServer(
+		http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { f(q, w, r) }),
+	)
 	q.Config.ErrorLog = log.New(io.Discard, "", 0)
 	q.Start()
 	t.Cleanup(q.Close)
@@ -148,10 +150,22 @@ func TestOddAnswers(t *testing.T) {
 			}
 			send(w, h, c, b)
 		},
-		"301, absolute path": redirect(http.StatusMovedPermanently, func(r *http.Request) string { return r.URL.Path + "?hop=1" }),
-		"302, relative":      redirect(http.StatusFound, func(r *http.Request) string { return "./" + filepath.Base(r.URL.Path) + "?hop=1" }),
-		"303":                redirect(http.StatusSeeOther, func(r *http.Request) string { return "http://" + r.Host + r.URL.Path + "?hop=1" }),
-		"308, no scheme":     redirect(http.StatusPermanentRedirect, func(r *http.Request) string { return "//" + r.Host + r.URL.Path + "?hop=1" }),
+		"301, absolute path": redirect(
+			http.StatusMovedPermanently,
+			func(r *http.Request) string { return r.URL.Path + "?hop=1" },
+		),
+		"302, relative": redirect(
+			http.StatusFound,
+			func(r *http.Request) string { return "./" + filepath.Base(r.URL.Path) + "?hop=1" },
+		),
+		"303": redirect(
+			http.StatusSeeOther,
+			func(r *http.Request) string { return "http://" + r.Host + r.URL.Path + "?hop=1" },
+		),
+		"308, no scheme": redirect(
+			http.StatusPermanentRedirect,
+			func(r *http.Request) string { return "//" + r.Host + r.URL.Path + "?hop=1" },
+		),
 		"a chain": func(q *quirk, w http.ResponseWriter, r *http.Request) {
 			if n, _ := strconv.Atoi(r.URL.Query().Get("n")); n < 8 {
 				http.Redirect(w, r, fmt.Sprintf("%s?n=%d", r.URL.Path, n+1), http.StatusTemporaryRedirect)
@@ -213,7 +227,8 @@ func asJSON(w http.ResponseWriter, token string, names ...string) {
 func knows(r *http.Request) bool {
 	r.ParseForm()
 	user, password, _ := r.BasicAuth()
-	return user == "me" && password == "secret" || r.PostForm.Get("username") == "me" && r.PostForm.Get("password") == "secret" ||
+	return user == "me" && password == "secret" ||
+		r.PostForm.Get("username") == "me" && r.PostForm.Get("password") == "secret" ||
 		r.PostForm.Get("refresh_token") == "identity"
 }
 
@@ -270,30 +285,54 @@ func TestOddLogins(t *testing.T) {
 	}
 	var busy atomic.Bool
 	for name, l := range map[string]lock{
-		"both":                          {challenge: bearer, serve: both},
-		"POST is not found":             {challenge: bearer, serve: get(404)},
-		"POST is not allowed":           {challenge: bearer, serve: get(405)},
-		"POST is bad":                   {challenge: bearer, serve: get(400)},
-		"POST is forbidden":             {challenge: bearer, serve: get(403)},
-		"POST cannot be processed":      {challenge: bearer, serve: get(422)},
-		"POST is not implemented":       {challenge: bearer, serve: get(501)},
-		"POST is answered like a GET":   {challenge: bearer, serve: func(w http.ResponseWriter, r *http.Request, token string) { asJSON(w, token, "token") }},
-		"POST is answered with a page":  {challenge: bearer, serve: get(200)},
-		"POST only":                     {challenge: bearer, serve: func(w http.ResponseWriter, r *http.Request, token string) { asJSON(w, token, "access_token") }},
-		"Negotiate, then Basic":         {challenge: []string{"Negotiate", "NTLM", `Basic realm="x"`}},
-		"all in one line":               {challenge: []string{`Negotiate, Basic realm="a, b=c", Bearer realm="$T",service="x", scope="repository:team/app:pull,push"`}, serve: both},
-		"Basic in one line":             {challenge: []string{`Negotiate YII=, NTLM, Basic realm="x", charset="UTF-8"`}},
-		"Basic, then Bearer":            {challenge: append([]string{`Basic realm="x"`}, bearer...), serve: both},
-		"spaces and small letters":      {challenge: []string{`bearer  realm="$T" , service="a b" , scope="repository:team/app:pull,push registry:catalog:*"`}, serve: both},
-		"no scope, no service":          {challenge: []string{`Bearer realm="$T"`}, serve: both},
-		"a realm with a query":          {challenge: []string{`Bearer realm="$T?account=1"`}, serve: both},
-		"a relative realm":              {challenge: []string{`Bearer realm="/token"`}, serve: both},
-		"forbidden to strangers":        {challenge: bearer, refuse: 403, atRoot: true, serve: both},
-		"not found for strangers":       {challenge: bearer, refuse: 404, atRoot: true, serve: both},
-		"not found, Basic":              {challenge: []string{`Basic realm="x"`}, refuse: 404, atRoot: true},
-		"an expired token":              {challenge: bearer, expires: true, serve: both},
-		"an expired token, and it says": {challenge: []string{`Bearer realm="$T",error="invalid_token"`}, expires: true, serve: both},
-		"the token server is busy once": {challenge: bearer, serve: func(w http.ResponseWriter, r *http.Request, token string) {
+		"both":                     {challenge: bearer, serve: both},
+		"POST is not found":        {challenge: bearer, serve: get(404)},
+		"POST is not allowed":      {challenge: bearer, serve: get(405)},
+		"POST is bad":              {challenge: bearer, serve: get(400)},
+		"POST is forbidden":        {challenge: bearer, serve: get(403)},
+		"POST cannot be processed": {challenge: bearer, serve: get(422)},
+		"POST is not implemented":  {challenge: bearer, serve: get(501)},
+		"POST is answered like a GET": {challenge: bearer, serve: func(
+			w http.ResponseWriter,
+			r *http.Request,
+			token string,
+		) {
+			asJSON(w, token, "token")
+		}},
+		"POST is answered with a page": {challenge: bearer, serve: get(200)},
+		"POST only": {challenge: bearer, serve: func(
+			w http.ResponseWriter,
+			r *http.Request,
+			token string,
+		) {
+			asJSON(w, token, "access_token")
+		}},
+		"Negotiate, then Basic": {challenge: []string{"Negotiate", "NTLM", `Basic realm="x"`}},
+		"all in one line": {challenge: []string{
+			`Negotiate, Basic realm="a, b=c", Bearer realm="$T",service="x", scope="repository:team/app:pull,push"`,
+		}, serve: both},
+		"Basic in one line": {challenge: []string{
+			`Negotiate YII=, NTLM, Basic realm="x", charset="UTF-8"`,
+		}},
+		"Basic, then Bearer": {challenge: append([]string{`Basic realm="x"`}, bearer...), serve: both},
+		"spaces and small letters": {challenge: []string{
+			`bearer  realm="$T" , service="a b" , scope="repository:team/app:pull,push registry:catalog:*"`,
+		}, serve: both},
+		"no scope, no service":    {challenge: []string{`Bearer realm="$T"`}, serve: both},
+		"a realm with a query":    {challenge: []string{`Bearer realm="$T?account=1"`}, serve: both},
+		"a relative realm":        {challenge: []string{`Bearer realm="/token"`}, serve: both},
+		"forbidden to strangers":  {challenge: bearer, refuse: 403, atRoot: true, serve: both},
+		"not found for strangers": {challenge: bearer, refuse: 404, atRoot: true, serve: both},
+		"not found, Basic":        {challenge: []string{`Basic realm="x"`}, refuse: 404, atRoot: true},
+		"an expired token":        {challenge: bearer, expires: true, serve: both},
+		"an expired token, and it says": {challenge: []string{
+			`Bearer realm="$T",error="invalid_token"`,
+		}, expires: true, serve: both},
+		"the token server is busy once": {challenge: bearer, serve: func(
+			w http.ResponseWriter,
+			r *http.Request,
+			token string,
+		) {
 			if busy.CompareAndSwap(false, true) {
 				w.Header().Set("Retry-After", "1")
 				w.WriteHeader(http.StatusServiceUnavailable)
@@ -308,7 +347,9 @@ func TestOddLogins(t *testing.T) {
 				t.Error(err)
 			}
 			for _, c := range []*Auth{nil, {Username: "me", Password: "guess"}} {
-				if err := l.quirk(t).pull(t, c); !errors.Is(err, ErrUnauthorized) && (l.refuse != 404 || !errors.Is(err, ErrNotFound)) {
+				if err := l.quirk(t).
+					pull(t, c); !errors.Is(err, ErrUnauthorized) &&
+					(l.refuse != 404 || !errors.Is(err, ErrNotFound)) {
 					t.Errorf("%+v: %v", c, err)
 				}
 			}
@@ -321,12 +362,15 @@ func TestOddLogins(t *testing.T) {
 func TestIdentityTokenBesidePassword(t *testing.T) {
 	t.Parallel()
 	basic := lock{challenge: []string{`Basic realm="x"`}}
-	bearer := lock{challenge: []string{`Bearer realm="$T"`}, serve: func(w http.ResponseWriter, r *http.Request, token string) {
-		if r.PostForm.Get("refresh_token") != "identity" {
-			token = "no"
-		}
-		asJSON(w, token, "access_token")
-	}}
+	bearer := lock{
+		challenge: []string{`Bearer realm="$T"`},
+		serve: func(w http.ResponseWriter, r *http.Request, token string) {
+			if r.PostForm.Get("refresh_token") != "identity" {
+				token = "no"
+			}
+			asJSON(w, token, "access_token")
+		},
+	}
 	b64 := base64.StdEncoding.EncodeToString
 	for _, a := range []Auth{{Username: "me", Password: "secret"}, {Auth: b64([]byte("me:secret"))}} {
 		a.IdentityToken = "identity"
@@ -418,14 +462,21 @@ func TestBrokenHostsToml(t *testing.T) {
 		if err := errors.Join(os.RemoveAll(link), os.Symlink("/none", link)); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := pullOnce(t, certs, "registry.example/team/app:1", nil); err == nil || !strings.Contains(err.Error(), link+" is a link to /none") {
+		_, err := pullOnce(t, certs, "registry.example/team/app:1", nil)
+		if err == nil ||
+			!strings.Contains(err.Error(), link+" is a link to /none") {
 			t.Errorf("%s: %v", link, err)
 		}
 	}
 	os.Remove(filepath.Dir(file))
 	// It is read anew by each pull, and what is not known is only said.
 	var logged bytes.Buffer
-	hostsToml(t, certs, "registry.example", "server = \""+h.URL+"\"\nfuture = 1\n[host.\""+h.URL+"\"]\nskip_verfy = true\n")
+	hostsToml(
+		t,
+		certs,
+		"registry.example",
+		"server = \""+h.URL+"\"\nfuture = 1\n[host.\""+h.URL+"\"]\nskip_verfy = true\n",
+	)
 	s := openAt(t, t.TempDir(), func(o *Options) {
 		o.RegistryConfigDir, o.Log = certs, slog.New(slog.NewTextHandler(&logged, nil))
 	})
@@ -433,7 +484,8 @@ func TestBrokenHostsToml(t *testing.T) {
 	mustPull(t, s, k.request("registry.example/team/app:1"))
 	mustPull(t, s, k.request("registry.example/team/app:1"))
 	s.Close()
-	if l := logged.String(); strings.Count(l, "future") != 1 || !strings.Contains(l, "skip_verfy") || !strings.Contains(l, file) {
+	if l := logged.String(); strings.Count(l, "future") != 1 || !strings.Contains(l, "skip_verfy") ||
+		!strings.Contains(l, file) {
 		t.Errorf("logged: %s", l)
 	}
 }
@@ -453,8 +505,15 @@ func TestHostDirectories(t *testing.T) {
 		"IPv6":              {first, "[::1]:" + port, "[::1]:" + port},
 	} {
 		dir := filepath.Join(c.root, c.dir)
-		if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "my ca.pem"), read(t, a.file), 0o600),
-			os.WriteFile(filepath.Join(dir, "hosts.toml"), fmt.Appendf(nil, "[host.%q]\nca = [\"my ca.pem\"]\n", s.URL), 0o644)); err != nil {
+		if err := errors.Join(
+			os.MkdirAll(dir, 0o755),
+			os.WriteFile(filepath.Join(dir, "my ca.pem"), read(t, a.file), 0o600),
+			os.WriteFile(
+				filepath.Join(dir, "hosts.toml"),
+				fmt.Appendf(nil, "[host.%q]\nca = [\"my ca.pem\"]\n", s.URL),
+				0o644,
+			),
+		); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := pullOnce(t, first+":"+second, c.domain+"/team/app:1", nil); err != nil {
@@ -463,7 +522,10 @@ func TestHostDirectories(t *testing.T) {
 	}
 	// Docker's: certificates alone.
 	dir := filepath.Join(first, s.host)
-	if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "ca.crt"), read(t, a.file), 0o600)); err != nil {
+	if err := errors.Join(
+		os.MkdirAll(dir, 0o755),
+		os.WriteFile(filepath.Join(dir, "ca.crt"), read(t, a.file), 0o600),
+	); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := pullOnce(t, first, s.host+"/team/app:1", nil); err != nil {
@@ -494,8 +556,13 @@ func TestMirrorOfTheWrongScheme(t *testing.T) {
 	locked.TLS = &tls.Config{ClientAuth: tls.RequireAnyClientCert}
 	locked.StartTLS()
 	certs := t.TempDir()
-	hostsToml(t, certs, "registry.example", fmt.Sprintf("server = \"http://127.0.0.1:1\"\n[host.%q]\n[host.%q]\nskip_verify = true\n[host.%q]\n",
-		strings.Replace(plain.URL, "http:", "https:", 1), locked.URL, h.URL))
+	hostsToml(
+		t,
+		certs,
+		"registry.example",
+		fmt.Sprintf("server = \"http://127.0.0.1:1\"\n[host.%q]\n[host.%q]\nskip_verify = true\n[host.%q]\n",
+			strings.Replace(plain.URL, "http:", "https:", 1), locked.URL, h.URL),
+	)
 	if _, err := pullOnce(t, certs, "registry.example/team/app:1", nil); err != nil {
 		t.Fatal(err)
 	}
@@ -543,7 +610,14 @@ func TestRareReferences(t *testing.T) {
 	raw, _ := img.RawManifest()
 	hash, _ := img.Digest()
 	mustPull(t, s, k.request(ref+"@"+hash.String()))
-	for _, name := range []string{ref, ref + "@" + hash.String(), h.host + "/" + quirkRepo + "@" + hash.String(), got.ID, strings.TrimPrefix(got.ID, "sha256:"), got.ID[:20]} {
+	for _, name := range []string{
+		ref,
+		ref + "@" + hash.String(),
+		h.host + "/" + quirkRepo + "@" + hash.String(),
+		got.ID,
+		strings.TrimPrefix(got.ID, "sha256:"),
+		got.ID[:20],
+	} {
 		if i, ok := s.Get(name); !ok || i.ID != got.ID {
 			t.Errorf("%s is not known", name)
 		}
@@ -563,10 +637,18 @@ func TestRareReferences(t *testing.T) {
 	})
 	root := t.TempDir()
 	s = openAt(t, root)
-	if got = mustPull(t, s, k.request(h.host+"/"+quirkRepo+"@"+sum.String())); !strings.HasSuffix(got.RepoDigests[0], sum.String()) {
+	if got = mustPull(
+		t,
+		s,
+		k.request(h.host+"/"+quirkRepo+"@"+sum.String()),
+	); !strings.HasSuffix(
+		got.RepoDigests[0],
+		sum.String(),
+	) {
 		t.Errorf("%v", got.RepoDigests)
 	}
-	if _, err := s.Pull(t.Context(), k.request(h.host+"/"+quirkRepo+"@"+digest.SHA512.FromString("x").String())); !errors.Is(err, ErrCorrupt) {
+	_, err := s.Pull(t.Context(), k.request(h.host+"/"+quirkRepo+"@"+digest.SHA512.FromString("x").String()))
+	if !errors.Is(err, ErrCorrupt) {
 		t.Errorf("wrong content: %v", err)
 	}
 	verify(t, s)
@@ -586,9 +668,19 @@ func indexOf(t testing.TB, h *hub, ref string, platforms ...*v1.Platform) string
 		img := imageOf(t, strconv.Itoa(i), layerOf(t, "f", 100, uint64(i), types.OCILayer))
 		h.push(t, fmt.Sprintf("%s-%d", ref, i), img)
 		raw, _ := img.RawManifest()
-		d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
+		d := ocispec.Descriptor{
+			MediaType: ocispec.MediaTypeImageManifest,
+			Digest:    digest.FromBytes(raw),
+			Size:      int64(len(raw)),
+		}
 		if p != nil {
-			d.Platform = &ocispec.Platform{OS: p.OS, Architecture: p.Architecture, Variant: p.Variant, OSFeatures: p.OSFeatures, OSVersion: p.OSVersion}
+			d.Platform = &ocispec.Platform{
+				OS:           p.OS,
+				Architecture: p.Architecture,
+				Variant:      p.Variant,
+				OSFeatures:   p.OSFeatures,
+				OSVersion:    p.OSVersion,
+			}
 		}
 		x.Manifests = append(x.Manifests, d)
 	}
@@ -596,7 +688,11 @@ func indexOf(t testing.TB, h *hub, ref string, platforms ...*v1.Platform) string
 	if err != nil {
 		t.Fatal(err)
 	}
-	req, _ := http.NewRequest(http.MethodPut, h.URL+"/v2/"+strings.Replace(ref, ":", "/manifests/", 1), bytes.NewReader(b))
+	req, _ := http.NewRequest(
+		http.MethodPut,
+		h.URL+"/v2/"+strings.Replace(ref, ":", "/manifests/", 1),
+		bytes.NewReader(b),
+	)
 	req.Header.Set("Content-Type", x.MediaType)
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil || resp.StatusCode >= 300 {
@@ -626,10 +722,17 @@ func TestPlatformsOfAnIndex(t *testing.T) {
 		"only what is too new":      {v3, []*v1.Platform{amd("v4"), arm}, -1},
 		"features of a snapshotter": {v3, []*v1.Platform{amd("", "nydus.remoteimage.v1"), amd("")}, 1},
 		"no platform at all":        {v3, []*v1.Platform{nil, none}, 0},
-		"no platform and wrong":     {ocispec.Platform{OS: "linux", Architecture: "arm64", Variant: "v8"}, []*v1.Platform{nil}, -1}, // the images are for amd64
-		"no platform and another":   {v3, []*v1.Platform{arm, none, nil}, 2},
-		"arm64 for arm64/v8":        {ocispec.Platform{OS: "linux", Architecture: "arm64"}, []*v1.Platform{amd(""), arm}, 1},
-		"nothing":                   {v3, nil, -1},
+		"no platform and wrong": {ocispec.Platform{
+			OS:           "linux",
+			Architecture: "arm64",
+			Variant:      "v8",
+		}, []*v1.Platform{nil}, -1}, // the images are for amd64
+		"no platform and another": {v3, []*v1.Platform{arm, none, nil}, 2},
+		"arm64 for arm64/v8": {ocispec.Platform{
+			OS:           "linux",
+			Architecture: "arm64",
+		}, []*v1.Platform{amd(""), arm}, 1},
+		"nothing": {v3, nil, -1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ref := indexOf(t, h, strings.ReplaceAll(strings.ToLower(name), " ", "-")+":1", c.has...)
@@ -637,7 +740,8 @@ func TestPlatformsOfAnIndex(t *testing.T) {
 			var k sink
 			img, err := s.Pull(t.Context(), k.request(ref))
 			if c.want < 0 {
-				if !errors.Is(err, ErrUnsupported) || !strings.Contains(err.Error(), "no image for "+platforms.Format(c.on)) {
+				if !errors.Is(err, ErrUnsupported) ||
+					!strings.Contains(err.Error(), "no image for "+platforms.Format(c.on)) {
 					t.Errorf("%v", err)
 				}
 				return
@@ -655,8 +759,17 @@ func TestMachine(t *testing.T) {
 	}
 	v2 := "cx16 lahf_lm popcnt sse4_1 sse4_2 ssse3"
 	v3 := v2 + " avx avx2 bmi1 bmi2 f16c fma abm movbe xsave"
-	for flags, want := range map[string]string{"": "", "sse4_1": "", v2: "v2", v2 + " avx avx2": "v2", v3: "v3", v3 + " avx512f avx512bw avx512cd avx512dq avx512vl": "v4"} {
-		if p := machine("processor\t: 0\nflags\t\t: fpu " + flags + "\nbugs\t\t: none\n"); p.Variant != want || p.OS != "linux" {
+	for flags, want := range map[string]string{
+		"":               "",
+		"sse4_1":         "",
+		v2:               "v2",
+		v2 + " avx avx2": "v2",
+		v3:               "v3",
+		v3 + " avx512f avx512bw avx512cd avx512dq avx512vl": "v4",
+	} {
+		p := machine("processor\t: 0\nflags\t\t: fpu " + flags + "\nbugs\t\t: none\n")
+		if p.Variant != want ||
+			p.OS != "linux" {
 			t.Errorf("%s: %v, want %s", flags, p, want)
 		}
 	}
@@ -667,9 +780,16 @@ func TestMachine(t *testing.T) {
 func TestErrorsAreFitToPrint(t *testing.T) {
 	t.Parallel()
 	evil := "\x1b]0;owned\x07\n2026-01-01 level=INFO msg=\"image pulled\"\u202e" + strings.Repeat("x", 3000)
-	said, _ := json.Marshal(map[string]any{"errors": []any{map[string]string{"code": "DENIED", "message": evil}}, "details": evil})
-	manifest, _ := json.Marshal(map[string]any{"schemaVersion": 2, "manifests": []any{map[string]any{"mediaType": evil, "digest": digest.FromString("x"), "size": 1,
-		"platform": map[string]string{"os": evil, "architecture": evil}}}})
+	said, _ := json.Marshal(
+		map[string]any{"errors": []any{map[string]string{"code": "DENIED", "message": evil}}, "details": evil},
+	)
+	manifest, _ := json.Marshal(
+		map[string]any{
+			"schemaVersion": 2,
+			"manifests": []any{map[string]any{"mediaType": evil, "digest": digest.FromString("x"), "size": 1,
+				"platform": map[string]string{"os": evil, "architecture": evil}}},
+		},
+	)
 	for name, f := range map[string]func(q *quirk, w http.ResponseWriter, r *http.Request){
 		"body": func(q *quirk, w http.ResponseWriter, r *http.Request) { send(w, nil, 403, said) },
 		"token": func(q *quirk, w http.ResponseWriter, r *http.Request) {
@@ -699,7 +819,8 @@ func TestErrorsAreFitToPrint(t *testing.T) {
 			_, err := s.Pull(ctx, PullRequest{Ref: q.ref, Auth: &Auth{Username: "me", Password: "hush"}})
 			s.Close() // its collector logs too
 			text := fmt.Sprint(err)
-			if err == nil || strings.ContainsAny(text, "\x1b\n\r\x07\u202e") || len(text) > 10_000 || strings.Contains(text+logged.String(), "hush") {
+			if err == nil || strings.ContainsAny(text, "\x1b\n\r\x07\u202e") || len(text) > 10_000 ||
+				strings.Contains(text+logged.String(), "hush") {
 				t.Errorf("%q", text)
 			}
 		})
@@ -723,7 +844,10 @@ func TestEndlessAnswers(t *testing.T) { // not parallel: it measures
 			_, err = z.Write(b)
 		}
 	}
-	token := func(flood func(http.ResponseWriter, string), begin string) func(*quirk, http.ResponseWriter, *http.Request) {
+	token := func(
+		flood func(http.ResponseWriter, string),
+		begin string,
+	) func(*quirk, http.ResponseWriter, *http.Request) {
 		return func(q *quirk, w http.ResponseWriter, r *http.Request) {
 			if r.URL.Path == "/token" {
 				flood(w, begin)
@@ -853,14 +977,28 @@ func TestOddCompression(t *testing.T) {
 	}
 	skip := []byte{0x5e, 0x2a, 0x4d, 0x18, 3, 0, 0, 0, 'a', 'b', 'c'}
 	twice := layerOf(t, "twice", 9000, 9, types.OCILayer).(*testLayer)
-	img := imageOf(t, "x",
-		layerFrom(t, 1, types.OCILayer, half(types.OCILayer, pack(t, nil, types.OCILayer), pack(t, nil, types.OCILayer))),
+	img := imageOf(
+		t,
+		"x",
+		layerFrom(
+			t,
+			1,
+			types.OCILayer,
+			half(types.OCILayer, pack(t, nil, types.OCILayer), pack(t, nil, types.OCILayer)),
+		),
 		layerFrom(t, 2, types.OCILayerZStd, half(types.OCILayerZStd, skip, skip)),
 		layerFrom(t, 3, types.OCILayer, func(b []byte) []byte { return pack(t, b, types.OCILayerZStd) }),
 		layerFrom(t, 4, types.DockerLayer, bytes.Clone),
 		layerFrom(t, 5, types.OCIUncompressedLayer, func(b []byte) []byte { return pack(t, b, types.OCILayer) }),
-		layerFrom(t, 6, types.OCILayerZStd, func(b []byte) []byte { return append(bytes.Clone(skip), pack(t, b, types.OCILayerZStd)...) }),
-		twice, &testLayer{raw: twice.raw, packed: pack(t, twice.raw, types.OCILayerZStd), typ: types.OCILayerZStd}, twice,
+		layerFrom(
+			t,
+			6,
+			types.OCILayerZStd,
+			func(b []byte) []byte { return append(bytes.Clone(skip), pack(t, b, types.OCILayerZStd)...) },
+		),
+		twice,
+		&testLayer{raw: twice.raw, packed: pack(t, twice.raw, types.OCILayerZStd), typ: types.OCILayerZStd},
+		twice,
 	)
 	s := openAt(t, t.TempDir())
 	var k sink
@@ -880,7 +1018,8 @@ func TestOddManifests(t *testing.T) {
 	layer := layerOf(t, "f", 1000, 1, types.OCILayer).(*testLayer)
 	img := imageOf(t, "x", layer)
 	raw, _ := img.RawManifest()
-	change := func(f func(m map[string]any, config, layer map[string]any)) []byte {
+	type object = map[string]any
+	change := func(f func(m, config, layer object)) []byte {
 		var m map[string]any
 		if err := json.Unmarshal(raw, &m); err != nil {
 			t.Fatal(err)
@@ -897,35 +1036,45 @@ func TestOddManifests(t *testing.T) {
 		manifest []byte
 		want     error // nil: it is an image
 	}{
-		"more fields": {change(func(m, c, l map[string]any) {
+		"more fields": {change(func(m, c, l object) {
 			m["subject"] = map[string]any{"mediaType": "x", "digest": digest.FromString("x"), "size": 1}
 			m["artifactType"], m["annotations"], m["future"] = "a/b", map[string]string{"a": "b"}, []int{1}
 			l["urls"], l["annotations"] = []string{"http://127.0.0.1:1/"}, map[string]string{"a": "b"}
 			c["data"], l["data"] = "bm90IGl0", "bm90IGl0"
 		}), nil},
-		"no media type":      {change(func(m, c, l map[string]any) { delete(m, "mediaType") }), nil},
-		"octets":             {change(func(m, c, l map[string]any) { c["mediaType"] = "application/octet-stream" }), nil},
-		"path in a layer":    {change(func(m, c, l map[string]any) { l["digest"] = "sha256:../../../../etc/passwd" }), ErrCorrupt},
-		"path in the config": {change(func(m, c, l map[string]any) { c["digest"] = "../x:" + strings.Repeat("0", 64) }), ErrCorrupt},
-		"unknown algorithm":  {change(func(m, c, l map[string]any) { l["digest"] = "md5:" + strings.Repeat("0", 32) }), ErrCorrupt},
-		"no digest":          {change(func(m, c, l map[string]any) { delete(l, "digest") }), ErrCorrupt},
-		"negative size":      {change(func(m, c, l map[string]any) { l["size"] = -1 }), ErrCorrupt},
-		"wrong size":         {change(func(m, c, l map[string]any) { l["size"] = 1 << 62 }), ErrCorrupt},
-		"size of the config": {change(func(m, c, l map[string]any) { c["size"] = 1 << 40 }), ErrUnsupported},
-		"size as a string":   {change(func(m, c, l map[string]any) { l["size"] = "1" }), ErrCorrupt},
-		"layers missing":     {change(func(m, c, l map[string]any) { m["layers"] = []any{} }), ErrCorrupt},
-		"many layers": {change(func(m, c, l map[string]any) {
+		"no media type": {change(func(m, c, l object) { delete(m, "mediaType") }), nil},
+		"octets":        {change(func(m, c, l object) { c["mediaType"] = "application/octet-stream" }), nil},
+		"path in a layer": {change(func(m, c, l object) {
+			l["digest"] = "sha256:../../../../etc/passwd"
+		}), ErrCorrupt},
+		"path in the config": {change(func(m, c, l object) {
+			c["digest"] = "../x:" + strings.Repeat("0", 64)
+		}), ErrCorrupt},
+		"unknown algorithm": {change(func(m, c, l object) {
+			l["digest"] = "md5:" + strings.Repeat("0", 32)
+		}), ErrCorrupt},
+		"no digest":          {change(func(m, c, l object) { delete(l, "digest") }), ErrCorrupt},
+		"negative size":      {change(func(m, c, l object) { l["size"] = -1 }), ErrCorrupt},
+		"wrong size":         {change(func(m, c, l object) { l["size"] = 1 << 62 }), ErrCorrupt},
+		"size of the config": {change(func(m, c, l object) { c["size"] = 1 << 40 }), ErrUnsupported},
+		"size as a string":   {change(func(m, c, l object) { l["size"] = "1" }), ErrCorrupt},
+		"layers missing":     {change(func(m, c, l object) { m["layers"] = []any{} }), ErrCorrupt},
+		"many layers": {change(func(m, c, l object) {
 			for i := range maxLayers {
 				more := maps.Clone(l)
 				more["digest"] = digest.FromString(fmt.Sprint(i))
 				m["layers"] = append(m["layers"].([]any), more)
 			}
 		}), ErrUnsupported},
-		"helm": {change(func(m, c, l map[string]any) { c["mediaType"] = "application/vnd.cncf.helm.config.v1+json" }), ErrUnsupported},
-		"foreign": {change(func(m, c, l map[string]any) {
+		"helm": {change(func(m, c, l object) {
+			c["mediaType"] = "application/vnd.cncf.helm.config.v1+json"
+		}), ErrUnsupported},
+		"foreign": {change(func(m, c, l object) {
 			l["mediaType"] = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
 		}), ErrUnsupported},
-		"encrypted":          {change(func(m, c, l map[string]any) { l["mediaType"] = "application/vnd.oci.image.layer.v1.tar+gzip+encrypted" }), ErrUnsupported},
+		"encrypted": {change(func(m, c, l object) {
+			l["mediaType"] = "application/vnd.oci.image.layer.v1.tar+gzip+encrypted"
+		}), ErrUnsupported},
 		"path in an index":   {index(map[string]any{"digest": "sha256:../x", "size": 1}), ErrCorrupt},
 		"an index of itself": {index(map[string]any{"digest": digest.FromString("x"), "size": 1}), ErrNotFound},
 		"of a page":          {[]byte("<html>sign in</html>"), ErrCorrupt},
@@ -990,8 +1139,21 @@ func TestScopeOfAMirror(t *testing.T) {
 				q.back.ServeHTTP(w, r)
 			})
 			certs := t.TempDir()
-			hostsToml(t, certs, "registry.example", fmt.Sprintf("server = \"http://127.0.0.1:1\"\n[host.\"%s/v2/proxy/hub\"]\noverride_path = true\n", q.URL))
-			if _, err := pullOnce(t, certs, "registry.example/team/app:1", &Auth{Username: "me", Password: "secret"}); err != nil {
+			hostsToml(
+				t,
+				certs,
+				"registry.example",
+				fmt.Sprintf(
+					"server = \"http://127.0.0.1:1\"\n[host.\"%s/v2/proxy/hub\"]\noverride_path = true\n",
+					q.URL,
+				),
+			)
+			if _, err := pullOnce(
+				t,
+				certs,
+				"registry.example/team/app:1",
+				&Auth{Username: "me", Password: "secret"},
+			); err != nil {
 				t.Error(err)
 			}
 		})

@@ -55,7 +55,8 @@ func newAuthority(t testing.TB) *authority {
 }
 
 // issue makes a certificate; without a parent it is one's own.
-func (a *authority) issue(cn string, parent *x509.Certificate, by *ecdsa.PrivateKey) (*x509.Certificate, *ecdsa.PrivateKey) {
+func (a *authority) issue(cn string, parent *x509.Certificate, by *ecdsa.PrivateKey) (
+	*x509.Certificate, *ecdsa.PrivateKey) {
 	a.t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -279,7 +280,10 @@ func hostsToml(t testing.TB, certs, host, text string) {
 		host = host[:i] + "_" + host[i+1:] + "_"
 	}
 	dir := filepath.Join(certs, host)
-	if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(text), 0o644)); err != nil {
+	if err := errors.Join(
+		os.MkdirAll(dir, 0o755),
+		os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(text), 0o644),
+	); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -309,10 +313,15 @@ func TestLogins(t *testing.T) {
 	a, d := newAuthority(t), newDepot(t)
 	img := someImage(t)
 	d.push("team/app:1", img)
-	d.push("team/index:1", mutate.AppendManifests(mutate.IndexMediaType(empty.Index, types.OCIImageIndex), mutate.IndexAddendum{Add: img,
-		Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "amd64"}}}))
+	index := mutate.IndexMediaType(empty.Index, types.OCIImageIndex)
+	d.push("team/index:1", mutate.AppendManifests(index, mutate.IndexAddendum{
+		Add:        img,
+		Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "amd64"}},
+	}))
 	token := newTokens(a)
-	open, basic, bearer := a.serve(d.app(nil)), a.serve(d.app(password("me", "secret"))), a.serve(d.app(token.guard(token.URL+"/token")))
+	open := a.serve(d.app(nil))
+	basic := a.serve(d.app(password("me", "secret")))
+	bearer := a.serve(d.app(token.guard(token.URL + "/token")))
 	certs := t.TempDir()
 	for _, s := range []*tlsServer{open, basic, bearer} {
 		hostsToml(t, certs, s.host, fmt.Sprintf("server = %q\nca = %q\n", s.URL, a.file))
@@ -350,9 +359,19 @@ func TestLogins(t *testing.T) {
 		{"token, wrong", bearer, &Auth{Username: "me", Password: "guess"}, false},
 		{"token, for another host", bearer, with(secret, token.URL), false},
 		{"identity token", bearer, &Auth{IdentityToken: "identity"}, true},
-		{"identity token, and a user", bearer, &Auth{IdentityToken: "identity", Username: "00000000-0000-0000-0000-000000000000"}, true},
+		{
+			"identity token, and a user",
+			bearer,
+			&Auth{IdentityToken: "identity", Username: "00000000-0000-0000-0000-000000000000"},
+			true,
+		},
 		{"identity token, wrong", bearer, &Auth{IdentityToken: "other"}, false},
-		{"identity token for another host", bearer, with(&Auth{IdentityToken: "identity"}, "https://registry.example"), false},
+		{
+			"identity token for another host",
+			bearer,
+			with(&Auth{IdentityToken: "identity"}, "https://registry.example"),
+			false,
+		},
 		{"registry token", bearer, signed, true},
 		{"registry token for another host", bearer, with(signed, "registry.example"), false},
 		{"registry token, wrong", bearer, &Auth{RegistryToken: "x.y.z"}, false},
@@ -409,7 +428,10 @@ func TestHostsToml(t *testing.T) {
 		t.Fatal(err)
 	}
 	plain := a.serve(d.app(nil))
-	strict := a.serve(d.app(nil), func(c *tls.Config) { c.ClientAuth, c.ClientCAs = tls.RequireAndVerifyClientCert, a.pool() })
+	strict := a.serve(
+		d.app(nil),
+		func(c *tls.Config) { c.ClientAuth, c.ClientCAs = tls.RequireAndVerifyClientCert, a.pool() },
+	)
 	prefixed := a.serve(http.StripPrefix("/mirrors", d.app(nil)))
 	app := d.app(nil)
 	header := a.serve(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -427,18 +449,58 @@ func TestHostsToml(t *testing.T) {
 		{"ca", "", fmt.Sprintf("server = %q\nca = %q\n", plain.URL, a.file), nil},
 		{"unknown ca", "", fmt.Sprintf("server = %q\n", plain.URL), ErrUnavailable},
 		{"skip_verify", "", fmt.Sprintf("server = %q\nskip_verify = true\n", plain.URL), nil},
-		{"client certificate", "", fmt.Sprintf("server = %q\nca = %q\nclient = [[%q, %q]]\n", strict.URL, a.file, cert, key), nil},
-		{"client certificate in one file", "", fmt.Sprintf("server = %q\nca = %q\nclient = %q\n", strict.URL, a.file, both), nil},
+		{
+			"client certificate",
+			"",
+			fmt.Sprintf("server = %q\nca = %q\nclient = [[%q, %q]]\n", strict.URL, a.file, cert, key),
+			nil,
+		},
+		{
+			"client certificate in one file",
+			"",
+			fmt.Sprintf("server = %q\nca = %q\nclient = %q\n", strict.URL, a.file, both),
+			nil,
+		},
 		{"no client certificate", "", fmt.Sprintf("server = %q\nca = %q\n", strict.URL, a.file), ErrUnavailable},
-		{"header", "", fmt.Sprintf("server = %q\nca = %q\n[header]\nx-key = \"open sesame\"\n", header.URL, a.file), nil},
+		{
+			"header",
+			"",
+			fmt.Sprintf("server = %q\nca = %q\n[header]\nx-key = \"open sesame\"\n", header.URL, a.file),
+			nil,
+		},
 		{"no header", "", fmt.Sprintf("server = %q\nca = %q\n", header.URL, a.file), ErrUnauthorized},
 		{"path", "", fmt.Sprintf("[host.%q]\nca = %q\n", prefixed.URL+"/mirrors", a.file), nil},
-		{"override_path", "", fmt.Sprintf("[host.%q]\nca = %q\noverride_path = true\n", prefixed.URL+"/mirrors/v2", a.file), nil},
-		{"second mirror", "", fmt.Sprintf("server = %q\n[host.%q]\n[host.%q]\nca = %q\n", dead, dead, plain.URL, a.file), nil},
+		{
+			"override_path",
+			"",
+			fmt.Sprintf("[host.%q]\nca = %q\noverride_path = true\n", prefixed.URL+"/mirrors/v2", a.file),
+			nil,
+		},
+		{
+			"second mirror",
+			"",
+			fmt.Sprintf("server = %q\n[host.%q]\n[host.%q]\nca = %q\n", dead, dead, plain.URL, a.file),
+			nil,
+		},
 		{"server after mirrors", "", fmt.Sprintf("server = %q\nca = %q\n[host.%q]\n", plain.URL, a.file, dead), nil},
 		{"default", "_default", fmt.Sprintf("server = %q\nca = %q\n", plain.URL, a.file), nil},
-		{"default mirrors", "_default", fmt.Sprintf("[host.%q]\n[host.%q]\nca = %q\ncapabilities = [\"pull\", \"resolve\"]\n", dead, plain.URL, a.file), nil},
-		{"a mirror that may not resolve", "", fmt.Sprintf("server = %q\n[host.%q]\nca = %q\ncapabilities = [\"pull\"]\n", dead, plain.URL, a.file), ErrUnavailable},
+		{
+			"default mirrors",
+			"_default",
+			fmt.Sprintf(
+				"[host.%q]\n[host.%q]\nca = %q\ncapabilities = [\"pull\", \"resolve\"]\n",
+				dead,
+				plain.URL,
+				a.file,
+			),
+			nil,
+		},
+		{
+			"a mirror that may not resolve",
+			"",
+			fmt.Sprintf("server = %q\n[host.%q]\nca = %q\ncapabilities = [\"pull\"]\n", dead, plain.URL, a.file),
+			ErrUnavailable,
+		},
 		{"all down", "", fmt.Sprintf("server = %q\n", dead), ErrUnavailable},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -466,8 +528,14 @@ func TestNodeCredentials(t *testing.T) {
 	a, d := newAuthority(t), newDepot(t)
 	d.push("team/app:1", someImage(t))
 	token := newTokens(a)
-	header := fmt.Sprintf("[header]\nauthorization = \"Basic %s\"\n", base64.StdEncoding.EncodeToString([]byte("me:secret")))
-	for kind, auth := range map[string]guard{"basic": password("me", "secret"), "token": token.guard(token.URL + "/token")} {
+	header := fmt.Sprintf(
+		"[header]\nauthorization = \"Basic %s\"\n",
+		base64.StdEncoding.EncodeToString([]byte("me:secret")),
+	)
+	for kind, auth := range map[string]guard{
+		"basic": password("me", "secret"),
+		"token": token.guard(token.URL + "/token"),
+	} {
 		t.Run(kind, func(t *testing.T) {
 			s := a.serve(d.app(auth))
 			certs := t.TempDir()
@@ -476,16 +544,30 @@ func TestNodeCredentials(t *testing.T) {
 			if _, err := pullOnce(t, certs, ref, nil); err != nil {
 				t.Errorf("as the node: %v", err)
 			}
-			if _, err := pullOnce(t, certs, ref, &Auth{Username: "me", Password: "secret", ServerAddress: s.host}); err != nil {
+			if _, err := pullOnce(
+				t,
+				certs,
+				ref,
+				&Auth{Username: "me", Password: "secret", ServerAddress: s.host},
+			); err != nil {
 				t.Errorf("as a user: %v", err)
 			}
-			for name, c := range map[string]*Auth{"password": {Username: "you", Password: "guess"}, "identity": {IdentityToken: "guess"}, "token": {RegistryToken: "guess"}} {
+			for name, c := range map[string]*Auth{
+				"password": {Username: "you", Password: "guess"},
+				"identity": {IdentityToken: "guess"},
+				"token":    {RegistryToken: "guess"},
+			} {
 				if _, err := pullOnce(t, certs, ref, c); !errors.Is(err, ErrUnauthorized) {
 					t.Errorf("a user with a wrong %s: %v", name, err)
 				}
 			}
 			// Credentials for somewhere else are none for here.
-			if _, err := pullOnce(t, certs, ref, &Auth{Username: "you", Password: "guess", ServerAddress: "elsewhere.example"}); err != nil {
+			if _, err := pullOnce(
+				t,
+				certs,
+				ref,
+				&Auth{Username: "you", Password: "guess", ServerAddress: "elsewhere.example"},
+			); err != nil {
 				t.Errorf("with credentials for elsewhere: %v", err)
 			}
 		})
@@ -500,7 +582,10 @@ func TestJoinerNeedsCredentials(t *testing.T) {
 	img := someImage(t)
 	d.push("team/app:1", img)
 	token := newTokens(a)
-	for kind, auth := range map[string]guard{"basic": password("me", "secret"), "token": token.guard(token.URL + "/token")} {
+	for kind, auth := range map[string]guard{
+		"basic": password("me", "secret"),
+		"token": token.guard(token.URL + "/token"),
+	} {
 		t.Run(kind, func(t *testing.T) {
 			app := d.app(auth)
 			refused := make(chan struct{})
@@ -519,7 +604,13 @@ func TestJoinerNeedsCredentials(t *testing.T) {
 				_, err := store.Pull(t.Context(), r)
 				return err
 			}
-			strangers := []*Auth{nil, {Username: "me", Password: "guess"}, {IdentityToken: "guess"}, {RegistryToken: "guess"}, {Username: "me", Password: "secret", ServerAddress: "elsewhere.example"}}
+			strangers := []*Auth{
+				nil,
+				{Username: "me", Password: "guess"},
+				{IdentityToken: "guess"},
+				{RegistryToken: "guess"},
+				{Username: "me", Password: "secret", ServerAddress: "elsewhere.example"},
+			}
 			var good, bad sink
 			var wg sync.WaitGroup
 			wg.Go(func() {
@@ -577,8 +668,11 @@ func TestRedirectsAmongServers(t *testing.T) {
 	certs := t.TempDir()
 	hostsToml(t, certs, s.host, fmt.Sprintf("server = %q\nca = %q\n[header]\nx-key = \"key\"\n", s.URL, a.file))
 	ref := s.host + "/team/app:1"
-	for name, c := range map[string]*Auth{"password": {Username: "me", Password: "secret"}, "identity": {IdentityToken: "identity"},
-		"token": {RegistryToken: token.issue("team/app")}} {
+	for name, c := range map[string]*Auth{
+		"password": {Username: "me", Password: "secret"},
+		"identity": {IdentityToken: "identity"},
+		"token":    {RegistryToken: token.issue("team/app")},
+	} {
 		if _, err := pullOnce(t, certs, ref, c); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -597,7 +691,11 @@ func TestRedirectsAmongServers(t *testing.T) {
 	}))
 	s2 := a.serve(d.app(token.guard(away.URL + "/token")))
 	hostsToml(t, certs, s2.host, fmt.Sprintf("server = %q\nca = %q\n[header]\nx-key = \"key\"\n", s2.URL, a.file))
-	for name, c := range map[string]*Auth{"password": {Username: "me", Password: "secret"}, "identity": {IdentityToken: "identity"}, "none": nil} {
+	for name, c := range map[string]*Auth{
+		"password": {Username: "me", Password: "secret"},
+		"identity": {IdentityToken: "identity"},
+		"none":     nil,
+	} {
 		if _, err := pullOnce(t, certs, s2.host+"/team/app:1", c); err == nil {
 			t.Errorf("%s: pulled", name)
 		}
@@ -607,13 +705,23 @@ func TestRedirectsAmongServers(t *testing.T) {
 		if r.Form != nil {
 			body = r.Form
 		}
-		if h := r.Header.Get("Authorization") + r.Header.Get("X-Key") + body.Get("password") + body.Get("refresh_token"); h != "" {
+		if h := r.Header.Get(
+			"Authorization",
+		) + r.Header.Get(
+			"X-Key",
+		) + body.Get(
+			"password",
+		) + body.Get(
+			"refresh_token",
+		); h != "" {
 			t.Errorf("%s %s got %q", r.Method, r.URL, h)
 		}
 	}
 	// An error does not tell the signature of a link.
 	storage.Close()
-	if _, err := pullOnce(t, certs, ref, &Auth{Username: "me", Password: "secret"}); !errors.Is(err, ErrUnavailable) || strings.Contains(err.Error(), "hush") {
+	_, err := pullOnce(t, certs, ref, &Auth{Username: "me", Password: "secret"})
+	if !errors.Is(err, ErrUnavailable) ||
+		strings.Contains(err.Error(), "hush") {
 		t.Errorf("storage down: %v", err)
 	}
 }

@@ -46,7 +46,8 @@ func TestRemovalIsFinished(t *testing.T) {
 		t.Fatal(err)
 	}
 	s = openAt(t, root)
-	if l := s.List(); len(l) != 1 || !slices.Equal(l[0].RepoTags, []string{other[0].Ref}) || len(l[0].RepoDigests) != 0 {
+	if l := s.List(); len(l) != 1 || !slices.Equal(l[0].RepoTags, []string{other[0].Ref}) ||
+		len(l[0].RepoDigests) != 0 {
 		t.Errorf("after a removal with one pulled since: %+v", l)
 	}
 	s.Close()
@@ -101,7 +102,9 @@ func TestUsageOfDamagedBlobs(t *testing.T) {
 	mustPull(t, s, k.request(ref))
 	want := s.Usage()
 	var paths []string
-	if err := s.eachBlob(func(path string, _ digest.Digest) error { paths = append(paths, path); return nil }); err != nil {
+	if err := s.eachBlob(
+		func(path string, _ digest.Digest) error { paths = append(paths, path); return nil },
+	); err != nil {
 		t.Fatal(err)
 	}
 	for _, path := range paths {

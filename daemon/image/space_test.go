@@ -106,7 +106,11 @@ func TestLostLayerGoesOn(t *testing.T) {
 				w.Write(f.layers[0].packed[:400_000])
 				http.NewResponseController(w).Flush()
 				part := filepath.Join(s.o.Root, ingestName, partName(f.host, descOf(f.layers[0])))
-				eventually(t, "it has come", func() bool { st, err := os.Stat(part); return err == nil && st.Size() == 400_000 })
+				eventually(
+					t,
+					"it has come",
+					func() bool { st, err := os.Stat(part); return err == nil && st.Size() == 400_000 },
+				)
 				cancel()
 				<-r.Context().Done()
 				return false
@@ -286,12 +290,15 @@ func TestProgress(t *testing.T) {
 	total := int64(len(f.layers[0].packed) + len(f.layers[1].packed))
 	eventually(t, "it is half way", func() bool {
 		l := records()
-		return len(l) == 1 && l[0].Asked == f.ref && l[0].Ref == f.ref && l[0].TotalBytes == total && l[0].TotalLayers == 2 &&
-			l[0].Layers == 1 && l[0].Bytes == total-int64(len(f.layers[0].packed))+100_000
+		return len(l) == 1 && l[0].Asked == f.ref && l[0].Ref == f.ref && l[0].TotalBytes == total &&
+			l[0].TotalLayers == 2 &&
+			l[0].Layers == 1 &&
+			l[0].Bytes == total-int64(len(f.layers[0].packed))+100_000
 	})
 	eventually(t, "the log tells", func() bool { return strings.Contains(log.String(), "ofLayers=2") })
 	eventually(t, "one download has ended", func() bool { return s.Stats().Downloads == 1 })
-	if st := s.Stats(); len(st.Running) != 1 || st.Running[0].Ref != f.ref || st.Bytes < 100_000 || st.Pulls["success"] != 0 {
+	if st := s.Stats(); len(st.Running) != 1 || st.Running[0].Ref != f.ref || st.Bytes < 100_000 ||
+		st.Pulls["success"] != 0 {
 		t.Errorf("%+v", st)
 	}
 	close(gate)
@@ -299,7 +306,10 @@ func TestProgress(t *testing.T) {
 	if l, _ := os.ReadDir(dir); len(l) != 0 {
 		t.Errorf("left: %v", l)
 	}
-	if st := s.Stats(); st.Pulls["success"] != 1 || len(st.Running) != 0 || st.Bytes != uint64(total) || st.Unpacked != 2 || st.Images != 1 || st.Usage != s.Usage() {
+	if st := s.Stats(); st.Pulls["success"] != 1 || len(st.Running) != 0 || st.Bytes != uint64(total) ||
+		st.Unpacked != 2 ||
+		st.Images != 1 ||
+		st.Usage != s.Usage() {
 		t.Errorf("%+v", st)
 	}
 	if _, err := s.Pull(t.Context(), k.request(f.host+"/none:1")); err == nil || s.Stats().Pulls["not_found"] != 1 {

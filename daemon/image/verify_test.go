@@ -56,7 +56,9 @@ func TestVerifiers(t *testing.T) {
 	}
 	hash, _ := f.img.Digest()
 	args, stdin, _ := strings.Cut(string(read(t, out)), "\n")
-	if want := "-name " + f.ref + " -digest " + hash.String() + " -stdin-media-type application/vnd.oci.descriptor.v1+json"; args != want {
+	want := "-name " + f.ref + " -digest " + hash.String() +
+		" -stdin-media-type application/vnd.oci.descriptor.v1+json"
+	if args != want {
 		t.Errorf("called with %s, want %s", args, want)
 	}
 	var d ocispec.Descriptor
@@ -75,11 +77,15 @@ func TestVerifiers(t *testing.T) {
 	}
 	eventually(t, "what a verifier left behind is killed", func() bool { return !alive(left) })
 	script("20-second", "echo no signature by a friend; exit 3")
-	if err := pull(t.Context(), 0); !errors.Is(err, ErrRejected) || !strings.Contains(err.Error(), "no signature by a friend") || !strings.Contains(err.Error(), "20-second (exit code 3)") {
+	err = pull(t.Context(), 0)
+	if !errors.Is(err, ErrRejected) || !strings.Contains(err.Error(), "no signature by a friend") ||
+		!strings.Contains(err.Error(), "20-second (exit code 3)") {
 		t.Errorf("got %v", err)
 	}
 	script("20-second", "echo no key >&2; exit 1")
-	if err := pull(t.Context(), 0); !errors.Is(err, ErrRejected) || !strings.Contains(err.Error(), "(exit code 1): no key") {
+	err = pull(t.Context(), 0)
+	if !errors.Is(err, ErrRejected) ||
+		!strings.Contains(err.Error(), "(exit code 1): no key") {
 		t.Errorf("the reason on stderr: %v", err)
 	}
 	script("20-second", "kill -9 $$")
@@ -87,7 +93,9 @@ func TestVerifiers(t *testing.T) {
 		t.Errorf("killed: %v", err)
 	}
 	script("20-second", "sleep 1000")
-	if err := pull(t.Context(), 100*time.Millisecond); !errors.Is(err, ErrRejected) || !strings.Contains(err.Error(), "no answer") {
+	err = pull(t.Context(), 100*time.Millisecond)
+	if !errors.Is(err, ErrRejected) ||
+		!strings.Contains(err.Error(), "no answer") {
 		t.Errorf("timeout: %v", err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())

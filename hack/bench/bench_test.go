@@ -83,7 +83,17 @@ func TestImagesAreDeterministic(t *testing.T) {
 }
 
 func TestParseBytes(t *testing.T) {
-	for s, want := range map[string]int64{"1": 1, "4K": 4 << 10, "40M": 40 << 20, "2G": 2 << 30, "": 0, "G": 0, "-1M": 0, "1T": 0, "9999999999G": 0} {
+	for s, want := range map[string]int64{
+		"1":           1,
+		"4K":          4 << 10,
+		"40M":         40 << 20,
+		"2G":          2 << 30,
+		"":            0,
+		"G":           0,
+		"-1M":         0,
+		"1T":          0,
+		"9999999999G": 0,
+	} {
 		if n, err := parseBytes(s); n != want || (err == nil) != (want > 0) {
 			t.Errorf("%q is %d, %v", s, n, err)
 		}

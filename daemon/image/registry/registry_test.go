@@ -29,8 +29,14 @@ func TestCredentialsAsPeopleWriteThem(t *testing.T) {
 		{Auth{Auth: b64([]byte("me:secret\n"))}, credentials{user: "me", secret: "secret"}},
 		{Auth{Auth: b64([]byte("me:secret\x00\x00"))}, credentials{user: "me", secret: "secret"}},
 		{Auth{Auth: b64([]byte("me:secret")) + "\n"}, credentials{user: "me", secret: "secret"}},
-		{Auth{Auth: base64.RawStdEncoding.EncodeToString([]byte("me:secret1"))}, credentials{user: "me", secret: "secret1"}},
-		{Auth{Auth: base64.URLEncoding.EncodeToString([]byte("me:\xff\xfe?>"))}, credentials{user: "me", secret: "\xff\xfe?>"}},
+		{
+			Auth{Auth: base64.RawStdEncoding.EncodeToString([]byte("me:secret1"))},
+			credentials{user: "me", secret: "secret1"},
+		},
+		{
+			Auth{Auth: base64.URLEncoding.EncodeToString([]byte("me:\xff\xfe?>"))},
+			credentials{user: "me", secret: "\xff\xfe?>"},
+		},
 		{Auth{Username: "<token>", Password: "t"}, credentials{secret: "t"}},
 		{Auth{Username: "me", Password: "p\n"}, credentials{user: "me", secret: "p\n"}},
 		{Auth{ServerAddress: "https://registry.example/v1/"}, credentials{host: "registry.example"}},
@@ -41,7 +47,12 @@ func TestCredentialsAsPeopleWriteThem(t *testing.T) {
 			t.Errorf("%+v: %+v, %v", c.in, got, err)
 		}
 	}
-	for _, a := range []Auth{{Auth: "%"}, {Auth: b64([]byte("nocolon"))}, {ServerAddress: "http://"}, {ServerAddress: "://"}} {
+	for _, a := range []Auth{
+		{Auth: "%"},
+		{Auth: b64([]byte("nocolon"))},
+		{ServerAddress: "http://"},
+		{ServerAddress: "://"},
+	} {
 		if _, err := a.credentials(); err == nil || strings.Contains(err.Error(), "nocolon") {
 			t.Errorf("%+v: %v", a, err)
 		}
@@ -93,7 +104,13 @@ func TestSilentMirror(t *testing.T) {
 }
 
 func TestRetryAfterDate(t *testing.T) {
-	e := newStatusError(ErrUnavailable, 429, "", nil, time.Now().Add(10*time.Second).UTC().Format(http.TimeFormat)).(*statusError)
+	e := newStatusError(
+		ErrUnavailable,
+		429,
+		"",
+		nil,
+		time.Now().Add(10*time.Second).UTC().Format(http.TimeFormat),
+	).(*statusError)
 	if e.retryAfter < 5*time.Second || e.retryAfter > 10*time.Second {
 		t.Errorf("waits %v", e.retryAfter)
 	}
@@ -108,14 +125,15 @@ func TestRetryAfterDate(t *testing.T) {
 }
 
 func TestChallengesApart(t *testing.T) {
+	const one, two = `Bearer realm="a",service="b, c",scope="d:pull,push"`, `Basic realm="x" , charset="UTF-8"`
 	for in, want := range map[string][]string{
-		"":          nil,
-		",":         nil,
-		`"`:         {`"`},
-		"Negotiate": {"Negotiate"},
-		`Bearer realm="a",service="b, c",scope="d:pull,push"`:    {`Bearer realm="a",service="b, c",scope="d:pull,push"`},
-		`Negotiate, Basic realm="x"`:                             {"Negotiate", `Basic realm="x"`},
-		`Basic realm="x" , charset="UTF-8" , Bearer realm = "y"`: {`Basic realm="x",charset="UTF-8"`, `Bearer realm = "y"`},
+		"":                            nil,
+		",":                           nil,
+		`"`:                           {`"`},
+		"Negotiate":                   {"Negotiate"},
+		one:                           {one},
+		`Negotiate, Basic realm="x"`:  {"Negotiate", `Basic realm="x"`},
+		two + ` , Bearer realm = "y"`: {`Basic realm="x",charset="UTF-8"`, `Bearer realm = "y"`},
 	} {
 		if got := apart(http.Header{"Www-Authenticate": {in}})["Www-Authenticate"]; !slices.Equal(got, want) {
 			t.Errorf("%s: %q, want %q", in, got, want)
@@ -138,7 +156,8 @@ func FuzzCredentials(f *testing.F) {
 			return
 		}
 		const host = "somewhere.example"
-		if address != "" && c.match(host) && !strings.Contains(strings.ToLower(address), host) && !strings.Contains(address, "%") {
+		if address != "" && c.match(host) && !strings.Contains(strings.ToLower(address), host) &&
+			!strings.Contains(address, "%") {
 			t.Fatalf("credentials for %q would go to %s: %+v", address, host, c)
 		}
 	})
@@ -160,7 +179,12 @@ func FuzzChallenge(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		resp := &http.Response{StatusCode: http.StatusUnauthorized, Header: http.Header{"Www-Authenticate": {header}}, TLS: &tls.ConnectionState{}, Request: &http.Request{URL: u}}
+		resp := &http.Response{
+			StatusCode: http.StatusUnauthorized,
+			Header:     http.Header{"Www-Authenticate": {header}},
+			TLS:        &tls.ConnectionState{},
+			Request:    &http.Request{URL: u},
+		}
 		if r.challenged(t.Context(), h, resp, "", false) != nil {
 			return
 		}
@@ -184,7 +208,10 @@ func TestHosts(t *testing.T) {
 	dir := t.TempDir()
 	write := func(host, text string) {
 		err := os.Mkdir(filepath.Join(dir, host), 0o755)
-		if err = errors.Join(err, os.WriteFile(filepath.Join(dir, host, "hosts.toml"), []byte(text), 0o644)); err != nil {
+		if err = errors.Join(
+			err,
+			os.WriteFile(filepath.Join(dir, host, "hosts.toml"), []byte(text), 0o644),
+		); err != nil {
 			t.Fatal(err)
 		}
 	}
