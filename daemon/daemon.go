@@ -25,6 +25,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/metrics"
 	"github.com/holdfast-cri/holdfast/daemon/network"
 	"github.com/holdfast-cri/holdfast/daemon/placement"
+	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
 	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/spec"
@@ -141,7 +142,7 @@ func Open(cfg Config, log *slog.Logger) (_ *Daemon, err error) {
 	}
 	undo = append(undo, func() { d.layers.Close() })
 	if d.images, err = image.Open(image.Options{Root: filepath.Join(cfg.Root, "images"), RegistryConfigDir: cfg.RegistryConfigDir,
-		ProgressDir: filepath.Join(cfg.State, rundir.PullsName), DropLayers: cfg.DropLayerBlobs,
+		ProgressDir: filepath.Join(cfg.State, records.PullsName), DropLayers: cfg.DropLayerBlobs,
 		VerifierDir: cfg.ImageVerifierDir, VerifierTimeout: cfg.ImageVerifierTimeout,
 		Log: log, Pulled: cfg.Metrics.Pulled, Pinned: cfg.PinnedImages}); err != nil {
 		return nil, err

@@ -16,7 +16,7 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
-	"github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -54,191 +54,101 @@ func setupExec(a *app, fs *flag.FlagSet) runFunc {
 		if len(command) > 1 && command[0] == "--" {
 			command = command[1:] // as kubectl wants it
 		}
-		var resp *proto.ExecSyncResponse
-		err := a.withShim(ctx, args[0], func(s *shim) error {
-			process, err := f.process(s.dir, command)
-			if err != nil {
-				return err
-			}
-			resp, err = a.exec(ctx, s, process, f)
+		var result client.ExecResult
+		err := a.withShim(ctx, args[0], func(c *client.Client) (err error) {
+			result, err = a.exec(ctx, c, command, f)
 			return err
 		})
-		if err != nil {
+		switch {
+		case err != nil:
 			return err
+		case result.TimedOut:
+			fmt.Fprintf(a.stderr, "holdfastctl: the command did not end within %s; it and all that it started was killed\n", f.timeout)
+			return exitCode(codeTimeout)
+		case result.Code != 0:
+			return exitCode(result.Code)
 		}
-		return a.execResult(resp, f.timeout)
+		return nil
 	}
 }
 
-// execResult turns the answer into the exit code.
-func (a *app) execResult(resp *proto.ExecSyncResponse, timeout time.Duration) error {
-	if resp.GetTimedOut() {
-		fmt.Fprintf(a.stderr, "holdfastctl: the command did not end within %s; it and all that it started was killed\n", timeout)
-		return exitCode(codeTimeout)
+// exec runs a command in the process of the container, but for what flags say.
+// With --json the output is kept and printed in the end.
+func (a *app) exec(ctx context.Context, c *client.Client, command []string, f execFlags) (r client.ExecResult, err error) {
+	e := client.Exec{
+		Process: &specs.Process{Args: command, Cwd: f.cwd},
+		SetUser: f.user != "",
+		Timeout: f.timeout,
+		// Hidden in a struct, so that the shim gets pipes and not our own files.
+		Stdout: struct{ io.Writer }{a.stdout},
+		Stderr: struct{ io.Writer }{a.stderr},
 	}
-	if code := resp.GetExitCode(); code != 0 {
-		return exitCode(code)
+	if f.user != "" || len(f.env) > 0 {
+		if err := f.change(e.Process, c.Dir()); err != nil {
+			return r, err
+		}
 	}
-	return nil
+	if f.stdin {
+		e.Stdin = struct{ io.Reader }{a.stdin}
+	}
+	var out, errs bytes.Buffer
+	if a.json {
+		const limit = 16 << 20
+		e.Stdout, e.Stderr, e.Limit = &out, &errs, limit
+	}
+	r, err = c.Exec(ctx, e)
+	if err != nil || !a.json {
+		return r, err
+	}
+	return r, a.printJSON(execJSON{r.Code, r.TimedOut, out.String(), errs.String(), r.DroppedBytes})
 }
 
-// execJSON is what `exec --json` prints: everything at the end.
-type execJSON struct {
-	ExitCode     uint32 `json:"exitCode"`
-	TimedOut     bool   `json:"timedOut,omitempty"`
-	Stdout       string `json:"stdout"`
-	Stderr       string `json:"stderr"`
-	DroppedBytes uint64 `json:"droppedBytes,omitempty"`
-}
-
-// jsonLimit is how much of each stream `exec --json` keeps in memory.
-const jsonLimit = 16 << 20
-
-// process is the container's own process with another command line.
-func (f execFlags) process(dir rundir.Dir, args []string) (*specs.Process, error) {
-	b, err := os.ReadFile(dir.Path(rundir.SpecName))
-	if err != nil {
-		return nil, fmt.Errorf("cannot read the container's spec: %w", err)
-	}
+// change sets environment and user of a process to those of the container, with
+// the changes that flags ask for.
+func (f execFlags) change(p *specs.Process, dir rundir.Dir) error {
 	var spec specs.Spec
-	if err := json.Unmarshal(b, &spec); err != nil {
-		return nil, fmt.Errorf("cannot read %s: %w", dir.Path(rundir.SpecName), err)
+	b, err := os.ReadFile(dir.Path(rundir.SpecName))
+	if err == nil {
+		err = json.Unmarshal(b, &spec)
 	}
-	if spec.Process == nil {
-		return nil, fmt.Errorf("cannot take the container's environment from %s: it names no process", dir.Path(rundir.SpecName))
+	if err == nil && spec.Process == nil {
+		err = errors.New("it names no process")
 	}
-	p := *spec.Process
-	p.Args, p.CommandLine, p.Terminal, p.ConsoleSize = args, "", false, nil
-	if f.cwd != "" {
-		p.Cwd = f.cwd
+	if err != nil {
+		return fmt.Errorf("cannot read the container's environment from %s: %w", dir.Path(rundir.SpecName), err)
 	}
+	p.Env, p.User = spec.Process.Env, spec.Process.User
 	for _, e := range f.env {
 		key, _, _ := strings.Cut(e, "=")
 		p.Env = slices.DeleteFunc(p.Env, func(old string) bool { return strings.HasPrefix(old, key+"=") })
 		p.Env = append(p.Env, e)
 	}
 	if f.user != "" {
-		if p.User, err = parseUser(f.user, p.User); err != nil {
-			return nil, err
-		}
+		p.User, err = parseUser(f.user, p.User)
 	}
-	return &p, nil
+	return err
 }
 
 // parseUser reads UID[:GID]. Names are those of the container's files, which
 // only the container should read.
 func parseUser(s string, old specs.User) (specs.User, error) {
 	uid, gid, both := strings.Cut(s, ":")
-	u, err := strconv.ParseUint(uid, 10, 32)
-	g := uint64(old.GID)
-	if err == nil && both {
-		g, err = strconv.ParseUint(gid, 10, 32)
+	if !both {
+		gid = fmt.Sprint(old.GID)
 	}
-	if err != nil {
+	u, errU := strconv.ParseUint(uid, 10, 32)
+	g, errG := strconv.ParseUint(gid, 10, 32)
+	if errU != nil || errG != nil {
 		return old, usagef("exec: -u %q: want numbers, UID or UID:GID", s)
 	}
-	// Naming the group once more tells root from "nobody in particular", which
-	// the shim takes for the container's own user.
 	return specs.User{UID: uint32(u), GID: uint32(g), AdditionalGids: []uint32{uint32(g)}, Umask: old.Umask}, nil
 }
 
-// exec runs the process. Its streams are pipes of this process, which the shim
-// opens by their names in /proc.
-func (a *app) exec(ctx context.Context, s *shim, p *specs.Process, f execFlags) (*proto.ExecSyncResponse, error) {
-	wire, err := proto.MarshalAny(p)
-	if err != nil {
-		return nil, err
-	}
-	req := &proto.ExecSyncRequest{Id: s.dir.ID(), Process: wire, TimeoutMs: uint64(f.timeout.Milliseconds())}
-	if f.stdin {
-		r, err := a.feed()
-		if err != nil {
-			return nil, err
-		}
-		defer r.Close() // open until the shim has surely opened it
-		req.StdinPath = procPath(r)
-	}
-	var out, errOut bytes.Buffer
-	stdout, stderr := a.stdout, a.stderr
-	if a.json {
-		stdout, stderr, req.OutputLimit = &out, &errOut, jsonLimit
-	}
-	outPipe, err := drain(stdout)
-	if err != nil {
-		return nil, err
-	}
-	errPipe, err := drain(stderr)
-	if err != nil {
-		outPipe.abandon()
-		return nil, err
-	}
-	req.StdoutPath, req.StderrPath = procPath(outPipe.w), procPath(errPipe.w)
-
-	limit := time.Duration(0) // as long as the command takes
-	if f.timeout > 0 {
-		limit = f.timeout + slow // the shim starts the OCI runtime and kills a tree
-	}
-	resp, err := call(ctx, s, limit, proto.ShimService.ExecSync, req)
-	if err != nil {
-		outPipe.abandon()
-		errPipe.abandon()
-		return nil, err
-	}
-	outPipe.finish()
-	errPipe.finish()
-	if a.json {
-		err = a.printJSON(execJSON{resp.GetExitCode(), resp.GetTimedOut(), out.String(), errOut.String(), resp.GetDroppedBytes()})
-	}
-	return resp, err
-}
-
-// procPath is a name under which another process can open our descriptor.
-func procPath(f *os.File) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd()) }
-
-// feed gives a pipe that standard input is copied into. The copying ends with
-// standard input, with the last reader, or with this process.
-func (a *app) feed() (*os.File, error) {
-	r, w, err := os.Pipe()
-	if err != nil {
-		return nil, fmt.Errorf("cannot make a pipe: %w", err)
-	}
-	go func() {
-		io.Copy(w, a.stdin)
-		w.Close()
-	}()
-	return r, nil
-}
-
-// drainer is a pipe whose content goes to a writer.
-type drainer struct {
-	r, w *os.File // w is for the shim to open
-	done chan struct{}
-}
-
-func drain(to io.Writer) (*drainer, error) {
-	r, w, err := os.Pipe()
-	if err != nil {
-		return nil, fmt.Errorf("cannot make a pipe: %w", err)
-	}
-	d := &drainer{r: r, w: w, done: make(chan struct{})}
-	go func() {
-		defer close(d.done)
-		io.Copy(to, r)
-	}()
-	return d, nil
-}
-
-// finish waits for the rest of the output, once the command has ended and the
-// shim has closed its end. It takes as long as whoever reads ours.
-func (d *drainer) finish() {
-	d.w.Close()
-	<-d.done
-	d.r.Close()
-}
-
-// abandon drops what is still to come: the shim may keep its end open.
-func (d *drainer) abandon() {
-	d.w.Close()
-	d.r.Close()
-	<-d.done
+// execJSON is what `exec --json` prints.
+type execJSON struct {
+	ExitCode     int    `json:"exitCode"`
+	TimedOut     bool   `json:"timedOut,omitempty"`
+	Stdout       string `json:"stdout"`
+	Stderr       string `json:"stderr"`
+	DroppedBytes uint64 `json:"droppedBytes,omitempty"`
 }

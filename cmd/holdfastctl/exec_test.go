@@ -73,7 +73,7 @@ func TestExec(t *testing.T) {
 		process.User.UID != 1000 || process.User.GID != 100 || !slices.Equal(process.User.AdditionalGids, []uint32{100}) {
 		t.Errorf("process: %+v", process)
 	}
-	if got.GetTimeoutMs() != 90000 || got.GetStdinPath() != "" {
+	if got.GetTimeoutMs() != 90000 || got.GetStdinPath() != "" || !got.GetSetUser() {
 		t.Errorf("request: %v", got)
 	}
 
@@ -87,8 +87,13 @@ func TestExec(t *testing.T) {
 	if code := wait(); code != 42 || out.String() != "typed" {
 		t.Errorf("exec -i: code %d, %q", code, out)
 	}
-	if process.Cwd != "/srv" || process.User.UID != 5 || len(process.User.AdditionalGids) != 1 || len(process.Env) != 2 {
+	// The shim fills in what is the container's.
+	if process.Cwd != "" || process.User.UID != 0 || process.Env != nil || got.GetSetUser() {
 		t.Errorf("process without flags: %+v", process)
+	}
+	if r := ctl(t, "--state", state, "exec", "-e", "A=b", "live", "env"); r.code != 42 || process.User.UID != 5 ||
+		!slices.Equal(process.User.AdditionalGids, []uint32{7}) || !slices.Equal(process.Env, []string{"PATH=/bin", "LANG=de", "A=b"}) {
+		t.Errorf("process with an environment: %+v", process)
 	}
 
 	var j execJSON

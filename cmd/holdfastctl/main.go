@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -11,10 +12,18 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
+
+	"github.com/pelletier/go-toml/v2"
 )
 
 // version is set by the linker.
 var version = "unknown"
+
+const (
+	defaultConfig = "/etc/holdfast/config.toml"
+	defaultState  = "/run/holdfast"
+)
 
 // Exit codes; exec passes on the one of its command.
 const (
@@ -41,9 +50,7 @@ type usageError struct{ text string }
 
 func (e usageError) Error() string { return e.text }
 
-func usagef(format string, args ...any) error {
-	return usageError{fmt.Sprintf(format, args...)}
-}
+func usagef(format string, args ...any) error { return usageError{fmt.Sprintf(format, args...)} }
 
 // exitCode ends the program without a message of its own.
 type exitCode int
@@ -55,23 +62,23 @@ func (a *app) main(ctx context.Context, args []string) int {
 	err := a.run(ctx, args)
 	var usage usageError
 	var code exitCode
+	hint := ""
 	switch {
 	case err == nil || errors.Is(err, flag.ErrHelp):
 		return 0
 	case errors.As(err, &code):
 		return int(code)
-	case errors.As(err, &usage):
-		fmt.Fprintf(a.stderr, "holdfastctl: %v\n", err)
-		return codeUsage
 	case errors.Is(err, fs.ErrPermission):
-		fmt.Fprintf(a.stderr, "holdfastctl: %v; run it as root\n", err)
-		return codeError
+		hint = "; run it as root"
 	}
-	fmt.Fprintf(a.stderr, "holdfastctl: %v\n", err)
+	fmt.Fprintf(a.stderr, "holdfastctl: %v%s\n", err, hint)
+	if errors.As(err, &usage) {
+		return codeUsage
+	}
 	return codeError
 }
 
-func (a *app) run(ctx context.Context, args []string) error {
+func (a *app) run(ctx context.Context, args []string) (err error) {
 	global := newFlags("holdfastctl")
 	global.StringVar(&a.config, "config", "", "read the state directory from the daemon's config `FILE`")
 	global.StringVar(&a.state, "state", "", "look for containers in `DIR`/containers")
@@ -90,12 +97,20 @@ func (a *app) run(ctx context.Context, args []string) error {
 		a.printHelp()
 		return usagef("a command is missing")
 	}
-	if args[0] == "help" {
-		return a.help(args[1:])
+	help := args[0] == "help"
+	if help {
+		if args = args[1:]; len(args) == 0 {
+			a.printHelp()
+			return nil
+		}
 	}
-	cmd := find(args[0])
-	if cmd == nil {
-		return usagef("there is no command %q; see: holdfastctl help", args[0])
+	cmd, err := find(args[0])
+	if err != nil {
+		return err
+	}
+	if help {
+		a.printCommand(cmd)
+		return nil
 	}
 	flags, run := cmd.flags(a)
 	if err := flags.Parse(args[1:]); errors.Is(err, flag.ErrHelp) {
@@ -108,7 +123,6 @@ func (a *app) run(ctx context.Context, args []string) error {
 		return err
 	}
 	if a.state == "" {
-		var err error
 		if a.state, err = stateFrom(a.config); err != nil {
 			return err
 		}
@@ -121,4 +135,42 @@ func newFlags(name string) *flag.FlagSet {
 	fs := flag.NewFlagSet(name, flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	return fs
+}
+
+// config is what matters here of the daemon's config. A mistake in another key
+// keeps nobody from looking.
+type config struct {
+	State   string `toml:"state"`
+	Address string `toml:"address"`
+}
+
+func readConfig(path string) (c config, err error) {
+	b, err := os.ReadFile(path)
+	if err == nil {
+		err = toml.Unmarshal(b, &c)
+	}
+	if err != nil {
+		err = fmt.Errorf("cannot read the config %s: %w; --state and --address do without", path, err)
+	}
+	return c, err
+}
+
+// stateFrom gives the state directory that a config says, the default one if
+// there is any for an empty path.
+func stateFrom(path string) (string, error) {
+	c, err := readConfig(cmp.Or(path, defaultConfig))
+	if path == "" && errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	return cmp.Or(c.State, defaultState), err
+}
+
+// addressFrom gives the socket of the daemon: what its config says, or else the
+// usual name in its state directory.
+func addressFrom(path, state string) (address string, err error) {
+	var c config
+	if path != "" {
+		c, err = readConfig(path)
+	}
+	return cmp.Or(c.Address, filepath.Join(state, "holdfast.sock")), err
 }

@@ -22,7 +22,9 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -365,11 +367,12 @@ func TestUsage(t *testing.T) {
 // The examples of the help are command lines that work.
 func TestExamples(t *testing.T) {
 	for _, c := range commands() {
-		if len(c.examples) == 0 {
+		_, examples, _ := strings.Cut(c.help(), "\n\n  ")
+		if examples == "" {
 			t.Errorf("%s has no examples", c.name)
 		}
-		for _, e := range c.examples {
-			line, _, _ := strings.Cut(e, " <")
+		for e := range strings.SplitSeq(examples, "\n") {
+			line, _, _ := strings.Cut(strings.TrimSpace(e), " <")
 			args := strings.Fields(line)[1:]
 			global := newFlags("")
 			global.String("state", "", "")
@@ -445,7 +448,7 @@ func TestFiles(t *testing.T) {
 	if v := got[exited.ID()]; v.State != "exited" || v.Exit == nil || v.Exit.Code != 137 || v.Name != "web" || v.Attempt != 2 || v.Pod != "front" || v.Namespace != "shop" || v.PodID != "pod-id" {
 		t.Errorf("exited: %+v", v)
 	}
-	if v := got["lost"]; v.State != stateLost || v.Init != self || !strings.Contains(v.Note, "still runs") {
+	if v := got["lost"]; v.State != client.Lost || v.Init != self || !strings.Contains(v.Note, "still runs") {
 		t.Errorf("lost: %+v", v)
 	}
 	if v := got["empty"]; v.State != "empty" || !strings.Contains(v.Note, "no shim") {
@@ -496,7 +499,7 @@ func TestShim(t *testing.T) {
 	var v view
 	r := ctl(t, "--state", state, "--json", "state", "li")
 	check(t, json.Unmarshal([]byte(r.stdout), &v))
-	if v.Source != sourceShim || v.State != "running" || v.Init.PID != 4242 || v.OOMKills != 3 || v.Log == nil || v.Log.Error != "no space" {
+	if v.Source != client.FromShim || v.State != "running" || v.Init.PID != 4242 || v.OOMKills != 3 || v.Log == nil || v.Log.Error != "no space" {
 		t.Errorf("state: %+v", v)
 	}
 	if r := ctl(t, "--state", state, "shims"); !regexp.MustCompile(`live +running +\d+[sm]`).MatchString(r.stdout) {
@@ -631,8 +634,8 @@ func TestAge(t *testing.T) {
 		{-time.Second, "0s"}, {119 * time.Second, "119s"}, {2 * time.Minute, "2m"}, {119 * time.Minute, "119m"},
 		{47 * time.Hour, "47h"}, {48 * time.Hour, "2d"},
 	} {
-		if got := ageText(c.d); got != c.want {
-			t.Errorf("ageText(%v) = %q, want %q", c.d, got, c.want)
+		if got := records.Age(c.d); got != c.want {
+			t.Errorf("records.Age(%v) = %q, want %q", c.d, got, c.want)
 		}
 	}
 }

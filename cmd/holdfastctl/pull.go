@@ -1,33 +1,41 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
+	"net"
 	"os"
-	"os/exec"
 	"os/signal"
-	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"time"
 
-	"github.com/containerd/console"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	crierrors "k8s.io/cri-api/pkg/errors"
 
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
 func setupPull(a *app, fs *flag.FlagSet) runFunc {
-	address := fs.String("address", "", "the daemon's `SOCKET` (default: as its config says, or holdfast.sock in the state directory)")
+	address := fs.String("address", "",
+		"the daemon's `SOCKET` (default: as its config says, or holdfast.sock in the state directory)")
 	creds := fs.String("creds", "", "pull as `USER`, with the password from the standard input")
 	return func(ctx context.Context, args []string) (err error) {
 		if args[0] == "" {
 			return usagef("pull: the name of the image is empty")
+		}
+		if strings.Contains(*creds, ":") {
+			return usagef("pull: --creds takes the user alone: " +
+				"everybody can read a command line, so the password comes from the standard input")
 		}
 		signals := make(chan os.Signal, 1)
 		signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
@@ -37,85 +45,72 @@ func setupPull(a *app, fs *flag.FlagSet) runFunc {
 				return err
 			}
 		}
-		// The CRI's PullImageRequest, as JSON.
-		type image struct {
-			Image string `json:"image"`
-		}
-		type auth struct {
-			Username string `json:"username"`
-			Password string `json:"password"`
-		}
-		request := struct {
-			Image image `json:"image"`
-			Auth  *auth `json:"auth,omitempty"`
-		}{Image: image{args[0]}}
+		req := &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: args[0]}}
 		if *creds != "" {
-			if strings.Contains(*creds, ":") {
-				return usagef("pull: --creds takes the user alone: everybody can read a command line, so the password comes from the standard input")
-			}
 			password, err := a.password(*creds, signals)
 			if err != nil {
 				return err
 			}
-			request.Auth = &auth{*creds, password}
+			req.Auth = &runtimeapi.AuthConfig{Username: *creds, Password: password}
 		}
-		id, err := a.pull(ctx, *address, args[0], request, signals)
+		id, err := a.pull(ctx, *address, req, signals)
 		if err != nil {
 			return err
 		}
 		if a.json {
 			return a.printJSON(map[string]string{"image": args[0], "id": id})
 		}
-		fmt.Fprintln(a.stdout, id)
-		return nil
+		return a.printf("%s\n", id)
 	}
 }
 
 // password reads one from the standard input: of a terminal a line that it does
 // not show, else all that there is.
 func (a *app) password(user string, signals <-chan os.Signal) (string, error) {
-	read := func() ([]byte, error) { return io.ReadAll(io.LimitReader(a.stdin, 64<<10)) }
-	if c, err := console.ConsoleFromFile(a.stdin); err == nil {
-		if err := c.DisableEcho(); err != nil {
+	in := io.LimitReader(a.stdin, 64<<10)
+	fd := int(a.stdin.Fd())
+	if shown, err := unix.IoctlGetTermios(fd, unix.TCGETS); err == nil {
+		hidden := *shown
+		hidden.Lflag &^= unix.ECHO
+		if err := unix.IoctlSetTermios(fd, unix.TCSETS, &hidden); err != nil {
 			return "", fmt.Errorf("cannot hide the password: %w; use a pipe or a file", err)
 		}
 		defer func() {
-			c.Reset()
+			unix.IoctlSetTermios(fd, unix.TCSETS, shown)
 			fmt.Fprintln(a.stderr)
 		}()
 		fmt.Fprintf(a.stderr, "password of %s: ", user)
-		read = func() ([]byte, error) {
-			b := make([]byte, 4096) // the longest line that a terminal gives
-			n, err := a.stdin.Read(b)
-			if err == io.EOF {
-				err = nil
-			}
-			return b[:n], err
-		}
+		in = &oneRead{a.stdin}
 	}
-	type answer struct {
-		b   []byte
-		err error
-	}
-	done := make(chan answer, 1)
+	var b []byte
+	var err error
+	done := make(chan struct{})
 	go func() {
-		b, err := read()
-		done <- answer{b, err}
+		defer close(done)
+		b, err = io.ReadAll(in)
 	}()
-	var got answer
 	select {
-	case got = <-done:
+	case <-done:
 	case s := <-signals:
 		return "", killed(s)
 	}
-	if got.err != nil {
-		return "", fmt.Errorf("cannot read the password: %w", got.err)
+	if err != nil {
+		return "", fmt.Errorf("cannot read the password: %w", err)
 	}
-	password := strings.TrimRight(string(got.b), "\r\n")
+	password := strings.TrimRight(string(b), "\r\n")
 	if password == "" {
 		return "", errors.New("cannot pull with an empty password; it is read from the standard input")
 	}
 	return password, nil
+}
+
+// oneRead ends after one read, which of a terminal is a line.
+type oneRead struct{ r io.Reader }
+
+func (o *oneRead) Read(b []byte) (int, error) {
+	n, err := o.r.Read(b)
+	o.r = strings.NewReader("")
+	return n, err
 }
 
 // killed is the exit code of a command that a signal ended, as a shell has it.
@@ -124,29 +119,23 @@ func killed(s os.Signal) error {
 	return exitCode(rundir.CodeSignalOffset + int(n))
 }
 
-// pull lets holdfastd speak to the daemon, and draws meanwhile what the daemon's
-// record says about it.
-func (a *app) pull(ctx context.Context, address, image string, request any, signals <-chan os.Signal) (string, error) {
-	program, err := findDaemon()
-	if err != nil {
-		return "", err
+// pull has the daemon pull, and draws meanwhile what its record says about it.
+// The daemon ends the pull when this process goes.
+func (a *app) pull(ctx context.Context, address string, req *runtimeapi.PullImageRequest, signals <-chan os.Signal) (string, error) {
+	image := req.GetImage().GetImage()
+	if err := probe(address); err != nil {
+		return "", fmt.Errorf("cannot pull %s: %w", image, err)
 	}
-	b, err := json.Marshal(request)
+	conn, err := grpc.NewClient("unix://"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
-		return "", err
+		return "", fmt.Errorf("cannot reach the daemon at %s: %w", address, err)
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, program, "pull", "--address", address)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(b), &stdout, &stderr
-	// It goes with this process, and the pull with it; a terminal tells this
-	// process alone.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
-	done := make(chan error, 1)
+	defer conn.Close()
+	var resp *runtimeapi.PullImageResponse
+	done := make(chan struct{})
 	go func() {
-		runtime.LockOSThread() // the signal is for the end of the thread that started it
-		done <- cmd.Run()
+		defer close(done)
+		resp, err = runtimeapi.NewImageServiceClient(conn).PullImage(ctx, req)
 	}()
 	draw := newBar(a.stderr)
 	tick := time.NewTicker(200 * time.Millisecond)
@@ -154,52 +143,51 @@ func (a *app) pull(ctx context.Context, address, image string, request any, sign
 	for {
 		select {
 		case <-tick.C:
-			if p, ok := findPull(a.pullsDir(), image); ok {
+			if p, ok := findPull(a.state, image); ok {
 				draw.show(p)
 			}
-			continue
 		case s := <-signals:
-			cancel()
-			<-done
 			draw.clear()
 			fmt.Fprintf(a.stderr, "holdfastctl: the pull of %s is called off; what has come so far is kept for the next one\n", image)
 			return "", killed(s)
-		case err = <-done:
+		case <-done:
+			draw.clear()
+			return resp.GetImageRef(), pullError(image, err)
 		}
-		break
 	}
-	draw.clear()
-	if said := strings.TrimSpace(stderr.String()); err != nil && said != "" {
-		err = errors.New(printable(strings.TrimPrefix(said, "holdfastd: ")))
-	} else if err != nil {
-		err = fmt.Errorf("cannot pull %s: %s: %w", image, program, err)
-	}
-	return strings.TrimSpace(stdout.String()), err
 }
 
-// findDaemon finds holdfastd beside this program, or on the PATH.
-func findDaemon() (string, error) {
-	if self, err := os.Executable(); err == nil {
-		beside := filepath.Join(filepath.Dir(self), "holdfastd")
-		if _, err := os.Stat(beside); err == nil {
-			return beside, nil
-		}
+// probe says in a person's words why the daemon cannot be reached.
+func probe(address string) error {
+	c, err := net.Dial("unix", address)
+	switch {
+	case err == nil:
+		return c.Close()
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("the daemon does not run, or listens elsewhere: %w", err)
 	}
-	path, err := exec.LookPath("holdfastd")
-	if err != nil {
-		return "", errors.New("cannot find holdfastd beside holdfastctl or on the PATH: it speaks to the daemon")
-	}
-	return path, nil
+	return err
 }
 
-// findPull finds the record of the youngest pull under that name. It may be
-// somebody else's until ours is there; both wait for the same bytes.
-func findPull(dir, image string) (found rundir.Pull, ok bool) {
-	list, _ := readPulls(dir) // none: no pull runs
-	for _, p := range list {
-		if p.Asked == image && p.Daemon.Alive() && (!ok || p.Since.After(found.Since)) {
-			found, ok = p, true
-		}
+// pullError is what the daemon answered, without what is for the kubelet. A
+// registry that is not available is told apart from a daemon that has gone.
+func pullError(image string, err error) error {
+	if err == nil {
+		return nil
 	}
-	return found, ok
+	s := status.Convert(err)
+	text, registry := strings.CutPrefix(s.Message(), crierrors.ErrRegistryUnavailable.Error()+": ")
+	if s.Code() == codes.Unavailable && !registry {
+		return fmt.Errorf("cannot pull %s: the daemon has ended meanwhile; pull again once it is back, "+
+			"what has come so far is kept: %s", image, printable(text))
+	}
+	text = strings.TrimPrefix(text, crierrors.ErrSignatureValidationFailed.Error()+": ")
+	text = strings.TrimPrefix(text, "image.image: ") // the field of the request
+	if !strings.HasPrefix(text, "cannot pull ") {
+		text = fmt.Sprintf("cannot pull %s: %s", image, text)
+	}
+	if s.Code() != codes.Unknown { // that says nothing
+		text += fmt.Sprintf(" (%s)", s.Code())
+	}
+	return errors.New(printable(text))
 }

@@ -14,31 +14,32 @@ import (
 
 	"github.com/containerd/console"
 
+	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
 func TestBar(t *testing.T) {
 	const mib = 1 << 20
-	half := rundir.Pull{Phase: rundir.PullDownloading, Bytes: 50 * mib, TotalBytes: 200 * mib, Layers: 1, TotalLayers: 3, Rate: 1234567}
-	for want, change := range map[string]func(*rundir.Pull){
-		"50 MiB of 200 MiB (25%), 1.18 MiB/s, 2m left, 1 of 3 layers": func(*rundir.Pull) {},
-		"50 MiB of 200 MiB (25%), 0 B/s, 1 of 3 layers":               func(p *rundir.Pull) { p.Rate = 0 },
-		"50 MiB of 200 MiB (25%), 1 B/s, days left, 1 of 3 layers":    func(p *rundir.Pull) { p.Rate = 1 },
-		"50 MiB of 200 MiB (25%), waiting for other downloads, 1 of 3 layers, 7 MiB were here": func(p *rundir.Pull) {
-			p.Phase, p.PresentBytes = rundir.PullWaiting, 7*mib
+	half := records.Pull{Phase: records.PullDownloading, Bytes: 50 * mib, TotalBytes: 200 * mib, Layers: 1, TotalLayers: 3, Rate: 1234567}
+	for want, change := range map[string]func(*records.Pull){
+		"50 MiB of 200 MiB (25%), 1.18 MiB/s, 2m left, 1 of 3 layers": func(*records.Pull) {},
+		"50 MiB of 200 MiB (25%), 0 B/s, 1 of 3 layers":               func(p *records.Pull) { p.Rate = 0 },
+		"50 MiB of 200 MiB (25%), 1 B/s, days left, 1 of 3 layers":    func(p *records.Pull) { p.Rate = 1 },
+		"50 MiB of 200 MiB (25%), waiting for other downloads, 1 of 3 layers, 7 MiB were here": func(p *records.Pull) {
+			p.Phase, p.PresentBytes = records.PullWaiting, 7*mib
 		},
-		"200 MiB of 200 MiB (100%), unpacking, 2 of 3 layers": func(p *rundir.Pull) {
-			p.Phase, p.Bytes, p.Layers = rundir.PullUnpacking, p.TotalBytes, 2
+		"200 MiB of 200 MiB (100%), unpacking, 2 of 3 layers": func(p *records.Pull) {
+			p.Phase, p.Bytes, p.Layers = records.PullUnpacking, p.TotalBytes, 2
 		},
-		"50 MiB of 200 MiB (25%), 1 of 3 layers; trying again: 503 ?[31mred": func(p *rundir.Pull) { p.Trouble = "503 \x1b[31mred" },
-		"asking the registry, since 5m": func(p *rundir.Pull) { // in seconds it would depend on the machine
-			*p = rundir.Pull{Phase: rundir.PullResolving, Since: time.Now().Add(-5 * time.Minute)}
+		"50 MiB of 200 MiB (25%), 1 of 3 layers; trying again: 503 ?[31mred": func(p *records.Pull) { p.Trouble = "503 \x1b[31mred" },
+		"asking the registry, since 5m": func(p *records.Pull) { // in seconds it would depend on the machine
+			*p = records.Pull{Phase: records.PullResolving, Since: time.Now().Add(-5 * time.Minute)}
 		},
 	} {
 		p := half
 		change(&p)
-		if got := pullText(p); got != want {
+		if got := printable(p.Text()); got != want {
 			t.Errorf("%q, want %q", got, want)
 		}
 	}
@@ -53,13 +54,13 @@ func TestBar(t *testing.T) {
 			t.Errorf("in %d columns %q, want %q", width, got, want)
 		}
 	}
-	for _, p := range []rundir.Pull{{}, {Bytes: 5, TotalBytes: 3, TotalLayers: 1}, {Bytes: 3, TotalBytes: 3, TotalLayers: 1}, {TotalLayers: 1}} {
+	for _, p := range []records.Pull{{}, {Bytes: 5, TotalBytes: 3, TotalLayers: 1}, {Bytes: 3, TotalBytes: 3, TotalLayers: 1}, {TotalLayers: 1}} {
 		if got := barText(p, 100); p.TotalBytes > 0 && !strings.HasPrefix(got, "["+strings.Repeat("#", barWidth)+"]") || p.TotalBytes == 0 && strings.Contains(got, "[") {
 			t.Errorf("%+v: %s", p, got)
 		}
 	}
 	for n, want := range map[int64]string{0: "0 B", 999: "999 B", 1000: "0.977 KiB", 1 << 20: "1 MiB", 1023 << 20: "0.999 GiB", 5 << 50: "5.12e+03 TiB"} {
-		if got := sizeText(n); got != want {
+		if got := records.Size(n); got != want {
 			t.Errorf("%d is %s, want %s", n, got, want)
 		}
 	}
@@ -68,7 +69,7 @@ func TestBar(t *testing.T) {
 	var out bytes.Buffer
 	b := newBar(&out)
 	began := time.Now()
-	b.show(rundir.Pull{Phase: rundir.PullResolving, Since: time.Now()})
+	b.show(records.Pull{Phase: records.PullResolving, Since: time.Now()})
 	for range 10 {
 		b.show(half)
 	}
@@ -89,7 +90,7 @@ func TestBarOnTerminal(t *testing.T) {
 	defer tty.Close()
 	t.Setenv("TERM", "xterm")
 	b := newBar(tty)
-	p := rundir.Pull{Phase: rundir.PullDownloading, Bytes: 1, TotalBytes: 2, TotalLayers: 1}
+	p := records.Pull{Phase: records.PullDownloading, Bytes: 1, TotalBytes: 2, TotalLayers: 1}
 	// A terminal gives what was written to it in one or more pieces.
 	read := func(want string) string {
 		var got []byte
@@ -120,7 +121,7 @@ func TestBarOnTerminal(t *testing.T) {
 }
 
 // records writes what pulls of a daemon leave: this process is the living one.
-func records(t *testing.T, dir string, list map[string]rundir.Pull) {
+func writePulls(t *testing.T, dir string, list map[string]records.Pull) {
 	t.Helper()
 	self, err := rundir.FindProcess(os.Getpid())
 	check(t, err)
@@ -136,22 +137,23 @@ func records(t *testing.T, dir string, list map[string]rundir.Pull) {
 var dead = rundir.Process{PID: 1, StartTime: 1 << 40}
 
 func TestFindPull(t *testing.T) {
-	dir := t.TempDir()
+	state := t.TempDir()
+	dir := filepath.Join(state, records.PullsName)
 	now := time.Now()
-	records(t, dir, map[string]rundir.Pull{
+	writePulls(t, dir, map[string]records.Pull{
 		"1.json": {Asked: "busybox", Since: now.Add(-time.Hour), Bytes: 1}, // somebody else's
 		"2.json": {Asked: "busybox", Since: now.Add(time.Second), Bytes: 2},
 		"3.json": {Asked: "alpine", Since: now.Add(time.Minute), Bytes: 3},
 		"4.json": {Asked: "busybox", Since: now.Add(time.Hour), Daemon: dead},
 	})
 	check(t, os.WriteFile(filepath.Join(dir, "5.json"), []byte("torn"), 0o600))
-	if p, ok := findPull(dir, "busybox"); !ok || p.Bytes != 2 {
+	if p, ok := findPull(state, "busybox"); !ok || p.Bytes != 2 {
 		t.Errorf("found %+v", p)
 	}
-	if p, ok := findPull(dir, "none"); ok {
+	if p, ok := findPull(state, "none"); ok {
 		t.Errorf("found %+v", p)
 	}
-	if p, ok := findPull(filepath.Join(dir, "none"), "busybox"); ok {
+	if p, ok := findPull(filepath.Join(state, "none"), "busybox"); ok {
 		t.Errorf("found %+v", p)
 	}
 }
@@ -168,13 +170,13 @@ func TestPulls(t *testing.T) {
 		t.Errorf("no state: %+v", r)
 	}
 	now := time.Now()
-	records(t, filepath.Join(state, rundir.PullsName), map[string]rundir.Pull{
-		"1.json": {Ref: "a.test/half:1", Pod: "ns/web", Since: now.Add(-10 * time.Minute), Phase: rundir.PullDownloading, Bytes: 1 << 20, TotalBytes: 4 << 20,
+	writePulls(t, filepath.Join(state, records.PullsName), map[string]records.Pull{
+		"1.json": {Ref: "a.test/half:1", Pod: "ns/web", Since: now.Add(-10 * time.Minute), Phase: records.PullDownloading, Bytes: 1 << 20, TotalBytes: 4 << 20,
 			Layers: 2, TotalLayers: 5, Rate: 1 << 10, Trouble: "503 \x1b"},
-		"2.json": {Ref: "a.test/asked:1", Since: now.Add(-3 * time.Minute), Phase: rundir.PullResolving},
-		"3.json": {Ref: "a.test/orphan:1", Since: now.Add(-time.Hour), Phase: rundir.PullUnpacking, Daemon: dead},
+		"2.json": {Ref: "a.test/asked:1", Since: now.Add(-3 * time.Minute), Phase: records.PullResolving},
+		"3.json": {Ref: "a.test/orphan:1", Since: now.Add(-time.Hour), Phase: records.PullUnpacking, Daemon: dead},
 	})
-	check(t, os.WriteFile(filepath.Join(state, rundir.PullsName, ".2.json.new"), []byte("torn"), 0o600))
+	check(t, os.WriteFile(filepath.Join(state, records.PullsName, ".2.json.new"), []byte("torn"), 0o600))
 	r := ctl(t, "--state", state, "pulls")
 	lines := strings.Split(strings.TrimSpace(r.stdout), "\n")
 	if r.code != 0 || len(lines) != 4 {
@@ -193,7 +195,7 @@ func TestPulls(t *testing.T) {
 		}
 	}
 	var list []struct {
-		rundir.Pull
+		records.Pull
 		Alive bool
 	}
 	if r = ctl(t, "--state", state, "pulls", "--json"); r.code != 0 || json.Unmarshal([]byte(r.stdout), &list) != nil || len(list) != 3 ||

@@ -2,29 +2,28 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"os"
 	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 	"unicode"
 
+	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
-
-// shortID is how much of an id a table shows.
-const shortID = 13
-
-func short(id string) string { return id[:min(len(id), shortID)] }
 
 // printJSON prints one value, indented for people.
 func (a *app) printJSON(v any) error {
@@ -33,7 +32,18 @@ func (a *app) printJSON(v any) error {
 	return e.Encode(v)
 }
 
-func (a *app) table() *tabwriter.Writer { return tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0) }
+func (a *app) printf(format string, args ...any) error {
+	_, err := fmt.Fprintf(a.stdout, format, args...)
+	return err
+}
+
+// row prints a line of a table; what is empty shows as a dash.
+func row(w io.Writer, cells ...string) {
+	for i := range cells[:len(cells)-1] { // the last one is a note
+		cells[i] = cmp.Or(cells[i], "-")
+	}
+	fmt.Fprintln(w, strings.Join(cells, "\t"))
+}
 
 func setupShims(a *app, _ *flag.FlagSet) runFunc {
 	return func(ctx context.Context, _ []string) error {
@@ -41,20 +51,21 @@ func setupShims(a *app, _ *flag.FlagSet) runFunc {
 		if err != nil {
 			return err
 		}
-		views := lookAll(ctx, dirs)
+		views := make([]view, len(dirs))
+		atOnce(dirs, func(i int, dir rundir.Dir) { views[i] = look(ctx, dir) })
+		views = slices.DeleteFunc(views, func(v view) bool { // the daemon has removed it meanwhile
+			_, err := os.Stat(v.Dir)
+			return errors.Is(err, fs.ErrNotExist)
+		})
 		slices.SortStableFunc(views, func(x, y view) int { return y.CreatedAt.Compare(x.CreatedAt) })
 		if a.json {
-			if views == nil {
-				views = []view{}
-			}
 			return a.printJSON(views)
 		}
 		w := a.table()
-		fmt.Fprintln(w, "ID\tSTATE\tAGE\tEXIT\tSHIM\tINIT\tPOD\tNAME\tNOTE")
+		row(w, "ID", "STATE", "AGE", "EXIT", "SHIM", "INIT", "POD", "NAME", "NOTE")
 		for _, v := range views {
-			fmt.Fprintln(w, strings.Join([]string{
-				short(v.ID), v.shownState(), age(v.CreatedAt), exitText(v.Exit), pidText(v.Shim), pidText(v.Init),
-				dash(v.podName()), dash(v.Name), v.Note}, "\t"))
+			row(w, records.ShortID(v.ID), v.shownState(), age(v.CreatedAt), exitText(v.Exit),
+				number(v.Shim.PID), number(v.Init.PID), cmp.Or(v.podName(), records.ShortID(v.PodID)), v.Name, v.Note)
 		}
 		return w.Flush()
 	}
@@ -66,66 +77,51 @@ func (v *view) shownState() string {
 	if v.Stop != nil && v.Exit == nil {
 		state += ", stopping"
 	}
-	if v.Source == sourceFiles && v.Exit == nil {
+	if v.Source == client.FromFiles && v.Exit == nil {
 		return "(" + state + ")"
 	}
 	return state
 }
 
-func (v *view) podName() string {
-	switch {
-	case v.Pod != "" && v.Namespace != "":
-		return v.Namespace + "/" + v.Pod
-	case v.Pod != "":
-		return v.Pod
-	}
-	return short(v.PodID)
-}
+func (v *view) podName() string { return strings.Trim(v.Namespace+"/"+v.Pod, "/") }
 
 func exitText(e *rundir.Exit) string {
-	if e == nil {
-		return "-"
+	switch {
+	case e == nil:
+		return ""
+	case e.Source == rundir.SourceInferred:
+		return fmt.Sprintf("%d %s (inferred)", e.Code, e.Reason)
 	}
-	text := fmt.Sprintf("%d %s", e.Code, e.Reason)
-	if e.Source == rundir.SourceInferred {
-		text += " (inferred)"
-	}
-	return text
+	return fmt.Sprintf("%d %s", e.Code, e.Reason)
 }
 
-func pidText(p rundir.Process) string {
-	if p.PID == 0 {
-		return "-"
+// number is empty for zero.
+func number[T int | uint32 | uint64](n T) string {
+	if n == 0 {
+		return ""
 	}
-	return fmt.Sprint(p.PID)
-}
-
-func dash(s string) string {
-	if s == "" {
-		return "-"
-	}
-	return s
+	return fmt.Sprint(n)
 }
 
 func age(t time.Time) string {
 	if t.IsZero() {
-		return "-"
+		return ""
 	}
-	return ageText(time.Since(t))
+	return records.Age(time.Since(t))
 }
 
-// ageText is a duration in its largest unit that gives two or more, as a table
-// has room for.
-func ageText(d time.Duration) string {
-	switch {
-	case d < 2*time.Minute:
-		return fmt.Sprintf("%ds", max(d, 0)/time.Second)
-	case d < 2*time.Hour:
-		return fmt.Sprintf("%dm", d/time.Minute)
-	case d < 48*time.Hour:
-		return fmt.Sprintf("%dh", d/time.Hour)
+func timeText(t time.Time) string {
+	if t.IsZero() {
+		return ""
 	}
-	return fmt.Sprintf("%dd", d/(24*time.Hour))
+	return t.UTC().Format("2006-01-02T15:04:05.000Z")
+}
+
+func processText(p rundir.Process) string {
+	if p.PID == 0 {
+		return ""
+	}
+	return fmt.Sprintf("pid %d, start time %d", p.PID, p.StartTime)
 }
 
 func setupState(a *app, _ *flag.FlagSet) runFunc {
@@ -150,76 +146,49 @@ func setupState(a *app, _ *flag.FlagSet) runFunc {
 
 // fields are what `state` prints, in order; those without a value are left out.
 func (v *view) fields() [][2]string {
-	number := func(n uint64) string {
-		if n == 0 {
-			return ""
-		}
-		return fmt.Sprint(n)
-	}
-	identity := func(p rundir.Process) string {
-		if p.PID == 0 {
-			return ""
-		}
-		return fmt.Sprintf("pid %d, start time %d", p.PID, p.StartTime)
-	}
 	fields := [][2]string{
 		{"id", v.ID},
 		{"name", v.Name},
-		{"attempt", number(uint64(v.Attempt))},
-		{"pod", strings.Trim(v.Namespace+"/"+v.Pod, "/")},
+		{"attempt", number(v.Attempt)},
+		{"pod", v.podName()},
 		{"pod id", v.PodID},
 		{"state", v.State},
 		{"source", v.Source},
 		{"note", v.Note},
-		{"shim", identity(v.Shim)},
+		{"shim", processText(v.Shim)},
 		{"shim version", v.Version},
-		{"init", identity(v.Init)},
+		{"init", processText(v.Init)},
 		{"created", timeText(v.CreatedAt)},
 		{"started", timeText(v.StartedAt)},
 	}
+	add := func(name, value string) { fields = append(fields, [2]string{name, value}) }
 	if e := v.Exit; e != nil {
-		fields = append(fields, [][2]string{
-			{"exit code", fmt.Sprint(e.Code)},
-			{"exit reason", e.Reason},
-			{"exit message", e.Message},
-			{"exit source", e.Source},
-			{"exited", timeText(e.ExitedAt)},
-		}...)
+		add("exit code", fmt.Sprint(e.Code))
+		add("exit reason", e.Reason)
+		add("exit message", e.Message)
+		add("exit source", e.Source)
+		add("exited", timeText(e.ExitedAt))
 	}
 	if s := v.Stop; s != nil {
-		fields = append(fields, [2]string{"stop", fmt.Sprintf("signal %d, SIGKILL at %s", s.Signal, timeText(s.KillAt))})
+		add("stop", fmt.Sprintf("signal %d, SIGKILL at %s", s.Signal, timeText(s.KillAt)))
 	}
 	if v.Terminal {
-		fields = append(fields, [2]string{"terminal", "yes"})
+		add("terminal", "yes")
 	}
-	fields = append(fields, [][2]string{
-		{"oom kills", number(v.OOMKills)},
-		{"execs", number(uint64(v.Execs))},
-		{"log", v.LogFile},
-	}...)
+	add("oom kills", number(v.OOMKills))
+	add("execs", number(v.Execs))
+	add("log", v.LogFile)
 	if l := v.Log; l != nil {
-		fields = append(fields, [][2]string{
-			{"log written", fmt.Sprintf("%d bytes, %d lines", l.Bytes, l.Lines)},
-			{"log dropped", number(l.DroppedBytes)},
-			{"log error", l.Error},
-		}...)
+		add("log written", fmt.Sprintf("%d bytes, %d lines", l.Bytes, l.Lines))
+		add("log dropped", number(l.DroppedBytes))
+		add("log error", l.Error)
 	}
-	fields = append(fields, [2]string{"last event", number(v.LastEvent)})
+	add("last event", number(v.LastEvent))
 	for _, name := range slices.Sorted(maps.Keys(v.Cgroups)) {
-		label := "cgroup " + name
-		if name == "" {
-			label = "cgroup v2"
-		}
-		fields = append(fields, [2]string{label, v.Cgroups[name]})
+		add("cgroup "+cmp.Or(name, "v2"), v.Cgroups[name])
 	}
-	return append(fields, [2]string{"directory", v.Dir})
-}
-
-func timeText(t time.Time) string {
-	if t.IsZero() {
-		return ""
-	}
-	return t.UTC().Format("2006-01-02T15:04:05.000Z")
+	add("directory", v.Dir)
+	return fields
 }
 
 // processView is one line of `pids`.
@@ -231,10 +200,10 @@ type processView struct {
 func setupPids(a *app, _ *flag.FlagSet) runFunc {
 	return func(ctx context.Context, args []string) error {
 		var processes []processView
-		err := a.withShim(ctx, args[0], func(s *shim) error {
-			resp, err := call(ctx, s, quick, proto.ShimService.Pids, &proto.PidsRequest{Id: s.dir.ID()})
-			for _, pid := range resp.GetPids() {
-				processes = append(processes, processView{int(pid), commandLine(int(pid))})
+		err := a.withShim(ctx, args[0], func(c *client.Client) error {
+			pids, err := c.Pids(ctx)
+			for _, pid := range pids {
+				processes = append(processes, processView{pid, commandLine(pid)})
 			}
 			return err
 		})
@@ -245,9 +214,9 @@ func setupPids(a *app, _ *flag.FlagSet) runFunc {
 			return a.printJSON(processes)
 		}
 		w := a.table()
-		fmt.Fprintln(w, "PID\tCOMMAND")
+		row(w, "PID", "COMMAND")
 		for _, p := range processes {
-			fmt.Fprintf(w, "%d\t%s\n", p.PID, p.Command)
+			row(w, number(p.PID), p.Command)
 		}
 		return w.Flush()
 	}
@@ -255,10 +224,7 @@ func setupPids(a *app, _ *flag.FlagSet) runFunc {
 
 // commandLine is empty for a process that has ended meanwhile.
 func commandLine(pid int) string {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil {
-		return ""
-	}
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 	b = bytes.TrimRight(b, "\x00")
 	return printable(string(bytes.ReplaceAll(b, []byte{0}, []byte{' '})))
 }
@@ -285,28 +251,18 @@ func setupVersion(a *app, _ *flag.FlagSet) runFunc {
 		if a.json {
 			return a.printJSON(v)
 		}
-		return writeString(a.stdout, fmt.Sprintf("holdfastctl %s, %s, shim protocol %d to %d\n", v.Version, v.Go, v.ProtocolMin, v.ProtocolMax))
+		return a.printf("holdfastctl %s, %s, shim protocol %d to %d\n", v.Version, v.Go, v.ProtocolMin, v.ProtocolMax)
 	}
 }
 
 // buildVersion is the linker's, or the commit that go build saw.
 func buildVersion() string {
-	if version != "unknown" {
-		return version
-	}
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return version
-	}
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			return s.Value
+	if info, ok := debug.ReadBuildInfo(); ok && version == "unknown" {
+		for _, s := range info.Settings {
+			if s.Key == "vcs.revision" {
+				return s.Value
+			}
 		}
 	}
 	return version
-}
-
-func writeString(w io.Writer, s string) error {
-	_, err := io.WriteString(w, s)
-	return err
 }

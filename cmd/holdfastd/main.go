@@ -39,9 +39,6 @@ func run() error {
 		// half instead of doubling it costs no time that can be measured.
 		debug.SetGCPercent(50)
 	}
-	if len(os.Args) > 1 && os.Args[1] == "pull" {
-		return pull(os.Args[2:])
-	}
 	var (
 		config   = flag.String("config", "", "config `file` (default "+defaultConfigFile+", which may be missing)")
 		root     = flag.String("root", "", "`folder` for what survives a reboot")

@@ -124,7 +124,7 @@ type Options struct {
 	ProgressTimeout time.Duration
 	// MinRate, in bytes per second over one ProgressTimeout, ends a trickle; 1024.
 	MinRate int64
-	// ProgressDir gets a record per running pull, see rundir.Pull. It is emptied
+	// ProgressDir gets a record per running pull, see records.Pull. It is emptied
 	// by Open. Empty: none.
 	ProgressDir string
 	// ProgressEvery is how often the record is replaced, and a tenth of how often

@@ -11,6 +11,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
@@ -21,7 +22,7 @@ const logEvery = 10
 // progress is how far one pull is. A nil one is not looked at.
 type progress struct {
 	mu    sync.Mutex
-	p     rundir.Pull // without what the layers tell
+	p     records.Pull // without what the layers tell
 	parts map[digest.Digest]*part
 	news  chan struct{} // something to tell before the next update is due
 }
@@ -39,7 +40,7 @@ type part struct {
 }
 
 // setPhase says what the pull is at, before it has come to the layers.
-func (g *progress) setPhase(phase rundir.PullPhase) {
+func (g *progress) setPhase(phase records.PullPhase) {
 	if g != nil {
 		g.mu.Lock()
 		defer g.mu.Unlock()
@@ -51,7 +52,7 @@ func (g *progress) setPhase(phase rundir.PullPhase) {
 func (g *progress) setLayers(layers []ocispec.Descriptor) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.p.Phase = rundir.PullDownloading
+	g.p.Phase = records.PullDownloading
 	g.parts = map[digest.Digest]*part{}
 	for _, d := range layers {
 		if g.parts[d.Digest] == nil {
@@ -128,7 +129,7 @@ func (l *part) refresh() (n int64, waiting bool, trouble string) {
 }
 
 // snapshot gives all of it, without a Rate.
-func (g *progress) snapshot() rundir.Pull {
+func (g *progress) snapshot() records.Pull {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	p := g.p
@@ -153,9 +154,9 @@ func (g *progress) snapshot() rundir.Pull {
 	switch {
 	case g.parts == nil:
 	case p.Bytes == p.TotalBytes:
-		p.Phase = rundir.PullUnpacking
+		p.Phase = records.PullUnpacking
 	case flowing > 0 && flowing == waiting:
-		p.Phase = rundir.PullWaiting
+		p.Phase = records.PullWaiting
 	}
 	return p
 }
@@ -173,25 +174,25 @@ type pulls struct {
 }
 
 // list gives them, the oldest first.
-func (p *pulls) list() (l []rundir.Pull) {
+func (p *pulls) list() (l []records.Pull) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for g := range p.m {
 		l = append(l, g.snapshot())
 	}
-	slices.SortFunc(l, func(a, b rundir.Pull) int { return a.Since.Compare(b.Since) })
+	slices.SortFunc(l, func(a, b records.Pull) int { return a.Since.Compare(b.Since) })
 	return l
 }
 
 // follow makes a pull known to whoever looks, until stop is called: in Stats, in
 // the log, and in a record.
 func (s *Store) follow(asked, name, pod string) (g *progress, stop func()) {
-	g = &progress{news: make(chan struct{}, 1), p: rundir.Pull{
+	g = &progress{news: make(chan struct{}, 1), p: records.Pull{
 		Ref:    name,
 		Asked:  asked,
 		Pod:    pod,
 		Since:  time.Now().UTC(),
-		Phase:  rundir.PullResolving,
+		Phase:  records.PullResolving,
 		Daemon: self(),
 	}}
 	s.running.mu.Lock()
@@ -251,7 +252,7 @@ func (s *Store) report(g *progress, quit <-chan struct{}) {
 	}
 }
 
-func (s *Store) logProgress(p rundir.Pull) {
+func (s *Store) logProgress(p records.Pull) {
 	args := []any{"image", p.Ref, "phase", p.Phase}
 	if p.Pod != "" {
 		args = append(args, "pod", p.Pod)

@@ -14,8 +14,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/record"
-	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
 // What was here before counts as done and is told apart, whichever way it came.
@@ -25,8 +25,8 @@ func TestProgressOfLayers(t *testing.T) {
 		return ocispec.Descriptor{Digest: digest.FromString(name), Size: 100}
 	}
 	kept, resumed, joined, fresh := layer("kept"), layer("resumed"), layer("joined"), layer("fresh")
-	g := &progress{news: make(chan struct{}, 1), p: rundir.Pull{Phase: rundir.PullResolving}}
-	check := func(what string, phase rundir.PullPhase, bytes, present int64, layers int, trouble string) {
+	g := &progress{news: make(chan struct{}, 1), p: records.Pull{Phase: records.PullResolving}}
+	check := func(what string, phase records.PullPhase, bytes, present int64, layers int, trouble string) {
 		t.Helper()
 		p := g.snapshot()
 		if p.Phase != phase || p.Bytes != bytes || p.PresentBytes != present || p.Layers != layers ||
@@ -34,46 +34,46 @@ func TestProgressOfLayers(t *testing.T) {
 			t.Errorf("%s: %+v", what, p)
 		}
 	}
-	check("nothing is known", rundir.PullResolving, 0, 0, 0, "")
-	g.setPhase(rundir.PullVerifying)
-	check("it is verified", rundir.PullVerifying, 0, 0, 0, "")
+	check("nothing is known", records.PullResolving, 0, 0, 0, "")
+	g.setPhase(records.PullVerifying)
+	check("it is verified", records.PullVerifying, 0, 0, 0, "")
 	g.setLayers([]ocispec.Descriptor{kept, resumed, joined, fresh, kept})
 	if p := g.snapshot(); p.TotalBytes != 400 || p.TotalLayers != 4 {
 		t.Errorf("%+v", p)
 	}
-	check("the layers are known", rundir.PullDownloading, 0, 0, 0, "")
+	check("the layers are known", records.PullDownloading, 0, 0, 0, "")
 	r, j, f := &download{desc: resumed}, &download{desc: joined, n: 30, started: true}, &download{desc: fresh}
 	g.downloading(r)
-	check("a download begins", rundir.PullDownloading, 0, 0, 0, "")
+	check("a download begins", records.PullDownloading, 0, 0, 0, "")
 	r.queued, f.queued = true, true
-	check("no download has its turn", rundir.PullWaiting, 0, 0, 0, "")
+	check("no download has its turn", records.PullWaiting, 0, 0, 0, "")
 	g.present(kept.Digest)
 	g.downloading(j)
 	g.downloading(f)
-	check("one is here, one flows", rundir.PullDownloading, 130, 130, 0, "")
+	check("one is here, one flows", records.PullDownloading, 130, 130, 0, "")
 	r.n, r.had, r.started = 50, 40, true
 	j.n, f.trouble = 60, "503"
-	check("all flow", rundir.PullDownloading, 210, 170, 0, "503")
+	check("all flow", records.PullDownloading, 210, 170, 0, "503")
 	g.finished(kept.Digest, true)
 	r.n = 100
 	g.finished(resumed.Digest, true)
-	check("two are unpacked", rundir.PullDownloading, 260, 170, 2, "503")
+	check("two are unpacked", records.PullDownloading, 260, 170, 2, "503")
 	// What the other pull had brought was no good: it comes anew.
 	g.stopped(joined.Digest)
-	check("one is gone", rundir.PullWaiting, 200, 140, 2, "503")
+	check("one is gone", records.PullWaiting, 200, 140, 2, "503")
 	g.downloading(&download{desc: joined, started: true})
 	f.n, f.started, f.trouble = 100, true, ""
-	check("it comes anew", rundir.PullDownloading, 300, 140, 2, "")
+	check("it comes anew", records.PullDownloading, 300, 140, 2, "")
 	g.present(joined.Digest)
 	g.stopped(joined.Digest)
-	check("all bytes are here", rundir.PullUnpacking, 400, 140, 2, "")
+	check("all bytes are here", records.PullUnpacking, 400, 140, 2, "")
 	g.finished(joined.Digest, true)
 	g.finished(fresh.Digest, true)
-	check("all are unpacked", rundir.PullUnpacking, 400, 140, 4, "")
+	check("all are unpacked", records.PullUnpacking, 400, 140, 4, "")
 
 	// Nobody looks.
 	var none *progress
-	none.setPhase(rundir.PullVerifying)
+	none.setPhase(records.PullVerifying)
 	none.downloading(f)
 	none.finished(fresh.Digest, true)
 }
@@ -129,12 +129,12 @@ func TestProgressBeforeLayers(t *testing.T) {
 		ended <- err
 	}()
 	<-asked
-	var p rundir.Pull
+	var p records.Pull
 	eventually(t, "there is a record", func() bool {
 		files, _ := filepath.Glob(filepath.Join(dir, "*.json"))
 		return len(files) == 1 && record.Read(files[0], &p) == nil
 	})
-	if p.Phase != rundir.PullResolving || p.Pod != "team/web" || p.Ref != f.ref || p.TotalBytes != 0 ||
+	if p.Phase != records.PullResolving || p.Pod != "team/web" || p.Ref != f.ref || p.TotalBytes != 0 ||
 		!p.Daemon.Alive() {
 		t.Errorf("%+v", p)
 	}

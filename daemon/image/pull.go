@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/holdfast-cri/holdfast/daemon/image/registry"
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/daemon/records"
 )
 
 // maxDepth of indexes within indexes.
@@ -94,11 +94,11 @@ func (p *pull) run(ctx context.Context) (img Image, err error) {
 	if err != nil {
 		return img, err
 	}
-	p.how.setPhase(rundir.PullVerifying)
+	p.how.setPhase(records.PullVerifying)
 	if err := p.s.verify(ctx, p.name.String(), target); err != nil {
 		return img, err
 	}
-	p.how.setPhase(rundir.PullResolving)
+	p.how.setPhase(records.PullResolving)
 	manifest, m, err := p.manifest(ctx, target, b)
 	if err != nil {
 		return img, err

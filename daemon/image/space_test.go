@@ -16,8 +16,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/record"
-	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
 func dropping(o *Options) { o.DropLayers = true }
@@ -267,10 +267,10 @@ func TestProgress(t *testing.T) {
 	}
 	var log lines
 	s := openAt(t, t.TempDir(), func(o *Options) { o.ProgressDir, o.ProgressEvery, o.Log = dir, 1e6, log.logger() })
-	records := func() (l []rundir.Pull) {
+	records := func() (l []records.Pull) {
 		files, _ := filepath.Glob(filepath.Join(dir, "[^.]*"))
 		for _, name := range files {
-			var p rundir.Pull
+			var p records.Pull
 			if record.Read(name, &p) == nil {
 				l = append(l, p)
 			}

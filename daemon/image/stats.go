@@ -7,13 +7,13 @@ import (
 	"sync/atomic"
 	"syscall"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/daemon/records"
 )
 
 // Stats are what the store has, and what it did since Open.
 type Stats struct {
 	Pulls     map[string]uint64 // that ended, by result; all results are there
-	Running   []rundir.Pull     // the oldest first; without a Rate
+	Running   []records.Pull    // the oldest first; without a Rate
 	Downloads int               // blobs on their way, or waiting for their turn
 
 	Bytes        uint64 // of layers that came from registries

@@ -14,7 +14,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/daemon/records"
 )
 
 // Snapshot is what the daemon has and has done. Making one is cheap: it comes
@@ -23,7 +23,7 @@ type Snapshot struct {
 	Pods, Containers map[string]int // by state, all states
 
 	Pulls        map[string]uint64 // by result, all results
-	Running      []rundir.Pull
+	Running      []records.Pull
 	Downloads    int
 	Bytes        uint64
 	ResumedBytes uint64
@@ -114,7 +114,7 @@ func numbers[N int | uint64](kind prometheus.ValueType, name, help, label string
 
 // perPull is of the pulls that run. Several of one image share their downloads,
 // so they are one, and the one that got furthest speaks for them.
-func perPull(name, help string, get func(rundir.Pull) int64) metric {
+func perPull(name, help string, get func(records.Pull) int64) metric {
 	return metric{prometheus.NewDesc(name, help, []string{"image"}, nil), prometheus.GaugeValue, func(s *Snapshot, emit func(float64, ...string)) {
 		furthest := map[string]int64{}
 		for _, p := range s.Running {
@@ -138,8 +138,8 @@ var table = []metric{
 
 	numbers(counter, "holdfast_image_pulls_total", "Pulls that ended, by result.", "result", func(s *Snapshot) map[string]uint64 { return s.Pulls }),
 	number(gauge, "holdfast_image_pulls_running", "Pulls that run.", func(s *Snapshot) int { return len(s.Running) }),
-	perPull("holdfast_image_pull_done_bytes", "Compressed bytes that are here of an image that is being pulled.", func(p rundir.Pull) int64 { return p.Bytes }),
-	perPull("holdfast_image_pull_size_bytes", "Compressed size of an image that is being pulled; 0 while it is not known.", func(p rundir.Pull) int64 { return p.TotalBytes }),
+	perPull("holdfast_image_pull_done_bytes", "Compressed bytes that are here of an image that is being pulled.", func(p records.Pull) int64 { return p.Bytes }),
+	perPull("holdfast_image_pull_size_bytes", "Compressed size of an image that is being pulled; 0 while it is not known.", func(p records.Pull) int64 { return p.TotalBytes }),
 	number(gauge, "holdfast_image_downloads_running", "Layers that are being downloaded, or wait for their turn.", func(s *Snapshot) int { return s.Downloads }),
 	number(counter, "holdfast_image_downloaded_bytes_total", "Bytes of layers that came from registries.", func(s *Snapshot) uint64 { return s.Bytes }),
 	number(counter, "holdfast_image_resumed_bytes_total", "Bytes of layers that an interrupted download had brought, so that they were not fetched again.", func(s *Snapshot) uint64 { return s.ResumedBytes }),

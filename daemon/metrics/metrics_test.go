@@ -12,7 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 	"github.com/prometheus/common/expfmt"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/daemon/records"
 )
 
 // text is what a scrape gives.
@@ -35,7 +35,7 @@ func full() Snapshot {
 	return Snapshot{
 		Pods: map[string]int{"ready": 2, "notready": 1}, Containers: map[string]int{"running": 3},
 		Pulls: map[string]uint64{"success": 4, "not_found": 5},
-		Running: []rundir.Pull{
+		Running: []records.Pull{
 			{Ref: "a.test/x:1", Bytes: 10, TotalBytes: 100}, {Ref: "a.test/x:1", Bytes: 20, TotalBytes: 100}, // two callers
 			{Ref: "a.test/y:1"}},
 		Downloads: 6, Bytes: 7, ResumedBytes: 8, Retries: 9, Shared: 10, Unpacked: 11,

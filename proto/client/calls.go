@@ -2,8 +2,7 @@ package client
 
 import (
 	"context"
-	"fmt"
-	"os"
+	"io"
 	"slices"
 	"time"
 
@@ -155,12 +154,16 @@ func (c *Client) Pids(ctx context.Context) ([]int, error) {
 
 // Exec is a command to run in a container.
 type Exec struct {
+	// Process as far as it differs from the container's: without Env, Cwd or User
+	// it has those of the container. SetUser says that User is meant as it is.
 	Process *specs.Process
+	SetUser bool
 	Timeout time.Duration // 0: none; then the command and all that it started is killed
-	// Descriptors of this process: pipes or memory files, which the shim opens
-	// once more through /proc. nil: /dev/null.
-	Stdin, Stdout, Stderr *os.File
-	Limit                 uint64 // bytes of each stream; what is beyond is dropped. 0: none
+	// A nil stream is /dev/null. The shim opens a *os.File itself, through /proc:
+	// a pipe or a memory file. Anything else goes through a pipe.
+	Stdin          io.Reader
+	Stdout, Stderr io.Writer
+	Limit          uint64 // bytes of each stream; what is beyond is dropped. 0: none
 }
 
 // ExecResult is how a command ended.
@@ -190,16 +193,16 @@ func (c *Client) Exec(ctx context.Context, e Exec) (ExecResult, error) {
 	req := &proto.ExecSyncRequest{
 		Id:          c.dir.ID(),
 		Process:     wire,
+		SetUser:     e.SetUser,
 		TimeoutMs:   uint64(e.Timeout.Milliseconds()),
-		StdinPath:   procPath(e.Stdin),
-		StdoutPath:  procPath(e.Stdout),
-		StderrPath:  procPath(e.Stderr),
 		OutputLimit: e.Limit,
 	}
 	var r *proto.ExecSyncResponse
-	err = c.alone(ctx, func(shim proto.ShimService) (err error) {
-		r, err = shim.ExecSync(ctx, req)
-		return err
+	err = e.attach(req, func() error {
+		return c.alone(ctx, func(shim proto.ShimService) (err error) {
+			r, err = shim.ExecSync(ctx, req)
+			return err
+		})
 	})
 	if err != nil {
 		return ExecResult{}, err
@@ -211,12 +214,4 @@ func (c *Client) Exec(ctx context.Context, e Exec) (ExecResult, error) {
 		StderrBytes:  int64(r.GetStderrBytes()),
 		DroppedBytes: r.GetDroppedBytes(),
 	}, nil
-}
-
-// procPath is a name under which another process can open our descriptor.
-func procPath(f *os.File) string {
-	if f == nil {
-		return ""
-	}
-	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd())
 }

@@ -14,7 +14,7 @@ import (
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/tests/harness"
 )
 
@@ -80,7 +80,7 @@ func TestPullCommand(t *testing.T) {
 	<-ended
 	n.Registry.Break(nil)
 	harness.Eventually(t, patience, "its record is gone", func() bool {
-		l, err := os.ReadDir(filepath.Join(n.State, rundir.PullsName))
+		l, err := os.ReadDir(filepath.Join(n.State, records.PullsName))
 		return err == nil && len(l) == 0
 	})
 }

@@ -52,7 +52,10 @@ var allowed = map[string][]string{
 	"shim/logfile": {"golang.org/x/sys/unix"},
 
 	"daemon/beneath": {"golang.org/x/sys/unix"},
-	"daemon/metrics": {module + "proto/...", "github.com/prometheus/client_golang/prometheus", "github.com/prometheus/client_golang/prometheus/collectors"},
+	"daemon/metrics": {
+		module + "daemon/records",
+		"github.com/prometheus/client_golang/prometheus", "github.com/prometheus/client_golang/prometheus/collectors",
+	},
 
 	"cmd/holdfast-pause": {},
 	"cmd/holdfast-shim": {
@@ -60,10 +63,10 @@ var allowed = map[string][]string{
 		"github.com/containerd/ttrpc", "golang.org/x/sys/unix",
 	},
 	"cmd/holdfastctl": {
-		module + "proto/...", "github.com/containerd/ttrpc", "github.com/containerd/console", "github.com/containerd/typeurl/v2",
-		"github.com/opencontainers/runtime-spec/specs-go/...", "github.com/pelletier/go-toml/v2",
-		"google.golang.org/protobuf/...", "google.golang.org/grpc/codes", "google.golang.org/grpc/status",
-		"golang.org/x/sys/unix",
+		module + "proto/...", module + "daemon/records",
+		"github.com/opencontainers/runtime-spec/specs-go", "github.com/pelletier/go-toml/v2", "golang.org/x/sys/unix",
+		"google.golang.org/grpc", "google.golang.org/grpc/codes", "google.golang.org/grpc/credentials/insecure",
+		"google.golang.org/grpc/status", "k8s.io/cri-api/pkg/apis/runtime/v1", "k8s.io/cri-api/pkg/errors",
 	},
 }
 

@@ -1,0 +1,87 @@
+package client
+
+import (
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/holdfast-cri/holdfast/proto"
+)
+
+// attach gives the command its streams for as long as run takes. After an error
+// of run the rest of the output is dropped: the shim may keep its end open.
+func (e *Exec) attach(req *proto.ExecSyncRequest, run func() error) (err error) {
+	var finish []func(error)
+	defer func() {
+		for _, f := range finish {
+			f(err)
+		}
+	}()
+	for _, s := range []struct {
+		path *string
+		open func() (*os.File, func(error), error)
+	}{
+		{&req.StdinPath, func() (*os.File, func(error), error) { return source(e.Stdin) }},
+		{&req.StdoutPath, func() (*os.File, func(error), error) { return sink(e.Stdout) }},
+		{&req.StderrPath, func() (*os.File, func(error), error) { return sink(e.Stderr) }},
+	} {
+		file, done, err := s.open()
+		if err != nil {
+			return fmt.Errorf("cannot make a pipe for the command: %w", err)
+		}
+		*s.path = procPath(file)
+		finish = append(finish, done)
+	}
+	return run()
+}
+
+// procPath is a name under which another process can open our descriptor.
+func procPath(f *os.File) string {
+	if f == nil {
+		return ""
+	}
+	return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd())
+}
+
+func nothing(error) {}
+
+// source is the end of a pipe that gives what is read from a reader. The copying
+// ends with the reader, with the command, or with this process.
+func source(from io.Reader) (file *os.File, finish func(error), err error) {
+	if f, ok := from.(*os.File); ok || from == nil {
+		return f, nothing, nil
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, nil, err
+	}
+	go func() {
+		io.Copy(w, from)
+		w.Close()
+	}()
+	return r, func(error) { r.Close() }, nil // open until the shim has surely opened it
+}
+
+// sink is the end of a pipe whose content goes to a writer.
+func sink(to io.Writer) (file *os.File, finish func(error), err error) {
+	if f, ok := to.(*os.File); ok || to == nil {
+		return f, nothing, nil
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, nil, err
+	}
+	copied := make(chan struct{})
+	go func() {
+		defer close(copied)
+		io.Copy(to, r)
+	}()
+	return w, func(err error) {
+		w.Close()
+		if err != nil {
+			r.Close()
+		}
+		<-copied
+		r.Close()
+	}, nil
+}
