@@ -22,7 +22,6 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
-	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
@@ -623,19 +622,5 @@ func TestEvents(t *testing.T) {
 	waitAll()
 	if n := strings.Count(all.String(), "\n"); n != 4 {
 		t.Errorf("%d lines, want each event once:\n%s", n, all)
-	}
-}
-
-func TestAge(t *testing.T) {
-	for _, c := range []struct {
-		d    time.Duration
-		want string
-	}{
-		{-time.Second, "0s"}, {119 * time.Second, "119s"}, {2 * time.Minute, "2m"}, {119 * time.Minute, "119m"},
-		{47 * time.Hour, "47h"}, {48 * time.Hour, "2d"},
-	} {
-		if got := records.Age(c.d); got != c.want {
-			t.Errorf("records.Age(%v) = %q, want %q", c.d, got, c.want)
-		}
 	}
 }

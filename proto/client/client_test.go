@@ -252,9 +252,9 @@ func TestWatch(t *testing.T) {
 		{Seq: 3, Type: proto.EventType_EVENT_TYPE_EXITED, At: proto.TimeOf(at), Exit: &proto.Exit{Code: 3}},
 	}
 	want := []Event{
-		{Seq: 1, At: at, Type: Created, Init: rundir.Process{PID: 5, StartTime: 6}},
-		{Seq: 2, At: at, Type: Started},
-		{Seq: 3, At: at, Type: Exited, Exit: &rundir.Exit{Code: 3}},
+		{ID: "id", Seq: 1, At: at, Type: Created, Init: rundir.Process{PID: 5, StartTime: 6}},
+		{ID: "id", Seq: 2, At: at, Type: Started},
+		{ID: "id", Seq: 3, At: at, Type: Exited, Exit: &rundir.Exit{Code: 3}},
 	}
 	c := New(f.dir)
 	defer c.Close()
