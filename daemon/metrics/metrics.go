@@ -17,16 +17,17 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/records"
 )
 
-// Snapshot is what the daemon has and has done. Making one is cheap: it comes
-// from memory.
+// Snapshot is what the daemon has, and has done since it started. It is made
+// from memory for each scrape. The help texts in the table below say what each
+// number counts.
 type Snapshot struct {
 	Pods, Containers map[string]int // by state, all states
 
 	Pulls        map[string]uint64 // by result, all results
 	Running      []records.Pull
-	Downloads    int
-	Bytes        uint64
-	ResumedBytes uint64
+	Downloads    int    // of layers that run or wait for their turn
+	Bytes        uint64 // of layers that came from registries
+	ResumedBytes uint64 // that an interrupted download had brought
 	Retries      uint64
 	Shared       uint64
 	Unpacked     uint64
@@ -40,7 +41,8 @@ type Snapshot struct {
 	LayerInodes  uint64
 }
 
-// Metrics collects times. A nil one collects nothing.
+// Metrics collects the times of calls and pulls. A nil one collects nothing. Its
+// methods may be called from any goroutine.
 type Metrics struct {
 	registry *prometheus.Registry
 	calls    *prometheus.CounterVec
@@ -48,21 +50,31 @@ type Metrics struct {
 	pull     prometheus.Histogram
 }
 
-// New makes what is collected before there is a daemon.
+// New gives the metrics of a program of that version. They exist before the
+// daemon does, so that its start is measured, too.
 func New(version string) *Metrics {
 	m := &Metrics{
 		registry: prometheus.NewRegistry(),
-		calls: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "holdfast_cri_calls_total",
-			Help: "Calls of the CRI that were answered."}, []string{"method", "code"}),
-		took: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "holdfast_cri_call_duration_seconds",
+		calls: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "holdfast_cri_calls_total",
+			Help: "Calls of the CRI that were answered.",
+		}, []string{"method", "code"}),
+		took: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name:    "holdfast_cri_call_duration_seconds",
 			Help:    "Time that calls of the CRI took, failed ones included.",
-			Buckets: []float64{.001, .005, .025, .1, .25, .5, 1, 2.5, 5, 10, 30, 120}}, []string{"method"}),
-		pull: prometheus.NewHistogram(prometheus.HistogramOpts{Name: "holdfast_image_pull_duration_seconds",
+			Buckets: []float64{.001, .005, .025, .1, .25, .5, 1, 2.5, 5, 10, 30, 120},
+		}, []string{"method"}),
+		pull: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "holdfast_image_pull_duration_seconds",
 			Help:    "Time that pulls took which succeeded, those of images that were here already included.",
-			Buckets: []float64{.1, .5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800}}),
+			Buckets: []float64{.1, .5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800},
+		}),
 	}
-	build := prometheus.NewGauge(prometheus.GaugeOpts{Name: "holdfast_build_info", Help: "1; the labels say which program this is.",
-		ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()}})
+	build := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name:        "holdfast_build_info",
+		Help:        "1; the labels say which program this is.",
+		ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version()},
+	})
 	build.Set(1)
 	m.registry.MustRegister(m.calls, m.took, m.pull, build,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
@@ -98,32 +110,46 @@ type metric struct {
 	read func(*Snapshot, func(value float64, labels ...string))
 }
 
+// number is a metric without labels.
 func number[N int | uint64](kind prometheus.ValueType, name, help string, get func(*Snapshot) N) metric {
-	return metric{prometheus.NewDesc(name, help, nil, nil), kind, func(s *Snapshot, emit func(float64, ...string)) {
-		emit(float64(get(s)))
-	}}
+	return metric{
+		desc: prometheus.NewDesc(name, help, nil, nil),
+		kind: kind,
+		read: func(s *Snapshot, emit func(float64, ...string)) { emit(float64(get(s))) },
+	}
 }
 
-func numbers[N int | uint64](kind prometheus.ValueType, name, help, label string, get func(*Snapshot) map[string]N) metric {
-	return metric{prometheus.NewDesc(name, help, []string{label}, nil), kind, func(s *Snapshot, emit func(float64, ...string)) {
-		for value, n := range get(s) {
-			emit(float64(n), value)
-		}
-	}}
+// numbers is a metric with one label, whose values are the keys.
+func numbers[N int | uint64](
+	kind prometheus.ValueType, name, help, label string, get func(*Snapshot) map[string]N,
+) metric {
+	return metric{
+		desc: prometheus.NewDesc(name, help, []string{label}, nil),
+		kind: kind,
+		read: func(s *Snapshot, emit func(float64, ...string)) {
+			for value, n := range get(s) {
+				emit(float64(n), value)
+			}
+		},
+	}
 }
 
-// perPull is of the pulls that run. Several of one image share their downloads,
-// so they are one, and the one that got furthest speaks for them.
+// perPull has a value for each image that is being pulled. Several pulls of one
+// image share their downloads, so that the one that is furthest counts for all.
 func perPull(name, help string, get func(records.Pull) int64) metric {
-	return metric{prometheus.NewDesc(name, help, []string{"image"}, nil), prometheus.GaugeValue, func(s *Snapshot, emit func(float64, ...string)) {
-		furthest := map[string]int64{}
-		for _, p := range s.Running {
-			furthest[p.Ref] = max(furthest[p.Ref], get(p))
-		}
-		for ref, n := range furthest {
-			emit(float64(n), ref)
-		}
-	}}
+	return metric{
+		desc: prometheus.NewDesc(name, help, []string{"image"}, nil),
+		kind: prometheus.GaugeValue,
+		read: func(s *Snapshot, emit func(float64, ...string)) {
+			furthest := map[string]int64{}
+			for _, p := range s.Running {
+				furthest[p.Ref] = max(furthest[p.Ref], get(p))
+			}
+			for ref, n := range furthest {
+				emit(float64(n), ref)
+			}
+		},
+	}
 }
 
 const (
@@ -134,27 +160,57 @@ const (
 // table has all that is read from snapshots. docs/operations.md shows it.
 var table = []metric{
 	numbers(gauge, "holdfast_pods", "Pods, by state.", "state", func(s *Snapshot) map[string]int { return s.Pods }),
-	numbers(gauge, "holdfast_containers", "Containers, by state.", "state", func(s *Snapshot) map[string]int { return s.Containers }),
+	numbers(gauge, "holdfast_containers",
+		"Containers, by state.", "state",
+		func(s *Snapshot) map[string]int { return s.Containers }),
 
-	numbers(counter, "holdfast_image_pulls_total", "Pulls that ended, by result.", "result", func(s *Snapshot) map[string]uint64 { return s.Pulls }),
+	numbers(counter, "holdfast_image_pulls_total",
+		"Pulls that ended, by result.", "result",
+		func(s *Snapshot) map[string]uint64 { return s.Pulls }),
 	number(gauge, "holdfast_image_pulls_running", "Pulls that run.", func(s *Snapshot) int { return len(s.Running) }),
-	perPull("holdfast_image_pull_done_bytes", "Compressed bytes that are here of an image that is being pulled.", func(p records.Pull) int64 { return p.Bytes }),
-	perPull("holdfast_image_pull_size_bytes", "Compressed size of an image that is being pulled; 0 while it is not known.", func(p records.Pull) int64 { return p.TotalBytes }),
-	number(gauge, "holdfast_image_downloads_running", "Layers that are being downloaded, or wait for their turn.", func(s *Snapshot) int { return s.Downloads }),
-	number(counter, "holdfast_image_downloaded_bytes_total", "Bytes of layers that came from registries.", func(s *Snapshot) uint64 { return s.Bytes }),
-	number(counter, "holdfast_image_resumed_bytes_total", "Bytes of layers that an interrupted download had brought, so that they were not fetched again.", func(s *Snapshot) uint64 { return s.ResumedBytes }),
-	number(counter, "holdfast_image_download_retries_total", "Requests for layers that failed and were repeated, or given up.", func(s *Snapshot) uint64 { return s.Retries }),
-	number(counter, "holdfast_image_downloads_shared_total", "Layers that a pull took from the download of another pull.", func(s *Snapshot) uint64 { return s.Shared }),
-	number(counter, "holdfast_image_layers_unpacked_total", "Layers that were unpacked.", func(s *Snapshot) uint64 { return s.Unpacked }),
+	perPull("holdfast_image_pull_done_bytes",
+		"Compressed bytes that are here of an image that is being pulled.",
+		func(p records.Pull) int64 { return p.Bytes }),
+	perPull("holdfast_image_pull_size_bytes",
+		"Compressed size of an image that is being pulled; 0 while it is not known.",
+		func(p records.Pull) int64 { return p.TotalBytes }),
+	number(gauge, "holdfast_image_downloads_running",
+		"Layers that are being downloaded, or wait for their turn.",
+		func(s *Snapshot) int { return s.Downloads }),
+	number(counter, "holdfast_image_downloaded_bytes_total",
+		"Bytes of layers that came from registries.",
+		func(s *Snapshot) uint64 { return s.Bytes }),
+	number(counter, "holdfast_image_resumed_bytes_total",
+		"Bytes of layers that an interrupted download had brought, so that they were not fetched again.",
+		func(s *Snapshot) uint64 { return s.ResumedBytes }),
+	number(counter, "holdfast_image_download_retries_total",
+		"Requests for layers that failed and were repeated, or given up.",
+		func(s *Snapshot) uint64 { return s.Retries }),
+	number(counter, "holdfast_image_downloads_shared_total",
+		"Layers that a pull took from the download of another pull.",
+		func(s *Snapshot) uint64 { return s.Shared }),
+	number(counter, "holdfast_image_layers_unpacked_total",
+		"Layers that were unpacked.",
+		func(s *Snapshot) uint64 { return s.Unpacked }),
 
 	number(gauge, "holdfast_images", "Images in the store.", func(s *Snapshot) int { return s.Images }),
 	number(gauge, "holdfast_image_blobs", "Blobs in the store.", func(s *Snapshot) uint64 { return s.Blobs }),
-	number(gauge, "holdfast_image_blob_bytes", "Size of the blobs in the store.", func(s *Snapshot) uint64 { return s.BlobBytes }),
-	number(counter, "holdfast_image_blobs_collected_total", "Blobs that were removed because nothing needed them.", func(s *Snapshot) uint64 { return s.Collected }),
-	number(counter, "holdfast_image_collected_bytes_total", "Size of the blobs that were removed because nothing needed them.", func(s *Snapshot) uint64 { return s.FreedBytes }),
+	number(gauge, "holdfast_image_blob_bytes",
+		"Size of the blobs in the store.",
+		func(s *Snapshot) uint64 { return s.BlobBytes }),
+	number(counter, "holdfast_image_blobs_collected_total",
+		"Blobs that were removed because nothing needed them.",
+		func(s *Snapshot) uint64 { return s.Collected }),
+	number(counter, "holdfast_image_collected_bytes_total",
+		"Size of the blobs that were removed because nothing needed them.",
+		func(s *Snapshot) uint64 { return s.FreedBytes }),
 	number(gauge, "holdfast_layers", "Unpacked layers.", func(s *Snapshot) int { return s.Layers }),
-	number(gauge, "holdfast_layer_bytes", "Size of the unpacked layers.", func(s *Snapshot) uint64 { return s.LayerBytes }),
-	number(gauge, "holdfast_layer_inodes", "Inodes of the unpacked layers.", func(s *Snapshot) uint64 { return s.LayerInodes }),
+	number(gauge, "holdfast_layer_bytes",
+		"Size of the unpacked layers.",
+		func(s *Snapshot) uint64 { return s.LayerBytes }),
+	number(gauge, "holdfast_layer_inodes",
+		"Inodes of the unpacked layers.",
+		func(s *Snapshot) uint64 { return s.LayerInodes }),
 }
 
 // reader reads a snapshot for each scrape.

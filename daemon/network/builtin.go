@@ -83,9 +83,9 @@ func parseSubnets(s string) ([]netip.Prefix, error) {
 	return out, nil
 }
 
-// builtin returns the network for a node without a CNI of its own: a bridge,
+// builtinLocked returns the network for a node without a CNI of its own: a bridge,
 // leases below CacheDir, host ports. n.mu is held.
-func (n *Network) builtin() (conf, error) {
+func (n *Network) builtinLocked() (conf, error) {
 	masquerade := hasCommand("iptables") || hasCommand("nft")
 	if !masquerade {
 		n.noFilter.Do(func() {

@@ -56,7 +56,7 @@ func (n *Network) Config() ([]byte, error) {
 func (n *Network) current() (conf, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	c, err := n.load()
+	c, err := n.loadLocked()
 	if err != nil {
 		return conf{}, err
 	}
@@ -93,21 +93,21 @@ type confFile struct {
 	err  error
 }
 
-// load returns the first config that parses. n.mu is held. Files are compared
+// loadLocked returns the first config that parses. n.mu is held. Files are compared
 // by content, which for some kilobytes costs no more than asking for times and
 // cannot miss a quick second write.
-func (n *Network) load() (conf, error) {
+func (n *Network) loadLocked() (conf, error) {
 	files, err := readConfDir(n.opts.ConfDir)
 	if err != nil {
 		return conf{}, fmt.Errorf("%w: cannot read CNI configs: %w", ErrNoNetwork, err)
 	}
-	seen := n.snapshot(files)
+	seen := n.snapshotLocked(files)
 	if seen == n.confSeen {
 		return n.conf, n.confErr
 	}
 	had := n.confSeen != "" && n.confErr == nil
 	n.confSeen = seen
-	n.conf, n.confErr = n.choose(files)
+	n.conf, n.confErr = n.chooseLocked(files)
 	if n.confErr == nil {
 		n.log.Info("pod network config loaded", "network", n.conf.list.Name, "source", n.conf.source)
 	} else if had {
@@ -116,7 +116,7 @@ func (n *Network) load() (conf, error) {
 	return n.conf, n.confErr
 }
 
-func (n *Network) snapshot(files []confFile) string {
+func (n *Network) snapshotLocked(files []confFile) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%v\n", n.subnets)
 	for _, f := range files {
@@ -125,7 +125,7 @@ func (n *Network) snapshot(files []confFile) string {
 	return b.String()
 }
 
-func (n *Network) choose(files []confFile) (conf, error) {
+func (n *Network) chooseLocked(files []confFile) (conf, error) {
 	tried := 0
 	for _, f := range files {
 		if filepath.Dir(f.path) != filepath.Clean(n.opts.ConfDir) {
@@ -143,12 +143,14 @@ func (n *Network) choose(files []confFile) (conf, error) {
 		}
 	}
 	if tried > 0 {
-		return conf{}, fmt.Errorf("%w: none of the %d CNI configs in %s can be used, see the log", ErrNoNetwork, tried, n.opts.ConfDir)
+		return conf{}, fmt.Errorf("%w: none of the %d CNI configs in %s can be used, see the log",
+			ErrNoNetwork, tried, n.opts.ConfDir)
 	}
 	if n.opts.DefaultNetwork {
-		return n.builtin()
+		return n.builtinLocked()
 	}
-	return conf{}, fmt.Errorf("%w: no CNI config in %s; install a network plugin, or set cni.default_network", ErrNoNetwork, n.opts.ConfDir)
+	return conf{}, fmt.Errorf("%w: no CNI config in %s; install a network plugin, or set cni.default_network",
+		ErrNoNetwork, n.opts.ConfDir)
 }
 
 // readConfDir returns what matters in dir, ordered by name: files that may be

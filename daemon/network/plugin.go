@@ -63,7 +63,8 @@ func (n *Network) startRun(ctx context.Context, id string) (*run, error) {
 	select {
 	case n.runs <- struct{}{}:
 	case <-ctx.Done():
-		return nil, fmt.Errorf("no turn to run CNI plugins, at most %d pods have one at once: %w", maxPlugins, context.Cause(ctx))
+		return nil, fmt.Errorf("no turn to run CNI plugins, at most %d pods have one at once: %w",
+			maxPlugins, context.Cause(ctx))
 	}
 	r := &run{net: n, path: n.lockFile(id)}
 	if err := r.acquire(ctx); err != nil {

@@ -48,7 +48,8 @@ func (n *Network) startKeeper(dir string, flags int, u Userns) (*keeper, error) 
 	err := cmd.Start()
 	switch {
 	case errors.Is(err, unix.ENOSPC):
-		return nil, fmt.Errorf("cannot make a user namespace: %w: the limit is reached, see sysctl user.max_user_namespaces", err)
+		return nil, fmt.Errorf("cannot make a user namespace: %w: the limit is reached,"+
+			" see sysctl user.max_user_namespaces", err)
 	case err != nil:
 		return nil, fmt.Errorf("cannot make a user namespace with a process in it: %w", err)
 	}

@@ -14,6 +14,9 @@ const (
 	shimsPath = "/holdfast/shims"
 )
 
+// sameDriver is what to do where a parent belongs to the other driver.
+const sameDriver = "give the kubelet (cgroupDriver) and holdfastd (driver of [cgroup]) the same one"
+
 // systemSlice never stops, not even at shutdown: see scopeProperties.
 const systemSlice = "system.slice"
 
@@ -48,7 +51,8 @@ func (m *Manager) ContainerPath(parent, podID, id string) (string, error) {
 		return "", err
 	}
 	if strings.HasSuffix(path.Clean(parent), ".slice") {
-		return "", fmt.Errorf("%w %q: this is a slice of systemd, and the cgroup driver here is cgroupfs; give the kubelet (cgroupDriver) and holdfastd (driver of [cgroup]) the same one", ErrParent, parent)
+		return "", fmt.Errorf("%w %q: this is a slice of systemd, and the cgroup driver here is cgroupfs; "+
+			sameDriver, ErrParent, parent)
 	}
 	return path.Join("/", parent, id), nil
 }
@@ -76,7 +80,8 @@ func sliceName(parent string) (string, error) {
 	name := path.Base(path.Clean(parent))
 	stem, ok := strings.CutSuffix(name, ".slice")
 	if !ok {
-		return "", fmt.Errorf("%w %q: the cgroup driver here is systemd and wants a slice, such as kubepods.slice; give the kubelet (cgroupDriver) and holdfastd (driver of [cgroup]) the same one", ErrParent, parent)
+		return "", fmt.Errorf("%w %q: the cgroup driver here is systemd and wants a slice, such as kubepods.slice; "+
+			sameDriver, ErrParent, parent)
 	}
 	if stem == "-" { // the root slice
 		return name, nil
