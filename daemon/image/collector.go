@@ -4,7 +4,6 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -44,17 +43,6 @@ func (s *Store) collector() {
 	}
 }
 
-// resumesLocked says whether an interrupted pull, or one that runs, is to bring
-// the blob.
-func (s *Store) resumesLocked(d digest.Digest) bool {
-	for _, p := range s.pending {
-		if slices.Contains(p.Blobs, d) {
-			return true
-		}
-	}
-	return false
-}
-
 // namedLocked are the blobs that references need.
 func (s *Store) namedLocked() map[digest.Digest]bool {
 	named := map[digest.Digest]bool{}
@@ -70,7 +58,7 @@ func (s *Store) namedLocked() map[digest.Digest]bool {
 // does again what could not be done before.
 func (s *Store) collect() error {
 	s.mu.Lock()
-	errs := []error{s.dropKeptLocked(), s.dropStalePendingLocked(), s.forgetRemovalLocked(), s.refreshIndexLocked()}
+	errs := []error{s.dropKeptLocked(), s.dropStalePending(), s.forgetRemovalLocked(), s.refreshIndexLocked()}
 	named := s.namedLocked()
 	s.mu.Unlock()
 	removed := 0
@@ -81,11 +69,14 @@ func (s *Store) collect() error {
 		// One at a time, so that nobody waits long for the lock.
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		if s.resumesLocked(d) || s.namedLocked()[d] {
+		if s.namedLocked()[d] {
 			return nil
 		}
 		// Decided while nobody can hold it, so that no pull takes it for present.
 		return s.holds.ifNone(d, func() error {
+			if s.resumable(d) { // a pull lets go after it was interrupted
+				return nil
+			}
 			size := s.sizes[d]
 			if err := s.removeBlobLocked(path, d); err != nil {
 				return err
@@ -115,7 +106,8 @@ func (s *Store) collectIngest() error {
 			continue // its writer removes it
 		}
 		s.mu.Lock()
-		if s.downloads[e.Name()] == nil && !s.resumesLocked(blobOfPart(e.Name())) {
+		d := blobOfPart(e.Name())
+		if s.downloads[e.Name()] == nil && !s.holds.has(d) && !s.resumable(d) {
 			errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
 		}
 		s.mu.Unlock()

@@ -37,17 +37,13 @@ var (
 	// ErrRejected: a verifier does not let the image in.
 	ErrRejected = kind.Errorf(kind.Rejected, "image rejected")
 
-	// ErrNotFound: the registry, or the store, has no such image.
-	ErrNotFound = registry.ErrNotFound
-	// ErrUnauthorized: the registry refused the credentials, or the lack of them.
+	// Those of the registry; ErrNotFound also says that the store has no such
+	// image, ErrUnsupported that it is of a kind that cannot be run here.
+	ErrNotFound     = registry.ErrNotFound
 	ErrUnauthorized = registry.ErrUnauthorized
-	// ErrUnavailable: the registry cannot be reached, is overloaded or too slow.
-	ErrUnavailable = registry.ErrUnavailable
-	// ErrUnsupported: the image is there but of a kind that cannot be run here:
-	// another platform, an unknown media type, a foreign layer.
-	ErrUnsupported = registry.ErrUnsupported
-	// ErrCorrupt: what the registry sent is not what its digest or size says.
-	ErrCorrupt = registry.ErrCorrupt
+	ErrUnavailable  = registry.ErrUnavailable
+	ErrUnsupported  = registry.ErrUnsupported
+	ErrCorrupt      = registry.ErrCorrupt
 )
 
 // Image is one image, known by its config's digest. It is a value that the

@@ -1368,9 +1368,7 @@ func TestPartsAreRemoved(t *testing.T) {
 	if gone(resumed) {
 		t.Error("what an interrupted pull has is gone")
 	}
-	s.mu.Lock()
-	s.dropPendingLocked("registry.test/a:1")
-	s.mu.Unlock()
+	s.endPending("registry.test/a:1", nil)
 	s.kick()
 	eventually(t, "it is gone when the pull went well", func() bool { return gone(resumed) })
 }

@@ -46,6 +46,7 @@ func (k *shelf) Remove(d digest.Digest) error {
 type users struct {
 	mu     sync.Mutex
 	layers []digest.Digest
+	asked  []digest.Digest
 }
 
 func (u *users) set(layers ...digest.Digest) {
@@ -57,6 +58,7 @@ func (u *users) set(layers ...digest.Digest) {
 func (u *users) use(d digest.Digest) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	u.asked = append(u.asked, d)
 	return slices.Contains(u.layers, d)
 }
 
@@ -87,6 +89,11 @@ func TestLayersStayWhileNeeded(t *testing.T) {
 	release := l.Hold(img.DiffIDs)
 	if err := l.Remove(img.ID); err != nil || !k.Has(own) {
 		t.Fatalf("a call holds the layer: %v, %v", err, k.List())
+	}
+	// Asked before it is let go, a container that is about to be known would not
+	// be seen, nor its layer be held any more.
+	if slices.Contains(u.asked, own) {
+		t.Error("asked for the containers of a layer that is held")
 	}
 	u.set(own)
 	release()

@@ -21,36 +21,47 @@ import (
 // blobs which no reference names yet outlive an interruption, be it of the
 // network or of this process, and are not fetched again. A pull that cannot
 // succeed later leaves none; an abandoned one is forgotten after StaleIngest.
+// Records are read when there is something to be collected: mostly there are none.
 type pending struct {
 	Ref   string          `json:"ref"`
 	Blobs []digest.Digest `json:"blobs"`
 	Since time.Time       `json:"since"`
-	pulls int             // that run; guarded by Store.mu
 }
 
 func (s *Store) pendingPath(ref string) string {
 	return filepath.Join(s.o.Root, pendingName, fileName(ref))
 }
 
-// loadPending is part of Open. A record that cannot be used costs a download.
-func (s *Store) loadPending() {
+// eachPending calls f for each record of a pull that runs or was interrupted. One
+// that cannot be used has an error. All that f returns is joined.
+func (s *Store) eachPending(f func(path string, p pending, err error) error) error {
 	files, err := os.ReadDir(filepath.Join(s.o.Root, pendingName))
-	for _, f := range files {
+	for _, e := range files {
 		var p pending
-		path := filepath.Join(s.o.Root, pendingName, f.Name())
-		if err := record.Read(path, &p); err != nil || path != s.pendingPath(p.Ref) {
-			if !strings.HasPrefix(f.Name(), ".") { // else it was being written
-				s.o.Log.Warn("record of an interrupted pull dropped", "record", path, "error", err)
-			}
-			os.RemoveAll(path)
-			continue
+		path := filepath.Join(s.o.Root, pendingName, e.Name())
+		rerr := record.Read(path, &p)
+		if rerr == nil && path != s.pendingPath(p.Ref) {
+			rerr = record.ErrDamaged
 		}
-		if l := s.refs[p.Ref]; l != nil && slices.Contains(p.Blobs, l.Target.Digest) {
-			os.Remove(path) // it had come to its end
-			continue
+		if ferr := f(path, p, rerr); ferr != nil && !errors.Is(ferr, fs.ErrNotExist) {
+			err = errors.Join(err, ferr)
 		}
-		s.pending[p.Ref] = p
 	}
+	return err
+}
+
+// cleanPending is part of Open. A record that cannot be used costs a download.
+func (s *Store) cleanPending() {
+	err := s.eachPending(func(path string, p pending, err error) error {
+		l := s.refs[p.Ref]
+		switch {
+		case err == nil && (l == nil || !slices.Contains(p.Blobs, l.Target.Digest)):
+			return nil
+		case err != nil && !strings.HasPrefix(filepath.Base(path), "."): // else it was being written
+			s.o.Log.Warn("record of an interrupted pull dropped", "record", path, "error", err)
+		}
+		return os.RemoveAll(path) // also of a pull that had come to its end
+	})
 	if err != nil {
 		s.o.Log.Warn("cannot read the records of interrupted pulls, they begin anew", "error", err)
 	}
@@ -59,29 +70,25 @@ func (s *Store) loadPending() {
 // beginPending notes that a pull is going to fetch blobs. It is not synced: a
 // power cut may cost what was fetched, not more.
 func (s *Store) beginPending(ref string, blobs []digest.Digest) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	p := pending{Ref: ref, Blobs: blobs, Since: time.Now().UTC(), pulls: s.pending[ref].pulls + 1}
-	if err := record.Write(s.pendingPath(ref), p, false); err != nil {
-		return err
-	}
-	s.pending[ref] = p
-	return nil
+	return record.Write(s.pendingPath(ref), pending{Ref: ref, Blobs: blobs, Since: time.Now().UTC()}, false)
 }
 
-// endPending is called once for each beginPending, after the reference was
-// written, if it ever is.
+// endPending is called after the reference was written, if it ever is. What cannot
+// be removed goes when it is stale.
 func (s *Store) endPending(ref string, err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	p := s.pending[ref]
-	p.pulls--
-	s.pending[ref] = p
 	interruptions := []error{ErrUnavailable, context.Canceled, context.DeadlineExceeded, errClosed}
-	interrupted := slices.ContainsFunc(interruptions, func(i error) bool { return errors.Is(err, i) })
-	if p.pulls == 0 && !interrupted {
-		s.dropPendingLocked(ref)
+	if !slices.ContainsFunc(interruptions, func(i error) bool { return errors.Is(err, i) }) {
+		os.Remove(s.pendingPath(ref))
 	}
+}
+
+// resumable says whether an interrupted pull is to go on with a blob.
+func (s *Store) resumable(d digest.Digest) (found bool) {
+	s.eachPending(func(_ string, p pending, err error) error {
+		found = found || err == nil && slices.Contains(p.Blobs, d)
+		return nil
+	})
+	return found
 }
 
 // full says whether something failed because the disk is full.
@@ -89,39 +96,22 @@ func full(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
 }
 
-// makeRoom lets go of all that is kept on speculation.
+// makeRoom lets go of all that is kept on speculation. What pulls that run need is
+// held.
 func (s *Store) makeRoom() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for ref, p := range s.pending {
-		if p.pulls == 0 {
-			s.dropPendingLocked(ref)
-		}
-	}
+	s.eachPending(func(path string, _ pending, _ error) error { return os.Remove(path) })
 	s.kick()
-}
-
-// dropPendingLocked forgets a pull. Where its file cannot be removed, the next
-// start finds it, and forgets it in its time.
-func (s *Store) dropPendingLocked(ref string) error {
-	delete(s.pending, ref)
-	err := os.Remove(s.pendingPath(ref))
-	if errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	return err
 }
 
 // old says whether so much has passed since t, or the clock was set back by that.
 func old(t time.Time, age time.Duration) bool { return time.Since(t).Abs() >= age }
 
-// dropStalePendingLocked forgets pulls that nobody came back for.
-func (s *Store) dropStalePendingLocked() error {
-	var errs []error
-	for ref, p := range s.pending {
-		if p.pulls == 0 && old(p.Since, s.o.StaleIngest) {
-			errs = append(errs, s.dropPendingLocked(ref))
+// dropStalePending forgets pulls that nobody came back for.
+func (s *Store) dropStalePending() error {
+	return s.eachPending(func(path string, p pending, err error) error {
+		if err != nil || !old(p.Since, s.o.StaleIngest) {
+			return nil // or it is being written
 		}
-	}
-	return errors.Join(errs...)
+		return os.Remove(path)
+	})
 }

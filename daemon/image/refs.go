@@ -3,7 +3,6 @@ package image
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -169,42 +168,41 @@ func (s *Store) commit(name reference.Named, target, manifest ocispec.Descriptor
 		return Image{}, err
 	}
 	for _, ref := range names { // are whole, and need nothing that an earlier pull left
-		if p, ok := s.pending[ref]; ok && p.pulls == 0 {
-			s.dropPendingLocked(ref)
-		}
+		os.Remove(s.pendingPath(ref))
 	}
 	img, _ := s.Get(names[len(names)-1])
 	return img, nil
 }
 
 // writeRecordsLocked puts a record of an image under each name that has none
-// like it yet. Where it fails, the names mean what they did before, except for
-// those that could not be restored.
+// like it yet. Where it fails, there are no new names; an old one may mean the new
+// image, whose blobs are all here.
 func (s *Store) writeRecordsLocked(names []string, r refRecord) error {
 	img, err := s.loadBlobs(r)
 	if err != nil {
 		return err
 	}
-	before := map[string]*loaded{}
+	var added []string
 	for _, ref := range names {
 		l, path := *img, s.recordPath(ref)
 		l.Ref = ref
 		if s.refs[ref].means(r) && record.Read(path, &refRecord{}) == nil {
 			continue // else it was damaged behind our back
 		}
-		before[ref] = s.refs[ref]
 		if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
 			s.quarantine(path, errors.New("it is not a file")) // a rename would not replace it
 		}
-		err := record.Write(path, l.refRecord, true)
-		if err == nil {
-			s.refs[ref] = &l
-			continue
+		if s.refs[ref] == nil {
+			added = append(added, ref)
 		}
-		for ref, old := range before {
-			s.restoreLocked(ref, old)
+		if err := record.Write(path, l.refRecord, true); err != nil {
+			for _, ref := range added {
+				os.Remove(s.recordPath(ref))
+				delete(s.refs, ref)
+			}
+			return err
 		}
-		return err
+		s.refs[ref] = &l
 	}
 	return nil
 }
@@ -213,27 +211,6 @@ func (s *Store) writeRecordsLocked(names []string, r refRecord) error {
 func (l *loaded) means(r refRecord) bool {
 	return l != nil && l.Target.Digest == r.Target.Digest && l.Manifest.Digest == r.Manifest.Digest &&
 		l.LayersDropped == r.LayersDropped
-}
-
-// restoreLocked makes a record what it was before a write that failed: it may be
-// in place already, and only its name not on the disk.
-func (s *Store) restoreLocked(ref string, old *loaded) {
-	path := s.recordPath(ref)
-	var err error
-	if old != nil {
-		err = record.Write(path, old.refRecord, false)
-	} else if err = os.Remove(path); errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	switch {
-	case err != nil:
-		s.o.Log.Error("cannot restore the record of an image reference, it may be another one after a restart",
-			"record", path, "error", err)
-	case old != nil:
-		s.refs[ref] = old
-	default:
-		delete(s.refs, ref)
-	}
 }
 
 // publishLocked derives from the records what is read of them: the view, what

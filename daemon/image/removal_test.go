@@ -63,7 +63,6 @@ func TestRemovalIsFinished(t *testing.T) {
 	}
 }
 
-// A pull that found its config by an image of its repository needs no permission
 // What the clock dates to a day that will not come for long is not kept for so
 // long.
 func TestClockWasWrong(t *testing.T) {
@@ -73,7 +72,7 @@ func TestClockWasWrong(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.Close()
-	p := s.pending["registry.test/a:1"]
+	p := pendings(s)[0]
 	p.Since = time.Now().AddDate(30, 0, 0)
 	if err := record.Write(s.pendingPath(p.Ref), p, false); err != nil {
 		t.Fatal(err)

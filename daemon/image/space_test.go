@@ -138,7 +138,7 @@ func TestLostLayerGoesOn(t *testing.T) {
 				l, err := os.ReadDir(filepath.Join(s.o.Root, ingestName))
 				s.mu.Lock()
 				defer s.mu.Unlock()
-				return err == nil && len(l) == 0 && len(s.pending) == 0
+				return err == nil && len(l) == 0 && len(pendings(s)) == 0
 			})
 		})
 	}

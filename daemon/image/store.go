@@ -60,7 +60,6 @@ type Store struct {
 	proven    map[digest.Digest]digest.Digest // what a layer's blob is once uncompressed
 	downloads map[string]*download            // by partName
 	slots     map[string]chan struct{}        // by registry; see slotsLocked
-	pending   map[string]pending              // by name; see pending.go
 	sizes     map[digest.Digest]int64         // of all blobs that have their names
 	outdated  error                           // why a derived file could not be written
 }
@@ -104,7 +103,6 @@ func Open(o Options) (*Store, error) {
 		refs:      map[string]*loaded{},
 		downloads: map[string]*download{},
 		slots:     map[string]chan struct{}{},
-		pending:   map[string]pending{},
 		sizes:     map[digest.Digest]int64{},
 	}
 	s.registry = registry.Config{
@@ -189,7 +187,7 @@ func (s *Store) load() error {
 		s.refs[l.Ref] = l
 	}
 	s.finishRemoval()
-	s.loadPending()
+	s.cleanPending()
 	if err := s.measure(); err != nil {
 		return err
 	}
