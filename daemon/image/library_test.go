@@ -90,6 +90,7 @@ func TestLayersStayWhileNeeded(t *testing.T) {
 	if err := l.Remove(img.ID); err != nil || !k.Has(own) {
 		t.Fatalf("a call holds the layer: %v, %v", err, k.List())
 	}
+	l.CollectAll()
 	// Asked before it is let go, a container that is about to be known would not
 	// be seen, nor its layer be held any more.
 	if slices.Contains(u.asked, own) {
