@@ -2,10 +2,7 @@ package cri
 
 import (
 	"context"
-	"math"
-	"time"
 
-	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/placement"
@@ -20,7 +17,12 @@ const (
 
 // Version answers with the names and versions that the kubelet shows.
 func (s *Server) Version(context.Context, *runtimeapi.VersionRequest) (*runtimeapi.VersionResponse, error) {
-	return &runtimeapi.VersionResponse{Version: kubeletVersion, RuntimeName: runtimeName, RuntimeVersion: s.version, RuntimeApiVersion: apiVersion}, nil
+	return &runtimeapi.VersionResponse{
+		Version:           kubeletVersion,
+		RuntimeName:       runtimeName,
+		RuntimeVersion:    s.version,
+		RuntimeApiVersion: apiVersion,
+	}, nil
 }
 
 // Status says whether pods can be made, and what the runtime can do.
@@ -31,199 +33,133 @@ func (s *Server) Status(ctx context.Context, r *runtimeapi.StatusRequest) (*runt
 	}
 	resp := &runtimeapi.StatusResponse{
 		Status: &runtimeapi.RuntimeStatus{Conditions: []*runtimeapi.RuntimeCondition{
-			{Type: runtimeapi.RuntimeReady, Status: true}, network}},
-		RuntimeHandlers: s.d.Handlers(),
-		Features:        &runtimeapi.RuntimeFeatures{SupplementalGroupsPolicy: true, MountOptions: true, UserNamespacesHostNetwork: true},
+			{Type: runtimeapi.RuntimeReady, Status: true},
+			network,
+		}},
+		RuntimeHandlers: s.d.Runtimes.List(s.d.Userns()),
+		Features: &runtimeapi.RuntimeFeatures{
+			SupplementalGroupsPolicy:  true,
+			MountOptions:              true,
+			UserNamespacesHostNetwork: true,
+		},
 	}
-	if r.GetVerbose() {
-		var err error
-		if resp.Info, err = s.d.Info(); err != nil {
-			return nil, toStatus(err)
-		}
+	if !r.GetVerbose() {
+		return resp, nil
 	}
-	return resp, nil
+	var err error
+	resp.Info, err = s.d.Info()
+	return resp, err
 }
 
 // RuntimeConfig tells the kubelet the cgroup driver.
-func (s *Server) RuntimeConfig(context.Context, *runtimeapi.RuntimeConfigRequest) (*runtimeapi.RuntimeConfigResponse, error) {
+func (s *Server) RuntimeConfig(context.Context, *runtimeapi.RuntimeConfigRequest,
+) (*runtimeapi.RuntimeConfigResponse, error) {
 	driver := runtimeapi.CgroupDriver_CGROUPFS
 	if s.d.Driver() == placement.Systemd {
 		driver = runtimeapi.CgroupDriver_SYSTEMD
 	}
-	return &runtimeapi.RuntimeConfigResponse{Linux: &runtimeapi.LinuxRuntimeConfiguration{CgroupDriver: driver}}, nil
+	return &runtimeapi.RuntimeConfigResponse{
+		Linux: &runtimeapi.LinuxRuntimeConfiguration{CgroupDriver: driver},
+	}, nil
 }
 
 // UpdateRuntimeConfig takes the pod CIDR of the node.
-func (s *Server) UpdateRuntimeConfig(_ context.Context, r *runtimeapi.UpdateRuntimeConfigRequest) (*runtimeapi.UpdateRuntimeConfigResponse, error) {
+func (s *Server) UpdateRuntimeConfig(_ context.Context, r *runtimeapi.UpdateRuntimeConfigRequest,
+) (*runtimeapi.UpdateRuntimeConfigResponse, error) {
+	var err error
 	if cidr := r.GetRuntimeConfig().GetNetworkConfig().GetPodCidr(); cidr != "" {
-		if err := s.d.SetPodCIDR(cidr); err != nil {
-			return nil, toStatus(err)
-		}
+		err = s.d.SetPodCIDR(cidr)
 	}
-	return &runtimeapi.UpdateRuntimeConfigResponse{}, nil
+	return &runtimeapi.UpdateRuntimeConfigResponse{}, err
 }
 
 // RunPodSandbox makes a pod.
-func (s *Server) RunPodSandbox(ctx context.Context, r *runtimeapi.RunPodSandboxRequest) (*runtimeapi.RunPodSandboxResponse, error) {
-	id, err := s.d.RunPod(ctx, r.GetConfig(), r.GetRuntimeHandler())
-	if err != nil {
-		return nil, toStatus(err)
-	}
-	return &runtimeapi.RunPodSandboxResponse{PodSandboxId: id}, nil
+func (s *Server) RunPodSandbox(ctx context.Context, r *runtimeapi.RunPodSandboxRequest,
+) (*runtimeapi.RunPodSandboxResponse, error) {
+	id, err := s.d.Pods.Run(ctx, r.GetConfig(), r.GetRuntimeHandler())
+	return &runtimeapi.RunPodSandboxResponse{PodSandboxId: id}, err
 }
 
 // StopPodSandbox kills what runs in a pod and gives back its network.
-func (s *Server) StopPodSandbox(ctx context.Context, r *runtimeapi.StopPodSandboxRequest) (*runtimeapi.StopPodSandboxResponse, error) {
-	if r.GetPodSandboxId() == "" {
-		return nil, invalid("pod_sandbox_id", "is empty")
-	}
-	if err := s.d.StopPod(ctx, r.GetPodSandboxId()); err != nil {
-		return nil, toStatus(err)
-	}
-	return &runtimeapi.StopPodSandboxResponse{}, nil
+func (s *Server) StopPodSandbox(ctx context.Context, r *runtimeapi.StopPodSandboxRequest,
+) (*runtimeapi.StopPodSandboxResponse, error) {
+	return &runtimeapi.StopPodSandboxResponse{}, s.d.Pods.Stop(ctx, r.GetPodSandboxId())
 }
 
 // RemovePodSandbox removes a pod with all its containers.
-func (s *Server) RemovePodSandbox(ctx context.Context, r *runtimeapi.RemovePodSandboxRequest) (*runtimeapi.RemovePodSandboxResponse, error) {
-	if r.GetPodSandboxId() == "" {
-		return nil, invalid("pod_sandbox_id", "is empty")
-	}
-	if err := s.d.RemovePod(ctx, r.GetPodSandboxId()); err != nil {
-		return nil, toStatus(err)
-	}
-	return &runtimeapi.RemovePodSandboxResponse{}, nil
+func (s *Server) RemovePodSandbox(ctx context.Context, r *runtimeapi.RemovePodSandboxRequest,
+) (*runtimeapi.RemovePodSandboxResponse, error) {
+	return &runtimeapi.RemovePodSandboxResponse{}, s.d.Pods.Remove(ctx, r.GetPodSandboxId())
 }
 
 // PodSandboxStatus tells about one pod.
-func (s *Server) PodSandboxStatus(_ context.Context, r *runtimeapi.PodSandboxStatusRequest) (*runtimeapi.PodSandboxStatusResponse, error) {
-	if r.GetPodSandboxId() == "" {
-		return nil, invalid("pod_sandbox_id", "is empty")
-	}
-	resp, err := s.d.PodStatus(r.GetPodSandboxId(), r.GetVerbose())
-	if err != nil {
-		return nil, toStatus(err)
-	}
-	return resp, nil
+func (s *Server) PodSandboxStatus(_ context.Context, r *runtimeapi.PodSandboxStatusRequest,
+) (*runtimeapi.PodSandboxStatusResponse, error) {
+	return s.d.Pods.Status(r.GetPodSandboxId(), r.GetVerbose())
 }
 
 // ListPodSandbox lists pods.
-func (s *Server) ListPodSandbox(_ context.Context, r *runtimeapi.ListPodSandboxRequest) (*runtimeapi.ListPodSandboxResponse, error) {
-	return &runtimeapi.ListPodSandboxResponse{Items: s.d.ListPods(r.GetFilter())}, nil
+func (s *Server) ListPodSandbox(_ context.Context, r *runtimeapi.ListPodSandboxRequest,
+) (*runtimeapi.ListPodSandboxResponse, error) {
+	return &runtimeapi.ListPodSandboxResponse{Items: s.d.Pods.List(r.GetFilter())}, nil
 }
 
 // CreateContainer makes a container in a pod.
-func (s *Server) CreateContainer(ctx context.Context, r *runtimeapi.CreateContainerRequest) (*runtimeapi.CreateContainerResponse, error) {
-	switch {
-	case r.GetPodSandboxId() == "":
-		return nil, invalid("pod_sandbox_id", "is empty")
-	case r.GetConfig() == nil:
-		return nil, invalid("config", "is missing")
-	}
-	if err := checkRef("config.image.image", r.GetConfig().GetImage().GetImage()); err != nil {
+func (s *Server) CreateContainer(ctx context.Context, r *runtimeapi.CreateContainerRequest,
+) (*runtimeapi.CreateContainerResponse, error) {
+	pod, err := s.d.Pods.Find(r.GetPodSandboxId())
+	if err != nil {
 		return nil, err
 	}
-	id, err := s.d.CreateContainer(ctx, r.GetPodSandboxId(), r.GetConfig())
-	if err != nil {
-		return nil, toStatus(err)
-	}
-	return &runtimeapi.CreateContainerResponse{ContainerId: id}, nil
+	id, err := s.d.Containers.Create(ctx, pod, r.GetConfig())
+	return &runtimeapi.CreateContainerResponse{ContainerId: id}, err
 }
 
 // StartContainer runs a created container.
-func (s *Server) StartContainer(ctx context.Context, r *runtimeapi.StartContainerRequest) (*runtimeapi.StartContainerResponse, error) {
-	if r.GetContainerId() == "" {
-		return nil, invalid("container_id", "is empty")
-	}
-	if err := s.d.StartContainer(ctx, r.GetContainerId()); err != nil {
-		return nil, toStatus(err)
-	}
-	return &runtimeapi.StartContainerResponse{}, nil
-}
-
-// seconds turns a timeout of the CRI into a duration.
-func seconds(field string, n int64) (time.Duration, error) {
-	if n < 0 {
-		return 0, invalid(field, "is negative")
-	}
-	return time.Duration(min(n, math.MaxInt64/int64(4*time.Second))) * time.Second, nil
+func (s *Server) StartContainer(ctx context.Context, r *runtimeapi.StartContainerRequest,
+) (*runtimeapi.StartContainerResponse, error) {
+	return &runtimeapi.StartContainerResponse{}, s.d.Containers.Start(ctx, r.GetContainerId())
 }
 
 // StopContainer stops a container within its grace period.
-func (s *Server) StopContainer(ctx context.Context, r *runtimeapi.StopContainerRequest) (*runtimeapi.StopContainerResponse, error) {
-	if r.GetContainerId() == "" {
-		return nil, invalid("container_id", "is empty")
-	}
+func (s *Server) StopContainer(ctx context.Context, r *runtimeapi.StopContainerRequest,
+) (*runtimeapi.StopContainerResponse, error) {
 	grace, err := seconds("timeout", r.GetTimeout())
 	if err != nil {
 		return nil, err
 	}
-	if err := s.d.StopContainer(ctx, r.GetContainerId(), grace); err != nil {
-		return nil, toStatus(err)
-	}
-	return &runtimeapi.StopContainerResponse{}, nil
+	return &runtimeapi.StopContainerResponse{}, s.d.Containers.Stop(ctx, r.GetContainerId(), grace)
 }
 
 // RemoveContainer removes a container, running or not.
-func (s *Server) RemoveContainer(ctx context.Context, r *runtimeapi.RemoveContainerRequest) (*runtimeapi.RemoveContainerResponse, error) {
-	if r.GetContainerId() == "" {
-		return nil, invalid("container_id", "is empty")
-	}
-	if err := s.d.RemoveContainer(ctx, r.GetContainerId()); err != nil {
-		return nil, toStatus(err)
-	}
-	return &runtimeapi.RemoveContainerResponse{}, nil
+func (s *Server) RemoveContainer(ctx context.Context, r *runtimeapi.RemoveContainerRequest,
+) (*runtimeapi.RemoveContainerResponse, error) {
+	return &runtimeapi.RemoveContainerResponse{}, s.d.Containers.Remove(ctx, r.GetContainerId())
 }
 
 // ListContainers lists containers.
-func (s *Server) ListContainers(_ context.Context, r *runtimeapi.ListContainersRequest) (*runtimeapi.ListContainersResponse, error) {
-	return &runtimeapi.ListContainersResponse{Containers: s.d.ListContainers(r.GetFilter())}, nil
+func (s *Server) ListContainers(_ context.Context, r *runtimeapi.ListContainersRequest,
+) (*runtimeapi.ListContainersResponse, error) {
+	return &runtimeapi.ListContainersResponse{Containers: s.d.Containers.List(r.GetFilter())}, nil
 }
 
 // ContainerStatus tells about one container.
-func (s *Server) ContainerStatus(_ context.Context, r *runtimeapi.ContainerStatusRequest) (*runtimeapi.ContainerStatusResponse, error) {
-	if r.GetContainerId() == "" {
-		return nil, invalid("container_id", "is empty")
-	}
-	resp, err := s.d.ContainerStatus(r.GetContainerId(), r.GetVerbose())
-	if err != nil {
-		return nil, toStatus(err)
-	}
-	return resp, nil
+func (s *Server) ContainerStatus(_ context.Context, r *runtimeapi.ContainerStatusRequest,
+) (*runtimeapi.ContainerStatusResponse, error) {
+	return s.d.Containers.Status(r.GetContainerId(), r.GetVerbose())
 }
-
-// maxCommand bounds a command that is handed to a shim, in bytes of protobuf. It
-// is far more than a kernel takes as arguments.
-const maxCommand = 1 << 20
 
 // ExecSync runs a command in a container.
 func (s *Server) ExecSync(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
-	switch {
-	case r.GetContainerId() == "":
-		return nil, invalid("container_id", "is empty")
-	case len(r.GetCmd()) == 0:
-		return nil, invalid("cmd", "is empty")
-	}
-	if proto.Size(r) > maxCommand {
-		return nil, invalid("cmd", "is larger than 1 MiB")
-	}
 	timeout, err := seconds("timeout", r.GetTimeout())
 	if err != nil {
 		return nil, err
 	}
-	resp, err := s.d.ExecSync(ctx, r.GetContainerId(), r.GetCmd(), timeout)
-	if err != nil {
-		return nil, toStatus(err)
-	}
-	return resp, nil
+	return s.d.Containers.ExecSync(ctx, r.GetContainerId(), r.GetCmd(), timeout)
 }
 
 // ReopenContainerLog switches a container to a new log file.
-func (s *Server) ReopenContainerLog(ctx context.Context, r *runtimeapi.ReopenContainerLogRequest) (*runtimeapi.ReopenContainerLogResponse, error) {
-	if r.GetContainerId() == "" {
-		return nil, invalid("container_id", "is empty")
-	}
-	if err := s.d.ReopenLog(ctx, r.GetContainerId()); err != nil {
-		return nil, toStatus(err)
-	}
-	return &runtimeapi.ReopenContainerLogResponse{}, nil
+func (s *Server) ReopenContainerLog(ctx context.Context, r *runtimeapi.ReopenContainerLogRequest,
+) (*runtimeapi.ReopenContainerLogResponse, error) {
+	return &runtimeapi.ReopenContainerLogResponse{}, s.d.Containers.ReopenLog(ctx, r.GetContainerId())
 }

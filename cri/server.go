@@ -1,6 +1,7 @@
-// Package cri answers the kubelet: it checks what a request must have, calls
-// package daemon and turns errors into gRPC codes. Whatever it does not answer
-// yet says Unimplemented and names itself.
+// Package cri answers the kubelet: it calls the daemon's parts with the messages of
+// the CRI. One interceptor checks what every request must have, turns errors into
+// gRPC codes, and counts. Whatever is not answered yet says Unimplemented and names
+// itself.
 package cri
 
 import (
@@ -32,31 +33,48 @@ type Server struct {
 // NewServer makes a gRPC server that answers from d.
 func NewServer(d *daemon.Daemon, version string, log *slog.Logger) *grpc.Server {
 	s := &Server{d: d, version: version}
-	g := grpc.NewServer(grpc.MaxRecvMsgSize(maxMessage), grpc.MaxSendMsgSize(maxMessage), grpc.UnaryInterceptor(observed(log, d.Config().Metrics)))
+	g := grpc.NewServer(
+		grpc.MaxRecvMsgSize(maxMessage),
+		grpc.MaxSendMsgSize(maxMessage),
+		grpc.UnaryInterceptor(answer(log, d.Config().Metrics)))
 	runtimeapi.RegisterRuntimeServiceServer(g, s)
 	runtimeapi.RegisterImageServiceServer(g, s)
 	return g
 }
 
-// observed counts calls, and writes down what failed. What works and changes
-// something is logged where it happens.
-func observed(log *slog.Logger, m *metrics.Metrics) grpc.UnaryServerInterceptor {
+// answer is what all calls go through: a request is checked, its handler called,
+// an error given its code, and the call counted. What failed is written down; what
+// works and changes something is logged where it happens.
+func answer(log *slog.Logger, m *metrics.Metrics) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
 		start := time.Now()
-		resp, err := handle(ctx, req)
-		m.Called(path.Base(info.FullMethod), status.Code(err).String(), time.Since(start))
+		err := check(req)
+		var resp any
 		if err == nil {
-			log.Debug("answered", "method", info.FullMethod, "took", time.Since(start).Round(time.Microsecond))
+			resp, err = handle(ctx, req)
+		}
+		err = toStatus(info.FullMethod, err)
+		took := time.Since(start)
+		m.Called(path.Base(info.FullMethod), status.Code(err).String(), took)
+		if err == nil {
+			log.Debug("answered", "method", info.FullMethod, "took", took.Round(time.Microsecond))
 			return resp, nil
 		}
-		level := slog.LevelWarn
-		switch code := status.Code(err); {
-		case code == codes.NotFound, code == codes.Unimplemented, code == codes.Canceled,
-			// The image store tells about a pull that failed, once its name is one.
-			info.FullMethod == runtimeapi.ImageService_PullImage_FullMethodName && code != codes.InvalidArgument:
-			level = slog.LevelDebug
-		}
-		log.Log(ctx, level, "call failed", "method", info.FullMethod, "took", time.Since(start).Round(time.Microsecond), "error", err)
+		log.Log(ctx, level(info.FullMethod, status.Code(err)), "call failed",
+			"method", info.FullMethod,
+			"took", took.Round(time.Microsecond),
+			"error", err)
 		return nil, err
 	}
+}
+
+// level says how much an operator wants to know of a call that failed.
+func level(method string, code codes.Code) slog.Level {
+	switch {
+	case code == codes.NotFound, code == codes.Unimplemented, code == codes.Canceled,
+		// The image store tells about a pull that failed, once its name is one.
+		method == pullImage && code != codes.InvalidArgument:
+		return slog.LevelDebug
+	}
+	return slog.LevelWarn
 }

@@ -1,13 +1,8 @@
-// Package daemon is what is wanted and what is seen: pods, containers and
-// images, made of the mechanisms in its sub-packages. It holds no truth of its
-// own. What was wanted lies in records (records.go), what is lies with the shims
-// and their files, and Open is the same code whether it is the first start or
-// the thousandth after a SIGKILL (recover.go).
-//
-// Locks. An object's oplock is held by the one call that changes it and may be
-// held over slow work; Daemon.mu guards the maps and is never held over any.
-// Whoever reads (lists, status) takes the maps' lock and a snapshot, and waits
-// for nobody. Order: a pod's oplock before those of its containers.
+// Package daemon joins the parts in its folders into the runtime: it opens them,
+// recovers what an earlier daemon left, and closes them. It holds no truth of its
+// own. What was wanted lies in records, what is lies with the shims and their
+// files, and Open is the same code whether it is the first start or the thousandth
+// after a SIGKILL (recover.go).
 package daemon
 
 import (
@@ -19,163 +14,189 @@ import (
 	"sync"
 	"time"
 
-	"github.com/opencontainers/go-digest"
-
+	"github.com/holdfast-cri/holdfast/daemon/claims"
+	"github.com/holdfast-cri/holdfast/daemon/containers"
 	"github.com/holdfast-cri/holdfast/daemon/image"
-	"github.com/holdfast-cri/holdfast/daemon/metrics"
 	"github.com/holdfast-cri/holdfast/daemon/network"
 	"github.com/holdfast-cri/holdfast/daemon/placement"
+	"github.com/holdfast-cri/holdfast/daemon/pods"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
+	"github.com/holdfast-cri/holdfast/daemon/runtimes"
 	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/daemon/state"
-	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
-// Config is what cmd/holdfastd read from its file and flags. Paths are absolute.
-type Config struct {
-	Root, State    string
-	DefaultRuntime string
-	Runtimes       map[string]Runtime
-	Shim           string // binary of the shim
-	Pause          string // static binary of a pod's init, and of what keeps a namespace until it is pinned
-	LogLevel       string // for shims
-
-	CNIConfDir     string
-	CNIBinDirs     []string
-	DefaultNetwork bool
-	Subnet         string
-
-	RegistryConfigDir string
-	PinnedImages      []string // references
-	// DropLayerBlobs does not keep layers as they were downloaded.
-	DropLayerBlobs bool
-	// ImageVerifierDir has programs that decide which images may be pulled;
-	// empty: all may. Each has ImageVerifierTimeout to answer; 0: the default.
-	ImageVerifierDir     string
-	ImageVerifierTimeout time.Duration
-
-	CgroupDriver string // auto, cgroupfs, systemd
-	// PauseMode gives every pod an init process; otherwise only a pod that
-	// shares its pid namespace has one.
-	PauseMode bool
-	// RejectAbsentMounts makes a mount source that does not exist an error.
-	// Otherwise it is created as a directory, as pods with an untyped hostPath
-	// rely on.
-	RejectAbsentMounts bool
-
-	Metrics *metrics.Metrics // nil: nobody asks for them
-}
-
-// Runtime is one OCI runtime, a runtime handler of the CRI.
-type Runtime struct {
-	Path string // of its binary, absolute
-}
-
-// Daemon is the runtime. Its methods are the CRI's verbs in the CRI's messages,
-// validated by the caller; any number of calls may run at the same time.
+// Daemon is the runtime. The methods of its parts are the verbs of the CRI in the
+// messages of the CRI; any number of calls may run at the same time.
 type Daemon struct {
-	cfg      Config
-	log      *slog.Logger
-	state    *state.Store
-	images   *image.Store
-	layers   *rootfs.Store
-	net      *network.Network
-	cgroups  *placement.Manager
-	launcher *shims.Launcher
-	host     spec.Host
-	handlers map[string]handler
-	noUserns error // why this machine has no user namespaces for pods; nil if it has
+	Pods       *pods.Manager
+	Containers *containers.Manager
+	Images     *Images
+	Runtimes   *runtimes.Set
 
-	ctx  context.Context // ends with Close; watchers live in it
+	cfg     Config
+	log     *slog.Logger
+	state   *state.Store
+	layers  *rootfs.Store
+	net     *network.Network
+	cgroups *placement.Manager
+	claims  *claims.Table
+	userns  error // why this machine has no user namespaces for pods; nil if it has
+
+	ctx  context.Context // of background work; ends with Close
 	stop context.CancelFunc
-	work sync.WaitGroup // attempts and background work
+	work sync.WaitGroup // background work
 
-	pulls    context.Context // ends with EndPulls
-	endPulls context.CancelFunc
-
-	mu         sync.Mutex
-	closing    bool
-	pods       map[string]*pod
-	containers map[string]*container
-	claims     map[string]*claim
-	// pins are the layers that calls under way rely on, so that nothing
-	// collects them meanwhile: diff id -> calls.
-	pins map[digest.Digest]int
+	mu      sync.Mutex
+	closing bool
 }
 
 // Open recovers whatever an earlier daemon left and returns as soon as every
 // container can be told of: no shim has to answer for that.
 func Open(cfg Config, log *slog.Logger) (_ *Daemon, err error) {
 	start := time.Now()
-	d := &Daemon{cfg: cfg, log: log,
-		pods: map[string]*pod{}, containers: map[string]*container{}, claims: map[string]*claim{}, pins: map[digest.Digest]int{}}
+	d := &Daemon{cfg: cfg, log: log}
 	d.ctx, d.stop = context.WithCancel(context.Background())
-	d.pulls, d.endPulls = context.WithCancel(context.Background())
-	var undo []func()
 	defer func() {
 		if err != nil {
 			d.stop()
-			for i := len(undo) - 1; i >= 0; i-- {
-				undo[i]()
-			}
+			d.closeParts()
 		}
 	}()
+	for _, open := range []func() error{
+		inHostMountNamespace, d.openStores, d.openMachine, d.openPods,
+	} {
+		if err := open(); err != nil {
+			return nil, err
+		}
+	}
+	found, err := d.recover()
+	if err != nil {
+		return nil, err
+	}
+	log.Info("recovered",
+		"pods", found.pods,
+		"containers", found.containers,
+		"running", found.running,
+		"rebuilt", found.rebuilt,
+		"undone", found.undone,
+		"quarantined", found.quarantined,
+		"cgroup_driver", d.cgroups.Driver(),
+		"took", time.Since(start).Round(time.Microsecond))
+	return d, nil
+}
 
-	if err := inHostMountNamespace(); err != nil {
-		return nil, err
+// openStores opens what lies on the disk.
+func (d *Daemon) openStores() (err error) {
+	cfg := d.cfg
+	if d.state, err = state.Open(cfg.Root, cfg.State, d.log); err != nil {
+		return err
 	}
-	if d.state, err = state.Open(cfg.Root, cfg.State, log); err != nil {
-		return nil, err
+	if d.layers, err = rootfs.Open(filepath.Join(cfg.Root, "layers"), d.log); err != nil {
+		return err
 	}
-	undo = append(undo, func() { d.state.Close() })
+	store, err := image.Open(image.Options{
+		Root:              filepath.Join(cfg.Root, "images"),
+		RegistryConfigDir: cfg.RegistryConfigDir,
+		ProgressDir:       filepath.Join(cfg.State, records.PullsName),
+		DropLayers:        cfg.DropLayerBlobs,
+		VerifierDir:       cfg.ImageVerifierDir,
+		VerifierTimeout:   cfg.ImageVerifierTimeout,
+		Log:               d.log,
+		Pulled:            cfg.Metrics.Pulled,
+		Pinned:            cfg.PinnedImages,
+	})
+	if err != nil {
+		return err
+	}
+	d.Images = &Images{Library: image.NewLibrary(store, d.layers, d.inUse), layers: d.layers}
+	return nil
+}
+
+// openMachine finds out what the machine and its programs can do.
+func (d *Daemon) openMachine() (err error) {
+	cfg := d.cfg
 	driver, err := placement.Detect(cfg.CgroupDriver)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if d.cgroups, err = placement.New(driver); err != nil {
-		return nil, err
+		return err
 	}
-	if d.layers, err = rootfs.Open(filepath.Join(cfg.Root, "layers"), log); err != nil {
-		return nil, err
-	}
-	undo = append(undo, func() { d.layers.Close() })
-	if d.images, err = image.Open(image.Options{Root: filepath.Join(cfg.Root, "images"), RegistryConfigDir: cfg.RegistryConfigDir,
-		ProgressDir: filepath.Join(cfg.State, records.PullsName), DropLayers: cfg.DropLayerBlobs,
-		VerifierDir: cfg.ImageVerifierDir, VerifierTimeout: cfg.ImageVerifierTimeout,
-		Log: log, Pulled: cfg.Metrics.Pulled, Pinned: cfg.PinnedImages}); err != nil {
-		return nil, err
-	}
-	undo = append(undo, func() { d.images.Close() })
-	if d.net, err = network.New(network.Options{ConfDir: cfg.CNIConfDir, BinDirs: cfg.CNIBinDirs, CacheDir: filepath.Join(cfg.Root, "cni"),
-		PinDir: filepath.Join(cfg.State, string(state.Pods)), Keeper: cfg.Pause, DefaultNetwork: cfg.DefaultNetwork, Subnet: cfg.Subnet, Log: log}); err != nil {
-		return nil, err
-	}
-	if d.host, err = spec.ProbeHost(); err != nil {
-		return nil, err
-	}
-	if d.handlers, err = probeHandlers(cfg, log); err != nil {
-		return nil, err
-	}
-	if d.noUserns = d.probeUserns(); d.noUserns != nil {
-		log.Warn("pods cannot have user namespaces", "error", d.noUserns)
-	}
-	d.launcher = &shims.Launcher{Binary: cfg.Shim, LogLevel: cfg.LogLevel, Place: d.cgroups.PlaceShim, Log: log}
-
-	recovered, err := d.recover()
+	d.net, err = network.New(network.Options{
+		ConfDir:        cfg.CNIConfDir,
+		BinDirs:        cfg.CNIBinDirs,
+		CacheDir:       filepath.Join(cfg.Root, "cni"),
+		PinDir:         filepath.Join(cfg.State, string(state.Pods)),
+		Keeper:         cfg.Pause,
+		DefaultNetwork: cfg.DefaultNetwork,
+		Subnet:         cfg.Subnet,
+		Log:            d.log,
+	})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	log.Info("recovered", "pods", recovered.pods, "containers", recovered.containers, "running", recovered.running,
-		"rebuilt", recovered.rebuilt, "undone", recovered.undone, "quarantined", recovered.quarantined,
-		"cgroup_driver", driver, "took", time.Since(start).Round(time.Microsecond))
-	return d, nil
+	root := filepath.Join(cfg.State, "runc")
+	d.Runtimes, err = runtimes.Probe(cfg.Runtimes, cfg.DefaultRuntime, root, driver == placement.Systemd, d.log)
+	if err != nil {
+		return err
+	}
+	if d.userns = d.probeUserns(); d.userns != nil {
+		d.log.Warn("pods cannot have user namespaces", "error", d.userns)
+	}
+	return nil
+}
+
+// openPods makes pods and containers, of which none is known yet.
+func (d *Daemon) openPods() error {
+	cfg := d.cfg
+	host, err := spec.ProbeHost()
+	if err != nil {
+		return err
+	}
+	d.claims = claims.NewTable(d.log)
+	d.Containers = containers.New(containers.Options{
+		State:    d.state,
+		Claims:   d.claims,
+		Runtimes: d.Runtimes,
+		Host:     host,
+		Images:   d.Images,
+		Roots:    roots{d.layers},
+		Shims: launcher{&shims.Launcher{
+			Binary:   cfg.Shim,
+			LogLevel: cfg.LogLevel,
+			Place:    d.cgroups.PlaceShim,
+			Log:      d.log,
+		}},
+		Cgroups:            cgroups{d.cgroups},
+		RejectAbsentMounts: cfg.RejectAbsentMounts,
+		Go:                 d.background,
+		Log:                d.log,
+	})
+	d.Pods = pods.New(pods.Options{
+		State:      d.state,
+		Claims:     d.claims,
+		Containers: d.Containers,
+		Runtimes:   d.Runtimes,
+		Network:    networkOfPods{d.net},
+		Cgroups:    d.cgroups,
+		Host:       host,
+		Unmount:    rootfs.Unmount,
+		Pause:      cfg.Pause,
+		AlwaysInit: cfg.PauseMode,
+		NoUserns:   d.userns,
+		Go:         d.background,
+		Log:        d.log,
+	})
+	return nil
 }
 
 // EndPulls calls off the pulls that run and those that come: a shutdown need not
 // wait for them, as the next pull goes on where they were.
-func (d *Daemon) EndPulls() { d.endPulls() }
+func (d *Daemon) EndPulls() { d.Images.EndPulls() }
 
 // Close ends what this process does and leaves every container alone. Creations
 // under way are waited for until ctx ends; what they leave, the next start undoes.
@@ -185,17 +206,32 @@ func (d *Daemon) Close(ctx context.Context) error {
 	d.mu.Unlock()
 	d.stop()
 	done := make(chan struct{})
-	go func() { d.work.Wait(); close(done) }()
+	go func() {
+		d.claims.Close()
+		d.work.Wait()
+		close(done)
+	}()
 	select {
 	case <-done:
 	case <-ctx.Done():
 		d.log.Warn("leaving work undone; the next start cleans up", "error", ctx.Err())
 		return ctx.Err()
 	}
-	err := d.images.Close()
-	d.layers.Close()
-	if serr := d.state.Close(); err == nil {
-		err = serr
+	return d.closeParts()
+}
+
+// closeParts closes what has been opened.
+func (d *Daemon) closeParts() (err error) {
+	if d.Images != nil {
+		err = d.Images.Close()
+	}
+	if d.layers != nil {
+		d.layers.Close()
+	}
+	if d.state != nil {
+		if serr := d.state.Close(); err == nil {
+			err = serr
+		}
 	}
 	return err
 }
@@ -210,62 +246,34 @@ func (d *Daemon) background(f func(ctx context.Context)) {
 	d.work.Go(func() { f(d.ctx) })
 }
 
-// Driver is the cgroup driver in force.
-func (d *Daemon) Driver() placement.Driver { return d.cgroups.Driver() }
-
-// NetworkReady says why no pod with a network of its own can be made; nil if
-// one can.
-func (d *Daemon) NetworkReady(ctx context.Context) error { return d.net.Ready(ctx) }
-
-// SetPodCIDR takes the node's pod range for the built-in network.
-func (d *Daemon) SetPodCIDR(cidr string) error {
-	return as(ErrInvalid, d.net.SetPodCIDR(cidr))
-}
-
-// Config is what the daemon was started with.
-func (d *Daemon) Config() Config { return d.cfg }
-
-func (d *Daemon) runDir(id string) rundir.Dir {
-	return rundir.Dir(d.state.RunDir(state.Containers, id))
-}
-
-func (d *Daemon) pod(id string) (*pod, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if p := d.pods[id]; p != nil {
-		return p, nil
+// probeUserns says why no pod can have a user namespace here; nil if one can.
+func (d *Daemon) probeUserns() error {
+	some := network.IDMap{HostID: 1 << 16, Length: 1 << 16}
+	ns, err := d.net.OpenUserns(network.Userns{UIDs: some, GIDs: some})
+	if err != nil {
+		return err
 	}
-	return nil, errorf(ErrNotFound, "pod_sandbox_id: there is no pod %q", id)
-}
-
-func (d *Daemon) container(id string) (*container, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if c := d.containers[id]; c != nil && !c.rec.Load().Init {
-		return c, nil
+	defer ns.Close()
+	if err := d.layers.CheckMapped(ns); err != nil {
+		return err
 	}
-	return nil, errorf(ErrNotFound, "container_id: there is no container %q", id)
+	return othersMayPass(d.cfg.State)
 }
 
-// containersOf gives the containers of a pod, its init last.
-func (d *Daemon) containersOf(podID string) []*container {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	var list []*container
-	var init *container
-	for _, c := range d.containers {
-		switch rec := c.rec.Load(); {
-		case rec.PodID != podID:
-		case rec.Init:
-			init = c
-		default:
-			list = append(list, c)
+// othersMayPass says whether somebody without rights comes to a directory: the OCI
+// runtime walks to a container's root as root of the user namespace.
+func othersMayPass(dir string) error {
+	for ; dir != "/"; dir = filepath.Dir(dir) {
+		st, err := os.Stat(dir)
+		if err != nil {
+			return err
+		}
+		if st.Mode()&0o001 == 0 {
+			return fmt.Errorf("cannot reach root file systems from a user namespace: the mode of %s is %#o (chmod o+x %s)",
+				dir, st.Mode().Perm(), dir)
 		}
 	}
-	if init != nil {
-		list = append(list, init)
-	}
-	return list
+	return nil
 }
 
 // inHostMountNamespace refuses to run where mounts would be seen by nobody: the
@@ -276,7 +284,21 @@ func inHostMountNamespace() error {
 		return fmt.Errorf("cannot read the mount namespace: %w", err)
 	}
 	if host, err := os.Readlink("/proc/1/ns/mnt"); err == nil && host != ours {
-		return fmt.Errorf("cannot run in a mount namespace of its own (%s, process 1 has %s): containers would lose their roots with it; remove PrivateMounts= and the like from the unit", ours, host)
+		return fmt.Errorf("cannot run in a mount namespace of its own (%s, process 1 has %s): "+
+			"containers would lose their roots with it; remove PrivateMounts= and the like from the unit", ours, host)
 	}
 	return nil
 }
+
+// Driver is the cgroup driver in force.
+func (d *Daemon) Driver() placement.Driver { return d.cgroups.Driver() }
+
+// NetworkReady says why no pod with a network of its own can be made; nil if one
+// can.
+func (d *Daemon) NetworkReady(ctx context.Context) error { return d.net.Ready(ctx) }
+
+// SetPodCIDR takes the node's pod range for the built-in network.
+func (d *Daemon) SetPodCIDR(cidr string) error { return kind.As(kind.Invalid, d.net.SetPodCIDR(cidr)) }
+
+// Userns says whether pods can have user namespaces.
+func (d *Daemon) Userns() bool { return d.userns == nil }

@@ -6,359 +6,384 @@ import (
 	"encoding/json"
 	"errors"
 	"io/fs"
-	"path/filepath"
 	"slices"
-	"time"
 
-	"github.com/holdfast-cri/holdfast/daemon/network"
+	"github.com/holdfast-cri/holdfast/daemon/containers"
+	"github.com/holdfast-cri/holdfast/daemon/pods"
+	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
 	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
-// Recovery reads files only: what is wanted from the daemon's records, what is
-// from the files of the shims. Everything that takes time, or another process,
-// goes on behind a daemon that already serves.
+// Recovery loads, decides and acts. It reads files and asks the kernel; no shim is
+// asked. Everything that takes time, or another process, goes on behind a daemon
+// that already serves.
 
-// recovery counts what the start found, for its one line of log.
+// recovery is one start.
 type recovery struct {
-	pods, containers, running, rebuilt, undone, quarantined int
+	*Daemon
+	pods, containers, running, rebuilt, undone, quarantined int // for its one line of log
+
+	byPod   map[string]*pods.Pod
+	kept    map[string]*records.Pod       // pods as shims keep them
+	orphans map[string]*records.Container // one container of each pod that has any
+	behind  []func(context.Context)       // to be done behind the daemon, in order
 }
 
-func (d *Daemon) recover() (r recovery, err error) {
+// loaded is a container's record, and what was decided about it.
+type loaded struct {
+	id  string
+	rec *records.Container // nil: nothing can be read of it
+	records.Verdict
+}
+
+func (d *Daemon) recover() (*recovery, error) {
+	r := &recovery{
+		Daemon:  d,
+		byPod:   map[string]*pods.Pod{},
+		kept:    map[string]*records.Pod{},
+		orphans: map[string]*records.Container{},
+	}
 	podIDs, err := d.state.IDs(state.Pods)
 	if err != nil {
-		return r, err
+		return nil, err
 	}
 	containerIDs, err := d.state.IDs(state.Containers)
 	if err != nil {
-		return r, err
+		return nil, err
 	}
-	var pods []*podRecord
-	var unknown []string // pods without a record
-	for _, id := range podIDs {
-		if rec := d.loadPod(id, &r); rec != nil {
-			pods = append(pods, rec)
-		} else {
-			unknown = append(unknown, id)
-		}
-	}
-	var containers []*containerRecord
-	kept := map[string]*podRecord{} // the pods that shims remember
+	var list []loaded
 	for _, id := range containerIDs {
-		rec, pod := d.loadContainer(id, &r)
-		if rec == nil {
-			continue
-		}
-		containers = append(containers, rec)
-		if pod != nil && rec.Phase != containerCreating {
-			kept[pod.ID] = pod
+		l := r.loadContainer(id)
+		list = append(list, l)
+		if l.rec != nil && l.Do != records.Undo {
+			r.orphans[l.rec.PodID] = l.rec
 		}
 	}
-	// A pod whose records are both gone comes back with its containers.
-	for _, rec := range pods {
-		delete(kept, rec.ID)
-	}
-	for _, rec := range kept {
-		rec.Phase = podReady // it was, or nothing would have been created in it
-		d.log.Warn("rebuilt a pod from what a shim kept", "pod", rec.ID)
-		d.restore(state.Pods, rec.ID, rec, &r)
-		pods = append(pods, rec)
-	}
-	var undo []func(context.Context)
-	undo = append(undo, d.adoptContainers(containers, &r)...)
-	undo = append(undo, d.adoptPods(pods, &r)...) // after their containers
-	for _, id := range unknown {
-		if kept[id] == nil {
-			undo = append(undo, func(ctx context.Context) { d.eraseUnknownPod(ctx, id) })
+	for id := range r.orphans {
+		if !slices.Contains(podIDs, id) {
+			podIDs = append(podIDs, id)
 		}
 	}
-	r.pods, r.containers = len(d.pods), len(d.containers)
-	for _, c := range d.containers {
-		if c.seen.Load().exit == nil {
-			r.running++
-			d.background(func(ctx context.Context) { d.watch(ctx, c) })
-		}
-	}
+	undoPods := r.loadPods(podIDs)
+	r.actOnContainers(list)
+	r.behind = append(r.behind, undoPods...) // after their containers
+	r.pods, r.containers = len(d.Pods.All()), len(d.Containers.All())
 	d.background(func(ctx context.Context) {
-		for _, f := range undo {
+		for _, f := range r.behind {
 			f(ctx)
 		}
 		d.state.Sweep()
-		d.collect(nil)
+		d.Images.CollectAll()
 	})
 	return r, nil
 }
 
-// loadPod reads the record of a pod, or its copy. Without either there is no
-// such pod any more: nil.
-func (d *Daemon) loadPod(id string, r *recovery) *podRecord {
-	var rec podRecord
-	err := d.state.Get(state.Pods, id, &rec)
+// loadContainer reads the record of a container, or makes one from what its shim
+// keeps, and decides what the container is.
+func (r *recovery) loadContainer(id string) loaded {
+	dir := rundir.Dir(r.state.RunDir(state.Containers, id))
+	kept := r.launched(dir)
+	rec := new(records.Container)
+	err := r.state.Get(state.Containers, id, rec)
 	if err == nil && rec.ID != id {
-		err = errWrongID(rec.ID)
-	}
-	if err == nil {
-		return &rec
-	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		r.quarantined++
-		d.state.QuarantineRecord(state.Pods, id, err)
-	}
-	rec = podRecord{}
-	if cerr := d.state.GetCopy(state.Pods, id, &rec); cerr == nil && rec.ID == id {
-		d.log.Warn("restored a pod from the copy of its record", "pod", id)
-		d.restore(state.Pods, id, &rec, r)
-		return &rec
-	}
-	return nil
-}
-
-// eraseUnknownPod gives back what a pod held whose records are gone: all of it
-// is named after its id, and the plugins' cache knows its addresses.
-func (d *Daemon) eraseUnknownPod(ctx context.Context, id string) {
-	ctx, cancel := context.WithTimeout(ctx, networkLimit)
-	defer cancel()
-	ns := d.net.Pinned(id)
-	p := newPod(&podRecord{ID: id, BootID: rundir.BootID(), Phase: podStopping, Namespaces: ns,
-		Network: &podNetwork{Phase: netAdding, Attachment: network.Attachment{ID: id, Netns: ns.Net}}})
-	if err := d.erasePod(ctx, p); err != nil {
-		d.log.Error("cannot remove what is left of a pod", "pod", id, "error", err)
-		return
-	}
-	d.log.Warn("removed what was left of a pod without a record", "pod", id)
-}
-
-// restore writes a record that was found elsewhere.
-func (d *Daemon) restore(k state.Kind, id string, rec any, r *recovery) {
-	r.rebuilt++
-	err := d.state.Create(k, id)
-	if err == nil {
-		err = d.state.Put(k, id, rec, false)
+		err = wrongID(rec.ID)
 	}
 	if err != nil {
-		d.log.Error("cannot write a rebuilt record", "kind", k, "id", id, "error", err)
+		rec = kept
+		if !errors.Is(err, fs.ErrNotExist) {
+			r.quarantined++
+			r.state.QuarantineRecord(state.Containers, id, err)
+		}
 	}
+	if err != nil && kept != nil {
+		r.log.Warn("rebuilt a container from what its shim kept", "container", id)
+		r.restore(state.Containers, id, kept)
+	}
+	files, kernel, kerr := r.Containers.Ask(id, rec)
+	l := loaded{id: id, rec: rec, Verdict: records.Decide(rec, files, kernel)}
+	if kerr != nil {
+		// The kernel could not be asked: nothing is concluded, and it is asked again.
+		r.log.Error("cannot ask what is left of a container", "container", id, "error", kerr)
+		switch l.Do {
+		case records.Bury:
+			l.Do = records.Watch
+		case records.Erase:
+			l.Do = records.Leave
+		}
+	}
+	return l
 }
 
-// loadContainer reads the record of a container, or makes one from what its
-// shim keeps. The second result is the pod as the shim keeps it.
-func (d *Daemon) loadContainer(id string, r *recovery) (*containerRecord, *podRecord) {
-	dir := d.runDir(id)
-	var pod *podRecord
-	var kept *containerRecord
-	launch, lerr := dir.ReadLaunch()
-	if lerr == nil {
-		var p podRecord
-		if json.Unmarshal(launch.Sandbox.Value, &p) == nil && p.ID != "" {
-			pod = &p
-		}
-		var c containerRecord
-		if json.Unmarshal(launch.Container.Value, &c) == nil && c.ID == id {
-			kept = &c
+// launched gives the records that a shim keeps: that of its container, nil if it
+// does not read, and that of the pod, which is noted.
+func (r *recovery) launched(dir rundir.Dir) *records.Container {
+	launch, err := dir.ReadLaunch()
+	if err != nil {
+		return nil
+	}
+	rec := new(records.Container)
+	if json.Unmarshal(launch.Container.Value, rec) != nil || rec.ID != dir.ID() {
+		return nil
+	}
+	pod := new(records.Pod)
+	if json.Unmarshal(launch.Sandbox.Value, pod) == nil && pod.ID != "" && rec.Phase != records.ContainerCreating {
+		if old := r.kept[pod.ID]; old == nil || len(old.IPs()) == 0 {
+			r.kept[pod.ID] = pod // all of them were written when the pod was whole
 		}
 	}
-	var rec containerRecord
-	err := d.state.Get(state.Containers, id, &rec)
-	if err == nil && rec.ID != id {
-		err = errWrongID(rec.ID)
-	}
+	return rec
+}
+
+func wrongID(id string) error { return kind.Errorf(record.ErrDamaged, "it is the record of %q", id) }
+
+// restore writes a record that was found elsewhere.
+func (r *recovery) restore(k state.Kind, id string, rec any) {
+	r.rebuilt++
+	err := r.state.Create(k, id)
 	if err == nil {
-		return &rec, pod
+		err = r.state.Put(k, id, rec, false)
 	}
-	if !errors.Is(err, fs.ErrNotExist) {
-		r.quarantined++
-		d.state.QuarantineRecord(state.Containers, id, err)
+	if err != nil {
+		r.log.Error("cannot write a rebuilt record", "kind", k, "id", id, "error", err)
 	}
-	if kept != nil {
-		d.log.Warn("rebuilt a container from what its shim kept", "container", id)
-		d.restore(state.Containers, id, kept, r)
-		return kept, pod
-	}
-	held, herr := dir.Held()
-	if held || herr != nil {
-		// A live shim whose files are damaged: never killed on a guess, though
-		// nobody can say what it keeps. Its layers stay while this daemon lives.
-		d.pin(rootfs.LayersAt(dir.Path(rundir.RootfsName)))
-		d.log.Error("a live shim has no readable record of its container; it is left alone", "container", id, "records", errors.Join(err, lerr, herr))
-		return nil, nil
-	}
-	// Nobody else looks at this directory: it is in no map.
-	d.background(func(ctx context.Context) {
-		ctx, cancel := context.WithTimeout(ctx, time.Minute)
-		defer cancel()
-		rec := &containerRecord{ID: id, Handler: d.cfg.DefaultRuntime, BootID: rundir.BootID()}
-		if err := d.eraseContainer(ctx, newContainer(rec, dir, seen{})); err != nil {
-			d.log.Error("cannot remove what is left of a container", "container", id, "error", err)
-		}
-	})
-	return nil, nil
 }
 
-func errWrongID(id string) error { return errorf(record.ErrDamaged, "it is the record of %q", id) }
-
-// adoptContainers takes the containers in, and returns what there is to undo.
-func (d *Daemon) adoptContainers(recs []*containerRecord, r *recovery) (undo []func(context.Context)) {
-	// Of two with one name the live one has it, then the younger; last of all one
-	// that was never finished.
-	live := map[string]bool{}
-	for _, rec := range recs {
-		live[rec.ID], _ = d.runDir(rec.ID).Held()
-	}
-	rank := func(rec *containerRecord) int {
-		switch {
-		case rec.Phase == containerCreating:
-			return 2
-		case live[rec.ID]:
-			return 0
-		}
-		return 1
-	}
-	slices.SortFunc(recs, func(a, b *containerRecord) int {
-		return cmp.Or(cmp.Compare(rank(a), rank(b)), b.CreatedAt.Compare(a.CreatedAt))
-	})
-	for _, rec := range recs {
-		c := newContainer(rec, d.runDir(rec.ID), d.look(rec))
-		name := containerName(rec.PodID, rec.Config.M.GetMetadata())
-		if rec.Phase == containerCreating && rec.Init {
-			// It has no name that the next one could wait for, and that one has
-			// the same id: it has to find this one first.
+// loadPods makes the pods known that there are, and returns what has to be done
+// about the others.
+func (r *recovery) loadPods(ids []string) (behind []func(context.Context)) {
+	var serve []*records.Pod
+	for _, id := range ids {
+		rec, do := r.loadPod(id)
+		switch do {
+		case records.Serve:
+			serve = append(serve, rec)
+		case records.Undo:
 			r.undone++
-			rec.Phase = containerRemoving
-		}
-		if rec.Phase == containerCreating {
-			r.undone++
-			undo = append(undo, d.undoing(name, rec.PodID, rec.ID, func(ctx context.Context) error {
-				return d.eraseContainer(ctx, c)
-			}))
-			continue
-		}
-		if !rec.Init && !d.settle(name, rec.PodID, rec.ID, rec.Fingerprint) {
-			d.log.Error("two containers have one name", "name", name, "container", rec.ID, "live", live[rec.ID])
-			if !live[rec.ID] {
-				r.quarantined++
-				d.state.Quarantine(d.state.Dir(state.Containers, rec.ID), errorf(ErrExists, "%s exists twice", name))
-				undo = append(undo, func(ctx context.Context) {
-					if err := d.eraseContainer(ctx, c); err != nil {
-						d.log.Error("cannot remove the run directory of a quarantined container", "container", rec.ID, "error", err)
-					}
-				})
-				continue
-			}
-		}
-		d.containers[rec.ID] = c
-		if rec.Phase == containerRemoving {
-			undo = append(undo, func(ctx context.Context) {
-				ctx, cancel := context.WithTimeout(ctx, time.Minute)
-				defer cancel()
-				if err := d.removeContainer(ctx, c); err != nil {
-					d.log.Error("cannot finish a removal", "container", rec.ID, "error", err)
+			p := r.Pods.Adopt(rec)
+			r.byPod[id] = p
+			undo := r.claims.Undo(pods.NameOf(rec), id, p.Erase)
+			behind = append(behind, r.undoing("pod", id, undo))
+		case records.Remove:
+			r.byPod[id] = r.Pods.Adopt(rec)
+			r.byPod[id].Owe()
+		case records.Erase:
+			p := r.Pods.Adopt(r.unknownPod(id))
+			r.byPod[id] = p
+			behind = append(behind, func(ctx context.Context) {
+				if err := p.Erase(ctx); err != nil {
+					r.log.Error("cannot remove what is left of a pod", "pod", id, "error", err)
+					return
 				}
+				r.log.Warn("removed what was left of a pod without a record", "pod", id)
 			})
 		}
 	}
-	return undo
+	r.servePods(serve)
+	return behind
 }
 
-// adoptPods does the same for pods.
-func (d *Daemon) adoptPods(recs []*podRecord, r *recovery) (undo []func(context.Context)) {
-	// Of two with one name the one that holds something has it, then the younger.
-	empty := func(rec *podRecord) bool {
-		return thisBoot(rec.BootID) && !exists(d.state.RunDir(state.Pods, rec.ID))
+// loadPod reads the record of a pod, or what stands in for it.
+func (r *recovery) loadPod(id string) (*records.Pod, records.Action) {
+	read := func(get func(state.Kind, string, any) error) (*records.Pod, error) {
+		rec := new(records.Pod)
+		err := get(state.Pods, id, rec)
+		if err == nil && rec.ID != id {
+			err = wrongID(rec.ID)
+		}
+		if err != nil {
+			return nil, err
+		}
+		return rec, nil
 	}
-	slices.SortFunc(recs, func(a, b *podRecord) int {
-		if empty(a) != empty(b) {
-			if empty(b) {
-				return -1
-			}
+	f := records.PodFiles{Kept: r.kept[id], Pinned: r.net.Pinned(id) != (records.Namespaces{})}
+	var err error
+	if f.Record, err = read(r.state.Get); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		r.quarantined++
+		r.state.QuarantineRecord(state.Pods, id, err)
+	}
+	f.Copy, _ = read(r.state.GetCopy)
+	f.Of = r.orphans[id]
+	rec, do, rebuilt := records.DecidePod(f)
+	if rebuilt {
+		r.log.Warn("rebuilt a pod from a copy of its record", "pod", id, "kept_by_shim", f.Copy == nil)
+		r.restore(state.Pods, id, rec)
+	}
+	return rec, do
+}
+
+// unknownPod is the record of a pod whose records are gone: all that it may hold is
+// named after its id, and the plugins' cache knows its addresses.
+func (r *recovery) unknownPod(id string) *records.Pod {
+	ns := r.net.Pinned(id)
+	return &records.Pod{
+		ID:         id,
+		BootID:     rundir.BootID(),
+		Phase:      records.PodStopping,
+		Namespaces: ns,
+		Network: &records.Network{
+			Phase:      records.NetworkAdding,
+			Attachment: records.Attachment{ID: id, Netns: ns.Net},
+		},
+	}
+}
+
+// servePods makes pods known. Of two with one name the one that holds something
+// has it, then the younger.
+func (r *recovery) servePods(recs []*records.Pod) {
+	empty := func(rec *records.Pod) int {
+		if records.ThisBoot(rec.BootID) && !r.state.HasRunDir(state.Pods, rec.ID) {
 			return 1
 		}
-		return b.CreatedAt.Compare(a.CreatedAt)
+		return 0
+	}
+	slices.SortFunc(recs, func(a, b *records.Pod) int {
+		return cmp.Or(cmp.Compare(empty(a), empty(b)), b.CreatedAt.Compare(a.CreatedAt))
 	})
 	for _, rec := range recs {
-		p := newPod(rec)
-		name := podName(rec.Config.M.GetMetadata())
-		if rec.Phase == podCreating {
-			r.undone++
-			undo = append(undo, d.undoing(name, "", rec.ID, func(ctx context.Context) error {
-				return d.erasePod(ctx, p)
-			}))
-			continue
-		}
-		if !d.settle(name, "", rec.ID, rec.Fingerprint) {
-			d.log.Error("two pods have one name", "name", name, "pod", rec.ID)
-			if empty(rec) {
+		name := pods.NameOf(rec)
+		if !r.claims.Take(name, rec.ID) {
+			r.log.Error("two pods have one name", "name", name.Name, "pod", rec.ID)
+			if empty(rec) == 1 {
 				r.quarantined++
-				d.state.Quarantine(d.state.Dir(state.Pods, rec.ID), errorf(ErrExists, "%s exists twice", name))
+				r.state.Quarantine(r.state.Dir(state.Pods, rec.ID), kind.Errorf(kind.Exists, "%s exists twice", name.Name))
 				continue
 			}
 			// Both are served: each holds what only its own id names.
 		}
-		d.pods[rec.ID] = p
+		p := r.Pods.Adopt(rec)
+		r.byPod[rec.ID] = p
+		r.Pods.Add(p)
+		p.Owe()
 	}
-	return undo
 }
 
-// undoing takes the name of a creation that was never acknowledged until f has
-// removed what it left. A request for the name waits for that and starts afresh.
-func (d *Daemon) undoing(name, podID, id string, f func(context.Context) error) func(context.Context) {
-	c := newClaim(name, podID, "")
-	c.id, c.stage = id, "undo"
-	if _, taken := d.claims[name]; !taken {
-		d.claims[name] = c
+// pod gives the pod of a container. One of which nothing is left takes nothing.
+func (r *recovery) pod(id string) *pods.Pod {
+	if p := r.byPod[id]; p != nil {
+		return p
 	}
+	return r.Pods.Adopt(&records.Pod{ID: id, Phase: records.PodRemoved, Debts: []records.Debt{}})
+}
+
+// actOnContainers does what was decided. Of two containers with one name the live
+// one has it, then the younger; last of all one that was never finished.
+func (r *recovery) actOnContainers(list []loaded) {
+	rank := func(l loaded) int {
+		switch {
+		case l.rec == nil, l.Do == records.Undo:
+			return 2
+		case l.Do == records.Watch:
+			return 0
+		}
+		return 1
+	}
+	slices.SortStableFunc(list, func(a, b loaded) int {
+		c := cmp.Compare(rank(a), rank(b))
+		if c == 0 && a.rec != nil && b.rec != nil {
+			c = b.rec.CreatedAt.Compare(a.rec.CreatedAt)
+		}
+		return c
+	})
+	for _, l := range list {
+		switch {
+		case l.rec == nil:
+			r.actOnUnknown(l)
+		case l.rec.Init:
+			r.actOnInit(l)
+		case l.Do == records.Undo:
+			r.undone++
+			c := r.Containers.Adopt(l.rec, r.pod(l.rec.PodID), l.Seen)
+			undo := r.claims.Undo(containers.NameOf(l.rec), l.id, c.Erase)
+			r.behind = append(r.behind, r.undoing("container", l.id, undo))
+		default:
+			r.serve(l)
+		}
+	}
+}
+
+// serve makes a container known, and has done what is due.
+func (r *recovery) serve(l loaded) {
+	c := r.Containers.Adopt(l.rec, r.pod(l.rec.PodID), l.Seen)
+	name := containers.NameOf(l.rec)
+	if !r.claims.Take(name, l.id) {
+		r.log.Error("two containers have one name", "name", name.Name, "container", l.id, "live", l.Do == records.Watch)
+		if l.Do != records.Watch {
+			r.quarantined++
+			r.state.Quarantine(r.state.Dir(state.Containers, l.id), kind.Errorf(kind.Exists, "%s exists twice", name.Name))
+			r.behind = append(r.behind, r.erasing(c))
+			return
+		}
+	}
+	r.Containers.Add(c, func() error { return nil })
+	r.act(c, l.Do)
+}
+
+// act has done what is due of a container that is known.
+func (r *recovery) act(c *containers.Container, do records.Action) {
+	switch do {
+	case records.Watch, records.Bury:
+		r.running++
+		r.Containers.Follow(c) // buries one whose shim is gone
+	case records.Record:
+		if err := r.Containers.WriteExit(c.ID(), *c.Seen().Exit); err != nil {
+			r.log.Warn("cannot write an inferred exit record", "container", c.ID(), "error", err)
+		}
+	case records.Remove:
+		r.behind = append(r.behind, func(ctx context.Context) {
+			if err := c.Remove(ctx); err != nil {
+				r.log.Error("cannot finish a removal", "container", c.ID(), "error", err)
+			}
+		})
+	}
+}
+
+// actOnInit gives a pod its init back. One that was never finished is to be
+// removed: it has the same id as the next one, which has to find it first.
+func (r *recovery) actOnInit(l loaded) {
+	if l.Do == records.Undo {
+		r.undone++
+		l.rec.Phase, l.Do = records.ContainerRemoving, records.Remove
+	}
+	p := r.pod(l.rec.PodID)
+	c := r.Containers.Adopt(l.rec, p, l.Seen)
+	p.AdoptInit(c)
+	r.act(c, l.Do)
+}
+
+// actOnUnknown deals with a container of which no record can be read.
+func (r *recovery) actOnUnknown(l loaded) {
+	if l.Do == records.Leave {
+		// Its layers stay while this daemon lives.
+		root := rundir.Dir(r.state.RunDir(state.Containers, l.id)).Path(rundir.RootfsName)
+		r.Images.Library.Hold(rootfs.LayersAt(root))
+		r.log.Error("a live shim has no readable record of its container; it is left alone", "container", l.id)
+		return
+	}
+	rec := &records.Container{ID: l.id, BootID: rundir.BootID(), Phase: records.ContainerRemoving}
+	c := r.Containers.Adopt(rec, r.pod(""), l.Seen)
+	r.background(r.erasing(c)) // nobody else looks at its directory: it is not known
+}
+
+func (r *recovery) erasing(c *containers.Container) func(context.Context) {
 	return func(ctx context.Context) {
-		ctx, cancel := context.WithTimeout(ctx, networkLimit)
-		defer cancel()
-		if err := f(ctx); err != nil {
-			d.log.Error("cannot undo a creation that was cut short; the next start tries again", "name", name, "id", id, "error", err)
-		} else {
-			d.log.Info("undid a creation that was cut short", "name", name, "id", id)
+		if err := c.Erase(ctx); err != nil {
+			r.log.Error("cannot remove what is left of a container", "container", c.ID(), "error", err)
 		}
-		c.err = errAgain
-		d.release(c)
-		close(c.done)
 	}
 }
 
-// look finds out from files what a container is. No process is asked.
-func (d *Daemon) look(rec *containerRecord) seen {
-	dir := d.runDir(rec.ID)
-	durable := d.state.Dir(state.Containers, rec.ID)
-	exit, err := dir.ReadExit()
-	if errors.Is(err, record.ErrDamaged) {
-		d.state.Quarantine(dir.Path(rundir.ExitName), err)
-	}
-	if err != nil {
-		exit, err = rundir.ReadExitIn(durable)
-		if errors.Is(err, record.ErrDamaged) {
-			d.state.Quarantine(filepath.Join(durable, rundir.ExitName), err)
+// undoing undoes a creation that was never acknowledged. A request for the name
+// waits for that and begins afresh.
+func (r *recovery) undoing(what, id string, undo func(context.Context) error) func(context.Context) {
+	return func(ctx context.Context) {
+		if err := undo(ctx); err != nil {
+			r.log.Error("cannot undo a creation that was cut short; the next start tries again", what, id, "error", err)
+			return
 		}
+		r.log.Info("undid a creation that was cut short", what, id)
 	}
-	if err == nil {
-		return seen{status: rundir.Status{Phase: rundir.PhaseExited, StartedAt: exit.StartedAt}, exit: &exit}
-	}
-	if rec.Phase == containerCreating {
-		return seen{}
-	}
-	if !thisBoot(rec.BootID) {
-		exit = rundir.Exit{Code: rundir.CodeUnknown, StartedAt: rec.CreatedAt, ExitedAt: time.Now(), Source: rundir.SourceInferred,
-			Reason: rundir.ReasonUnknown, Message: "the machine went down while it ran, before its end was on the disk"}
-		if err := d.writeExit(rec.ID, exit); err != nil {
-			d.log.Warn("cannot write an inferred exit record", "container", rec.ID, "error", err)
-		}
-		return seen{status: rundir.Status{Phase: rundir.PhaseExited, StartedAt: exit.StartedAt}, exit: &exit}
-	}
-	status, err := dir.ReadStatus()
-	if err != nil {
-		// Its shim, if it lives, will say. Until then: the OCI runtime removes
-		// the fifo when it starts a container.
-		d.log.Warn("cannot read what a shim wrote down; it will be asked", "container", rec.ID, "error", err)
-		status = rundir.Status{Phase: rundir.PhaseRunning}
-		if exists(filepath.Join(d.runtimeRoot(), rec.ID, "exec.fifo")) {
-			status.Phase = rundir.PhaseCreated
-		}
-	}
-	return seen{status: status}
 }

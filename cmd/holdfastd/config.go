@@ -136,7 +136,7 @@ func (f file) warn(log *slog.Logger) {
 
 // resolve checks the values and finds the binaries.
 func (f file) resolve(logLevel string) (daemon.Config, error) {
-	c := daemon.Config{Root: f.Root, State: f.State, DefaultRuntime: f.DefaultRuntime, Runtimes: map[string]daemon.Runtime{}, LogLevel: logLevel,
+	c := daemon.Config{Root: f.Root, State: f.State, DefaultRuntime: f.DefaultRuntime, Runtimes: map[string]string{}, LogLevel: logLevel,
 		CNIConfDir: f.CNI.ConfDir, CNIBinDirs: f.CNI.BinDirs, DefaultNetwork: f.CNI.DefaultNetwork, Subnet: f.CNI.Subnet,
 		RegistryConfigDir: f.Registry.ConfigDir, PinnedImages: f.Images.Pinned, DropLayerBlobs: !f.Images.KeepBlobs,
 		ImageVerifierDir: f.Images.VerifierDir, CgroupDriver: f.Cgroup.Driver}
@@ -205,7 +205,7 @@ func (f file) resolve(logLevel string) (daemon.Config, error) {
 		if err != nil {
 			return c, fmt.Errorf("config: runtimes.%s.path: %w", name, err)
 		}
-		c.Runtimes[name] = daemon.Runtime{Path: path}
+		c.Runtimes[name] = path
 	}
 	if c.Shim, err = findBinary("holdfast-shim"); err != nil {
 		return c, err

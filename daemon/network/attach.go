@@ -16,8 +16,8 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 
+	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 	"github.com/holdfast-cri/holdfast/daemon/records"
-	"github.com/holdfast-cri/holdfast/netns"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
@@ -35,6 +35,9 @@ type (
 	Result      = records.Result
 	Interface   = records.Interface
 	Namespaces  = records.Namespaces
+	Want        = records.Want
+	Userns      = records.Userns
+	IDMap       = records.IDMap
 )
 
 // Add attaches a pod. When ctx ends, running plugins are killed. If it fails it

@@ -17,8 +17,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 	"github.com/holdfast-cri/holdfast/daemon/records"
-	"github.com/holdfast-cri/holdfast/netns"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 

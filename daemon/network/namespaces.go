@@ -10,19 +10,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/holdfast-cri/holdfast/netns"
+	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 )
-
-// Want says which namespaces a pod has of its own, and what is set in them.
-type Want struct {
-	Net, IPC, UTS bool
-	// User, if not nil, is a user namespace that the others are made in. With
-	// it the kernel sees whoever is root inside as somebody without rights.
-	User *Userns
-
-	Hostname string            // set if UTS; empty keeps the host's
-	Sysctls  map[string]string // namespaced ones only; see resolveSysctls and SetInterfaceSysctls
-}
 
 // Paths returns where the namespaces of a pod are pinned, if it has them. It
 // derives from the id alone, so that a pin can be found without a record.

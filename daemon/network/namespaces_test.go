@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/holdfast-cri/holdfast/netns"
+	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 )
 
 // inside runs f on a thread in the given namespaces.

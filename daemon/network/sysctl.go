@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/holdfast-cri/holdfast/netns"
+	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 )
 
 // setting is one sysctl that has been found to belong to a namespace of the pod.
@@ -26,7 +26,7 @@ type setting struct {
 func (s setting) write(user *Userns) error {
 	err := writeSysctl(s.path, s.value)
 	if user != nil && errors.Is(err, unix.EACCES) {
-		err = user.asRoot(func() error { return writeSysctl(s.path, s.value) })
+		err = asRoot(user, func() error { return writeSysctl(s.path, s.value) })
 	}
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ERANGE) {
 		err = fmt.Errorf("%w: %w", ErrSysctl, err) // the kernel does not take it

@@ -9,15 +9,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/holdfast-cri/holdfast/netns"
+	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 )
-
-// IDMap maps the ids inside a user namespace, from 0 on and Length of them, to
-// HostID and those after it.
-type IDMap struct{ HostID, Length uint32 }
-
-// Userns is a user namespace to be made.
-type Userns struct{ UIDs, GIDs IDMap }
 
 // A process of more than one thread cannot enter a user namespace, and the other
 // namespaces of a pod have to be made from within its own: their owner decides
@@ -100,7 +93,7 @@ func (n *Network) OpenUserns(u Userns) (f *os.File, err error) {
 // the user namespace. The kernel has sysctls that only he may write, even where
 // this process has all rights over the namespace. The thread must not be used
 // for anything else if this fails.
-func (u Userns) asRoot(f func() error) error {
+func asRoot(u *Userns, f func() error) error {
 	const same = ^uintptr(0)
 	// Not those of package syscall: they change the ids of all threads.
 	set := func(trap uintptr, id uint32) error {

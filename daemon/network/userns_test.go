@@ -14,7 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/holdfast-cri/holdfast/netns"
+	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 )
 
 func withKeeper(t *testing.T) func(*Options) {

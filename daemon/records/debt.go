@@ -24,6 +24,10 @@ const (
 // AllDebts is what a pod may owe of which nothing else is known.
 var AllDebts = []Debt{DebtInit, DebtNetwork, DebtNamespaces, DebtMounts, DebtCgroup, DebtFiles}
 
+// StopDebts are those that are paid when a pod is stopped, the others when it is
+// removed.
+var StopDebts = []Debt{DebtNetwork, DebtNamespaces, DebtMounts}
+
 // Owes says whether the pod may hold something. A record of a version that did
 // not write its debts may owe all of them.
 func (p *Pod) Owes(d Debt) bool { return p.Debts == nil || slices.Contains(p.Debts, d) }

@@ -13,6 +13,23 @@ type Namespaces struct {
 // List gives all four paths, those of the host as "".
 func (n Namespaces) List() []string { return []string{n.Net, n.IPC, n.UTS, n.User} }
 
+// Want says which namespaces a pod has of its own, and what is set in them.
+type Want struct {
+	Net, IPC, UTS bool
+	// User, if not nil, is a user namespace that the others are made in. With it
+	// the kernel sees whoever is root inside as somebody without rights.
+	User *Userns
+
+	Hostname string            // set if UTS; empty keeps the host's
+	Sysctls  map[string]string // namespaced ones only
+}
+
+// IDMap maps the ids from 0 on to ids of the host. Root maps to HostID.
+type IDMap struct{ HostID, Length uint32 }
+
+// Userns is the mappings of a user namespace.
+type Userns struct{ UIDs, GIDs IDMap }
+
 // Attachment is one pod's place in the pod network: all that plugins are told.
 // DEL has to be given what ADD was given, so it is on record before ADD.
 type Attachment struct {

@@ -79,7 +79,7 @@ type Pod struct {
 	PIDNamespace string `json:"pidNamespace,omitempty"`
 	// Debts are what the pod holds, or may hold. nil is a record of a version
 	// that did not write them: all may be due.
-	Debts []Debt `json:"debts,omitempty"`
+	Debts []Debt `json:"debts"`
 }
 
 // IPs are the addresses of the pod, the primary one first.

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/step"
 )
 
 // Launcher starts shims.
@@ -61,6 +62,7 @@ func (l *Launcher) launch(ctx context.Context, dir rundir.Dir) error {
 	// Where the machine has huge pages for everybody, which is Debian's default,
 	// those of the heap would cost one to three megabytes.
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "GOMAXPROCS=1", "GODEBUG=disablethp=1"}
+	cmd.Env = append(cmd.Env, step.Environ()...)
 	cmd.Stdout, cmd.Stderr = logFile, logFile
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}

@@ -119,6 +119,12 @@ func (s *Store) Dir(k Kind, id string) string { return filepath.Join(s.root, str
 // RunDir is the directory of an object that lasts until the next boot.
 func (s *Store) RunDir(k Kind, id string) string { return filepath.Join(s.state, string(k), id) }
 
+// HasRunDir says whether that directory is there.
+func (s *Store) HasRunDir(k Kind, id string) bool {
+	_, err := os.Lstat(s.RunDir(k, id))
+	return err == nil
+}
+
 // Create makes the durable directory of an object.
 func (s *Store) Create(k Kind, id string) error {
 	if err := os.MkdirAll(s.Dir(k, id), 0o711); err != nil {

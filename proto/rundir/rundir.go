@@ -22,8 +22,10 @@ package rundir
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -279,6 +281,27 @@ func (d Dir) ReadExit() (r Exit, err error)     { return ReadExitIn(string(d)) }
 func ReadExitIn(dir string) (r Exit, err error) {
 	err = record.Read(filepath.Join(dir, ExitName), &r)
 	return
+}
+
+// maxSpec bounds what ReadSpec takes in: more than a message to the shim holds.
+const maxSpec = 16 << 20
+
+// ReadSpec reads the OCI spec as it lies there: JSON, but no record.
+func (d Dir) ReadSpec() ([]byte, error) {
+	path := d.Path(SpecName)
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the spec: %w", err)
+	}
+	defer f.Close()
+	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() || st.Size() > maxSpec {
+		return nil, fmt.Errorf("cannot read %s: %w: it is no file of at most %d bytes", path, record.ErrDamaged, maxSpec)
+	}
+	b, err := io.ReadAll(io.LimitReader(f, maxSpec))
+	if err == nil && !json.Valid(b) {
+		err = fmt.Errorf("cannot read %s: %w: it is not JSON", path, record.ErrDamaged)
+	}
+	return b, err
 }
 
 // WriteIdentity, WriteLaunch and WriteStatus replace one record each. None is

@@ -1,4 +1,4 @@
-package daemon
+package containers
 
 import (
 	"context"
@@ -13,10 +13,8 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/proto/client"
+	"github.com/holdfast-cri/holdfast/proto/kind"
 )
-
-// ErrTimeout says that a command ran longer than it may and was killed.
-var ErrTimeout = errors.New("timed out")
 
 // Output of one ExecSync. The CRI asks for a cap at 16 MiB of each stream, but
 // the kubelet takes in no answer above 16 MiB: both have to fit together, with
@@ -27,43 +25,51 @@ const (
 )
 
 // ExecSync runs a command in a container and gives its output and exit code.
-// timeout 0 is none.
-func (d *Daemon) ExecSync(ctx context.Context, id string, cmd []string, timeout time.Duration) (*runtimeapi.ExecSyncResponse, error) {
-	c, err := d.container(id)
+// timeout 0 is none; a command that runs longer is killed with all that it
+// started, and the error is kind.Timeout.
+func (m *Manager) ExecSync(ctx context.Context, id string, cmd []string, timeout time.Duration,
+) (*runtimeapi.ExecSyncResponse, error) {
+	c, err := m.Find(id)
 	if err != nil {
 		return nil, err
 	}
-	if s := c.seen.Load(); s.state() != runtimeapi.ContainerState_CONTAINER_RUNNING {
-		return nil, errorf(ErrState, "container_id: container %s does not run", shortID(id))
+	if err := c.running(); err != nil {
+		return nil, err
 	}
 	stdout, err := newMemory("stdout")
 	if err != nil {
-		return nil, as(ErrUnavailable, err)
+		return nil, kind.As(kind.Unavailable, err)
 	}
 	defer stdout.Close()
 	stderr, err := newMemory("stderr")
 	if err != nil {
-		return nil, as(ErrUnavailable, err)
+		return nil, kind.As(kind.Unavailable, err)
 	}
 	defer stderr.Close()
-	resp, err := c.client.Exec(ctx, client.Exec{
+	command := client.Exec{
 		Process: &specs.Process{Args: cmd},
 		Timeout: timeout,
 		Stdout:  stdout,
 		Stderr:  stderr,
 		Limit:   maxExecStream,
+	}
+	var result client.ExecResult
+	err = c.call(ctx, func() (err error) {
+		result, err = c.client.Exec(ctx, command)
+		return err
 	})
 	if err != nil {
-		if exit := c.seen.Load().exit; exit != nil && ctx.Err() == nil {
-			return nil, errorf(ErrState, "container_id: container %s has ended (%s), and the command with it: %w", shortID(id), exit.Reason, err)
+		if exit := c.Seen().Exit; exit != nil && ctx.Err() == nil {
+			return nil, kind.Errorf(kind.State, "container_id: %s has ended (%s), and the command with it: %w",
+				c, exit.Reason, err)
 		}
-		return nil, shimError(err)
+		return nil, err
 	}
-	if resp.TimedOut {
-		return nil, errorf(ErrTimeout, "command %q in container %s ran longer than %s and was killed", cmd[0], shortID(id), timeout)
+	if result.TimedOut {
+		return nil, kind.Errorf(kind.Timeout, "command %.100q in %s ran longer than %s and was killed", cmd[0], c, timeout)
 	}
-	outSize, errSize := share(resp.StdoutBytes, resp.StderrBytes)
-	answer := &runtimeapi.ExecSyncResponse{ExitCode: int32(resp.Code)}
+	outSize, errSize := share(result.StdoutBytes, result.StderrBytes)
+	answer := &runtimeapi.ExecSyncResponse{ExitCode: int32(result.Code)}
 	if answer.Stdout, err = readMemory(stdout, outSize); err != nil {
 		return nil, err
 	}
@@ -73,8 +79,8 @@ func (d *Daemon) ExecSync(ctx context.Context, id string, cmd []string, timeout 
 	return answer, nil
 }
 
-// share divides the room of an answer: who needs less than half leaves the rest
-// to the other.
+// share divides the room of an answer: a stream that needs less than half of it
+// leaves the rest to the other one.
 func share(out, err int64) (int64, int64) {
 	const half = maxExecOutput / 2
 	switch {

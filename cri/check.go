@@ -1,0 +1,82 @@
+package cri
+
+import (
+	"fmt"
+	"math"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/proto/kind"
+)
+
+const (
+	// maxRef is more than any registry takes as a name, tag and digest, in bytes.
+	maxRef = 4096
+	// maxCommand bounds a command that is handed to a shim, in bytes of protobuf.
+	// It is far more than a kernel takes as arguments.
+	maxCommand = 1 << 20
+)
+
+// check refuses a request that lacks what its call cannot do without. The fields
+// of configs are for daemon/spec to check.
+func check(req any) error {
+	switch r := req.(type) {
+	case *runtimeapi.ListContainersRequest, *runtimeapi.ListPodSandboxRequest:
+		return nil
+	case *runtimeapi.CreateContainerRequest:
+		if err := require("pod_sandbox_id", r.GetPodSandboxId()); err != nil {
+			return err
+		}
+		if r.GetConfig() == nil {
+			return invalid("config", "is missing")
+		}
+		return checkRef("config.image.image", r.GetConfig().GetImage())
+	case *runtimeapi.ExecSyncRequest:
+		if len(r.GetCmd()) == 0 {
+			return invalid("cmd", "is empty")
+		}
+		if proto.Size(r) > maxCommand {
+			return invalid("cmd", "is larger than 1 MiB")
+		}
+	case *runtimeapi.PullImageRequest:
+		return checkRef("image.image", r.GetImage())
+	case *runtimeapi.ImageStatusRequest:
+		return checkRef("image.image", r.GetImage())
+	case *runtimeapi.RemoveImageRequest:
+		return checkRef("image.image", r.GetImage())
+	}
+	if r, ok := req.(interface{ GetContainerId() string }); ok {
+		return require("container_id", r.GetContainerId())
+	}
+	if r, ok := req.(interface{ GetPodSandboxId() string }); ok {
+		return require("pod_sandbox_id", r.GetPodSandboxId())
+	}
+	return nil
+}
+
+// invalid is an InvalidArgument that names the field.
+func invalid(field, problem string) error { return kind.Errorf(kind.Invalid, "%s: %s", field, problem) }
+
+func require(field, value string) error {
+	if value == "" {
+		return invalid(field, "is empty")
+	}
+	return nil
+}
+
+func checkRef(field string, image *runtimeapi.ImageSpec) error {
+	if len(image.GetImage()) > maxRef {
+		return invalid(field, fmt.Sprintf("is longer than %d bytes", maxRef))
+	}
+	return require(field, image.GetImage())
+}
+
+// seconds turns a timeout of the CRI into a duration.
+func seconds(field string, n int64) (time.Duration, error) {
+	if n < 0 {
+		return 0, invalid(field, "is negative")
+	}
+	return time.Duration(min(n, math.MaxInt64/int64(4*time.Second))) * time.Second, nil
+}

@@ -1,0 +1,150 @@
+package claims
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"testing"
+	"time"
+
+	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/step"
+)
+
+func newTable() *Table { return NewTable(slog.New(slog.DiscardHandler)) }
+
+func succeed(context.Context, *Claim) error { return nil }
+
+func TestOnce(t *testing.T) {
+	table, ctx := newTable(), t.Context()
+	same := Name{Name: "x", Fingerprint: "same"}
+	begun, proceed := make(chan struct{}), make(chan struct{})
+	runs := 0
+	create := func(_ context.Context, c *Claim) error {
+		runs++
+		c.Reach(step.PodRecord)
+		close(begun)
+		<-proceed
+		return nil
+	}
+	type result struct {
+		id  string
+		err error
+	}
+	results := make(chan result, 2)
+	ask := func() {
+		id, err := table.Once(ctx, same, create)
+		results <- result{id, err}
+	}
+	go ask()
+	<-begun
+	go ask()
+
+	// A caller that gives up leaves the attempt going, and learns what it is at.
+	short, cancel := context.WithCancel(ctx)
+	cancel()
+	_, err := table.Once(short, same, create)
+	if !errors.Is(err, kind.Unavailable) || !errors.Is(err, context.Canceled) {
+		t.Errorf("impatient caller: %v", err)
+	}
+	if _, err := table.Once(ctx, Name{Name: "x", Fingerprint: "other"}, create); !errors.Is(err, kind.Exists) {
+		t.Errorf("another config under the name: %v", err)
+	}
+	close(proceed)
+	a, b := <-results, <-results
+	if a.err != nil || b.err != nil || a.id != b.id || runs != 1 {
+		t.Errorf("two callers got %v and %v from %d attempts", a, b, runs)
+	}
+	// The name is taken until the object is gone.
+	if id, err := table.Once(ctx, same, nil); err != nil || id != a.id {
+		t.Errorf("later request: %s, %v", id, err)
+	}
+	table.Release("x", a.id)
+	boom := errors.New("boom")
+	_, err = table.Once(ctx, Name{Name: "x", Fingerprint: "third"}, func(context.Context, *Claim) error { return boom })
+	if !errors.Is(err, boom) {
+		t.Errorf("failing attempt: %v", err)
+	}
+	if _, err := table.Once(ctx, Name{Name: "x", Fingerprint: "fourth"}, succeed); err != nil {
+		t.Errorf("a failed attempt keeps the name: %v", err)
+	}
+	table.Close()
+	if _, err := table.Once(ctx, Name{Name: "y"}, succeed); !errors.Is(err, kind.Unavailable) {
+		t.Errorf("a closed table: %v", err)
+	}
+}
+
+// A request for a name whose creation is being undone waits and begins afresh.
+func TestOnceWaitsForUndo(t *testing.T) {
+	table := newTable()
+	proceed := make(chan struct{})
+	undo := table.Undo(Name{Name: "x"}, "old", func(context.Context) error { <-proceed; return nil })
+	go undo(t.Context())
+	got := make(chan string)
+	go func() {
+		id, err := table.Once(t.Context(), Name{Name: "x", Fingerprint: "same"}, succeed)
+		if err != nil {
+			t.Error(err)
+		}
+		got <- id
+	}()
+	close(proceed)
+	if id := <-got; id == "old" || id == "" {
+		t.Errorf("got id %q", id)
+	}
+}
+
+// An object that was found has its name, also when a creation under that name is
+// undone.
+func TestTake(t *testing.T) {
+	table := newTable()
+	n := Name{Name: "x", Fingerprint: "f"}
+	if !table.Take(n, "one") || table.Take(n, "two") {
+		t.Error("a name was given twice, or not at all")
+	}
+	if err := table.Undo(n, "three", func(context.Context) error { return nil })(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if id, err := table.Once(t.Context(), n, nil); err != nil || id != "one" {
+		t.Errorf("got %s, %v", id, err)
+	}
+}
+
+func TestAwait(t *testing.T) {
+	table := newTable()
+	begun, proceed := make(chan struct{}), make(chan struct{})
+	go table.Once(t.Context(), Name{Name: "c", Group: "pod"}, func(context.Context, *Claim) error {
+		close(begun)
+		<-proceed
+		return nil
+	})
+	<-begun
+	short, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := table.Await(short, "pod"); !errors.Is(err, kind.Unavailable) {
+		t.Errorf("while a creation is under way: %v", err)
+	}
+	if err := table.Await(short, "another"); err != nil {
+		t.Errorf("another pod: %v", err)
+	}
+	close(proceed)
+	if err := table.Await(t.Context(), "pod"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestLockGivesUp(t *testing.T) {
+	l := NewLock()
+	if err := l.Lock(t.Context(), "x"); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if err := l.Lock(ctx, "x"); !errors.Is(err, kind.Unavailable) {
+		t.Errorf("got %v", err)
+	}
+	l.Unlock()
+	if err := l.Lock(t.Context(), "x"); err != nil {
+		t.Error(err)
+	}
+}

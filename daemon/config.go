@@ -1,0 +1,45 @@
+package daemon
+
+import (
+	"time"
+
+	"github.com/holdfast-cri/holdfast/daemon/metrics"
+)
+
+// Config is what cmd/holdfastd read from its file and flags. Paths are absolute.
+type Config struct {
+	Root, State    string
+	DefaultRuntime string
+	Runtimes       map[string]string // the binary of each OCI runtime, by handler
+	Shim           string            // binary of the shim
+	Pause          string            // static binary of a pod's init, and of what keeps a namespace until it is pinned
+	LogLevel       string            // for shims
+
+	CNIConfDir     string
+	CNIBinDirs     []string
+	DefaultNetwork bool
+	Subnet         string
+
+	RegistryConfigDir string
+	PinnedImages      []string // references
+	// DropLayerBlobs does not keep layers as they were downloaded.
+	DropLayerBlobs bool
+	// ImageVerifierDir has programs that decide which images may be pulled;
+	// empty: all may. Each has ImageVerifierTimeout to answer; 0: the default.
+	ImageVerifierDir     string
+	ImageVerifierTimeout time.Duration
+
+	CgroupDriver string // auto, cgroupfs, systemd
+	// PauseMode gives every pod an init process; otherwise only a pod that
+	// shares its pid namespace has one.
+	PauseMode bool
+	// RejectAbsentMounts makes a mount source that does not exist an error.
+	// Otherwise it is created as a directory, as pods with an untyped hostPath
+	// rely on.
+	RejectAbsentMounts bool
+
+	Metrics *metrics.Metrics // nil: nobody asks for them
+}
+
+// Config is what the daemon was started with.
+func (d *Daemon) Config() Config { return d.cfg }

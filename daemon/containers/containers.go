@@ -1,0 +1,307 @@
+// Package containers is a container from the request for it to its removal: its
+// record, its root and its spec, its shim, what is seen of it, and its end.
+//
+// Nothing here waits for a shim in order to tell what a container is: lists and
+// statuses answer from what was seen last.
+//
+// Locks. Container.op is held by the one call that changes the container and may
+// be held over slow work; Container.ending, taken after op, by whoever ends its
+// shim or buries it. Manager.mu guards the map and is never held over either, nor
+// over a call that reaches a disk.
+package containers
+
+import (
+	"context"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/daemon/claims"
+	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/daemon/runtimes"
+	"github.com/holdfast-cri/holdfast/daemon/spec"
+	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/proto/client"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+// Pod is what a container has to know of its pod.
+type Pod interface {
+	Record() *records.Pod
+	// Ready says why the pod takes no container now; nil if it does.
+	Ready() error
+	// PIDNamespace is where the pid namespace is pinned that the pod's containers
+	// share. It is made when the first of them asks for it.
+	PIDNamespace(ctx context.Context) (string, error)
+}
+
+// Image is an image that is here.
+type Image struct {
+	ID     string
+	Ref    string // a digest reference where there is one
+	Config ocispec.ImageConfig
+	Layers []digest.Digest // diff ids, base first
+}
+
+// Images gives images to containers.
+type Images interface {
+	// Hold finds an image and unpacks what is missing of it. Its layers stay
+	// until release is called. field is that of the request, for errors.
+	Hold(ctx context.Context, field, ref string) (img Image, release func(), err error)
+	// Unwanted says that a container has gone that used these layers.
+	Unwanted(layers []digest.Digest)
+}
+
+// Roots mounts the root file systems of containers, and images as volumes.
+type Roots interface {
+	// Mount mounts layers at target, with a writable layer below dir. A pod with a
+	// user namespace has the owners of files mapped.
+	Mount(ctx context.Context, layers []digest.Digest, dir, target string, pod *records.Pod) error
+	Unmount(target string) error
+}
+
+// Shims starts shims, finds them and ends them.
+type Shims interface {
+	Launch(ctx context.Context, dir rundir.Dir) error
+	// Alive says whether the shim of a run directory lives. It asks the kernel:
+	// a missing lock is no answer.
+	Alive(dir rundir.Dir) (bool, error)
+	// Find tells which process it is.
+	Find(dir rundir.Dir) (rundir.Process, error)
+	// Reach makes sure that a shim that lives can be called, if its socket was
+	// removed.
+	Reach(ctx context.Context, dir rundir.Dir, c *client.Client) error
+	// End ends a shim, with its container, and returns when it is gone.
+	End(ctx context.Context, dir rundir.Dir, c *client.Client) error
+}
+
+// Cgroups places containers, and knows what is in a cgroup.
+type Cgroups interface {
+	// ContainerPath is the cgroupsPath of a container's spec.
+	ContainerPath(parent, podID, id string) (string, error)
+	// Of gives the cgroups of a container by its cgroupsPath.
+	Of(cgroupsPath string) Cgroup
+	// Recorded is the same by what the shim wrote down.
+	Recorded(paths map[string]string) Cgroup
+	RemoveShim(ctx context.Context, id string) error
+	Systemd() bool
+}
+
+// Cgroup is all cgroups of one container.
+type Cgroup interface {
+	// Populated says in which directory, if any, processes live, there or below.
+	Populated() (dir string, populated bool, err error)
+	Kill(ctx context.Context) error
+	Remove(ctx context.Context) error
+}
+
+// Options are what containers are made of.
+type Options struct {
+	State    *state.Store
+	Claims   *claims.Table
+	Runtimes *runtimes.Set
+	Host     spec.Host
+	Images   Images
+	Roots    Roots
+	Shims    Shims
+	Cgroups  Cgroups
+	// RejectAbsentMounts makes a mount source that does not exist an error.
+	// Otherwise it is made, as pods with an untyped hostPath rely on.
+	RejectAbsentMounts bool
+	// Go runs f in the background, unless the daemon is closing. It ends with ctx.
+	Go  func(f func(ctx context.Context))
+	Log *slog.Logger
+}
+
+// Manager is all containers but those that are the init of a pod.
+type Manager struct {
+	Options
+
+	mu   sync.Mutex
+	all  map[string]*Container
+	owed map[string]*Container // removed, and something of theirs is left
+}
+
+// New makes a manager without containers.
+func New(o Options) *Manager {
+	return &Manager{Options: o, all: map[string]*Container{}, owed: map[string]*Container{}}
+}
+
+// Container is what is wanted and what was last seen of it.
+type Container struct {
+	m      *Manager
+	pod    Pod
+	dir    rundir.Dir
+	client *client.Client
+
+	op     claims.Lock
+	ending claims.Lock
+
+	record atomic.Pointer[records.Container] // replaced by save, never changed in place
+
+	seeing sync.Mutex // held by observe
+	seen   atomic.Pointer[records.Seen]
+	exited chan struct{} // closed when an exit is seen
+}
+
+// Adopt makes a container of a record. Add makes it known.
+func (m *Manager) Adopt(rec *records.Container, pod Pod, seen records.Seen) *Container {
+	dir := m.dir(rec.ID)
+	c := &Container{
+		m:      m,
+		pod:    pod,
+		dir:    dir,
+		client: client.New(dir),
+		op:     claims.NewLock(),
+		ending: claims.NewLock(),
+		exited: make(chan struct{}),
+	}
+	c.record.Store(rec)
+	c.seen.Store(&seen)
+	if seen.Exit != nil {
+		close(c.exited)
+	}
+	return c
+}
+
+func (m *Manager) dir(id string) rundir.Dir {
+	return rundir.Dir(m.State.RunDir(state.Containers, id))
+}
+
+// Add makes a container known, unless ready, called under the manager's lock,
+// says why not.
+func (m *Manager) Add(c *Container, ready func() error) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := ready(); err != nil {
+		return err
+	}
+	m.all[c.ID()] = c
+	return nil
+}
+
+func (m *Manager) forget(c *Container) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.all[c.ID()] == c {
+		delete(m.all, c.ID())
+	}
+}
+
+func (m *Manager) known(c *Container) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.all[c.ID()] == c
+}
+
+// Find gives a container by its id, or by a prefix that is that of no other one.
+func (m *Manager) Find(id string) (*Container, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if c := m.all[id]; c != nil {
+		return c, nil
+	}
+	var found *Container
+	for full, c := range m.all {
+		if id == "" || !strings.HasPrefix(full, id) {
+			continue
+		}
+		if found != nil {
+			return nil, kind.Errorf(kind.Invalid, "container_id: more than one container has an id that begins with %q", id)
+		}
+		found = c
+	}
+	if found == nil {
+		return nil, kind.Errorf(kind.NotFound, "container_id: there is no container %q", id)
+	}
+	return found, nil
+}
+
+// All gives all containers.
+func (m *Manager) All() []*Container {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Collect(maps.Values(m.all))
+}
+
+// Of gives the containers of a pod.
+func (m *Manager) Of(podID string) []*Container {
+	return slices.DeleteFunc(m.All(), func(c *Container) bool { return c.Record().PodID != podID })
+}
+
+// ID is the container's id.
+func (c *Container) ID() string { return c.dir.ID() }
+
+// Record is what is wanted. It must not be changed.
+func (c *Container) Record() *records.Container { return c.record.Load() }
+
+// Seen is what was seen last.
+func (c *Container) Seen() *records.Seen { return c.seen.Load() }
+
+// String names the container in errors.
+func (c *Container) String() string { return "container " + records.ShortID(c.ID()) }
+
+func (c *Container) name() string { return c.Record().Config.M.GetMetadata().GetName() }
+
+// save is the one place where a record changes: on disk, then in memory.
+func (c *Container) save(change func(*records.Container)) error {
+	rec := *c.Record()
+	change(&rec)
+	// Not synced: it means little without the shim, which a power cut ends too.
+	if err := c.m.State.Put(state.Containers, rec.ID, &rec, false); err != nil {
+		return kind.As(kind.Unavailable, err)
+	}
+	c.record.Store(&rec)
+	return nil
+}
+
+// observe is the one place where what is seen changes. News may come twice and
+// from several sides; a container never goes back, and its first end stays.
+func (c *Container) observe(change func(*records.Seen)) {
+	c.seeing.Lock()
+	defer c.seeing.Unlock()
+	was := c.Seen()
+	now := *was
+	change(&now)
+	if was.Exit != nil {
+		now.Exit = was.Exit
+	}
+	if was.Phase == rundir.PhaseRunning && now.Phase != rundir.PhaseExited {
+		now.Phase = rundir.PhaseRunning
+	}
+	c.seen.Store(&now)
+	if was.Exit == nil && now.Exit != nil {
+		close(c.exited)
+		c.logExit(now.Exit)
+	}
+}
+
+func (c *Container) logExit(e *rundir.Exit) {
+	if e.Reason == rundir.ReasonNeverRan {
+		return // said where it was not created
+	}
+	c.m.Log.Info("container exited",
+		"container", c.ID(),
+		"pod", c.Record().PodID,
+		"name", c.name(),
+		"code", e.Code,
+		"reason", e.Reason,
+		"source", e.Source,
+		"at", e.ExitedAt)
+}
+
+// running says why the container does not run; nil if it does.
+func (c *Container) running() error {
+	if c.Seen().State() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+		return kind.Errorf(kind.State, "container_id: %s does not run", c)
+	}
+	return nil
+}

@@ -1,0 +1,91 @@
+package containers
+
+import (
+	"errors"
+	"log/slog"
+	"testing"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/proto/client"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+func newManager(t *testing.T) *Manager {
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	s, err := state.Open(t.TempDir(), t.TempDir(), log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return New(Options{State: s, Log: log})
+}
+
+// News that come late or twice never take a container back.
+func TestObserveGoesForward(t *testing.T) {
+	c := newManager(t).Adopt(&records.Container{ID: "c"}, nil, records.Seen{})
+	at := time.Unix(1000, 0)
+	started := client.Event{Seq: 2, Type: client.Started, At: at, Init: rundir.Process{PID: 7, StartTime: 9}}
+	c.take(started)
+	c.take(client.Event{Seq: 1, Type: client.Created})
+	if got := c.Seen(); got.State() != runtimeapi.ContainerState_CONTAINER_RUNNING || !got.StartedAt.Equal(at) || got.Init.PID != 7 {
+		t.Errorf("after a late Created: %+v", got)
+	}
+	c.take(client.Event{Seq: 3, Type: client.Exited, Exit: &rundir.Exit{Code: 3, Source: rundir.SourceWaited}})
+	c.take(started)
+	c.observe(func(s *records.Seen) { s.Exit = &rundir.Exit{Code: 99} })
+	s := c.Seen()
+	if s.State() != runtimeapi.ContainerState_CONTAINER_EXITED || s.Exit.Code != 3 || !s.Exit.StartedAt.Equal(at) {
+		t.Errorf("after the end: %s, %+v", s.State(), s.Exit)
+	}
+	select {
+	case <-c.exited:
+	default:
+		t.Error("nobody was told of the end")
+	}
+}
+
+func TestShare(t *testing.T) {
+	const half = maxExecOutput / 2
+	for _, c := range []struct{ out, err, wantOut, wantErr int64 }{
+		{10, 20, 10, 20},
+		{maxExecStream, 0, maxExecOutput, 0},
+		{maxExecStream, 5, maxExecOutput - 5, 5},
+		{5, maxExecStream, 5, maxExecOutput - 5},
+		{maxExecStream, maxExecStream, half, half},
+	} {
+		if o, e := share(c.out, c.err); o != c.wantOut || e != c.wantErr {
+			t.Errorf("share(%d, %d) = %d, %d, want %d, %d", c.out, c.err, o, e, c.wantOut, c.wantErr)
+		}
+	}
+}
+
+func TestFind(t *testing.T) {
+	m := newManager(t)
+	for _, id := range []string{"aabb", "aacc", "b"} {
+		if err := m.Add(m.Adopt(&records.Container{ID: id}, nil, records.Seen{}), func() error { return nil }); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct {
+		id, found string
+		err       error
+	}{
+		{"aabb", "aabb", nil},
+		{"aab", "aabb", nil},
+		{"b", "b", nil},
+		{"aa", "", kind.Invalid},
+		{"", "", kind.NotFound},
+		{"aabbcc", "", kind.NotFound},
+	} {
+		got, err := m.Find(c.id)
+		if !errors.Is(err, c.err) || err == nil && got.ID() != c.found {
+			t.Errorf("Find(%q) = %v, %v; want %s, %v", c.id, got, err, c.found, c.err)
+		}
+	}
+}

@@ -1,0 +1,260 @@
+package containers
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/holdfast-cri/holdfast/daemon/claims"
+	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/daemon/spec"
+	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/step"
+)
+
+// eraseTimeout bounds the undoing of a creation, and a removal that nobody
+// waits for.
+const eraseTimeout = time.Minute
+
+// NameOf is the name that a container takes in the table of claims.
+func NameOf(rec *records.Container) claims.Name {
+	m := rec.Config.M.GetMetadata()
+	return claims.Name{
+		Name:        fmt.Sprintf("container %q attempt %d of pod %s", m.GetName(), m.GetAttempt(), rec.PodID),
+		Group:       rec.PodID,
+		Fingerprint: rec.Fingerprint,
+	}
+}
+
+// Create makes a container, with a shim of its own, and gives its id.
+func (m *Manager) Create(ctx context.Context, pod Pod, cfg *runtimeapi.ContainerConfig) (string, error) {
+	if err := spec.Validate(cfg, pod.Record().Config.M); err != nil {
+		return "", err
+	}
+	fingerprint, err := records.Fingerprint(cfg)
+	if err != nil {
+		return "", kind.As(kind.Invalid, err)
+	}
+	config, err := records.Encoded(cfg)
+	if err != nil {
+		return "", kind.As(kind.Invalid, err)
+	}
+	rec := &records.Container{
+		PodID:       pod.Record().ID,
+		Config:      config,
+		Handler:     pod.Record().Handler,
+		Fingerprint: fingerprint,
+		BootID:      rundir.BootID(),
+		Phase:       records.ContainerCreating,
+	}
+	name := NameOf(rec)
+	id, err := m.Claims.Once(ctx, name, func(ctx context.Context, cl *claims.Claim) error {
+		rec.ID, rec.CreatedAt = cl.ID, time.Now()
+		return m.create(ctx, cl, pod, rec)
+	})
+	if err != nil {
+		return "", err
+	}
+	if c, err := m.Find(id); err != nil || c.Seen().Exit != nil {
+		return "", kind.Errorf(kind.Exists,
+			"config.metadata: %s exists already, as %s, and has ended: remove it, or ask for another attempt", name.Name, id)
+	}
+	return id, nil
+}
+
+// create makes the container that a claim is for.
+func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *records.Container) error {
+	if err := pod.Ready(); err != nil {
+		return err
+	}
+	cfg, pr := rec.Config.M, pod.Record()
+	img, release, err := m.Images.Hold(ctx, "config.image.image", cfg.GetImage().GetImage())
+	if err != nil {
+		return err
+	}
+	defer release()
+	if err := cl.Reach(step.ContainerImage); err != nil {
+		return err
+	}
+	rec.ImageID, rec.ImageRef, rec.Layers = img.ID, img.Ref, img.Layers
+	if rec.Signal, rec.StopSignal, err = stopSignal(cfg, img); err != nil {
+		return err
+	}
+	if dir, path := pr.Config.M.GetLogDirectory(), cfg.GetLogPath(); dir != "" && path != "" {
+		rec.LogPath = filepath.Join(dir, path)
+	}
+	parent := pr.Config.M.GetLinux().GetCgroupParent()
+	if rec.CgroupsPath, err = m.Cgroups.ContainerPath(parent, pr.ID, rec.ID); err != nil {
+		return kind.As(kind.Invalid, err)
+	}
+	var pidns string
+	if spec.PIDMode(cfg, pr.Config.M) == runtimeapi.NamespaceMode_POD {
+		if pidns, err = pod.PIDNamespace(ctx); err != nil {
+			return err
+		}
+	}
+	b := &builder{m: m, pod: pod.Record(), rec: rec, image: img, pidns: pidns}
+	defer b.release()
+	c, err := m.Launch(ctx, cl, pod, rec, b.build)
+	if err != nil {
+		return err
+	}
+	if err := m.Add(c, pod.Ready); err != nil {
+		return undo(ctx, c, err)
+	}
+	m.Follow(c)
+	return nil
+}
+
+func stopSignal(cfg *runtimeapi.ContainerConfig, img Image) (int, runtimeapi.Signal, error) {
+	signal, name, err := spec.StopSignal(cfg, img.Config)
+	return int(signal), name, err
+}
+
+// Built is the spec of a container and what was decided on the way to it.
+type Built struct {
+	Spec        *specs.Spec
+	User        *runtimeapi.LinuxContainerUser
+	ImageMounts []records.ImageMount
+	Warnings    []string // deviations from the request that the machine forces
+}
+
+// Build makes the spec of a container while its shim is being started. root is
+// where its root file system is to be mounted.
+type Build func(ctx context.Context, root string) (*Built, error)
+
+// Launch takes a container from its record to a shim that has created it. On an
+// error nothing is left, or the next start removes it.
+func (m *Manager) Launch(ctx context.Context, cl *claims.Claim, pod Pod, rec *records.Container,
+	build Build) (_ *Container, err error) {
+	c := m.Adopt(rec, pod, records.Seen{})
+	defer func() {
+		if err != nil {
+			err = undo(ctx, c, err)
+		}
+	}()
+	if err := m.State.Create(state.Containers, rec.ID); err != nil {
+		return nil, kind.As(kind.Unavailable, err)
+	}
+	if err := c.save(func(*records.Container) {}); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(c.dir.Path(rundir.RootfsName), 0o711); err != nil {
+		return nil, kind.As(kind.Unavailable, fmt.Errorf("cannot make the run directory: %w", err))
+	}
+	if err := cl.Reach(step.ContainerRecord); err != nil {
+		return nil, err
+	}
+	built, err := c.prepare(ctx, cl, build)
+	if err != nil {
+		return nil, err
+	}
+	for _, w := range built.Warnings {
+		m.Log.Debug("spec adapted to this machine", "container", rec.ID, "warning", w)
+	}
+	created := *c.Record()
+	created.Phase, created.User.M, created.ImageMounts = records.ContainerCreated, built.User, built.ImageMounts
+	if err := c.createInShim(ctx, &created, built.Spec); err != nil {
+		return nil, err
+	}
+	if err := cl.Reach(step.ContainerRuntime); err != nil {
+		return nil, err
+	}
+	// The kubelet learns of the container after this; a restart keeps it.
+	if err := c.save(func(r *records.Container) { *r = created }); err != nil {
+		return nil, err
+	}
+	c.observe(func(s *records.Seen) { s.Phase = rundir.PhaseCreated })
+	if err := cl.Reach(step.ContainerCreated); err != nil {
+		return nil, err
+	}
+	m.Log.Info("container created",
+		"container", rec.ID,
+		"pod", rec.PodID,
+		"name", c.name(),
+		"took", time.Since(cl.Since).Round(time.Millisecond))
+	return c, nil
+}
+
+// prepare starts the shim while the root is mounted and the spec built.
+func (c *Container) prepare(ctx context.Context, cl *claims.Claim, build Build) (*Built, error) {
+	launched := make(chan error, 1)
+	go func() {
+		err := c.m.Shims.Launch(ctx, c.dir)
+		if err == nil {
+			_, err = c.client.Hello(ctx) // out of the way of the create
+		}
+		launched <- err
+	}()
+	built, err := build(ctx, c.dir.Path(rundir.RootfsName))
+	if err == nil {
+		err = cl.Reach(step.ContainerRoot)
+	}
+	if lerr := <-launched; err == nil && lerr != nil {
+		err = kind.As(kind.Unavailable, lerr)
+	}
+	if err == nil {
+		err = cl.Reach(step.ContainerShim)
+	}
+	return built, err
+}
+
+// createInShim hands everything over. From here on a daemon that lost its own
+// records finds them with the shim.
+func (c *Container) createInShim(ctx context.Context, rec *records.Container, s *specs.Spec) error {
+	container, err := json.Marshal(rec)
+	if err != nil {
+		return kind.As(kind.Invalid, err)
+	}
+	pr := c.pod.Record()
+	sandbox, err := json.Marshal(pr)
+	if err != nil {
+		return kind.As(kind.Invalid, err)
+	}
+	h, err := c.m.Runtimes.For(rec.Handler)
+	if err != nil {
+		return err
+	}
+	launch := rundir.Launch{
+		RequestID: rec.ID,
+		Runtime: rundir.Runtime{
+			Path:          h.Path,
+			Root:          c.m.Runtimes.Root(),
+			SystemdCgroup: c.m.Cgroups.Systemd(),
+		},
+		Stdin:      rec.Config.M.GetStdin(),
+		StdinOnce:  rec.Config.M.GetStdinOnce(),
+		DurableDir: c.m.State.Dir(state.Containers, rec.ID),
+		Container:  rundir.Opaque{TypeURL: records.ContainerURL, Value: container},
+		Sandbox:    rundir.Opaque{TypeURL: records.PodURL, Value: sandbox},
+	}
+	if rec.LogPath != "" {
+		launch.LogDirectory, launch.LogPath = pr.Config.M.GetLogDirectory(), rec.Config.M.GetLogPath()
+		// The kubelet makes it; people with crictl expect it to be made.
+		if err := os.MkdirAll(launch.LogDirectory, 0o755); err != nil {
+			return kind.As(kind.Unavailable, fmt.Errorf("cannot make config.log_directory: %w", err))
+		}
+	}
+	_, err = c.client.Create(ctx, launch, s)
+	return err
+}
+
+// undo undoes a creation. What cannot be undone now is said, and the
+// next start tries again: the record still says creating.
+func undo(ctx context.Context, c *Container, err error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), eraseTimeout)
+	defer cancel()
+	if uerr := c.Erase(ctx); uerr != nil {
+		c.m.Log.Error("cannot undo a container; the next start tries again", "container", c.ID(), "error", uerr)
+	}
+	return err
+}

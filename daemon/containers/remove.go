@@ -1,0 +1,146 @@
+package containers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/step"
+)
+
+// Remove removes a container, running or not, and all that was its.
+func (m *Manager) Remove(ctx context.Context, id string) error {
+	c, err := m.Find(id)
+	if errors.Is(err, kind.NotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return c.Remove(ctx)
+}
+
+// Remove is Manager.Remove. It fails only while the container cannot be ended:
+// what else cannot be given back is owed, and tried again in the background.
+func (c *Container) Remove(ctx context.Context) error {
+	if err := c.op.Lock(ctx, c.String()); err != nil {
+		return err
+	}
+	defer c.op.Unlock()
+	rec := c.Record()
+	if !rec.Init && !c.m.known(c) {
+		return nil // another call has removed it
+	}
+	if err := c.save(func(r *records.Container) { r.Phase = records.ContainerRemoving }); err != nil {
+		c.m.Log.Warn("cannot write down that a container is removed", "container", rec.ID, "error", err)
+	}
+	if err := step.Reach(step.ContainerRemoving); err != nil {
+		return err
+	}
+	if err := c.end(ctx, "it was removed"); err != nil {
+		return kind.As(kind.Unavailable, fmt.Errorf("cannot remove %s: %w", c, err))
+	}
+	if err := c.giveBack(ctx); err != nil {
+		c.m.owe(c, err)
+	}
+	c.m.forget(c)
+	c.m.Images.Unwanted(rec.AllLayers()) // it may have been the last one that used a removed image
+	if !rec.Init {
+		c.m.Claims.Release(NameOf(rec).Name, rec.ID)
+		c.m.Log.Info("container removed", "container", rec.ID, "pod", rec.PodID, "name", c.name())
+	}
+	return nil
+}
+
+// Erase removes all trace of a container that nobody knows: of a creation that
+// failed anywhere, or of a removal that was cut short. Each step looks whether it
+// is due.
+func (c *Container) Erase(ctx context.Context) error {
+	if err := c.end(ctx, "it was removed"); err != nil {
+		return err
+	}
+	return c.giveBack(ctx)
+}
+
+// giveBack gives back what a container holds that has ended, its record last. A
+// step that fails keeps none of the others from being tried, but for those that
+// would destroy what it still needs.
+func (c *Container) giveBack(ctx context.Context) error {
+	if err := step.Reach(step.ContainerEnded); err != nil {
+		return err
+	}
+	c.client.Close()
+	if !c.readExit() {
+		c.observe(func(s *records.Seen) {
+			s.Exit = &rundir.Exit{
+				Code:     rundir.CodeUnknown,
+				Source:   rundir.SourceInferred,
+				Reason:   rundir.ReasonNeverRan,
+				ExitedAt: time.Now(),
+			}
+		})
+	}
+	err := errors.Join(c.unmount(), c.m.Cgroups.RemoveShim(ctx, c.ID()))
+	// Fails, and follows nothing, while something is mounted below.
+	if rerr := c.m.State.RemoveRunDir(state.Containers, c.ID()); err != nil || rerr != nil {
+		return errors.Join(err, rerr)
+	}
+	if err := step.Reach(step.ContainerErased); err != nil {
+		return err
+	}
+	return c.m.State.Remove(state.Containers, c.ID())
+}
+
+func (c *Container) unmount() error {
+	images, err := os.ReadDir(c.dir.Path(imagesName))
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	errs := []error{err}
+	for _, e := range images {
+		errs = append(errs, c.m.Roots.Unmount(c.dir.Path(filepath.Join(imagesName, e.Name()))))
+	}
+	for _, name := range []string{rundir.RootfsName, pidName} {
+		errs = append(errs, c.m.Roots.Unmount(c.dir.Path(name)))
+	}
+	return errors.Join(errs...)
+}
+
+// owe keeps a container of which something could not be given back, and tries
+// again until it can. Its record says removing: the next start goes on with it.
+func (m *Manager) owe(c *Container, err error) {
+	m.mu.Lock()
+	m.owed[c.ID()] = c
+	m.mu.Unlock()
+	m.Log.Error("something is left of a removed container; trying again", "container", c.ID(), "error", err)
+	m.Go(func(ctx context.Context) {
+		const first, last = time.Second, 10 * time.Minute
+		for wait := first; ; wait = min(2*wait, last) {
+			select {
+			case <-time.After(wait):
+			case <-ctx.Done():
+				return
+			}
+			ctx, cancel := context.WithTimeout(ctx, eraseTimeout)
+			err := c.giveBack(ctx)
+			cancel()
+			if err == nil {
+				break
+			}
+			m.Log.Debug("something is still left of a removed container", "container", c.ID(), "error", err)
+		}
+		m.mu.Lock()
+		delete(m.owed, c.ID())
+		m.mu.Unlock()
+		m.Log.Info("gave back the rest of a removed container", "container", c.ID())
+		m.Images.Unwanted(c.Record().AllLayers())
+	})
+}

@@ -1,0 +1,103 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/holdfast-cri/holdfast/daemon/containers"
+	"github.com/holdfast-cri/holdfast/daemon/network"
+	"github.com/holdfast-cri/holdfast/daemon/placement"
+	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/daemon/rootfs"
+	"github.com/holdfast-cri/holdfast/daemon/shims"
+	"github.com/holdfast-cri/holdfast/proto/client"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/runc/cgroup"
+)
+
+// What pods and containers ask of the other parts, in their words.
+
+// inUse says whether a container needs a layer.
+func (d *Daemon) inUse(layer digest.Digest) bool { return d.Containers.InUse(layer) }
+
+// roots is containers.Roots.
+type roots struct{ layers *rootfs.Store }
+
+func (r roots) Mount(ctx context.Context, layers []digest.Digest, dir, target string, pod *records.Pod) error {
+	var m *rootfs.IDMap
+	if u := pod.Userns(); u != nil {
+		m = &rootfs.IDMap{
+			Userns:  pod.Namespaces.User,
+			HostUID: u.UIDs.HostID,
+			UIDs:    u.UIDs.Length,
+			HostGID: u.GIDs.HostID,
+			GIDs:    u.GIDs.Length,
+		}
+	}
+	return r.layers.Mount(ctx, layers, dir, target, m)
+}
+
+func (r roots) Unmount(target string) error { return rootfs.Unmount(target) }
+
+// launcher is containers.Shims.
+type launcher struct{ *shims.Launcher }
+
+// Alive says whether the shim of a run directory lives. A lock that is held proves
+// it; one that is free, and the process that shim.json names gone, proves the
+// opposite. Where a file is missing the processes are looked through.
+func (l launcher) Alive(dir rundir.Dir) (bool, error) {
+	held, err := dir.Held()
+	if err == nil && held {
+		return true, nil
+	}
+	if id, ierr := dir.ReadIdentity(); err == nil && ierr == nil && !id.Shim.Alive() {
+		return false, nil
+	}
+	_, err = shims.Find(dir)
+	if errors.Is(err, rundir.ErrNoProcess) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+func (l launcher) Find(dir rundir.Dir) (rundir.Process, error) { return shims.Find(dir) }
+
+func (l launcher) End(ctx context.Context, dir rundir.Dir, c *client.Client) error {
+	return shims.End(ctx, dir, c)
+}
+
+func (l launcher) Reach(ctx context.Context, dir rundir.Dir, c *client.Client) error {
+	return shims.Reach(ctx, dir, c)
+}
+
+// cgroups is containers.Cgroups.
+type cgroups struct{ *placement.Manager }
+
+func (c cgroups) Systemd() bool { return c.Driver() == placement.Systemd }
+
+func (c cgroups) Of(cgroupsPath string) containers.Cgroup { return c.ContainerCgroups(cgroupsPath) }
+
+func (c cgroups) Recorded(paths map[string]string) containers.Cgroup { return cgroup.Set(paths) }
+
+// networkOfPods is pods.Network.
+type networkOfPods struct{ *network.Network }
+
+func (n networkOfPods) CreateNamespaces(id string, w records.Want) (records.Namespaces, error) {
+	ns, err := n.Network.CreateNamespaces(id, w)
+	return ns, sysctlError(err)
+}
+
+func (n networkOfPods) SetInterfaceSysctls(netns string, w records.Want) error {
+	return sysctlError(n.Network.SetInterfaceSysctls(netns, w))
+}
+
+func sysctlError(err error) error {
+	if errors.Is(err, network.ErrSysctl) {
+		return kind.As(kind.Invalid, fmt.Errorf("config.linux.sysctls: %w", err))
+	}
+	return kind.As(kind.Unavailable, err)
+}

@@ -1,0 +1,271 @@
+package pods
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/daemon/claims"
+	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/daemon/runtimes"
+	"github.com/holdfast-cri/holdfast/daemon/spec"
+	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/step"
+)
+
+// networkLimit bounds ADD and DEL, which are detached from the caller: half an ADD
+// is worse than a late one.
+const networkLimit = 2 * time.Minute
+
+// NameOf is the name that a pod takes in the table of claims.
+func NameOf(rec *records.Pod) claims.Name {
+	m := rec.Config.M.GetMetadata()
+	return claims.Name{
+		Name: fmt.Sprintf("pod %q/%q uid %q attempt %d",
+			m.GetNamespace(), m.GetName(), m.GetUid(), m.GetAttempt()),
+		Fingerprint: rec.Fingerprint,
+	}
+}
+
+// Run makes a pod and gives its id.
+func (m *Manager) Run(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, handler string) (string, error) {
+	if err := spec.ValidateSandbox(cfg); err != nil {
+		return "", err
+	}
+	h, err := m.Runtimes.For(handler)
+	if err != nil {
+		return "", err
+	}
+	fingerprint, err := records.Fingerprint(cfg, handler)
+	if err != nil {
+		return "", kind.As(kind.Invalid, err)
+	}
+	config, err := records.Encoded(cfg)
+	if err != nil {
+		return "", kind.As(kind.Invalid, err)
+	}
+	rec := &records.Pod{
+		Config:      config,
+		Handler:     handler,
+		Fingerprint: fingerprint,
+		BootID:      rundir.BootID(),
+		Phase:       records.PodCreating,
+		Debts:       []records.Debt{records.DebtNamespaces, records.DebtMounts, records.DebtCgroup, records.DebtFiles},
+	}
+	if err := m.checkUserns(rec, h); err != nil {
+		return "", err
+	}
+	name := NameOf(rec)
+	id, err := m.Claims.Once(ctx, name, func(ctx context.Context, cl *claims.Claim) error {
+		rec.ID, rec.CreatedAt = cl.ID, time.Now()
+		return m.create(ctx, cl, rec)
+	})
+	if err != nil {
+		return "", err
+	}
+	if p, err := m.Find(id); err != nil || p.Ready() != nil {
+		return "", kind.Errorf(kind.Exists,
+			"metadata: %s exists already, as %s, and is not ready any more: remove it, or ask for another attempt", name.Name, id)
+	}
+	return id, nil
+}
+
+// checkUserns refuses a pod with a user namespace where there can be none.
+func (m *Manager) checkUserns(rec *records.Pod, h runtimes.Handler) error {
+	if rec.Userns() == nil {
+		return nil
+	}
+	why := m.NoUserns
+	if !h.Userns {
+		why = errors.Join(errors.New("the OCI runtime does not know user namespaces or idmapped mounts"), why)
+	}
+	if why != nil {
+		return kind.Errorf(kind.Unsupported, "config.linux.security_context.namespace_options.userns_options: %w", why)
+	}
+	return nil
+}
+
+// create makes the pod that a claim is for. Undoing it is removing it: the same
+// steps, each of which finds out what there is to do.
+func (m *Manager) create(ctx context.Context, cl *claims.Claim, rec *records.Pod) error {
+	want := wanted(rec)
+	if want.Net {
+		if _, err := m.Network.Config(); err != nil {
+			return kind.As(kind.Unavailable, err)
+		}
+	}
+	p := m.Adopt(rec)
+	if err := p.make(ctx, cl, want); err != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), networkLimit)
+		defer cancel()
+		if uerr := p.erase(ctx); uerr != nil {
+			// It stays, not ready, with the record of what is left, and the
+			// kubelet's own removal tries again.
+			m.Log.Error("cannot undo a pod; it stays until it is removed", "pod", rec.ID, "error", uerr)
+			m.Add(p)
+		}
+		return err
+	}
+	m.Add(p)
+	meta := rec.Config.M.GetMetadata()
+	m.Log.Info("pod ready",
+		"pod", rec.ID,
+		"namespace", meta.GetNamespace(),
+		"name", meta.GetName(),
+		"ips", p.Record().IPs(),
+		"took", time.Since(rec.CreatedAt).Round(time.Millisecond))
+	return nil
+}
+
+// make goes through the steps of a creation.
+func (p *Pod) make(ctx context.Context, cl *claims.Claim, want records.Want) error {
+	for _, s := range []struct {
+		reached step.Step
+		do      func(context.Context) error
+	}{
+		{step.PodRecord, p.makeRecord},
+		{step.PodNamespaces, func(context.Context) error { return p.makeNamespaces(want) }},
+		{step.PodAttached, func(ctx context.Context) error { return p.attach(ctx, cl, want) }},
+		{step.PodInit, p.makeInitAlways},
+		{step.PodReady, func(context.Context) error {
+			return p.save(false, func(r *records.Pod) { r.Phase = records.PodReady })
+		}},
+	} {
+		if err := s.do(ctx); err != nil {
+			return err
+		}
+		if err := cl.Reach(s.reached); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (p *Pod) makeRecord(context.Context) error {
+	if err := p.m.State.Create(state.Pods, p.ID()); err != nil {
+		return kind.As(kind.Unavailable, err)
+	}
+	if err := os.MkdirAll(p.dir(), 0o711); err != nil {
+		return kind.As(kind.Unavailable, fmt.Errorf("cannot make the directory of the pod: %w", err))
+	}
+	return p.save(false, func(*records.Pod) {})
+}
+
+func (p *Pod) makeNamespaces(want records.Want) error {
+	ns, err := p.m.Network.CreateNamespaces(p.ID(), want)
+	if err != nil {
+		return err
+	}
+	if err := p.makeFiles(want); err != nil {
+		return kind.As(kind.Unavailable, err)
+	}
+	return p.save(false, func(r *records.Pod) { r.Namespaces = ns })
+}
+
+// attach runs ADD between its two records, and writes /etc/hosts, which has the
+// addresses. The first record is synced: after a power cut it is all that tells of
+// an address that was taken.
+func (p *Pod) attach(ctx context.Context, cl *claims.Claim, want records.Want) error {
+	if !want.Net {
+		return p.hostsFile(want.Hostname)
+	}
+	conf, err := p.m.Network.Config()
+	if err != nil {
+		return kind.As(kind.Unavailable, err)
+	}
+	a := attachment(p.Record(), conf)
+	err = p.save(true, func(r *records.Pod) {
+		r.Network = &records.Network{Phase: records.NetworkAdding, Attachment: a}
+		r.Debts = append([]records.Debt{records.DebtNetwork}, r.Debts...)
+	})
+	if err != nil {
+		return err
+	}
+	if err := cl.Reach(step.PodIntent); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, networkLimit)
+	defer cancel()
+	result, err := p.m.Network.Add(ctx, a)
+	if err != nil {
+		return kind.As(kind.Unavailable, err)
+	}
+	if err := p.m.Network.SetInterfaceSysctls(a.Netns, want); err != nil {
+		return err
+	}
+	if err := cl.Reach(step.PodNetwork); err != nil {
+		return err
+	}
+	err = p.save(false, func(r *records.Pod) {
+		r.Network = &records.Network{Phase: records.NetworkAdded, Attachment: a, Result: result}
+	})
+	if err != nil {
+		return err
+	}
+	return p.hostsFile(want.Hostname)
+}
+
+// attachment is what the plugins are told of a pod.
+func attachment(rec *records.Pod, conf []byte) records.Attachment {
+	cfg := rec.Config.M
+	a := records.Attachment{
+		ID:          rec.ID,
+		Netns:       rec.Namespaces.Net,
+		Name:        cfg.GetMetadata().GetName(),
+		Namespace:   cfg.GetMetadata().GetNamespace(),
+		UID:         cfg.GetMetadata().GetUid(),
+		Annotations: cfg.GetAnnotations(),
+
+		CgroupParent: cfg.GetLinux().GetCgroupParent(),
+		Config:       conf,
+	}
+	if dns := cfg.GetDnsConfig(); dns != nil {
+		a.DNS = &records.DNS{Servers: dns.GetServers(), Searches: dns.GetSearches(), Options: dns.GetOptions()}
+	}
+	for _, m := range cfg.GetPortMappings() {
+		if m.GetHostPort() <= 0 {
+			continue
+		}
+		a.PortMappings = append(a.PortMappings, records.PortMapping{
+			HostPort:      m.GetHostPort(),
+			ContainerPort: m.GetContainerPort(),
+			Protocol:      strings.ToLower(m.GetProtocol().String()),
+			HostIP:        m.GetHostIp(),
+		})
+	}
+	return a
+}
+
+// wanted says which namespaces of its own the pod has. UTS follows the network:
+// the CRI has no mode for it.
+func wanted(rec *records.Pod) records.Want {
+	cfg := rec.Config.M
+	o := cfg.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	return records.Want{
+		Net:      o.GetNetwork() != runtimeapi.NamespaceMode_NODE,
+		IPC:      o.GetIpc() != runtimeapi.NamespaceMode_NODE,
+		UTS:      o.GetNetwork() != runtimeapi.NamespaceMode_NODE,
+		User:     rec.Userns(),
+		Hostname: hostname(cfg),
+		Sysctls:  cfg.GetLinux().GetSysctls(),
+	}
+}
+
+// hostname is the name that the pod goes by.
+func hostname(cfg *runtimeapi.PodSandboxConfig) string {
+	if h := cfg.GetHostname(); h != "" {
+		return h
+	}
+	h, err := os.Hostname()
+	if err != nil {
+		return "localhost"
+	}
+	return h
+}

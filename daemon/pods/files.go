@@ -1,0 +1,109 @@
+package pods
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+)
+
+// Names in the directory of a pod in STATE.
+const (
+	shmName = "shm" // /dev/shm of its containers
+	pidName = "pid" // the pin of the pid namespace of its init
+)
+
+// dir is the directory of the pod in STATE.
+func (p *Pod) dir() string { return p.m.State.RunDir(state.Pods, p.ID()) }
+
+// makeFiles writes the files that containers see below /etc unless the kubelet
+// mounts its own, and mounts /dev/shm.
+func (p *Pod) makeFiles(want records.Want) error {
+	if err := p.write("hostname", want.Hostname+"\n"); err != nil {
+		return err
+	}
+	resolv, err := p.resolvConf()
+	if err != nil {
+		return err
+	}
+	if err := p.write("resolv.conf", resolv); err != nil {
+		return err
+	}
+	if !want.IPC {
+		return nil
+	}
+	return mountShm(filepath.Join(p.dir(), shmName), p.Record().Root())
+}
+
+// write writes a file of the pod, which belongs to its root.
+func (p *Pod) write(name, content string) error {
+	path := filepath.Join(p.dir(), name)
+	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
+		return err
+	}
+	root := p.Record().Root()
+	return os.Lchown(path, root.UID, root.GID)
+}
+
+func (p *Pod) resolvConf() (string, error) {
+	var b strings.Builder
+	dns := p.Record().Config.M.GetDnsConfig()
+	for _, s := range dns.GetServers() {
+		fmt.Fprintf(&b, "nameserver %s\n", s)
+	}
+	if s := dns.GetSearches(); len(s) > 0 {
+		fmt.Fprintf(&b, "search %s\n", strings.Join(s, " "))
+	}
+	if o := dns.GetOptions(); len(o) > 0 {
+		fmt.Fprintf(&b, "options %s\n", strings.Join(o, " "))
+	}
+	if b.Len() > 0 {
+		return b.String(), nil
+	}
+	return hostFile("/etc/resolv.conf")
+}
+
+// hostFile reads a file of the host; one that is missing is empty.
+func hostFile(path string) (string, error) {
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	return string(b), err
+}
+
+// hostsFile writes /etc/hosts: the host's for a pod in its network.
+func (p *Pod) hostsFile(hostname string) error {
+	content := "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
+	ips := p.Record().IPs()
+	for _, ip := range ips {
+		content += fmt.Sprintf("%s\t%s\n", ip, hostname)
+	}
+	if len(ips) == 0 {
+		var err error
+		if content, err = hostFile("/etc/hosts"); err != nil {
+			return kind.As(kind.Unavailable, err)
+		}
+	}
+	return kind.As(kind.Unavailable, p.write("hosts", content))
+}
+
+// mountShm makes the /dev/shm that the containers of a pod share.
+func mountShm(path string, root records.Owner) error {
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		return err
+	}
+	options := fmt.Sprintf("mode=1777,size=67108864,uid=%d,gid=%d", root.UID, root.GID)
+	if err := unix.Mount("shm", path, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, options); err != nil {
+		return fmt.Errorf("cannot mount a tmpfs on %s: %w", path, err)
+	}
+	return nil
+}

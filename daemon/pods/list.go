@@ -1,0 +1,104 @@
+package pods
+
+import (
+	"strings"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/daemon/containers"
+)
+
+// Everything here answers from memory: the kubelet lists once a second.
+
+// State is the CRI's state of the pod.
+func (p *Pod) State() runtimeapi.PodSandboxState {
+	if p.Ready() != nil {
+		return runtimeapi.PodSandboxState_SANDBOX_NOTREADY
+	}
+	return runtimeapi.PodSandboxState_SANDBOX_READY
+}
+
+// List lists the pods that a filter, which may be nil, lets through.
+func (m *Manager) List(f *runtimeapi.PodSandboxFilter) []*runtimeapi.PodSandbox {
+	list := []*runtimeapi.PodSandbox{}
+	for _, p := range m.All() {
+		rec, state := p.Record(), p.State()
+		cfg := rec.Config.M
+		switch {
+		case !strings.HasPrefix(rec.ID, f.GetId()),
+			f.GetState() != nil && f.GetState().GetState() != state,
+			!containers.Matches(f.GetLabelSelector(), cfg.GetLabels()):
+			continue
+		}
+		list = append(list, &runtimeapi.PodSandbox{
+			Id:             rec.ID,
+			Metadata:       cfg.GetMetadata(),
+			State:          state,
+			CreatedAt:      rec.CreatedAt.UnixNano(),
+			Labels:         cfg.GetLabels(),
+			Annotations:    cfg.GetAnnotations(),
+			RuntimeHandler: rec.Handler,
+		})
+	}
+	return list
+}
+
+// Status tells all about a pod; with verbose also what the CRI has no field for.
+func (m *Manager) Status(id string, verbose bool) (*runtimeapi.PodSandboxStatusResponse, error) {
+	p, err := m.Find(id)
+	if err != nil {
+		return nil, err
+	}
+	resp := &runtimeapi.PodSandboxStatusResponse{Status: p.status()}
+	if verbose {
+		resp.Info, err = containers.InfoJSON(p.info())
+	}
+	return resp, err
+}
+
+func (p *Pod) status() *runtimeapi.PodSandboxStatus {
+	rec, state := p.Record(), p.State()
+	cfg := rec.Config.M
+	options := cfg.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	status := &runtimeapi.PodSandboxStatus{
+		Id:             rec.ID,
+		Metadata:       cfg.GetMetadata(),
+		State:          state,
+		CreatedAt:      rec.CreatedAt.UnixNano(),
+		Network:        &runtimeapi.PodSandboxNetworkStatus{},
+		Linux:          &runtimeapi.LinuxPodSandboxStatus{Namespaces: &runtimeapi.Namespace{Options: options}},
+		Labels:         cfg.GetLabels(),
+		Annotations:    cfg.GetAnnotations(),
+		RuntimeHandler: rec.Handler,
+	}
+	ips := rec.IPs()
+	if state != runtimeapi.PodSandboxState_SANDBOX_READY || len(ips) == 0 {
+		return status
+	}
+	status.Network.Ip = ips[0]
+	for _, ip := range ips[1:] {
+		status.Network.AdditionalIps = append(status.Network.AdditionalIps, &runtimeapi.PodIP{Ip: ip})
+	}
+	return status
+}
+
+// info is the verbose part of a status.
+func (p *Pod) info() map[string]any {
+	rec := p.Record()
+	info := map[string]any{
+		"sandboxId":      rec.ID,
+		"phase":          rec.Phase,
+		"namespaces":     rec.Namespaces,
+		"network":        rec.Network,
+		"runtimeHandler": rec.Handler,
+		"config":         rec.Config,
+		"bootId":         rec.BootID,
+		"debts":          rec.Debts,
+		"pid":            0,
+	}
+	if c := p.Init(); c != nil {
+		info["pid"] = c.Seen().Init.PID
+		info["shim"] = c.ShimInfo()
+	}
+	return info
+}
