@@ -20,18 +20,15 @@ import (
 // errEnded says that there is nothing left to act on.
 var errEnded = errors.New("the container has ended")
 
-// withShim finds a container and runs f with a client of its shim. Where the
-// container has ended, before or meanwhile, the error is errEnded.
-func (a *app) withShim(ctx context.Context, prefix string, f func(*client.Client) error) error {
-	dir, err := a.dir(prefix)
-	if err != nil {
-		return err
-	}
+// withShim runs f with a client of the shim of a container. Where the container
+// has ended, before or meanwhile, the error is errEnded.
+func withShim(ctx context.Context, dir rundir.Dir, f func(*client.Client) error) error {
 	c := client.New(dir)
 	defer c.Close()
 	quick, cancel := c.Impatient(ctx)
 	defer cancel()
-	if _, err = c.Hello(quick); err == nil {
+	_, err := c.Hello(quick)
+	if err == nil {
 		err = f(c)
 	}
 	if err == nil {
@@ -51,25 +48,12 @@ func about(dir rundir.Dir, err error) error {
 }
 
 // act is withShim for commands that print nothing but an empty object.
-func (a *app) act(ctx context.Context, prefix string, f func(*client.Client) error) error {
-	err := a.withShim(ctx, prefix, f)
-	if err == nil && a.json {
-		return a.printJSON(struct{}{})
+func (a *app) act(ctx context.Context, dir rundir.Dir, f func(*client.Client) error) error {
+	err := withShim(ctx, dir, f)
+	if err == nil {
+		err = a.print(struct{}{}, "")
 	}
 	return err
-}
-
-// await waits for the end of a container until ctx is done.
-func (a *app) await(ctx context.Context, dir rundir.Dir) (rundir.Exit, error) {
-	c := client.New(dir)
-	defer c.Close()
-	exit, err := c.Await(ctx, func(err error) {
-		fmt.Fprintf(a.stderr, "holdfastctl: %v; still waiting\n", about(dir, err))
-	})
-	if err != nil {
-		err = about(dir, err)
-	}
-	return exit, err
 }
 
 // ended is what `wait`, `stop` and `delete` print as JSON.
@@ -78,97 +62,92 @@ type ended struct {
 	Exit rundir.Exit `json:"exit"`
 }
 
-func (a *app) printEnded(dir rundir.Dir, exit rundir.Exit) error {
-	if a.json {
-		return a.printJSON(ended{dir.ID(), exit})
+func (e ended) text() string {
+	return fmt.Sprintf("%s ended: exit code %s\n", records.ShortID(e.ID), exitText(&e.Exit))
+}
+
+// await waits for the end of a container until ctx is done.
+func (a *app) await(ctx context.Context, dir rundir.Dir) (ended, error) {
+	c := client.New(dir)
+	defer c.Close()
+	exit, err := c.Await(ctx, func(err error) {
+		fmt.Fprintf(a.stderr, "holdfastctl: %v; still waiting\n", about(dir, err))
+	})
+	if err != nil {
+		err = about(dir, err)
 	}
-	return a.printf("%s ended: exit code %s\n", records.ShortID(dir.ID()), exitText(&exit))
+	return ended{dir.ID(), exit}, err
 }
 
 func setupWait(a *app, _ *flag.FlagSet) runFunc {
-	return func(ctx context.Context, args []string) error {
-		dir, err := a.dir(args[0])
+	return func(ctx context.Context, dir rundir.Dir, _ []string) error {
+		e, err := a.await(ctx, dir)
 		if err != nil {
 			return err
 		}
-		exit, err := a.await(ctx, dir)
-		if err != nil {
-			return err
-		}
-		if a.json {
-			return a.printJSON(ended{dir.ID(), exit})
-		}
-		return a.printf("%d\n", exit.Code)
+		return a.print(e, fmt.Sprintln(e.Exit.Code))
 	}
 }
 
 func setupKill(a *app, fs *flag.FlagSet) runFunc {
-	sig := signalFlag(fs, unix.SIGTERM, "send `SIGNAL`, a name or a number (default TERM)")
+	sig := signalFlag(fs, "send `SIGNAL`, a name or a number (default TERM)")
 	all := fs.Bool("all", false, "send it to every process of the container")
-	return func(ctx context.Context, args []string) error {
-		return a.act(ctx, args[0], func(c *client.Client) error { return c.Kill(ctx, int(*sig), *all) })
+	return func(ctx context.Context, dir rundir.Dir, _ []string) error {
+		return a.act(ctx, dir, func(c *client.Client) error { return c.Kill(ctx, int(*sig), *all) })
 	}
 }
 
 func setupStop(a *app, fs *flag.FlagSet) runFunc {
 	seconds := fs.Uint("t", 10, "send SIGKILL after `SECONDS` (default 10)")
-	sig := signalFlag(fs, unix.SIGTERM, "send `SIGNAL` first, a name or a number (default TERM)")
-	return func(ctx context.Context, args []string) error {
+	sig := signalFlag(fs, "send `SIGNAL` first, a name or a number (default TERM)")
+	return func(ctx context.Context, dir rundir.Dir, _ []string) error {
 		const forever = 100 * 365 * 24 * 3600 // and no overflow
 		grace := time.Duration(min(*seconds, forever)) * time.Second
-		dir, err := a.dir(args[0])
-		if err != nil {
-			return err
-		}
-		err = a.withShim(ctx, dir.ID(), func(c *client.Client) error { return c.Stop(ctx, int(*sig), grace) })
+		err := withShim(ctx, dir, func(c *client.Client) error { return c.Stop(ctx, int(*sig), grace) })
 		if err != nil && !errors.Is(err, errEnded) {
 			return err
 		}
 		// SIGKILL does not end a process that waits for a broken disk.
 		ctx, cancel := context.WithTimeout(ctx, grace+time.Minute)
 		defer cancel()
-		exit, err := a.await(ctx, dir)
+		e, err := a.await(ctx, dir)
 		if err != nil {
 			return err
 		}
-		return a.printEnded(dir, exit)
+		return a.print(e, e.text())
 	}
 }
 
 func setupDelete(a *app, fs *flag.FlagSet) runFunc {
 	force := fs.Bool("f", false, "kill it if it runs")
-	return func(ctx context.Context, args []string) error {
-		dir, err := a.dir(args[0])
-		if err != nil {
-			return err
-		}
-		var exit rundir.Exit
-		err = a.withShim(ctx, dir.ID(), func(c *client.Client) error {
-			e, err := c.Delete(ctx, *force)
-			if e != nil {
-				exit = *e
+	return func(ctx context.Context, dir rundir.Dir, _ []string) error {
+		e := ended{ID: dir.ID()}
+		err := withShim(ctx, dir, func(c *client.Client) error {
+			exit, err := c.Delete(ctx, *force)
+			if exit != nil {
+				e.Exit = *exit
 			}
 			return err
 		})
 		// The record has the last word, also about a container that was gone
 		// already, or whose shim ended while it was called.
 		if recorded, rerr := dir.ReadExit(); rerr == nil {
-			exit, err = recorded, nil
+			e.Exit, err = recorded, nil
 		}
 		if err != nil {
 			return err
 		}
-		return a.printEnded(dir, exit)
+		return a.print(e, e.text())
 	}
 }
 
 func setupResize(a *app, _ *flag.FlagSet) runFunc {
-	return func(ctx context.Context, args []string) error {
-		width, height, err := size(args[1:])
+	return func(ctx context.Context, dir rundir.Dir, args []string) error {
+		width, height, err := size(args)
 		if err != nil {
 			return err
 		}
-		return a.act(ctx, args[0], func(c *client.Client) error { return c.Resize(ctx, width, height) })
+		return a.act(ctx, dir, func(c *client.Client) error { return c.Resize(ctx, width, height) })
 	}
 }
 
@@ -192,8 +171,8 @@ func size(args []string) (width, height uint16, err error) {
 }
 
 // signalFlag declares -s, which takes KILL, SIGKILL, kill and 9.
-func signalFlag(fs *flag.FlagSet, initial unix.Signal, usage string) *unix.Signal {
-	sig := initial
+func signalFlag(fs *flag.FlagSet, usage string) *unix.Signal {
+	sig := unix.SIGTERM
 	fs.Func("s", usage, func(text string) error {
 		const last = 64 // SIGRTMAX
 		if n, err := strconv.Atoi(text); err == nil {

@@ -7,7 +7,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"text/tabwriter"
+
+	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
 // command is one entry of the table.
@@ -18,7 +19,9 @@ type command struct {
 	setup func(*app, *flag.FlagSet) runFunc
 }
 
-type runFunc func(context.Context, []string) error
+// runFunc runs a command. dir is the container of the ID among its arguments, if
+// it has one; args are the others.
+type runFunc func(ctx context.Context, dir rundir.Dir, args []string) error
 
 // commands is a function because help refers to it. help.txt explains each.
 func commands() []*command {
@@ -71,6 +74,10 @@ func (c *command) checkArgs(args []string) error {
 	most := strings.Fields(c.args)
 	least := slices.DeleteFunc(slices.Clone(most), func(s string) bool { return s[0] == '[' })
 	if len(args) >= len(least) && (len(args) <= len(most) || strings.Contains(c.args, "...")) {
+		if c.name == "resize" && len(args) == 2 {
+			_, _, err := size(args[1:])
+			return err
+		}
 		return nil
 	}
 	want, hint := c.args, ""
@@ -91,20 +98,19 @@ Usage: holdfastctl [--config FILE | --state DIR] [--json] COMMAND [FLAGS] [ARGS]
 
 Commands:
 `)
-	w := a.table()
+	var rows [][]string
 	for _, c := range commands() {
 		summary, _, _ := strings.Cut(c.help(), "\n")
-		fmt.Fprintf(w, "  %s\t%s\n", c.name, summary)
+		rows = append(rows, []string{"  " + c.name, summary})
 	}
-	w.Flush()
-	fmt.Fprintf(a.stdout, `
+	fmt.Fprintf(a.stdout, `%s
 ID is the beginning of a container's id, as long as no other begins so.
 The state directory is that of --state, of the config file (%s
 if there is one), or %s.
 Exit codes: 0 done, 1 error, 2 wrong usage; exec passes on its command's.
 
 More about a command, with examples: holdfastctl help COMMAND
-`, defaultConfig, defaultState)
+`, table(rows), defaultConfig, defaultState)
 }
 
 func (a *app) printCommand(c *command) {
@@ -112,17 +118,14 @@ func (a *app) printCommand(c *command) {
 	usage := strings.TrimSpace(c.name + " [FLAGS] " + c.args)
 	fmt.Fprintf(a.stdout, "%s: %s\n\nUsage: holdfastctl %s\n\nFlags:\n", c.name, about, usage)
 	fs, _ := c.flags(a)
-	w := a.table()
+	var rows [][]string
 	fs.VisitAll(func(f *flag.Flag) {
 		arg, text := flag.UnquoteUsage(f)
 		dash := "--"
 		if len(f.Name) == 1 {
 			dash = "-"
 		}
-		fmt.Fprintf(w, "  %s\t%s\n", strings.TrimSpace(dash+f.Name+" "+arg), text)
+		rows = append(rows, []string{"  " + strings.TrimSpace(dash+f.Name+" "+arg), text})
 	})
-	w.Flush()
-	fmt.Fprintf(a.stdout, "\nExamples:\n  %s\n", examples)
+	fmt.Fprintf(a.stdout, "%s\nExamples:\n  %s\n", table(rows), examples)
 }
-
-func (a *app) table() *tabwriter.Writer { return tabwriter.NewWriter(a.stdout, 0, 0, 2, ' ', 0) }

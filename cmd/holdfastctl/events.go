@@ -15,7 +15,7 @@ import (
 )
 
 func (a *app) printEvent(e client.Event) error {
-	if a.json {
+	if a.json { // one line each
 		return json.NewEncoder(a.stdout).Encode(e)
 	}
 	detail := ""
@@ -24,22 +24,22 @@ func (a *app) printEvent(e client.Event) error {
 	} else if e.Init.PID != 0 {
 		detail = fmt.Sprintf("  pid %d", e.Init.PID)
 	}
-	return a.printf("%s  %s  %s%s\n", timeText(e.At), records.ShortID(e.ID), e.Type, detail)
+	return a.print(nil, fmt.Sprintf("%s  %s  %s%s\n", timeText(e.At), records.ShortID(e.ID), e.Type, detail))
 }
 
 func setupEvents(a *app, fs *flag.FlagSet) runFunc {
 	follow := fs.Bool("f", false, "go on with what happens from now")
-	return func(ctx context.Context, args []string) error {
+	return func(ctx context.Context, _ rundir.Dir, args []string) error {
 		dirs, err := a.dirs()
-		if len(args) > 0 && err == nil {
+		if len(args) > 0 {
 			dirs = nil
-			for _, arg := range args {
-				dir, err := a.dir(arg)
-				if err != nil {
-					return err
-				}
-				dirs = append(dirs, dir)
+		}
+		for _, arg := range args {
+			var dir rundir.Dir
+			if err == nil {
+				dir, err = a.dir(arg)
 			}
+			dirs = append(dirs, dir)
 		}
 		if err != nil {
 			return err

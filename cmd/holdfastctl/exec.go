@@ -46,16 +46,15 @@ func setupExec(a *app, fs *flag.FlagSet) runFunc {
 	fs.StringVar(&f.user, "u", "", "run as `UID[:GID]`, numbers")
 	fs.BoolVar(&f.stdin, "i", false, "pass on standard input")
 	fs.DurationVar(&f.timeout, "timeout", 0, "kill it after `DURATION`, such as 5s (default never)")
-	return func(ctx context.Context, args []string) error {
+	return func(ctx context.Context, dir rundir.Dir, command []string) error {
 		if f.timeout < 0 || f.timeout > 0 && f.timeout < time.Millisecond {
 			return usagef("exec: --timeout must be 1ms or more")
 		}
-		command := args[1:]
 		if len(command) > 1 && command[0] == "--" {
 			command = command[1:] // as kubectl wants it
 		}
 		var result client.ExecResult
-		err := a.withShim(ctx, args[0], func(c *client.Client) (err error) {
+		err := withShim(ctx, dir, func(c *client.Client) (err error) {
 			result, err = a.exec(ctx, c, command, f)
 			return err
 		})
@@ -63,7 +62,8 @@ func setupExec(a *app, fs *flag.FlagSet) runFunc {
 		case err != nil:
 			return err
 		case result.TimedOut:
-			fmt.Fprintf(a.stderr, "holdfastctl: the command did not end within %s; it and all that it started was killed\n", f.timeout)
+			const text = "holdfastctl: the command did not end within %s; it and all that it started was killed\n"
+			fmt.Fprintf(a.stderr, text, f.timeout)
 			return exitCode(codeTimeout)
 		case result.Code != 0:
 			return exitCode(result.Code)
@@ -74,7 +74,7 @@ func setupExec(a *app, fs *flag.FlagSet) runFunc {
 
 // exec runs a command in the process of the container, but for what flags say.
 // With --json the output is kept and printed in the end.
-func (a *app) exec(ctx context.Context, c *client.Client, command []string, f execFlags) (r client.ExecResult, err error) {
+func (a *app) exec(ctx context.Context, c *client.Client, command []string, f execFlags) (client.ExecResult, error) {
 	e := client.Exec{
 		Process: &specs.Process{Args: command, Cwd: f.cwd},
 		SetUser: f.user != "",
@@ -85,7 +85,7 @@ func (a *app) exec(ctx context.Context, c *client.Client, command []string, f ex
 	}
 	if f.user != "" || len(f.env) > 0 {
 		if err := f.change(e.Process, c.Dir()); err != nil {
-			return r, err
+			return client.ExecResult{}, err
 		}
 	}
 	if f.stdin {
@@ -96,11 +96,11 @@ func (a *app) exec(ctx context.Context, c *client.Client, command []string, f ex
 		const limit = 16 << 20
 		e.Stdout, e.Stderr, e.Limit = &out, &errs, limit
 	}
-	r, err = c.Exec(ctx, e)
+	r, err := c.Exec(ctx, e)
 	if err != nil || !a.json {
 		return r, err
 	}
-	return r, a.printJSON(execJSON{r.Code, r.TimedOut, out.String(), errs.String(), r.DroppedBytes})
+	return r, a.print(execJSON{r.Code, r.TimedOut, out.String(), errs.String(), r.DroppedBytes}, "")
 }
 
 // change sets environment and user of a process to those of the container, with

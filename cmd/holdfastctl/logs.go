@@ -9,6 +9,7 @@ import (
 	"io"
 
 	"github.com/holdfast-cri/holdfast/proto/client"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
 func setupLogs(a *app, fs *flag.FlagSet) runFunc {
@@ -16,17 +17,15 @@ func setupLogs(a *app, fs *flag.FlagSet) runFunc {
 	follow := fs.Bool("f", false, "go on until the container has ended")
 	fs.BoolVar(&p.timestamps, "t", false, "begin each line with its time")
 	fs.BoolVar(&p.raw, "raw", false, "print the records as they are in the file")
-	fs.StringVar(&p.stream, "stream", "", "print `STREAM` only, stdout or stderr")
-	return func(ctx context.Context, args []string) error {
-		if p.stream != "" && p.stream != "stdout" && p.stream != "stderr" {
-			return usagef("logs: --stream is stdout or stderr")
+	fs.Func("stream", "print `STREAM` only, stdout or stderr", func(s string) error {
+		if p.stream = s; s != "stdout" && s != "stderr" {
+			return errors.New("it is stdout or stderr")
 		}
+		return nil
+	})
+	return func(ctx context.Context, dir rundir.Dir, _ []string) error {
 		if p.raw && (a.json || p.timestamps) {
 			return usagef("logs: --raw goes with neither --json nor -t")
-		}
-		dir, err := a.dir(args[0])
-		if err != nil {
-			return err
 		}
 		log, err := client.OpenLog(dir)
 		if err != nil {

@@ -13,8 +13,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/pelletier/go-toml/v2"
+
+	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
 // version is set by the linker.
@@ -127,7 +130,15 @@ func (a *app) run(ctx context.Context, args []string) (err error) {
 			return err
 		}
 	}
-	return run(ctx, flags.Args())
+	var dir rundir.Dir
+	args = flags.Args()
+	if strings.HasPrefix(cmd.args, "ID") {
+		if dir, err = a.dir(args[0]); err != nil {
+			return err
+		}
+		args = args[1:]
+	}
+	return run(ctx, dir, args)
 }
 
 // newFlags makes a set of flags that leaves messages to the caller.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"flag"
@@ -22,6 +23,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 	crierrors "k8s.io/cri-api/pkg/errors"
 
+	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -29,7 +31,7 @@ func setupPull(a *app, fs *flag.FlagSet) runFunc {
 	address := fs.String("address", "",
 		"the daemon's `SOCKET` (default: as its config says, or holdfast.sock in the state directory)")
 	creds := fs.String("creds", "", "pull as `USER`, with the password from the standard input")
-	return func(ctx context.Context, args []string) (err error) {
+	return func(ctx context.Context, _ rundir.Dir, args []string) (err error) {
 		if args[0] == "" {
 			return usagef("pull: the name of the image is empty")
 		}
@@ -57,17 +59,12 @@ func setupPull(a *app, fs *flag.FlagSet) runFunc {
 		if err != nil {
 			return err
 		}
-		if a.json {
-			return a.printJSON(map[string]string{"image": args[0], "id": id})
-		}
-		return a.printf("%s\n", id)
+		return a.print(map[string]string{"image": args[0], "id": id}, id+"\n")
 	}
 }
 
-// password reads one from the standard input: of a terminal a line that it does
-// not show, else all that there is.
+// password reads one line from the standard input, which a terminal does not show.
 func (a *app) password(user string, signals <-chan os.Signal) (string, error) {
-	in := io.LimitReader(a.stdin, 64<<10)
 	fd := int(a.stdin.Fd())
 	if shown, err := unix.IoctlGetTermios(fd, unix.TCGETS); err == nil {
 		hidden := *shown
@@ -80,37 +77,26 @@ func (a *app) password(user string, signals <-chan os.Signal) (string, error) {
 			fmt.Fprintln(a.stderr)
 		}()
 		fmt.Fprintf(a.stderr, "password of %s: ", user)
-		in = &oneRead{a.stdin}
 	}
-	var b []byte
+	var line string
 	var err error
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		b, err = io.ReadAll(in)
+		line, err = bufio.NewReader(io.LimitReader(a.stdin, 64<<10)).ReadString('\n')
 	}()
 	select {
 	case <-done:
 	case s := <-signals:
 		return "", killed(s)
 	}
-	if err != nil {
+	if err != nil && err != io.EOF {
 		return "", fmt.Errorf("cannot read the password: %w", err)
 	}
-	password := strings.TrimRight(string(b), "\r\n")
-	if password == "" {
+	if line = strings.TrimRight(line, "\r\n"); line == "" {
 		return "", errors.New("cannot pull with an empty password; it is read from the standard input")
 	}
-	return password, nil
-}
-
-// oneRead ends after one read, which of a terminal is a line.
-type oneRead struct{ r io.Reader }
-
-func (o *oneRead) Read(b []byte) (int, error) {
-	n, err := o.r.Read(b)
-	o.r = strings.NewReader("")
-	return n, err
+	return line, nil
 }
 
 // killed is the exit code of a command that a signal ended, as a shell has it.
@@ -121,10 +107,14 @@ func killed(s os.Signal) error {
 
 // pull has the daemon pull, and draws meanwhile what its record says about it.
 // The daemon ends the pull when this process goes.
-func (a *app) pull(ctx context.Context, address string, req *runtimeapi.PullImageRequest, signals <-chan os.Signal) (string, error) {
+func (a *app) pull(ctx context.Context, address string, req *runtimeapi.PullImageRequest,
+	signals <-chan os.Signal) (string, error) {
 	image := req.GetImage().GetImage()
-	if err := probe(address); err != nil {
-		return "", fmt.Errorf("cannot pull %s: %w", image, err)
+	// gRPC would try for long, and then say it in its own words.
+	if probe, err := net.Dial("unix", address); err != nil {
+		return "", fmt.Errorf("cannot pull %s: the daemon does not run, or listens elsewhere: %w", image, err)
+	} else {
+		probe.Close()
 	}
 	conn, err := grpc.NewClient("unix://"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -148,25 +138,14 @@ func (a *app) pull(ctx context.Context, address string, req *runtimeapi.PullImag
 			}
 		case s := <-signals:
 			draw.clear()
-			fmt.Fprintf(a.stderr, "holdfastctl: the pull of %s is called off; what has come so far is kept for the next one\n", image)
+			const text = "holdfastctl: the pull of %s is called off; what has come so far is kept for the next one\n"
+			fmt.Fprintf(a.stderr, text, image)
 			return "", killed(s)
 		case <-done:
 			draw.clear()
 			return resp.GetImageRef(), pullError(image, err)
 		}
 	}
-}
-
-// probe says in a person's words why the daemon cannot be reached.
-func probe(address string) error {
-	c, err := net.Dial("unix", address)
-	switch {
-	case err == nil:
-		return c.Close()
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return fmt.Errorf("the daemon does not run, or listens elsewhere: %w", err)
-	}
-	return err
 }
 
 // pullError is what the daemon answered, without what is for the kubelet. A
@@ -190,4 +169,114 @@ func pullError(image string, err error) error {
 		text += fmt.Sprintf(" (%s)", s.Code())
 	}
 	return errors.New(printable(text))
+}
+
+// bar draws how far a pull is: over itself on a terminal, else a line every ten
+// seconds.
+type bar struct {
+	w     io.Writer
+	width func() int // of the terminal, now; nil: it is none
+	drawn bool
+	known bool // the last line knew what there is to do
+	last  time.Time
+}
+
+// barWidth is the most of it; below the least there is none. The text comes
+// first, so that the bar does not change with it.
+const (
+	barWidth  = 30
+	barLeast  = 8
+	textWidth = 66
+)
+
+func newBar(w io.Writer) *bar {
+	b := &bar{w: w}
+	f, ok := w.(*os.File)
+	if !ok || os.Getenv("TERM") == "dumb" {
+		return b
+	}
+	if _, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS); err == nil {
+		b.width = func() int {
+			size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
+			if err != nil || size.Col == 0 { // it does not tell
+				return 80
+			}
+			return int(size.Col)
+		}
+	}
+	return b
+}
+
+func (b *bar) show(p records.Pull) {
+	if b.width != nil {
+		fmt.Fprintf(b.w, "\r\x1b[K%s", barText(p, b.width()))
+		b.drawn = true
+	} else if known := p.TotalLayers > 0; time.Since(b.last) >= 10*time.Second || known && !b.known {
+		fmt.Fprintln(b.w, printable(p.Text()))
+		b.known, b.last = known, time.Now()
+	}
+}
+
+func (b *bar) clear() {
+	if b.drawn {
+		fmt.Fprint(b.w, "\r\x1b[K")
+	}
+}
+
+// barText fits into a line: what is longer would wrap, and could not be drawn
+// over. The last column stays free, as some terminals wrap there.
+func barText(p records.Pull, width int) string {
+	text := printable(p.Text())
+	if n := min(barWidth, width-textWidth); p.TotalBytes > 0 && n >= barLeast {
+		full := min(n, int(float64(n)*float64(p.Bytes)/float64(p.TotalBytes)))
+		text = fmt.Sprintf("[%s%s] %s", strings.Repeat("#", full), strings.Repeat(".", n-full), text)
+	}
+	runes := []rune(text)
+	return string(runes[:max(0, min(len(runes), width-1))])
+}
+
+// findPull finds the record of the youngest pull under that name. It may be
+// somebody else's until ours is there; both wait for the same bytes.
+func findPull(state, image string) (found records.Pull, ok bool) {
+	list, _ := records.Pulls(state) // none: no pull runs
+	for _, p := range list {
+		if p.Asked == image && p.Daemon.Alive() {
+			found, ok = p, true
+		}
+	}
+	return found, ok
+}
+
+func setupPulls(a *app, _ *flag.FlagSet) runFunc {
+	return func(context.Context, rundir.Dir, []string) error {
+		list, err := records.Pulls(a.state)
+		if errors.Is(err, fs.ErrNotExist) {
+			err = a.missing("pulls") // nil: a daemon that has not come that far
+		}
+		if err != nil {
+			return err
+		}
+		// For scripts: fields are added, not renamed.
+		type view struct {
+			records.Pull
+			Alive bool `json:"alive"` // the daemon that pulls
+		}
+		views := []view{}
+		rows := [][]string{{"IMAGE", "POD", "PHASE", "DONE", "OF", "RATE", "LAYERS", "AGE", "NOTE"}}
+		for _, p := range list {
+			v := view{p, p.Daemon.Alive()}
+			views = append(views, v)
+			phase, note := string(v.Phase), printable(v.Trouble)
+			if !v.Alive {
+				phase, note = "("+phase+")", "the daemon that pulled it has died; the next pull goes on from here"
+			}
+			var done, of, rate, layers string
+			if v.TotalLayers > 0 {
+				done, of = fmt.Sprintf("%d%%", v.Percent()), records.Size(v.TotalBytes)
+				rate, layers = records.Size(v.Rate)+"/s", fmt.Sprintf("%d/%d", v.Layers, v.TotalLayers)
+			}
+			rows = append(rows, []string{v.Ref, v.Pod, phase, done, of, rate, layers, age(v.Since), note})
+		}
+		return a.print(views, table(rows))
+	}
 }

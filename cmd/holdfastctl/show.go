@@ -12,10 +12,13 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
+	"sync"
+	"text/tabwriter"
 	"time"
 	"unicode"
 
@@ -25,28 +28,135 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
-// printJSON prints one value, indented for people.
-func (a *app) printJSON(v any) error {
+// view is what is known about a container. Its JSON is for scripts: fields are
+// added, not renamed.
+type view struct {
+	client.View
+	Name      string `json:"name,omitempty"`
+	Attempt   uint32 `json:"attempt"`
+	PodID     string `json:"podId,omitempty"`
+	Pod       string `json:"pod,omitempty"`
+	Namespace string `json:"namespace,omitempty"`
+}
+
+// dirs lists the run directories.
+func (a *app) dirs() ([]rundir.Dir, error) {
+	containers := filepath.Join(a.state, "containers")
+	entries, err := os.ReadDir(containers)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, a.missing("containers") // nil: a daemon that never had one
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot find containers: %w", err)
+	}
+	var dirs []rundir.Dir
+	for _, e := range entries {
+		// A name with a dot is on its way in or out.
+		if e.IsDir() && !strings.HasPrefix(e.Name(), ".") {
+			dirs = append(dirs, rundir.Dir(filepath.Join(containers, e.Name())))
+		}
+	}
+	return dirs, nil
+}
+
+// missing is the error about things that are not there, if that is because the
+// state directory is not there either.
+func (a *app) missing(things string) error {
+	if _, err := os.Stat(a.state); err != nil {
+		return fmt.Errorf("cannot find %s: %w; is --state right?", things, err)
+	}
+	return nil
+}
+
+// dir finds the container whose id begins with prefix.
+func (a *app) dir(prefix string) (rundir.Dir, error) {
+	dirs, err := a.dirs()
+	if err != nil {
+		return "", err
+	}
+	var ids []string
+	for _, d := range dirs {
+		if d.ID() == prefix {
+			return d, nil
+		}
+		if prefix != "" && strings.HasPrefix(d.ID(), prefix) {
+			ids = append(ids, d.ID())
+		}
+	}
+	switch len(ids) {
+	case 0:
+		err = fmt.Errorf("no container matches %q in %s; is --state right? (holdfastctl shims lists them)", prefix, a.state)
+	case 1:
+		return rundir.Dir(filepath.Join(a.state, "containers", ids[0])), nil
+	default:
+		some := strings.Join(ids[:min(len(ids), 5)], ", ")
+		err = fmt.Errorf("%d containers match %q: %s; give more of the id", len(ids), prefix, some)
+	}
+	return "", err
+}
+
+// atOnce calls f for many containers at the same time, so that a few silent shims
+// cost the time of one.
+func atOnce(dirs []rundir.Dir, f func(i int, dir rundir.Dir)) {
+	slots := make(chan struct{}, 32)
+	var wg sync.WaitGroup
+	for i, d := range dirs {
+		slots <- struct{}{}
+		wg.Go(func() {
+			f(i, d)
+			<-slots
+		})
+	}
+	wg.Wait()
+}
+
+// look is what can be seen of a container, with the names out of the records that
+// the shim keeps for the daemon. What does not read there, because another version
+// wrote it, stays empty.
+func look(ctx context.Context, dir rundir.Dir) view {
+	c := client.New(dir)
+	defer c.Close()
+	v := view{View: c.Look(ctx)}
+	var container records.Container
+	if json.Unmarshal(v.Launch.Container.Value, &container) == nil {
+		m := container.Config.M.GetMetadata()
+		v.Name, v.Attempt, v.PodID = m.GetName(), m.GetAttempt(), container.PodID
+	}
+	var pod records.Pod
+	if json.Unmarshal(v.Launch.Sandbox.Value, &pod) == nil {
+		m := pod.Config.M.GetMetadata()
+		v.PodID, v.Pod, v.Namespace = cmp.Or(v.PodID, pod.ID), m.GetName(), m.GetNamespace()
+	}
+	return v
+}
+
+// print prints a value, as JSON if that was asked for.
+func (a *app) print(v any, text string) error {
+	if !a.json {
+		_, err := io.WriteString(a.stdout, text)
+		return err
+	}
 	e := json.NewEncoder(a.stdout)
-	e.SetIndent("", "  ")
+	e.SetIndent("", "  ") // for people
 	return e.Encode(v)
 }
 
-func (a *app) printf(format string, args ...any) error {
-	_, err := fmt.Fprintf(a.stdout, format, args...)
-	return err
-}
-
-// row prints a line of a table; what is empty shows as a dash.
-func row(w io.Writer, cells ...string) {
-	for i := range cells[:len(cells)-1] { // the last one is a note
-		cells[i] = cmp.Or(cells[i], "-")
+// table sets rows in columns. What is empty shows as a dash, but for the last.
+func table(rows [][]string) string {
+	var b strings.Builder
+	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	for _, cells := range rows {
+		for i := range cells[:len(cells)-1] {
+			cells[i] = cmp.Or(cells[i], "-")
+		}
+		fmt.Fprintln(w, strings.Join(cells, "\t"))
 	}
-	fmt.Fprintln(w, strings.Join(cells, "\t"))
+	w.Flush()
+	return b.String()
 }
 
 func setupShims(a *app, _ *flag.FlagSet) runFunc {
-	return func(ctx context.Context, _ []string) error {
+	return func(ctx context.Context, _ rundir.Dir, _ []string) error {
 		dirs, err := a.dirs()
 		if err != nil {
 			return err
@@ -58,16 +168,21 @@ func setupShims(a *app, _ *flag.FlagSet) runFunc {
 			return errors.Is(err, fs.ErrNotExist)
 		})
 		slices.SortStableFunc(views, func(x, y view) int { return y.CreatedAt.Compare(x.CreatedAt) })
-		if a.json {
-			return a.printJSON(views)
-		}
-		w := a.table()
-		row(w, "ID", "STATE", "AGE", "EXIT", "SHIM", "INIT", "POD", "NAME", "NOTE")
+		rows := [][]string{{"ID", "STATE", "AGE", "EXIT", "SHIM", "INIT", "POD", "NAME", "NOTE"}}
 		for _, v := range views {
-			row(w, records.ShortID(v.ID), v.shownState(), age(v.CreatedAt), exitText(v.Exit),
-				number(v.Shim.PID), number(v.Init.PID), cmp.Or(v.podName(), records.ShortID(v.PodID)), v.Name, v.Note)
+			rows = append(rows, []string{
+				records.ShortID(v.ID),
+				v.shownState(),
+				age(v.CreatedAt),
+				exitText(v.Exit),
+				number(v.Shim.PID),
+				number(v.Init.PID),
+				cmp.Or(v.podName(), records.ShortID(v.PodID)),
+				v.Name,
+				v.Note,
+			})
 		}
-		return w.Flush()
+		return a.print(views, table(rows))
 	}
 }
 
@@ -125,43 +240,32 @@ func processText(p rundir.Process) string {
 }
 
 func setupState(a *app, _ *flag.FlagSet) runFunc {
-	return func(ctx context.Context, args []string) error {
-		dir, err := a.dir(args[0])
-		if err != nil {
-			return err
-		}
+	return func(ctx context.Context, dir rundir.Dir, _ []string) error {
 		v := look(ctx, dir)
-		if a.json {
-			return a.printJSON(v)
-		}
-		w := a.table()
-		for _, f := range v.fields() {
-			if f[1] != "" {
-				fmt.Fprintf(w, "%s:\t%s\n", f[0], f[1])
-			}
-		}
-		return w.Flush()
+		return a.print(v, table(v.fields()))
 	}
 }
 
 // fields are what `state` prints, in order; those without a value are left out.
-func (v *view) fields() [][2]string {
-	fields := [][2]string{
-		{"id", v.ID},
-		{"name", v.Name},
-		{"attempt", number(v.Attempt)},
-		{"pod", v.podName()},
-		{"pod id", v.PodID},
-		{"state", v.State},
-		{"source", v.Source},
-		{"note", v.Note},
-		{"shim", processText(v.Shim)},
-		{"shim version", v.Version},
-		{"init", processText(v.Init)},
-		{"created", timeText(v.CreatedAt)},
-		{"started", timeText(v.StartedAt)},
+func (v *view) fields() (rows [][]string) {
+	add := func(name, value string) {
+		if value != "" {
+			rows = append(rows, []string{name + ":", value})
+		}
 	}
-	add := func(name, value string) { fields = append(fields, [2]string{name, value}) }
+	add("id", v.ID)
+	add("name", v.Name)
+	add("attempt", number(v.Attempt))
+	add("pod", v.podName())
+	add("pod id", v.PodID)
+	add("state", v.State)
+	add("source", v.Source)
+	add("note", v.Note)
+	add("shim", processText(v.Shim))
+	add("shim version", v.Version)
+	add("init", processText(v.Init))
+	add("created", timeText(v.CreatedAt))
+	add("started", timeText(v.StartedAt))
 	if e := v.Exit; e != nil {
 		add("exit code", fmt.Sprint(e.Code))
 		add("exit reason", e.Reason)
@@ -188,7 +292,7 @@ func (v *view) fields() [][2]string {
 		add("cgroup "+cmp.Or(name, "v2"), v.Cgroups[name])
 	}
 	add("directory", v.Dir)
-	return fields
+	return rows
 }
 
 // processView is one line of `pids`.
@@ -198,27 +302,21 @@ type processView struct {
 }
 
 func setupPids(a *app, _ *flag.FlagSet) runFunc {
-	return func(ctx context.Context, args []string) error {
+	return func(ctx context.Context, dir rundir.Dir, _ []string) error {
 		var processes []processView
-		err := a.withShim(ctx, args[0], func(c *client.Client) error {
+		rows := [][]string{{"PID", "COMMAND"}}
+		err := withShim(ctx, dir, func(c *client.Client) error {
 			pids, err := c.Pids(ctx)
 			for _, pid := range pids {
-				processes = append(processes, processView{pid, commandLine(pid)})
+				p := processView{pid, commandLine(pid)}
+				processes, rows = append(processes, p), append(rows, []string{number(pid), p.Command})
 			}
 			return err
 		})
 		if err != nil {
 			return err
 		}
-		if a.json {
-			return a.printJSON(processes)
-		}
-		w := a.table()
-		row(w, "PID", "COMMAND")
-		for _, p := range processes {
-			row(w, number(p.PID), p.Command)
-		}
-		return w.Flush()
+		return a.print(processes, table(rows))
 	}
 }
 
@@ -241,17 +339,15 @@ func printable(s string) string {
 }
 
 func setupVersion(a *app, _ *flag.FlagSet) runFunc {
-	return func(context.Context, []string) error {
+	return func(context.Context, rundir.Dir, []string) error {
 		v := struct {
 			Version     string `json:"version"`
 			Go          string `json:"go"`
 			ProtocolMin int    `json:"protocolMin"`
 			ProtocolMax int    `json:"protocolMax"`
 		}{buildVersion(), runtime.Version(), proto.ProtocolMin, proto.ProtocolMax}
-		if a.json {
-			return a.printJSON(v)
-		}
-		return a.printf("holdfastctl %s, %s, shim protocol %d to %d\n", v.Version, v.Go, v.ProtocolMin, v.ProtocolMax)
+		const text = "holdfastctl %s, %s, shim protocol %d to %d\n"
+		return a.print(v, fmt.Sprintf(text, v.Version, v.Go, v.ProtocolMin, v.ProtocolMax))
 	}
 }
 
