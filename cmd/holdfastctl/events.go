@@ -6,7 +6,6 @@ import (
 	"flag"
 	"fmt"
 	"slices"
-	"sync"
 	"time"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
@@ -31,95 +30,84 @@ func setupEvents(a *app, fs *flag.FlagSet) runFunc {
 	follow := fs.Bool("f", false, "go on with what happens from now")
 	return func(ctx context.Context, _ rundir.Dir, args []string) error {
 		dirs, err := a.dirs()
-		if len(args) > 0 {
-			dirs = nil
-		}
-		for _, arg := range args {
-			var dir rundir.Dir
-			if err == nil {
-				dir, err = a.dir(arg)
+		if len(args) > 0 && err == nil {
+			dirs = make([]rundir.Dir, len(args))
+			for i, arg := range args {
+				if dirs[i], err = a.dir(arg); err != nil {
+					return err
+				}
 			}
-			dirs = append(dirs, dir)
 		}
 		if err != nil {
 			return err
 		}
-		past, last := a.pastEvents(ctx, dirs)
-		for _, e := range past {
-			if err := a.printEvent(e); err != nil {
-				return err
-			}
+		last, err := a.pastEvents(ctx, dirs)
+		if err != nil || !*follow {
+			return err
 		}
-		if !*follow {
-			return nil
-		}
-		return a.followEvents(ctx, last, len(args) > 0)
+		return a.followEvents(ctx, dirs, last, len(args) > 0)
 	}
 }
 
-// pastEvents gives what has happened so far, in the order of time, and the last
-// event of each container.
-func (a *app) pastEvents(ctx context.Context, dirs []rundir.Dir) ([]client.Event, map[rundir.Dir]client.Event) {
-	var mu sync.Mutex // guards all of these
-	var all []client.Event
-	last := map[rundir.Dir]client.Event{}
-	atOnce(dirs, func(_ int, dir rundir.Dir) {
+// pastEvents prints what has happened so far, in the order of time, and gives the
+// last event of each container.
+func (a *app) pastEvents(ctx context.Context, dirs []rundir.Dir) ([]client.Event, error) {
+	past, last := make([][]client.Event, len(dirs)), make([]client.Event, len(dirs))
+	errs := make([]error, len(dirs))
+	atOnce(dirs, func(i int, dir rundir.Dir) {
 		c := client.New(dir)
 		defer c.Close()
-		events, err := c.Past(ctx)
-		mu.Lock()
-		defer mu.Unlock()
-		if err != nil {
-			fmt.Fprintf(a.stderr, "holdfastctl: cannot read the events: %v\n", about(dir, err))
-		}
-		last[dir] = client.Event{}
-		if n := len(events); n > 0 {
-			all, last[dir] = append(all, events...), events[n-1]
-		}
+		past[i], errs[i] = c.Past(ctx)
 	})
+	for i, events := range past {
+		if n := len(events); n > 0 {
+			last[i] = events[n-1]
+		}
+		if errs[i] != nil {
+			fmt.Fprintf(a.stderr, "holdfastctl: cannot read the events: %v\n", about(dirs[i], errs[i]))
+		}
+	}
+	all := slices.Concat(past...)
 	slices.SortStableFunc(all, func(x, y client.Event) int { return x.At.Compare(y.At) })
-	return all, last
+	for _, e := range all {
+		if err := a.printEvent(e); err != nil {
+			return nil, err
+		}
+	}
+	return last, nil
 }
 
-// followEvents prints events as they come. With one fixed set of containers it
-// ends with the last of them.
-func (a *app) followEvents(ctx context.Context, last map[rundir.Dir]client.Event, fixed bool) error {
+// followEvents prints events as they come, after the last ones. With one fixed set
+// of containers it ends with the last of them.
+func (a *app) followEvents(ctx context.Context, dirs []rundir.Dir, last []client.Event, fixed bool) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	out, finished := make(chan client.Event), make(chan struct{})
-	var wg sync.WaitGroup
+	events, ended := make(chan client.Event), make(chan struct{})
+	known := map[rundir.Dir]bool{}
 	follow := func(dir rundir.Dir, from client.Event) {
-		c := client.New(dir)
-		defer c.Close()
-		if from.Type == client.Exited {
-			return
-		}
-		c.Follow(ctx, from.Seq, func(e client.Event) {
-			select {
-			case out <- e:
-			case <-ctx.Done():
-			}
-		})
-	}
-	for dir, e := range last {
-		wg.Go(func() { follow(dir, e) })
-	}
-	if fixed {
+		known[dir] = true
 		go func() {
-			wg.Wait()
-			close(finished)
+			c := client.New(dir)
+			defer c.Close()
+			if from.Type != client.Exited {
+				c.Follow(ctx, from.Seq, func(e client.Event) { send(ctx, events, e) })
+			}
+			send(ctx, ended, struct{}{})
 		}()
+	}
+	for i, dir := range dirs {
+		follow(dir, last[i])
 	}
 	rescan := time.NewTicker(time.Second)
 	defer rescan.Stop()
-	for {
+	for live := len(dirs); live > 0 || !fixed; {
 		select {
-		case e := <-out:
+		case e := <-events:
 			if err := a.printEvent(e); err != nil {
 				return err
 			}
-		case <-finished:
-			return nil
+		case <-ended:
+			live--
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-rescan.C:
@@ -131,11 +119,19 @@ func (a *app) followEvents(ctx context.Context, last map[rundir.Dir]client.Event
 				return err
 			}
 			for _, dir := range dirs {
-				if _, known := last[dir]; !known {
-					last[dir] = client.Event{}
-					wg.Go(func() { follow(dir, client.Event{}) })
+				if !known[dir] {
+					follow(dir, client.Event{})
 				}
 			}
 		}
+	}
+	return nil
+}
+
+// send gives up when ctx is done.
+func send[T any](ctx context.Context, to chan<- T, v T) {
+	select {
+	case to <- v:
+	case <-ctx.Done():
 	}
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,7 +12,7 @@ import (
 )
 
 func setupLogs(a *app, fs *flag.FlagSet) runFunc {
-	p := &logPrinter{app: a, lines: map[string]*line{}}
+	p := &logPrinter{app: a}
 	follow := fs.Bool("f", false, "go on until the container has ended")
 	fs.BoolVar(&p.timestamps, "t", false, "begin each line with its time")
 	fs.BoolVar(&p.raw, "raw", false, "print the records as they are in the file")
@@ -40,23 +39,21 @@ func setupLogs(a *app, fs *flag.FlagSet) runFunc {
 		if err != nil {
 			return err
 		}
-		return errors.Join(p.end("stdout"), p.end("stderr")) // lines whose end has not come
+		// Lines whose end has not come.
+		return errors.Join(p.printLine(p.lines.End("stdout")), p.printLine(p.lines.End("stderr")))
 	}
 }
 
-// logPrinter puts lines together and prints them.
+// logPrinter prints records, or the lines that they make up.
 type logPrinter struct {
 	app        *app
 	timestamps bool
 	raw        bool
 	stream     string
-	lines      map[string]*line // by stream, while their end has not come
+	lines      client.Lines
 }
 
-type line struct{ time, text []byte }
-
 func (p *logPrinter) print(r client.Record) error {
-	const maxLine = 4 << 20 // a longer one is printed in pieces
 	switch {
 	case r.Stream == "" && p.app.json:
 		return json.NewEncoder(p.app.stdout).Encode(map[string]string{"unreadable": string(r.Raw)})
@@ -68,37 +65,25 @@ func (p *logPrinter) print(r client.Record) error {
 		_, err := p.app.stdout.Write(r.Raw)
 		return err
 	}
-	l := p.lines[r.Stream]
-	if l == nil {
-		l = &line{time: bytes.Clone(r.Time)}
-		p.lines[r.Stream] = l
-	}
-	l.text = append(l.text, r.Text...)
-	if r.Partial && len(l.text) < maxLine {
-		return nil
-	}
-	return p.end(r.Stream)
+	return p.printLine(p.lines.Add(r))
 }
 
-// end prints the line of a stream, if there is one.
-func (p *logPrinter) end(stream string) error {
-	l := p.lines[stream]
-	if l == nil {
+func (p *logPrinter) printLine(l *client.Line) error {
+	switch {
+	case l == nil:
 		return nil
-	}
-	delete(p.lines, stream)
-	if p.app.json {
+	case p.app.json:
 		return json.NewEncoder(p.app.stdout).Encode(struct {
 			Time   string `json:"time"`
 			Stream string `json:"stream"`
 			Log    string `json:"log"`
-		}{string(l.time), stream, string(l.text)})
+		}{string(l.Time), l.Stream, string(l.Text)})
 	}
 	var out []byte
 	if p.timestamps {
-		out = append(append(out, l.time...), ' ')
+		out = append(append(out, l.Time...), ' ')
 	}
-	to := map[string]io.Writer{"stdout": p.app.stdout, "stderr": p.app.stderr}[stream]
-	_, err := to.Write(append(append(out, l.text...), '\n'))
+	to := map[string]io.Writer{"stdout": p.app.stdout, "stderr": p.app.stderr}[l.Stream]
+	_, err := to.Write(append(append(out, l.Text...), '\n'))
 	return err
 }

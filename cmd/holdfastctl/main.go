@@ -45,6 +45,7 @@ type app struct {
 	stdout, stderr io.Writer
 	config         string // file, if one was named
 	state          string // the directory
+	address        string // of the daemon
 	json           bool
 }
 
@@ -125,10 +126,8 @@ func (a *app) run(ctx context.Context, args []string) (err error) {
 	if err := cmd.checkArgs(flags.Args()); err != nil {
 		return err
 	}
-	if a.state == "" {
-		if a.state, err = stateFrom(a.config); err != nil {
-			return err
-		}
+	if err := a.load(); err != nil {
+		return err
 	}
 	var dir rundir.Dir
 	args = flags.Args()
@@ -152,36 +151,26 @@ func newFlags(name string) *flag.FlagSet {
 // keeps nobody from looking.
 type config struct {
 	State   string `toml:"state"`
-	Address string `toml:"address"`
+	Address string `toml:"address"` // of the CRI
 }
 
-func readConfig(path string) (c config, err error) {
-	b, err := os.ReadFile(path)
-	if err == nil {
-		err = toml.Unmarshal(b, &c)
-	}
-	if err != nil {
-		err = fmt.Errorf("cannot read the config %s: %w; --state and --address do without", path, err)
-	}
-	return c, err
-}
-
-// stateFrom gives the state directory that a config says, the default one if
-// there is any for an empty path.
-func stateFrom(path string) (string, error) {
-	c, err := readConfig(cmp.Or(path, defaultConfig))
-	if path == "" && errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	return cmp.Or(c.State, defaultState), err
-}
-
-// addressFrom gives the socket of the daemon: what its config says, or else the
-// usual name in its state directory.
-func addressFrom(path, state string) (address string, err error) {
+// load reads the config, unless the state directory was named. The default file
+// may be missing.
+func (a *app) load() error {
 	var c config
-	if path != "" {
-		c, err = readConfig(path)
+	if a.state == "" {
+		path := cmp.Or(a.config, defaultConfig)
+		b, err := os.ReadFile(path)
+		if err == nil {
+			err = toml.Unmarshal(b, &c)
+		} else if errors.Is(err, fs.ErrNotExist) && a.config == "" {
+			err = nil
+		}
+		if err != nil {
+			return fmt.Errorf("cannot read the config %s: %w; --state does without", path, err)
+		}
 	}
-	return cmp.Or(c.Address, filepath.Join(state, "holdfast.sock")), err
+	a.state = cmp.Or(a.state, c.State, defaultState)
+	a.address = cmp.Or(c.Address, filepath.Join(a.state, "holdfast.sock"))
+	return nil
 }

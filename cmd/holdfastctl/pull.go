@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -31,7 +32,7 @@ func setupPull(a *app, fs *flag.FlagSet) runFunc {
 	address := fs.String("address", "",
 		"the daemon's `SOCKET` (default: as its config says, or holdfast.sock in the state directory)")
 	creds := fs.String("creds", "", "pull as `USER`, with the password from the standard input")
-	return func(ctx context.Context, _ rundir.Dir, args []string) (err error) {
+	return func(ctx context.Context, _ rundir.Dir, args []string) error {
 		if args[0] == "" {
 			return usagef("pull: the name of the image is empty")
 		}
@@ -42,11 +43,6 @@ func setupPull(a *app, fs *flag.FlagSet) runFunc {
 		signals := make(chan os.Signal, 1)
 		signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 		defer signal.Stop(signals)
-		if *address == "" {
-			if *address, err = addressFrom(a.config, a.state); err != nil {
-				return err
-			}
-		}
 		req := &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: args[0]}}
 		if *creds != "" {
 			password, err := a.password(*creds, signals)
@@ -55,7 +51,7 @@ func setupPull(a *app, fs *flag.FlagSet) runFunc {
 			}
 			req.Auth = &runtimeapi.AuthConfig{Username: *creds, Password: password}
 		}
-		id, err := a.pull(ctx, *address, req, signals)
+		id, err := a.pull(ctx, cmp.Or(*address, a.address), req, signals)
 		if err != nil {
 			return err
 		}
@@ -133,7 +129,7 @@ func (a *app) pull(ctx context.Context, address string, req *runtimeapi.PullImag
 	for {
 		select {
 		case <-tick.C:
-			if p, ok := findPull(a.state, image); ok {
+			if p, ok := records.FindPull(a.state, image); ok {
 				draw.show(p)
 			}
 		case s := <-signals:
@@ -155,20 +151,20 @@ func pullError(image string, err error) error {
 		return nil
 	}
 	s := status.Convert(err)
-	text, registry := strings.CutPrefix(s.Message(), crierrors.ErrRegistryUnavailable.Error()+": ")
+	registry := strings.HasPrefix(s.Message(), crierrors.ErrRegistryUnavailable.Error())
 	if s.Code() == codes.Unavailable && !registry {
 		return fmt.Errorf("cannot pull %s: the daemon has ended meanwhile; pull again once it is back, "+
-			"what has come so far is kept: %s", image, printable(text))
+			"what has come so far is kept: %s", image, printable(s.Message()))
 	}
-	text = strings.TrimPrefix(text, crierrors.ErrSignatureValidationFailed.Error()+": ")
-	text = strings.TrimPrefix(text, "image.image: ") // the field of the request
-	if !strings.HasPrefix(text, "cannot pull ") {
-		text = fmt.Sprintf("cannot pull %s: %s", image, text)
+	const begin = "cannot pull "
+	_, text, ok := strings.Cut(s.Message(), begin)
+	if !ok {
+		text = image + ": " + s.Message()
 	}
 	if s.Code() != codes.Unknown { // that says nothing
 		text += fmt.Sprintf(" (%s)", s.Code())
 	}
-	return errors.New(printable(text))
+	return errors.New(begin + printable(text))
 }
 
 // bar draws how far a pull is: over itself on a terminal, else a line every ten
@@ -233,18 +229,6 @@ func barText(p records.Pull, width int) string {
 	}
 	runes := []rune(text)
 	return string(runes[:max(0, min(len(runes), width-1))])
-}
-
-// findPull finds the record of the youngest pull under that name. It may be
-// somebody else's until ours is there; both wait for the same bytes.
-func findPull(state, image string) (found records.Pull, ok bool) {
-	list, _ := records.Pulls(state) // none: no pull runs
-	for _, p := range list {
-		if p.Asked == image && p.Daemon.Alive() {
-			found, ok = p, true
-		}
-	}
-	return found, ok
 }
 
 func setupPulls(a *app, _ *flag.FlagSet) runFunc {

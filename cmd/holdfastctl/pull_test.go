@@ -124,13 +124,13 @@ func TestFindPull(t *testing.T) {
 		"4.json": {Asked: "busybox", Since: now.Add(time.Hour), Daemon: dead},
 	})
 	check(t, os.WriteFile(filepath.Join(dir, "5.json"), []byte("torn"), 0o600))
-	if p, ok := findPull(state, "busybox"); !ok || p.Bytes != 2 {
+	if p, ok := records.FindPull(state, "busybox"); !ok || p.Bytes != 2 {
 		t.Errorf("found %+v", p)
 	}
-	if p, ok := findPull(state, "none"); ok {
+	if p, ok := records.FindPull(state, "none"); ok {
 		t.Errorf("found %+v", p)
 	}
-	if p, ok := findPull(filepath.Join(state, "none"), "busybox"); ok {
+	if p, ok := records.FindPull(filepath.Join(state, "none"), "busybox"); ok {
 		t.Errorf("found %+v", p)
 	}
 }
@@ -230,12 +230,12 @@ func TestPullWithoutPassword(t *testing.T) {
 func TestAddress(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "config.toml")
 	check(t, os.WriteFile(file, []byte("address = \"/x/y.sock\"\nroot = \"/z\"\n"), 0o600))
-	for config, want := range map[string]string{"": "/s/holdfast.sock", file: "/x/y.sock"} {
-		if got, err := addressFrom(config, "/s"); err != nil || got != want {
-			t.Errorf("%q: %s %v", config, got, err)
+	for want, a := range map[string]app{"/s/holdfast.sock": {state: "/s"}, "/x/y.sock": {config: file}} {
+		if err := a.load(); err != nil || a.address != want {
+			t.Errorf("%s, %v; want %s", a.address, err, want)
 		}
 	}
-	if _, err := addressFrom(file+".none", "/s"); err == nil {
+	if err := (&app{config: file + ".none"}).load(); err == nil {
 		t.Error("a config that is missing was ignored")
 	}
 }

@@ -12,9 +12,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
-	"path/filepath"
 	"runtime"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -41,22 +39,11 @@ type view struct {
 
 // dirs lists the run directories.
 func (a *app) dirs() ([]rundir.Dir, error) {
-	containers := filepath.Join(a.state, "containers")
-	entries, err := os.ReadDir(containers)
+	dirs, err := rundir.List(a.state)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, a.missing("containers") // nil: a daemon that never had one
+		err = a.missing("containers") // nil: a daemon that never had one
 	}
-	if err != nil {
-		return nil, fmt.Errorf("cannot find containers: %w", err)
-	}
-	var dirs []rundir.Dir
-	for _, e := range entries {
-		// A name with a dot is on its way in or out.
-		if e.IsDir() && !strings.HasPrefix(e.Name(), ".") {
-			dirs = append(dirs, rundir.Dir(filepath.Join(containers, e.Name())))
-		}
-	}
-	return dirs, nil
+	return dirs, err
 }
 
 // missing is the error about things that are not there, if that is because the
@@ -74,25 +61,16 @@ func (a *app) dir(prefix string) (rundir.Dir, error) {
 	if err != nil {
 		return "", err
 	}
-	var ids []string
-	for _, d := range dirs {
-		if d.ID() == prefix {
-			return d, nil
-		}
-		if prefix != "" && strings.HasPrefix(d.ID(), prefix) {
-			ids = append(ids, d.ID())
-		}
-	}
-	switch len(ids) {
+	found := rundir.Match(dirs, prefix)
+	switch n := len(found); n {
 	case 0:
-		err = fmt.Errorf("no container matches %q in %s; is --state right? (holdfastctl shims lists them)", prefix, a.state)
+		return "", fmt.Errorf("no container matches %q in %s; is --state right? (holdfastctl shims lists them)", prefix, a.state)
 	case 1:
-		return rundir.Dir(filepath.Join(a.state, "containers", ids[0])), nil
+		return found[0], nil
 	default:
-		some := strings.Join(ids[:min(len(ids), 5)], ", ")
-		err = fmt.Errorf("%d containers match %q: %s; give more of the id", len(ids), prefix, some)
+		return "", fmt.Errorf("%d containers match %q, such as %s and %s; give more of the id",
+			n, prefix, found[0].ID(), found[1].ID())
 	}
-	return "", err
 }
 
 // atOnce calls f for many containers at the same time, so that a few silent shims
@@ -345,20 +323,8 @@ func setupVersion(a *app, _ *flag.FlagSet) runFunc {
 			Go          string `json:"go"`
 			ProtocolMin int    `json:"protocolMin"`
 			ProtocolMax int    `json:"protocolMax"`
-		}{buildVersion(), runtime.Version(), proto.ProtocolMin, proto.ProtocolMax}
+		}{version, runtime.Version(), proto.ProtocolMin, proto.ProtocolMax}
 		const text = "holdfastctl %s, %s, shim protocol %d to %d\n"
 		return a.print(v, fmt.Sprintf(text, v.Version, v.Go, v.ProtocolMin, v.ProtocolMax))
 	}
-}
-
-// buildVersion is the linker's, or the commit that go build saw.
-func buildVersion() string {
-	if info, ok := debug.ReadBuildInfo(); ok && version == "unknown" {
-		for _, s := range info.Settings {
-			if s.Key == "vcs.revision" {
-				return s.Value
-			}
-		}
-	}
-	return version
 }

@@ -72,6 +72,18 @@ func Pulls(stateDir string) ([]Pull, error) {
 	return list, err
 }
 
+// FindPull finds the record of the youngest pull that lives and was asked for by
+// that name. Several that are asked for the same wait for the same bytes.
+func FindPull(stateDir, asked string) (found Pull, ok bool) {
+	list, _ := Pulls(stateDir) // none: no pull runs
+	for _, p := range list {
+		if p.Asked == asked && p.Daemon.Alive() {
+			found, ok = p, true
+		}
+	}
+	return found, ok
+}
+
 // Percent is how much of the bytes is here, rounded down: 100 is the end.
 func (p *Pull) Percent() int64 {
 	if p.TotalBytes <= 0 {

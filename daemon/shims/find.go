@@ -39,7 +39,7 @@ func Running(stateDir string) (map[string]rundir.Process, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot look for shims: %w", err)
 	}
-	containers := filepath.Join(stateDir, "containers")
+	containers := filepath.Join(stateDir, rundir.ContainersName)
 	all := map[string]rundir.Process{}
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())

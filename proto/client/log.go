@@ -170,3 +170,39 @@ func (l *Log) take(next *os.File, f func(Record) error) (err error) {
 	l.r.Reset(next)
 	return err
 }
+
+// Lines puts lines together that a log has in several records.
+type Lines struct{ open map[string]*Line } // by stream
+
+// Line is a line of output. Its time is that of its beginning.
+type Line struct {
+	Time   []byte
+	Stream string
+	Text   []byte
+}
+
+// Add gives the line that ends with a record, nil if it goes on. A line of more
+// than four MiB is given in pieces.
+func (l *Lines) Add(r Record) *Line {
+	const most = 4 << 20
+	if l.open == nil {
+		l.open = map[string]*Line{}
+	}
+	line := l.open[r.Stream]
+	if line == nil {
+		line = &Line{Time: bytes.Clone(r.Time), Stream: r.Stream}
+		l.open[r.Stream] = line
+	}
+	line.Text = append(line.Text, r.Text...)
+	if r.Partial && len(line.Text) < most {
+		return nil
+	}
+	return l.End(r.Stream)
+}
+
+// End gives what there is of a line whose end has not come, nil for nothing.
+func (l *Lines) End(stream string) *Line {
+	line := l.open[stream]
+	delete(l.open, stream)
+	return line
+}

@@ -1,12 +1,33 @@
 package client
 
 import (
+	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
+
 	"github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
+
+// Process is the container's own process, as its spec has it.
+func Process(dir rundir.Dir) (*specs.Process, error) {
+	var spec specs.Spec
+	b, err := os.ReadFile(dir.Path(rundir.SpecName))
+	if err == nil {
+		err = json.Unmarshal(b, &spec)
+	}
+	if err == nil && spec.Process == nil {
+		err = errors.New("it names no process")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot read the container's process from %s: %w", dir.Path(rundir.SpecName), err)
+	}
+	return spec.Process, nil
+}
 
 // attach gives the command its streams for as long as run takes. After an error
 // of run the rest of the output is dropped: the shim may keep its end open.
