@@ -21,64 +21,74 @@ var errStop = errors.New("stop")
 // at a time, because cgroups can be nested deeper than a path can be long.
 // Cgroups that come or go meanwhile may be missed and are no error.
 func walk(dir string, enter func(*os.File) error, leave func(above *os.File, name string) error) error {
-	type level struct {
-		name  string
-		below []string // still to be visited
-	}
-	var stack []level
-	var at *os.File
-	defer func() {
-		if at != nil {
-			at.Close()
-		}
-	}()
-	seen := 0
-	descend := func(name string) error {
-		f, err := openBelow(at, name)
-		if err != nil {
-			return err
-		}
-		if at != nil {
-			at.Close()
-		}
-		at = f
-		if seen++; seen > maxWalk {
-			return fmt.Errorf("more than %d cgroups below %s", maxWalk, dir)
-		}
-		if err := enter(at); ignoreGone(err) != nil {
-			return err
-		}
-		below, err := names(at)
-		stack = append(stack, level{name, below})
-		return err
-	}
-	err := ignoreGone(descend(dir))
-	for err == nil && len(stack) > 0 {
-		top := &stack[len(stack)-1]
+	w := walker{enter: enter}
+	defer w.close()
+	err := ignoreGone(w.descend(dir))
+	for err == nil && len(w.stack) > 0 {
+		top := &w.stack[len(w.stack)-1]
 		if n := len(top.below); n > 0 {
 			name := top.below[n-1]
 			top.below = top.below[:n-1]
-			err = ignoreGone(descend(name))
+			err = ignoreGone(w.descend(name))
 			continue
 		}
 		name := top.name
-		if stack = stack[:len(stack)-1]; len(stack) == 0 {
+		if w.stack = w.stack[:len(w.stack)-1]; len(w.stack) == 0 {
 			break
 		}
-		var above *os.File
 		// A cgroup never moves to another parent, not even a removed one.
-		if above, err = openBelow(at, ".."); err != nil {
-			return ignoreGone(err)
+		above, aerr := openBelow(w.at, "..")
+		if aerr != nil {
+			return ignoreGone(aerr)
 		}
-		at.Close()
-		at = above
+		w.close()
+		w.at = above
 		if leave != nil {
-			err = leave(at, name)
+			err = leave(above, name)
 		}
 	}
 	if errors.Is(err, errStop) {
 		return nil
 	}
+	return err
+}
+
+type walker struct {
+	enter func(*os.File) error
+	at    *os.File // the cgroup that is visited; nil before the first
+	stack []level  // from the top down to it
+	seen  int
+}
+
+type level struct {
+	name  string
+	below []string // still to be visited
+}
+
+func (w *walker) close() {
+	if w.at != nil {
+		w.at.Close()
+	}
+}
+
+// descend enters a cgroup right below, or the first one.
+func (w *walker) descend(name string) error {
+	f, err := openBelow(w.at, name)
+	if err != nil {
+		return err
+	}
+	w.close()
+	w.at = f
+	if w.seen++; w.seen > maxWalk {
+		return fmt.Errorf("more than %d cgroups", maxWalk)
+	}
+	// It counts as visited whatever comes: the way back leads through it.
+	w.stack = append(w.stack, level{name: name})
+	if err := w.enter(f); ignoreGone(err) != nil {
+		return err
+	}
+	below, err := names(f)
+	w.stack[len(w.stack)-1].below = below
 	return err
 }
 
