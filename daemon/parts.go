@@ -43,6 +43,15 @@ func (r roots) Mount(ctx context.Context, layers []digest.Digest, dir, target st
 
 func (r roots) Unmount(target string) error { return rootfs.Unmount(target) }
 
+func (r roots) UnmountBelow(dir string) error { return rootfs.UnmountBelow(dir) }
+
+func (r roots) Bind(root, name, at string) error { return rootfs.Bind(root, name, at) }
+
+func (r roots) Volumes(root string, names []string, owner records.Owner, at string,
+	use func(dst string) (wanted, mounted bool)) (map[string]string, error) {
+	return rootfs.Volumes(root, names, owner.UID, owner.GID, at, use)
+}
+
 // launcher is containers.Shims.
 type launcher struct{ *shims.Launcher }
 

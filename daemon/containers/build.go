@@ -3,12 +3,14 @@ package containers
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 
-	securejoin "github.com/cyphar/filepath-securejoin"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
@@ -19,8 +21,9 @@ import (
 
 // Names in the run directory of a container, beside those of its shim.
 const (
-	imagesName = "images" // where images are mounted that it reads as volumes
-	pidName    = "pid"    // the pin of a pid namespace that it joins
+	imagesName  = "images"  // where images are mounted that it reads as volumes
+	volumesName = "volumes" // where volumes of its own image are mounted
+	pidName     = "pid"     // the pin of a pid namespace that it joins
 )
 
 // builder makes the spec of one container.
@@ -161,22 +164,14 @@ func (b *builder) seccomp(_ context.Context, in *spec.Input) (err error) {
 	return err
 }
 
-// imageVolumes keeps writable, on a read-only root, what the image declares a
-// volume: the same directory, bound over itself.
-func (b *builder) imageVolumes(_ context.Context, in *spec.Input) error {
-	if !in.Container.GetLinux().GetSecurityContext().GetReadonlyRootfs() {
-		return nil
-	}
-	in.ImageVolumes = map[string]string{}
-	for path := range in.Image.Volumes {
-		host, err := securejoin.SecureJoin(in.Rootfs, path)
-		if err == nil {
-			err = mkdirAll(host, b.pod.Root())
-		}
-		if err != nil {
-			return kind.Errorf(kind.Invalid, "config.image: volume %q of the image: %w", path, err)
-		}
-		in.ImageVolumes[path] = host
+// imageVolumes makes the directories that the image declares as volumes, and
+// mounts those that have to be.
+func (b *builder) imageVolumes(_ context.Context, in *spec.Input) (err error) {
+	names := slices.Collect(maps.Keys(in.Image.Volumes))
+	at := b.m.dir(b.rec.ID).Path(volumesName)
+	in.ImageVolumes, err = b.m.Roots.Volumes(in.Rootfs, names, b.pod.Root(), at, spec.ImageVolumes(in.Container))
+	if err != nil {
+		return fmt.Errorf("config.image: %w", err)
 	}
 	return nil
 }
@@ -216,27 +211,11 @@ func (b *builder) mountImage(ctx context.Context, i int, m *runtimeapi.Mount) (s
 	if err := b.m.Roots.Mount(ctx, img.Layers, rw, target, b.pod); err != nil {
 		return "", kind.As(kind.Unavailable, err)
 	}
-	path, err := securejoin.SecureJoin(target, m.GetImageSubPath())
-	if err == nil {
-		_, err = os.Stat(path)
+	if m.GetImageSubPath() == "" {
+		return target, nil
 	}
-	if err != nil {
-		return "", kind.Errorf(kind.Invalid, "config.mounts[%d].image_sub_path: %q is not in the image: %w",
-			i, m.GetImageSubPath(), err)
+	if err := b.m.Roots.Bind(target, m.GetImageSubPath(), target+".sub"); err != nil {
+		return "", fmt.Errorf("config.mounts[%d].image_sub_path: %w", i, err)
 	}
-	return path, nil
-}
-
-// mkdirAll makes a directory, and those above it that are missing, for an owner.
-func mkdirAll(path string, o records.Owner) error {
-	if exists(path) {
-		return os.MkdirAll(path, 0o755) // for its error, should it be something else
-	}
-	if err := mkdirAll(filepath.Dir(path), o); err != nil {
-		return err
-	}
-	if err := os.Mkdir(path, 0o755); err != nil {
-		return err
-	}
-	return os.Lchown(path, o.UID, o.GID)
+	return target + ".sub", nil
 }

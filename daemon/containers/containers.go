@@ -66,6 +66,15 @@ type Roots interface {
 	// user namespace has the owners of files mapped.
 	Mount(ctx context.Context, layers []digest.Digest, dir, target string, pod *records.Pod) error
 	Unmount(target string) error
+	// Volumes makes the directories that an image declares as volumes in a mounted
+	// root, and mounts those that have to be below the directory at. It gives the
+	// host's path by the path in the container. use says what is wanted.
+	Volumes(root string, names []string, owner records.Owner, at string,
+		use func(dst string) (wanted, mounted bool)) (map[string]string, error)
+	// Bind mounts what name means inside a mounted root on at.
+	Bind(root, name, at string) error
+	// UnmountBelow is Unmount for each entry of a directory, if there is one.
+	UnmountBelow(dir string) error
 }
 
 // Shims starts shims, finds them and ends them.

@@ -4,9 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
@@ -100,13 +97,9 @@ func (c *Container) giveBack(ctx context.Context) error {
 }
 
 func (c *Container) unmount() error {
-	images, err := os.ReadDir(c.dir.Path(imagesName))
-	if errors.Is(err, fs.ErrNotExist) {
-		err = nil
-	}
-	errs := []error{err}
-	for _, e := range images {
-		errs = append(errs, c.m.Roots.Unmount(c.dir.Path(filepath.Join(imagesName, e.Name()))))
+	var errs []error
+	for _, name := range []string{imagesName, volumesName} {
+		errs = append(errs, c.m.Roots.UnmountBelow(c.dir.Path(name)))
 	}
 	for _, name := range []string{rundir.RootfsName, pidName} {
 		errs = append(errs, c.m.Roots.Unmount(c.dir.Path(name)))

@@ -136,14 +136,48 @@ func (b *builder) podMounts() []specs.Mount {
 				Options: []string{"rbind", "rprivate", rw}})
 		}
 	}
-	for _, dst := range slices.Sorted(maps.Keys(b.Image.Volumes)) {
-		if src := b.ImageVolumes[dst]; src != "" {
-			list = append(list, specs.Mount{Destination: path.Join("/", dst), Type: "bind", Source: src,
-				Options: []string{"rbind", "rprivate", "rw"}})
-		}
+	for _, dst := range slices.Sorted(maps.Keys(b.ImageVolumes)) {
+		list = append(list, specs.Mount{Destination: dst, Type: "bind", Source: b.ImageVolumes[dst],
+			Options: []string{"rbind", "rprivate", "rw"}})
 	}
 	return list
 }
+
+// ImageVolumes gives a function that says what becomes of a volume that the image
+// declares at a path of the container: whether its directory is wanted, and
+// whether it is to be mounted, which it is on a read-only root and in a volume of
+// the pod.
+//
+// It is not wanted where it would hide, or undo the protection of, what others
+// mount: the root itself, the file systems of the kernel, the files of the pod,
+// the CRI's own mounts, and all that is below one that is read-only.
+func ImageVolumes(c *runtimeapi.ContainerConfig) func(dst string) (wanted, mounted bool) {
+	writable := map[string]bool{}
+	for _, m := range c.GetMounts() {
+		writable[path.Clean(m.GetContainerPath())] = !m.GetReadonly()
+	}
+	readOnlyRoot := c.GetLinux().GetSecurityContext().GetReadonlyRootfs()
+	return func(dst string) (wanted, mounted bool) {
+		dst = path.Join("/", dst)
+		if _, exact := writable[dst]; exact || slices.Contains(podFiles, dst) {
+			return false, false
+		}
+		for dir := dst; dir != "/"; dir = path.Dir(dir) {
+			if w, ok := writable[dir]; ok {
+				return w, w
+			}
+			if slices.Contains(kernelTrees, dir) {
+				return false, false
+			}
+		}
+		return dst != "/", readOnlyRoot
+	}
+}
+
+var (
+	kernelTrees = []string{"/proc", "/sys", "/dev"}
+	podFiles    = []string{"/etc/hosts", "/etc/resolv.conf", "/etc/hostname"}
+)
 
 func (b *builder) criMounts() ([]specs.Mount, error) {
 	var list []specs.Mount

@@ -79,8 +79,8 @@ type Input struct {
 	// ImageMounts gives the host path of each CRI mount that names an image, by
 	// its index in Container.Mounts, sub path included.
 	ImageMounts map[int]string
-	// ImageVolumes gives the host directory for each path in Image.Volumes. One
-	// that is missing here, or that a CRI mount covers, is not mounted.
+	// ImageVolumes are the volumes of the image that have to be mounted: host path
+	// by path in the container. See the function of this name.
 	ImageVolumes map[string]string
 	// Devices come from ResolveDevices.
 	Devices []Device

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"flag"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -149,8 +150,7 @@ func TestGolden(t *testing.T) {
 				{Image: &runtimeapi.ImageSpec{Image: "vol"}, ContainerPath: "/image", Readonly: true},
 			}
 			in.ImageMounts = map[int]string{4: "/images/vol"}
-			in.Image.Volumes = map[string]struct{}{"/vol": {}, "data": {}}
-			in.ImageVolumes = map[string]string{"/vol": "/volumes/1", "data": "/volumes/2"}
+			in.ImageVolumes = map[string]string{"/vol": "/volumes/1", "/data": "/volumes/2"}
 			in.Devices = []Device{device}
 			sc := in.security()
 			sc.RunAsUsername = "app"
@@ -742,7 +742,6 @@ func TestMounts(t *testing.T) {
 		for _, dst := range []string{"/sys", "/dev/shm", "/etc/resolv.conf/", "/vol"} {
 			in.Container.Mounts = append(in.Container.Mounts, &runtimeapi.Mount{HostPath: "/h", ContainerPath: dst})
 		}
-		in.Image.Volumes = map[string]struct{}{"/vol": {}}
 		in.ImageVolumes = map[string]string{"/vol": "/volumes/1"}
 		s := build(t, in).Spec
 		for _, dst := range []string{"/sys", "/dev/shm", "/etc/resolv.conf", "/vol"} {
@@ -913,5 +912,43 @@ func TestStopSignal(t *testing.T) {
 		if back := criSignal(n); v != 0 && !alias && back != s {
 			t.Errorf("%s is %d, which is %s", name, n, back)
 		}
+	}
+}
+
+func TestImageVolumes(t *testing.T) {
+	c := container()
+	c.Mounts = []*runtimeapi.Mount{
+		{ContainerPath: "/data/"},
+		{ContainerPath: "/a/b"},
+		{ContainerPath: "/a/b/ro", Readonly: true},
+		{ContainerPath: "/dev/given"},
+	}
+	const none, made, madeIfReadOnly = "false false", "true true", "true false"
+	volume := ImageVolumes(c)
+	for path, want := range map[string]string{
+		"/":              none,
+		"/proc":          none,
+		"/proc/sys":      none,
+		"/sys/fs/cgroup": none,
+		"/dev/shm":       none,
+		"/dev/given/x":   made,
+		"/etc/hosts":     none,
+		"/etc":           madeIfReadOnly,
+		"/data":          none,
+		"/data/sub":      made,
+		"/database":      madeIfReadOnly,
+		"/processes":     madeIfReadOnly,
+		"/a":             madeIfReadOnly,
+		"/a/b/c":         made,
+		"/a/b/ro/c":      none,
+	} {
+		c.Linux.SecurityContext.ReadonlyRootfs = false
+		if got := fmt.Sprint(volume(path)); got != want {
+			t.Errorf("%s: %v, want %v", path, got, want)
+		}
+	}
+	c.Linux.SecurityContext.ReadonlyRootfs = true
+	if got := fmt.Sprint(ImageVolumes(c)("/database")); got != made {
+		t.Errorf("on a read-only root: %v", got)
 	}
 }

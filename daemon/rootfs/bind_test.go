@@ -1,0 +1,188 @@
+package rootfs
+
+import (
+	"archive/tar"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/proto/kind"
+)
+
+// places makes a directory for mounts, with the umask of a careful administrator.
+func places(t *testing.T) string {
+	t.Helper()
+	umask := unix.Umask(0o077)
+	t.Cleanup(func() { unix.Umask(umask) })
+	at := filepath.Join(t.TempDir(), "volumes")
+	if err := os.Mkdir(at, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := UnmountBelow(at); err != nil {
+			t.Error(err)
+		}
+	})
+	return at
+}
+
+func all(string) (wanted, mounted bool) { return true, true }
+
+func volumesOf(t *testing.T, root, at string, names ...string) map[string]string {
+	t.Helper()
+	m, err := Volumes(root, names, 0, 0, at, all)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func TestVolumes(t *testing.T) {
+	s := open(t, t.TempDir())
+	root := mount(t, s, apply(t, s,
+		e{name: "data", typ: tar.TypeDir, mode: 0o1777, uid: 7},
+		e{name: "data/seed", body: "seed"},
+		e{name: "run", typ: tar.TypeDir},
+		e{name: "var/run", typ: tar.TypeSymlink, link: "/run"},
+		e{name: "up", typ: tar.TypeSymlink, link: "../../../.."},
+		e{name: "absent", typ: tar.TypeSymlink, link: "made/by/link"},
+		e{name: "conf", body: "conf"},
+	))
+	at := places(t)
+	volumes := volumesOf(t, root, at, "data", "/data/", "/var/run/new", "up/new/../new2", "/absent", "conf")
+	want := []string{"/conf", "/data", "/made/by/link", "/new2", "/run/new"}
+	if got := slices.Sorted(maps.Keys(volumes)); !slices.Equal(got, want) {
+		t.Fatalf("volumes %v, want %v", got, want)
+	}
+	for inside, source := range volumes {
+		if filepath.Dir(source) != at {
+			t.Errorf("%s is at %s", inside, source)
+		}
+		if st := lstat(t, source); inside == "/data" && (st.Mode&0o7777 != 0o1777 || st.Uid != 7) ||
+			inside == "/run/new" && (st.Mode&0o7777 != 0o755 || st.Uid != 0) {
+			t.Errorf("%s has the mode %o and belongs to %d", inside, st.Mode, st.Uid)
+		}
+	}
+	if read(t, volumes["/data"], "seed") != "seed" || read(t, volumes["/conf"]) != "conf" {
+		t.Error("a volume has not what the image has there")
+	}
+	// It is the directory of the root itself, also when nobody finds it there any more.
+	if err := os.Rename(filepath.Join(root, "new2"), filepath.Join(root, "elsewhere")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("/etc", filepath.Join(root, "new2")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(volumes["/new2"], "written"), []byte("x"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	read(t, root, "elsewhere/written")
+}
+
+// On a writable root a volume is a directory like any other.
+func TestVolumesWithoutMounts(t *testing.T) {
+	s := open(t, t.TempDir())
+	root := mount(t, s)
+	places(t)
+	use := func(dst string) (wanted, mounted bool) { return dst != "/covered", false }
+	at := filepath.Join(t.TempDir(), "volumes")
+	volumes, err := Volumes(root, []string{"/a/b", "/covered"}, 5, 6, at, use)
+	if err != nil || len(volumes) != 0 {
+		t.Fatalf("%v, %v", volumes, err)
+	}
+	gone(t, at)
+	for _, dir := range []string{"a", "a/b"} {
+		if st := lstat(t, root, dir); st.Uid != 5 || st.Gid != 6 || st.Mode&0o7777 != 0o755 {
+			t.Errorf("%s belongs to %d:%d, mode %o", dir, st.Uid, st.Gid, st.Mode)
+		}
+	}
+	gone(t, root, "covered")
+}
+
+// It counts where the image's links lead, too.
+func TestVolumesByLink(t *testing.T) {
+	s := open(t, t.TempDir())
+	root := mount(t, s, apply(t, s,
+		e{name: "proc", typ: tar.TypeDir},
+		e{name: "link", typ: tar.TypeSymlink, link: "/proc"},
+		e{name: "all", typ: tar.TypeSymlink, link: "/"},
+	))
+	use := func(dst string) (wanted, mounted bool) {
+		ok := dst != "/proc" && dst != "/"
+		return ok, ok
+	}
+	volumes, err := Volumes(root, []string{"/link", "/all", "/proc"}, 0, 0, places(t), use)
+	if err != nil || len(volumes) != 0 {
+		t.Errorf("%v, %v", volumes, err)
+	}
+}
+
+func TestImpossibleVolumes(t *testing.T) {
+	s := open(t, t.TempDir())
+	root := mount(t, s, apply(t, s,
+		e{name: "fifo", typ: tar.TypeFifo},
+		e{name: "disk", typ: tar.TypeBlock, dev: [2]int64{7, 0}},
+		e{name: "file", body: "x"},
+		e{name: "loop", typ: tar.TypeSymlink, link: "loop"},
+	))
+	at := places(t)
+	var many []string
+	for i := range maxVolumes + 1 {
+		many = append(many, fmt.Sprint(i))
+	}
+	for _, names := range [][]string{{"fifo"}, {"disk"}, {"file/below"}, {"loop"}, {"loop/below"}, many} {
+		if v, err := Volumes(root, names, 0, 0, at, all); !errors.Is(err, kind.Invalid) {
+			t.Errorf("%v: %v, %v", names[0], v, err)
+		}
+	}
+}
+
+func TestVolumesOfMappedRoot(t *testing.T) {
+	s := open(t, t.TempDir())
+	m := newUserns(t)
+	_, root := mountMapped(t, s, m, apply(t, s, e{name: "data", typ: tar.TypeDir, uid: 3}))
+	at := filepath.Join(filepath.Dir(root), "volumes")
+	if err := os.Mkdir(at, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { UnmountBelow(at) })
+	volumes, err := Volumes(root, []string{"data", "new/one"}, hostUID, hostUID, at, all)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for inside, owner := range map[string]string{"/data": "3", "/new/one": "0"} {
+		got, err := as(t, m, 0, volumes[inside], "stat -c %u . && touch x && stat -c %u x")
+		if got != owner+"\n0" || err != nil {
+			t.Errorf("%s: %q, %v", inside, got, err)
+		}
+	}
+}
+
+func TestBind(t *testing.T) {
+	s := open(t, t.TempDir())
+	root := mount(t, s, apply(t, s, e{name: "dir/f", body: "x"}, e{name: "link", typ: tar.TypeSymlink, link: "/dir"}))
+	at := places(t)
+	for name, file := range map[string]string{"dir": "f", "link": "f", "dir/f": "."} {
+		place := filepath.Join(at, filepath.Base(name)+"-"+file)
+		if err := Bind(root, name, place); err != nil {
+			t.Fatal(err)
+		}
+		if read(t, filepath.Clean(filepath.Join(place, file))) != "x" {
+			t.Errorf("%s is not what was mounted", name)
+		}
+		if err := Unmount(place); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, name := range []string{"none", "dir/f/x", "../../etc/passwd"} {
+		if err := Bind(root, name, filepath.Join(at, "x")); !errors.Is(err, kind.Invalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
