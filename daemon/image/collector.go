@@ -64,9 +64,9 @@ func (s *Store) collect() error {
 	removed := 0
 	errs = append(errs, s.eachBlob(func(path string, d digest.Digest) error {
 		if named[d] {
-			return nil // or not any more: then another run is due
+			return nil // a blob that has lost its name meanwhile is for the next run
 		}
-		// One at a time, so that nobody waits long for the lock.
+		// The lock is taken for one blob at a time, so that others wait for it briefly.
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if s.namedLocked()[d] {

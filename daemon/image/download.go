@@ -46,7 +46,7 @@ type download struct {
 	started  bool   // it has its turn
 }
 
-// broadcast wakes those who wait for a change, to look at their contexts.
+// broadcast wakes all that wait for a change, so that they look at their contexts.
 func (d *download) broadcast() { d.update(func() {}) }
 
 func (d *download) update(f func()) {
@@ -115,8 +115,8 @@ func (d *download) wait(ctx context.Context) error {
 // the blob is in the store. joined says that another pull started it. The caller
 // leaves it in the end.
 //
-// Those of one registry share a download. What another registry sends, and how
-// slowly, is no business of this one's images: anybody may name its digests.
+// Pulls from one registry share a download. Those from another registry do not:
+// it may name the same digest, and send something else, or send it slowly.
 func (s *Store) join(ctx context.Context, r *registry.Repository, desc ocispec.Descriptor) (
 	d *download, joined bool, err error) {
 	for {
@@ -199,7 +199,7 @@ func (s *Store) startLocked(r *registry.Repository, desc ocispec.Descriptor) *do
 		defer s.mu.Unlock()
 		delete(s.downloads, d.name)
 		s.count.downloads.Add(-1)
-		s.kick() // those who wanted the blob may have gone
+		s.kick() // the pulls that needed the blob may have ended
 		d.update(func() {
 			d.err = err
 			close(d.ended)
@@ -212,8 +212,8 @@ func (s *Store) startLocked(r *registry.Repository, desc ocispec.Descriptor) *do
 }
 
 // partName is what a partial download is called: by the blob, the registry that
-// it comes from, and the size that its manifest says. A wrong one of these does
-// not spoil what somebody else has begun.
+// it comes from, and the size that its manifest says. A manifest with a wrong size
+// does not spoil the download of another one.
 func partName(domain string, d ocispec.Descriptor) string {
 	sum := sha256.Sum256([]byte(domain))
 	return fmt.Sprintf("%s-%s-%x-%d", d.Digest.Algorithm(), d.Digest.Encoded(), sum[:6], d.Size)

@@ -126,7 +126,7 @@ type Options struct {
 	// ProgressEvery is how often the record is replaced, and a tenth of how often
 	// the log tells about it; 1 second.
 	ProgressEvery time.Duration
-	// Pulled is called after each pull that went well, with its time. nil: nobody.
+	// Pulled is called after each pull that went well, with its time. May be nil.
 	Pulled func(took time.Duration)
 	// DropLayers removes the blobs of layers once they are unpacked. It saves
 	// their size, and costs a layout that other tools can copy images from, and

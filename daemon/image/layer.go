@@ -52,7 +52,7 @@ func (l *layer) bring(ctx context.Context) (err error) {
 	}
 }
 
-// try is one attempt. again says that the next one may have another end.
+// try is one attempt. again says that another attempt may succeed.
 func (l *layer) try(ctx context.Context) (again bool, err error) {
 	d, joined, err := l.p.s.join(ctx, l.p.reg, l.desc)
 	if err != nil {
@@ -72,8 +72,8 @@ func (l *layer) try(ctx context.Context) (again bool, err error) {
 	if !d.over() || d.err == nil {
 		return false, err
 	}
-	// The download of another pull may have failed for reasons that are not this
-	// one's: its credentials, for one.
+	// The download of another pull may have failed for a reason that this pull
+	// does not have, such as wrong credentials.
 	return joined || d.doubtful() && errors.Is(err, ErrCorrupt), err
 }
 
@@ -110,8 +110,9 @@ func (l *layer) unpackBlob(ctx context.Context) error {
 }
 
 // unpack hands the layer to the caller's Layers if they need it. Where it is
-// unpacked already, the blob has to be that layer all the same: it may be needed
-// to unpack it again, and who pulls the image has to have it.
+// unpacked already, the blob has to be that layer all the same: the layer may have
+// to be unpacked again from it, and a caller that has only the diff id must not get
+// the layer for it.
 func (l *layer) unpack(ctx context.Context, r io.Reader) error {
 	layers := l.p.req.Layers
 	diffID, err := l.diffID(ctx)
@@ -168,7 +169,7 @@ func (f *readFlag) Read(p []byte) (int, error) {
 // r.Ref is anything Get takes. It is for layers that went missing: after a power
 // cut, or removed by mistake. A blob that is missing as well is fetched, with
 // r.Auth or as the node. Where that fails the error is ErrNotFound, and the image
-// has to be pulled by somebody who may.
+// has to be pulled by a caller with the right credentials.
 func (s *Store) Unpack(ctx context.Context, r PullRequest) error {
 	err := s.unpackAgain(ctx, r)
 	if full(err) {

@@ -56,8 +56,8 @@ func (s *Store) refreshIndexLocked() error {
 }
 
 // deriveLocked writes a derived file atomically, if it differs. It is not synced:
-// Open writes it again. Nothing here reads it, so a failure, of a full disk for
-// one, is said and stops neither a start nor the removal of an image.
+// Open writes it again. Nothing here reads it, so a failure, as on a full disk,
+// is logged, and stops neither a start nor the removal of an image.
 func (s *Store) deriveLocked(name string, v any) {
 	path := filepath.Join(s.o.Root, name)
 	b, err := json.Marshal(v)

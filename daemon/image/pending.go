@@ -106,7 +106,7 @@ func (s *Store) makeRoom() {
 // old says whether so much has passed since t, or the clock was set back by that.
 func old(t time.Time, age time.Duration) bool { return time.Since(t).Abs() >= age }
 
-// dropStalePending forgets pulls that nobody came back for.
+// dropStalePending forgets interrupted pulls that were not repeated in time.
 func (s *Store) dropStalePending() error {
 	return s.eachPending(func(path string, p pending, err error) error {
 		if err != nil || !old(p.Since, s.o.StaleIngest) {

@@ -163,7 +163,7 @@ func (g *progress) snapshot() records.Pull {
 
 // self is in all records of this process.
 var self = sync.OnceValue(func() rundir.Process {
-	p, _ := rundir.FindProcess(os.Getpid()) // without /proc nobody knows us
+	p, _ := rundir.FindProcess(os.Getpid()) // without /proc it is not known
 	return p
 })
 
@@ -184,8 +184,7 @@ func (p *pulls) list() (l []records.Pull) {
 	return l
 }
 
-// follow makes a pull known to whoever looks, until stop is called: in Stats, in
-// the log, and in a record.
+// follow shows a pull in Stats, in the log and in a record, until stop is called.
 func (s *Store) follow(asked, name, pod string) (g *progress, stop func()) {
 	g = &progress{news: make(chan struct{}, 1), p: records.Pull{
 		Ref:    name,
@@ -232,7 +231,7 @@ func (s *Store) report(g *progress, quit <-chan struct{}) {
 		}
 		last = append(last[max(0, len(last)-logEvery+1):], now)
 		if path != "" {
-			// Nobody has to look at it, so a failure is no reason to stop.
+			// The record is for people, so a failure is no reason to stop the pull.
 			if err := record.Write(path, p, false); err != nil {
 				s.o.Log.Warn("cannot tell how far a pull is", "error", err)
 				path = ""

@@ -71,7 +71,7 @@ type pull struct {
 	req  PullRequest
 	name reference.Named
 	reg  *registry.Repository
-	how  *progress       // nil: nobody is told
+	how  *progress       // nil: not shown
 	held []digest.Digest // blobs and diff ids kept from the collector; see hold
 	// unchanged: the registry has under the name what it had when the store's image
 	// of that name was pulled, so this caller may have all of that image.

@@ -104,8 +104,8 @@ func (s *Store) loadBlobs(r refRecord) (*loaded, error) {
 	return l, nil
 }
 
-// dropKeptLocked lets go of layers that were kept when the setting was another.
-// It is the collector's: a full disk, for one, is no reason not to start.
+// dropKeptLocked lets go of layers that were kept when the setting was another. The
+// collector calls it, not Open: a full disk is no reason not to start.
 func (s *Store) dropKeptLocked() error {
 	for ref, l := range s.refs {
 		if l.LayersDropped || !s.o.DropLayers {

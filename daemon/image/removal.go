@@ -22,7 +22,7 @@ type removal struct {
 }
 
 // removeRefsLocked removes the records of an image, tags first: where the removal
-// cannot be written down, on a full disk for one, an image that is half removed
+// cannot be written down, as on a full disk, an image that is half removed
 // has lost its name, not its digest, and can be removed again.
 func (s *Store) removeRefsLocked(img Image) error {
 	r := removal{ID: img.ID}

@@ -36,9 +36,9 @@ var errClosed = kind.Errorf(kind.Closing, "the image store is closed")
 
 // Store is an image store. It is safe for concurrent use. Close ends it.
 //
-// Who only reads takes no lock that is held while the disk is waited for: List,
-// Get, Usage and Stats answer from view and from counters. Calls that change
-// something wait for mu, and thereby for each other's disk operations.
+// Readers take no lock that is held over disk operations: List, Get, Usage and
+// Stats answer from view and from counters. Calls that change something wait for
+// mu, and thereby for each other's disk operations.
 type Store struct {
 	o        Options
 	registry registry.Config
@@ -335,7 +335,7 @@ func (h *holds) has(d digest.Digest) bool {
 	return h.n[d] > 0
 }
 
-// ifNone calls f if nobody holds d, and lets nobody hold anything meanwhile.
+// ifNone calls f if no call holds d. Calls that are about to hold anything wait.
 func (h *holds) ifNone(d digest.Digest, f func() error) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -27,9 +27,9 @@ const maxVerdict = 32 << 10
 //	PROGRAM -name NAME -digest DIGEST -stdin-media-type application/vnd.oci.descriptor.v1+json
 //
 // with the descriptor of what the name stands for on stdin. Exit code 0 lets it
-// in, another one does not, and stdout says why, or else stderr. One that cannot be run, or
-// takes too long, does not let it in either. Nothing in the directory asks
-// nobody; a directory that has gone lets nothing in.
+// in, another one does not, and stdout says why, or else stderr. A program that
+// cannot be run, or takes too long, does not let it in either. With no program in
+// the directory, all images may come in; without the directory, none.
 func (s *Store) verify(ctx context.Context, name string, target ocispec.Descriptor) error {
 	if s.o.VerifierDir == "" {
 		return nil
@@ -82,7 +82,7 @@ func (s *Store) runVerifier(ctx context.Context, program, name string, d digest.
 	return said, nil
 }
 
-// head keeps the begin of what is written.
+// head keeps the beginning of what is written.
 type head struct{ bytes.Buffer }
 
 func (h *head) Write(p []byte) (int, error) {

@@ -111,7 +111,7 @@ type login struct {
 	turn   chan struct{} // of length 1
 	token  *auth.TokenOptions
 	header string    // Authorization; "" if there is none yet
-	until  time.Time // of header; the zero time if nobody said
+	until  time.Time // of header; the zero time if that is not known
 }
 
 func (r *Repository) login(ctx context.Context, h host) (*login, error) {

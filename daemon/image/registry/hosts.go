@@ -160,7 +160,7 @@ type hostKeys struct {
 	DialTimeout  any            `toml:"dial_timeout"`
 }
 
-var warned sync.Map // file and text: once is enough
+var warned sync.Map // by file and keys: each warning is given once
 
 // warnUnknown says which keys of hosts.toml do nothing. They are no error, as
 // other programs read the file too.

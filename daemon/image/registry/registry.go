@@ -95,7 +95,7 @@ type Repository struct {
 }
 
 // Open reads what hosts.toml says about the registry of a name, each time anew.
-// It asks nobody yet. a may be nil.
+// It sends no request yet. a may be nil.
 func (c Config) Open(ctx context.Context, name reference.Named, a *Auth) (*Repository, error) {
 	creds, err := a.credentials()
 	if err != nil {
@@ -126,8 +126,8 @@ func (r *Repository) prepare(h *host) {
 		header[k] = append(header[k], v...)
 	}
 	if r.creds.given() && r.creds.match(h.Host) {
-		// The caller is asked who it is, not the node: whom the registry
-		// does not know gets nothing that the node could.
+		// The caller's credentials replace the node's: a caller that the registry
+		// does not know must not get what the node may have.
 		header.Del("Authorization")
 	}
 	// A host with headers has a client of its own. The token server gets
@@ -202,8 +202,8 @@ func (r *Repository) again(h host, err error, failures int) (time.Duration, bool
 	return min(wait, maxBackoff) + rand.N(50*time.Millisecond), true
 }
 
-// reachable says how far a request came: there was no connection, there was
-// nobody in time, there is nothing to wait for.
+// reachable says how far a request came. dial: there was no connection; silent:
+// there was no answer in time; hopeless: another attempt will fail too.
 func reachable(err error) (dial, silent, hopeless bool) {
 	op, ok := errors.AsType[*net.OpError](err)
 	// An alert comes where TLS does: there is no client certificate for it, say.
@@ -326,7 +326,7 @@ func (r *Repository) Manifest(ctx context.Context, object string) (desc ocispec.
 		if err != nil {
 			return err
 		}
-		if !json.Valid(b) { // a page of a portal, for one
+		if !json.Valid(b) { // such as the page of a portal
 			return fmt.Errorf("%w: %s sent %q for a manifest, not JSON", ErrCorrupt, h.Host, typ)
 		}
 		algorithm := digest.Canonical

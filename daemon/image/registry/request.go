@@ -41,7 +41,7 @@ func (r *Repository) do(ctx context.Context, h host, method string, header http.
 		err = answerError(resp)
 		redirected := resp.Request.Response != nil
 		if resp.Request.URL.Host != h.Host || redirected && h.Scheme == "https" && resp.TLS == nil || tries == 4 {
-			return nil, err // somebody else, whom a redirect led to, wants credentials
+			return nil, err // credentials are not for the host that a redirect leads to
 		}
 		hidden := resp.StatusCode == http.StatusForbidden || resp.StatusCode == http.StatusNotFound
 		switch {
@@ -151,21 +151,21 @@ func newStatusError(kind error, status int, text string, body []byte, retryAfter
 	} else if t, err := http.ParseTime(retryAfter); err == nil {
 		e.retryAfter = max(0, time.Until(t))
 	}
-	var said struct {
+	var answer struct {
 		Errors  []struct{ Code, Message string } `json:"errors"`
 		Details string                           `json:"details"`
 	}
-	var says []string
-	if json.Unmarshal(body, &said) == nil {
-		for _, m := range said.Errors {
-			says = append(says, strings.TrimSpace(m.Code+" "+m.Message))
+	var texts []string
+	if json.Unmarshal(body, &answer) == nil {
+		for _, m := range answer.Errors {
+			texts = append(texts, strings.TrimSpace(m.Code+" "+m.Message))
 		}
-		if said.Details != "" {
-			says = append(says, said.Details)
+		if answer.Details != "" {
+			texts = append(texts, answer.Details)
 		}
 	}
-	if len(says) > 0 {
-		e.text += ": " + strings.Join(says, ", ")
+	if len(texts) > 0 {
+		e.text += ": " + strings.Join(texts, ", ")
 	}
 	if kind != nil {
 		e.text = kind.Error() + ": " + e.text
