@@ -205,7 +205,7 @@ func TestDigestsAreNoKeys(t *testing.T) {
 			}
 			k = sink{}
 			r.Ref = img.ID
-			if err := s.Unpack(t.Context(), r); err != nil {
+			if err := s.unpack(t.Context(), r); err != nil {
 				t.Errorf("the layer is lost: %v", err)
 			}
 			if len(s.List()) != 1 {

@@ -485,7 +485,7 @@ func TestPull(t *testing.T) {
 		t.Errorf("usage %+v, before %+v", s.Usage(), usage)
 	}
 	var k2 sink
-	if err := s.Unpack(t.Context(), k2.request(hex[:12])); err != nil || len(k2.layers) != 4 {
+	if err := s.unpack(t.Context(), k2.request(hex[:12])); err != nil || len(k2.layers) != 4 {
 		t.Errorf("unpacked %v: %v", k2.layers, err)
 	}
 	verify(t, s)
@@ -826,11 +826,11 @@ func TestDamageIsMended(t *testing.T) {
 		}
 		var k2 sink
 		h.set(func(w http.ResponseWriter, r *http.Request) bool { w.WriteHeader(http.StatusNotFound); return false })
-		if err := s.Unpack(t.Context(), k2.request(img.ID)); !errors.Is(err, ErrNotFound) || len(k2.layers) != 0 {
+		if err := s.unpack(t.Context(), k2.request(img.ID)); !errors.Is(err, ErrNotFound) || len(k2.layers) != 0 {
 			t.Errorf("unpack, and the registry has it no more: %v", err)
 		}
 		h.set(nil)
-		if err := s.Unpack(t.Context(), k2.request(img.ID)); err != nil || len(k2.layers) != 1 {
+		if err := s.unpack(t.Context(), k2.request(img.ID)); err != nil || len(k2.layers) != 1 {
 			t.Errorf("unpack: %v", err)
 		}
 		verify(t, s)
@@ -1408,7 +1408,7 @@ func TestUnpackMakesRoom(t *testing.T) {
 	if err := os.WriteFile(part, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	err := s.Unpack(t.Context(), PullRequest{Ref: img.ID, Layers: noRoom{&sink{}}})
+	err := s.unpack(t.Context(), PullRequest{Ref: img.ID, Layers: noRoom{&sink{}}})
 	if !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("got %v", err)
 	}

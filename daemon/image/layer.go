@@ -165,12 +165,12 @@ func (f *readFlag) Read(p []byte) (int, error) {
 	return f.r.Read(p)
 }
 
-// Unpack hands the layers that r.Layers has not to it, from the store's own blobs;
+// unpack hands the layers that r.Layers has not to it, from the store's own blobs;
 // r.Ref is anything Get takes. It is for layers that went missing: after a power
 // cut, or removed by mistake. A blob that is missing as well is fetched, with
 // r.Auth or as the node. Where that fails the error is ErrNotFound, and the image
 // has to be pulled by a caller with the right credentials.
-func (s *Store) Unpack(ctx context.Context, r PullRequest) error {
+func (s *Store) unpack(ctx context.Context, r PullRequest) error {
 	err := s.unpackAgain(ctx, r)
 	if full(err) {
 		s.makeRoom()

@@ -68,7 +68,7 @@ func (l *Library) Ensure(ctx context.Context, img Image) error {
 	if !slices.ContainsFunc(img.DiffIDs, func(d digest.Digest) bool { return !l.layers.Has(d) }) {
 		return nil
 	}
-	err := l.Unpack(ctx, PullRequest{Ref: img.ID, Layers: l.layers})
+	err := l.unpack(ctx, PullRequest{Ref: img.ID, Layers: l.layers})
 	if errors.Is(err, ErrNotFound) {
 		l.o.Log.Error("image forgotten, it has to be pulled again", "id", img.ID, "tags", img.RepoTags, "error", err)
 		err = errors.Join(err, l.Remove(img.ID))
@@ -136,16 +136,4 @@ func (l *Library) removeUnneeded(layers []digest.Digest) (failed []digest.Digest
 		}
 	}
 	return failed
-}
-
-// Wants says whether an image, a pull or a holder needs a layer.
-func (s *Store) Wants(diffID digest.Digest) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.layers[diffID] || s.holds.has(diffID)
-}
-
-// IfUnwanted calls f if nothing needs the layer.
-func (s *Store) IfUnwanted(diffID digest.Digest, f func() error) error {
-	return s.ifUnneeded(diffID, f)
 }

@@ -62,7 +62,7 @@ func TestLayersDropped(t *testing.T) {
 	delete(k.layers, lost)
 	k.mu.Unlock()
 	f.reset()
-	if err := s.Unpack(t.Context(), k.request(img.ID)); err != nil || !k.Has(lost) {
+	if err := s.unpack(t.Context(), k.request(img.ID)); err != nil || !k.Has(lost) {
 		t.Errorf("unpack: %v", err)
 	}
 	if hits, _ := f.reset(); count(hits, "GET blobs") != 1 {
@@ -72,12 +72,12 @@ func TestLayersDropped(t *testing.T) {
 	// It cannot be had: somebody has to pull the image.
 	f.set(basicAuth("me", "secret"))
 	var k2 sink
-	if err := s.Unpack(t.Context(), k2.request(img.ID)); !errors.Is(err, ErrNotFound) {
+	if err := s.unpack(t.Context(), k2.request(img.ID)); !errors.Is(err, ErrNotFound) {
 		t.Errorf("unpack without credentials: %v", err)
 	}
 	r := k2.request(img.ID)
 	r.Auth = &Auth{Username: "me", Password: "secret"}
-	if err := s.Unpack(t.Context(), r); err != nil {
+	if err := s.unpack(t.Context(), r); err != nil {
 		t.Errorf("unpack with credentials: %v", err)
 	}
 	if free, err := s.Remove(f.ref); err != nil || len(free) != 2 {
@@ -91,7 +91,7 @@ func TestLayersDropped(t *testing.T) {
 func TestLostLayerGoesOn(t *testing.T) {
 	t.Parallel()
 	for name, again := range map[string]func(s *Store, img, tag PullRequest) error{
-		"container": func(s *Store, img, _ PullRequest) error { return s.Unpack(t.Context(), img) },
+		"container": func(s *Store, img, _ PullRequest) error { return s.unpack(t.Context(), img) },
 		"pull":      func(s *Store, _, tag PullRequest) error { _, err := s.Pull(t.Context(), tag); return err },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -115,7 +115,7 @@ func TestLostLayerGoesOn(t *testing.T) {
 				<-r.Context().Done()
 				return false
 			})
-			if err := s.Unpack(ctx, lost.request(img.ID)); !errors.Is(err, context.Canceled) {
+			if err := s.unpack(ctx, lost.request(img.ID)); !errors.Is(err, context.Canceled) {
 				t.Fatalf("got %v", err)
 			}
 			eventually(t, "the download has ended", func() bool {
