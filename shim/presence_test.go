@@ -26,7 +26,8 @@ func TestReappears(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := newBox(t)
 			cmd := b.launch()
-			if _, err := b.client.Create(b.ctx(), b.request(b.spec("trap 'exit 3' TERM; while :; do sleep 0.01; done"))); err != nil {
+			spec := b.spec("trap 'exit 3' TERM; while :; do sleep 0.01; done")
+			if _, err := b.client.Create(b.ctx(), b.request(spec)); err != nil {
 				t.Fatal(err)
 			}
 			b.start()
@@ -56,7 +57,8 @@ func TestReappears(t *testing.T) {
 			if id, err := b.dir.ReadIdentity(); err != nil || id.Shim.PID != cmd.Process.Pid {
 				t.Errorf("shim.json: %+v, %v", id, err)
 			}
-			if _, err := b.client.Stop(b.ctx(), &pb.StopRequest{Id: b.id, Signal: uint32(unix.SIGTERM), GraceMs: 600_000}); err != nil {
+			stop := &pb.StopRequest{Id: b.id, Signal: uint32(unix.SIGTERM), GraceMs: 600_000}
+			if _, err := b.client.Stop(b.ctx(), stop); err != nil {
 				t.Fatal(err)
 			}
 			b.gone()

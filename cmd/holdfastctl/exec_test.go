@@ -64,7 +64,8 @@ func TestExec(t *testing.T) {
 		return &proto.ExecSyncResponse{ExitCode: 42}, writeTo(req.GetStderrPath(), "oh\n")
 	}
 
-	r := ctl(t, "--state", state, "exec", "-e", "LANG=C", "-e", "X=1=2", "-w", "/tmp", "-u", "1000:100", "--timeout", "90s", "live", "sh", "-c", "-x")
+	r := ctl(t, "--state", state, "exec", "-e", "LANG=C", "-e", "X=1=2", "-w", "/tmp", "-u", "1000:100", "--timeout",
+		"90s", "live", "sh", "-c", "-x")
 	if r.code != 42 || r.stdout != big || r.stderr != "oh\n" {
 		t.Errorf("exec: code %d, %d bytes, %q", r.code, len(r.stdout), r.stderr)
 	}
@@ -92,7 +93,8 @@ func TestExec(t *testing.T) {
 		t.Errorf("process without flags: %+v", process)
 	}
 	if r := ctl(t, "--state", state, "exec", "-e", "A=b", "live", "env"); r.code != 42 || process.User.UID != 5 ||
-		!slices.Equal(process.User.AdditionalGids, []uint32{7}) || !slices.Equal(process.Env, []string{"PATH=/bin", "LANG=de", "A=b"}) {
+		!slices.Equal(process.User.AdditionalGids, []uint32{7}) ||
+		!slices.Equal(process.Env, []string{"PATH=/bin", "LANG=de", "A=b"}) {
 		t.Errorf("process with an environment: %+v", process)
 	}
 
@@ -106,7 +108,8 @@ func TestExec(t *testing.T) {
 	f.execs = func(*proto.ExecSyncRequest) (*proto.ExecSyncResponse, error) {
 		return &proto.ExecSyncResponse{TimedOut: true, ExitCode: 137}, nil
 	}
-	if r := ctl(t, "--state", state, "exec", "--timeout", "1s", "live", "x"); r.code != codeTimeout || !strings.Contains(r.stderr, "within 1s") {
+	if r := ctl(t, "--state", state, "exec", "--timeout", "1s", "live", "x"); r.code != codeTimeout ||
+		!strings.Contains(r.stderr, "within 1s") {
 		t.Errorf("exec that timed out: %+v", r)
 	}
 	f.execs = func(*proto.ExecSyncRequest) (*proto.ExecSyncResponse, error) {
@@ -115,7 +118,8 @@ func TestExec(t *testing.T) {
 	if r := ctl(t, "--state", state, "exec", "live", "x"); r.code != 1 || !strings.Contains(r.stderr, "cannot find x") {
 		t.Errorf("exec that failed: %+v", r)
 	}
-	if r := ctl(t, "--state", state, "exec", "-u", "root", "live", "x"); r.code != 2 || !strings.Contains(r.stderr, "want numbers") {
+	if r := ctl(t, "--state", state, "exec", "-u", "root", "live", "x"); r.code != 2 ||
+		!strings.Contains(r.stderr, "want numbers") {
 		t.Errorf("exec -u root: %+v", r)
 	}
 }

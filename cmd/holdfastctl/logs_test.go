@@ -29,8 +29,11 @@ func TestLogs(t *testing.T) {
 		{[]string{"--stream", "stderr"}, "", "oops\n"},
 		{[]string{"--raw"}, sampleLog, ""},
 		{[]string{"--raw", "--stream", "stderr"}, "2026-01-02T03:04:05.000000003Z stderr F oops\n", ""},
-		{[]string{"-t", "--stream", "stdout"}, "2026-01-02T03:04:05.000000001Z one\n2026-01-02T03:04:05.000000002Z two  \n2026-01-02T03:04:05.000000005Z \n2026-01-02T03:04:05.000000006Z end\n", ""},
-		{[]string{"--json", "--stream", "stderr"}, `{"time":"2026-01-02T03:04:05.000000003Z","stream":"stderr","log":"oops"}` + "\n", ""},
+		{[]string{"-t", "--stream", "stdout"},
+			"2026-01-02T03:04:05.000000001Z one\n2026-01-02T03:04:05.000000002Z two  \n" +
+				"2026-01-02T03:04:05.000000005Z \n2026-01-02T03:04:05.000000006Z end\n", ""},
+		{[]string{"--json", "--stream", "stderr"},
+			`{"time":"2026-01-02T03:04:05.000000003Z","stream":"stderr","log":"oops"}` + "\n", ""},
 	} {
 		args := append(append([]string{"--state", state, "logs"}, c.args...), "c1")
 		if r := ctl(t, args...); r.code != 0 || r.stdout != c.stdout || r.stderr != c.stderr {

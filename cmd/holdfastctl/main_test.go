@@ -118,7 +118,8 @@ func newDir(t *testing.T, state, id string) rundir.Dir {
 	t.Helper()
 	dir := rundir.Dir(filepath.Join(state, "containers", id))
 	check(t, os.Mkdir(string(dir), 0o700))
-	container := fmt.Sprintf(`{"id":%q,"podId":"pod-id","config":{"metadata":{"name":"web","attempt":2},"unknown":[1]}}`, id)
+	const record = `{"id":%q,"podId":"pod-id","config":{"metadata":{"name":"web","attempt":2},"unknown":[1]}}`
+	container := fmt.Sprintf(record, id)
 	check(t, dir.WriteLaunch(rundir.Launch{
 		LogDirectory: state, LogPath: id + ".log",
 		Container: rundir.Opaque{Value: []byte(container)},
@@ -158,10 +159,18 @@ func (f *fakeShim) serve() (stop func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err = f.dir.WriteIdentity(rundir.Identity{Shim: self, BootID: rundir.BootID(), Nonce: "n", Version: "v1"}); err != nil {
+	identity := rundir.Identity{Shim: self, BootID: rundir.BootID(), Nonce: "n", Version: "v1"}
+	if err = f.dir.WriteIdentity(identity); err != nil {
 		return nil, err
 	}
-	if err = f.dir.WriteStatus(rundir.Status{Phase: rundir.PhaseRunning, Init: self, BootID: rundir.BootID(), CreatedAt: created, StartedAt: created}); err != nil {
+	st := rundir.Status{
+		Phase:     rundir.PhaseRunning,
+		Init:      self,
+		BootID:    rundir.BootID(),
+		CreatedAt: created,
+		StartedAt: created,
+	}
+	if err = f.dir.WriteStatus(st); err != nil {
 		return nil, err
 	}
 	l, err := f.dir.Listen()
@@ -236,7 +245,8 @@ func (f *fakeShim) Hello(_ context.Context, req *proto.HelloRequest) (*proto.Hel
 }
 
 func (f *fakeShim) State(context.Context, *proto.StateRequest) (*proto.StateResponse, error) {
-	return &proto.StateResponse{Id: f.dir.ID(), Phase: proto.Phase_PHASE_RUNNING, Shim: f.process(), Init: &proto.Process{Pid: 4242, StartTime: 9},
+	return &proto.StateResponse{Id: f.dir.ID(), Phase: proto.Phase_PHASE_RUNNING, Shim: f.process(),
+		Init:      &proto.Process{Pid: 4242, StartTime: 9},
 		CreatedAt: timestamppb.New(created), StartedAt: timestamppb.New(created), OomKills: 3, LastEvent: 2,
 		Log: &proto.LogCounters{Bytes: 10, Lines: 2, Error: "no space"}}, nil
 }
@@ -247,10 +257,12 @@ func (f *fakeShim) end(t *testing.T, code int) {
 	e, err := rundir.PrepareExit(string(f.dir), false)
 	check(t, err)
 	now := time.Now()
-	check(t, e.Commit(rundir.Exit{Code: code, StartedAt: created, ExitedAt: now, Source: rundir.SourceWaited, Reason: rundir.ReasonError}))
+	check(t, e.Commit(rundir.Exit{Code: code, StartedAt: created, ExitedAt: now, Source: rundir.SourceWaited,
+		Reason: rundir.ReasonError}))
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.exit = &proto.Exit{Code: uint32(code), ExitedAt: timestamppb.New(now), Source: rundir.SourceWaited, Reason: rundir.ReasonError}
+	f.exit = &proto.Exit{Code: uint32(code), ExitedAt: timestamppb.New(now), Source: rundir.SourceWaited,
+		Reason: rundir.ReasonError}
 	close(f.exited)
 }
 
@@ -294,7 +306,8 @@ func (f *fakeShim) Delete(_ context.Context, req *proto.DeleteRequest) (*proto.D
 	if !req.GetForce() {
 		return nil, status.Error(codes.FailedPrecondition, "cannot delete a container that runs")
 	}
-	return &proto.DeleteResponse{Exit: &proto.Exit{Code: 137, Signal: 9, Reason: rundir.ReasonError, Source: rundir.SourceWaited}}, nil
+	return &proto.DeleteResponse{Exit: &proto.Exit{Code: 137, Signal: 9, Reason: rundir.ReasonError,
+		Source: rundir.SourceWaited}}, nil
 }
 
 func (f *fakeShim) ExecSync(_ context.Context, req *proto.ExecSyncRequest) (*proto.ExecSyncResponse, error) {
@@ -419,12 +432,14 @@ func TestFiles(t *testing.T) {
 	check(t, exited.WriteStatus(rundir.Status{Phase: rundir.PhaseExited, CreatedAt: created}))
 	e, err := rundir.PrepareExit(string(exited), false)
 	check(t, err)
-	check(t, e.Commit(rundir.Exit{Code: 137, Signal: 9, OOMKilled: true, Source: rundir.SourceWaited, Reason: rundir.ReasonOOMKilled, ExitedAt: created}))
+	check(t, e.Commit(rundir.Exit{Code: 137, Signal: 9, OOMKilled: true, Source: rundir.SourceWaited,
+		Reason: rundir.ReasonOOMKilled, ExitedAt: created}))
 
 	self, err := rundir.FindProcess(os.Getpid())
 	check(t, err)
 	lost := newDir(t, state, "lost")
-	check(t, lost.WriteStatus(rundir.Status{Phase: rundir.PhaseRunning, BootID: rundir.BootID(), Init: self, CreatedAt: created}))
+	check(t, lost.WriteStatus(rundir.Status{Phase: rundir.PhaseRunning, BootID: rundir.BootID(), Init: self,
+		CreatedAt: created}))
 
 	newDir(t, state, "empty")
 
@@ -444,7 +459,8 @@ func TestFiles(t *testing.T) {
 	if len(got) != 4 {
 		t.Errorf("%d containers, want 4", len(got))
 	}
-	if v := got[exited.ID()]; v.State != "exited" || v.Exit == nil || v.Exit.Code != 137 || v.Name != "web" || v.Attempt != 2 || v.Pod != "front" || v.Namespace != "shop" || v.PodID != "pod-id" {
+	if v := got[exited.ID()]; v.State != "exited" || v.Exit == nil || v.Exit.Code != 137 || v.Name != "web" ||
+		v.Attempt != 2 || v.Pod != "front" || v.Namespace != "shop" || v.PodID != "pod-id" {
 		t.Errorf("exited: %+v", v)
 	}
 	if v := got["lost"]; v.State != client.Lost || v.Init != self || !strings.Contains(v.Note, "still runs") {
@@ -498,7 +514,8 @@ func TestShim(t *testing.T) {
 	var v view
 	r := ctl(t, "--state", state, "--json", "state", "li")
 	check(t, json.Unmarshal([]byte(r.stdout), &v))
-	if v.Source != client.FromShim || v.State != "running" || v.Init.PID != 4242 || v.OOMKills != 3 || v.Log == nil || v.Log.Error != "no space" {
+	if v.Source != client.FromShim || v.State != "running" || v.Init.PID != 4242 || v.OOMKills != 3 || v.Log == nil ||
+		v.Log.Error != "no space" {
 		t.Errorf("state: %+v", v)
 	}
 	if r := ctl(t, "--state", state, "shims"); !regexp.MustCompile(`live +running +\d+[sm]`).MatchString(r.stdout) {
@@ -506,20 +523,24 @@ func TestShim(t *testing.T) {
 	}
 	ctl(t, "--state", state, "kill", "-s", "sigusr1", "--all", "live")
 	ctl(t, "--state", state, "kill", "live")
-	if len(f.kills) != 2 || f.kills[0].GetSignal() != uint32(syscall.SIGUSR1) || !f.kills[0].GetAll() || f.kills[1].GetSignal() != uint32(syscall.SIGTERM) || f.kills[1].GetAll() {
+	if len(f.kills) != 2 || f.kills[0].GetSignal() != uint32(syscall.SIGUSR1) || !f.kills[0].GetAll() ||
+		f.kills[1].GetSignal() != uint32(syscall.SIGTERM) || f.kills[1].GetAll() {
 		t.Errorf("kills: %v", f.kills)
 	}
 	ctl(t, "--state", state, "resize", "live", "120x40")
 	if len(f.resizes) != 1 || f.resizes[0].GetWidth() != 120 || f.resizes[0].GetHeight() != 40 {
 		t.Errorf("resizes: %v", f.resizes)
 	}
-	if r := ctl(t, "--state", state, "pids", "live"); !strings.Contains(r.stdout, fmt.Sprintf("%d  %s", os.Getpid(), os.Args[0])) {
+	self := fmt.Sprintf("%d  %s", os.Getpid(), os.Args[0])
+	if r := ctl(t, "--state", state, "pids", "live"); !strings.Contains(r.stdout, self) {
 		t.Errorf("pids: %+v", r)
 	}
-	if r := ctl(t, "--state", state, "delete", "live"); r.code != 1 || !strings.Contains(r.stderr, "cannot delete a container that runs") {
+	if r := ctl(t, "--state", state, "delete", "live"); r.code != 1 ||
+		!strings.Contains(r.stderr, "cannot delete a container that runs") {
 		t.Errorf("delete: %+v", r)
 	}
-	if r := ctl(t, "--state", state, "delete", "-f", "live"); r.code != 0 || !strings.Contains(r.stdout, "exit code 137 Error") {
+	if r := ctl(t, "--state", state, "delete", "-f", "live"); r.code != 0 ||
+		!strings.Contains(r.stdout, "exit code 137 Error") {
 		t.Errorf("delete -f: %+v", r)
 	}
 	f.hello = func(r *proto.HelloResponse) { r.ProtocolMin, r.ProtocolMax = 8, 9 }
@@ -564,7 +585,9 @@ func TestStoppedShim(t *testing.T) {
 		t.Fatal(err, status)
 	}
 	r := ctl(t, "--state", state, "shims")
-	if r.code != 0 || !strings.Contains(r.stdout, "(running)") || !strings.Contains(r.stdout, fmt.Sprintf("kill -CONT %d", stopped.Process.Pid)) || !strings.Contains(r.stdout, "live") {
+	if r.code != 0 || !strings.Contains(r.stdout, "(running)") ||
+		!strings.Contains(r.stdout, fmt.Sprintf("kill -CONT %d", stopped.Process.Pid)) ||
+		!strings.Contains(r.stdout, "live") {
 		t.Errorf("shims: %+v", r)
 	}
 	if r := ctl(t, "--state", state, "kill", "stopped"); r.code != 1 || !strings.Contains(r.stderr, "does not answer") {
@@ -590,7 +613,8 @@ func TestHangingShim(t *testing.T) {
 		startFake(t, &fakeShim{dir: newDir(t, state, id), hello: func(*proto.HelloResponse) { <-hang }})
 	}
 	r := ctl(t, "--state", state, "shims")
-	if r.code != 0 || strings.Count(r.stdout, "(running)") != 3 || !strings.Contains(r.stdout, "does not answer in time; "+state) {
+	if r.code != 0 || strings.Count(r.stdout, "(running)") != 3 ||
+		!strings.Contains(r.stdout, "does not answer in time; "+state) {
 		t.Errorf("shims: %+v", r)
 	}
 }
@@ -601,7 +625,8 @@ func TestEvents(t *testing.T) {
 	f.add(&proto.Event{Type: proto.EventType_EVENT_TYPE_CREATED})
 	f.add(&proto.Event{Type: proto.EventType_EVENT_TYPE_STARTED, Init: &proto.Process{Pid: 12}})
 	r := ctl(t, "--state", state, "events", "--json")
-	if lines := strings.Split(strings.TrimSpace(r.stdout), "\n"); len(lines) != 2 || !strings.Contains(lines[1], `"seq":2`) || !strings.Contains(lines[1], `"type":"started"`) {
+	if lines := strings.Split(strings.TrimSpace(r.stdout), "\n"); len(lines) != 2 ||
+		!strings.Contains(lines[1], `"seq":2`) || !strings.Contains(lines[1], `"type":"started"`) {
 		t.Errorf("events: %q", r.stdout)
 	}
 

@@ -21,7 +21,8 @@ import (
 
 func TestBar(t *testing.T) {
 	const mib = 1 << 20
-	half := records.Pull{Phase: records.PullDownloading, Bytes: 50 * mib, TotalBytes: 200 * mib, Layers: 1, TotalLayers: 3, Rate: 1234567}
+	half := records.Pull{Phase: records.PullDownloading, Bytes: 50 * mib, TotalBytes: 200 * mib, Layers: 1,
+		TotalLayers: 3, Rate: 1234567}
 	// It is never longer than the line, and says the most important things first.
 	for width, want := range map[int]string{
 		200: "[#######.......................] 50 MiB of 200 MiB (25%), 1.18 MiB/s, 2m left, 1 of 3 layers",
@@ -33,12 +34,15 @@ func TestBar(t *testing.T) {
 			t.Errorf("in %d columns %q, want %q", width, got, want)
 		}
 	}
-	for _, p := range []records.Pull{{}, {Bytes: 5, TotalBytes: 3, TotalLayers: 1}, {Bytes: 3, TotalBytes: 3, TotalLayers: 1}, {TotalLayers: 1}} {
-		if got := barText(p, 100); p.TotalBytes > 0 && !strings.HasPrefix(got, "["+strings.Repeat("#", barWidth)+"]") || p.TotalBytes == 0 && strings.Contains(got, "[") {
+	for _, p := range []records.Pull{{}, {Bytes: 5, TotalBytes: 3, TotalLayers: 1}, {Bytes: 3, TotalBytes: 3,
+		TotalLayers: 1}, {TotalLayers: 1}} {
+		if got := barText(p, 100); p.TotalBytes > 0 && !strings.HasPrefix(got, "["+strings.Repeat("#", barWidth)+"]") ||
+			p.TotalBytes == 0 && strings.Contains(got, "[") {
 			t.Errorf("%+v: %s", p, got)
 		}
 	}
-	if got := barText(records.Pull{Trouble: "503 \x1b[31mred"}, 100); !strings.HasSuffix(got, "; trying again: 503 ?[31mred") {
+	if got := barText(records.Pull{Trouble: "503 \x1b[31mred"}, 100); !strings.HasSuffix(got,
+		"; trying again: 503 ?[31mred") {
 		t.Errorf("what a registry said is printed as %q", got)
 	}
 	// Not on a terminal: no control characters, and not ten lines a second; but
@@ -52,7 +56,8 @@ func TestBar(t *testing.T) {
 	}
 	b.clear()
 	most := 2 + int(time.Since(began)/(10*time.Second)) // one more every ten seconds
-	if got := out.String(); strings.Count(got, "\n") < 2 || strings.Count(got, "\n") > most || strings.ContainsAny(got, "\r\x1b") {
+	if got := out.String(); strings.Count(got, "\n") < 2 || strings.Count(got, "\n") > most ||
+		strings.ContainsAny(got, "\r\x1b") {
 		t.Errorf("printed %q", got)
 	}
 }
@@ -148,7 +153,8 @@ func TestPulls(t *testing.T) {
 	}
 	now := time.Now()
 	writePulls(t, filepath.Join(state, records.PullsName), map[string]records.Pull{
-		"1.json": {Ref: "a.test/half:1", Pod: "ns/web", Since: now.Add(-10 * time.Minute), Phase: records.PullDownloading, Bytes: 1 << 20, TotalBytes: 4 << 20,
+		"1.json": {Ref: "a.test/half:1", Pod: "ns/web", Since: now.Add(-10 * time.Minute),
+			Phase: records.PullDownloading, Bytes: 1 << 20, TotalBytes: 4 << 20,
 			Layers: 2, TotalLayers: 5, Rate: 1 << 10, Trouble: "503 \x1b"},
 		"2.json": {Ref: "a.test/asked:1", Since: now.Add(-3 * time.Minute), Phase: records.PullResolving},
 		"3.json": {Ref: "a.test/orphan:1", Since: now.Add(-time.Hour), Phase: records.PullUnpacking, Daemon: dead},
@@ -175,7 +181,8 @@ func TestPulls(t *testing.T) {
 		records.Pull
 		Alive bool
 	}
-	if r = ctl(t, "--state", state, "pulls", "--json"); r.code != 0 || json.Unmarshal([]byte(r.stdout), &list) != nil || len(list) != 3 ||
+	if r = ctl(t, "--state", state, "pulls", "--json"); r.code != 0 ||
+		json.Unmarshal([]byte(r.stdout), &list) != nil || len(list) != 3 ||
 		list[0].Alive || !list[1].Alive || list[1].Bytes != 1<<20 {
 		t.Errorf("%+v", r)
 	}
@@ -189,7 +196,8 @@ func TestPullUsage(t *testing.T) {
 		"want IMAGE":                        {"pull"},
 		"there is no command \"push\"; see": {"push"},
 	} {
-		if r := ctl(t, append([]string{"--state", t.TempDir()}, args...)...); r.code != 2 || !strings.Contains(r.stderr, want) {
+		if r := ctl(t, append([]string{"--state", t.TempDir()}, args...)...); r.code != 2 ||
+			!strings.Contains(r.stderr, want) {
 			t.Errorf("%q: %+v", args, r)
 		}
 	}

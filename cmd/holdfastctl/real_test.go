@@ -98,7 +98,8 @@ func (n *node) run(t *testing.T, id, script string, terminal bool) rundir.Dir {
 	t.Helper()
 	dir := rundir.Dir(filepath.Join(n.state, "containers", id))
 	bin := filepath.Join(dir.Path(rundir.RootfsName), "bin")
-	for _, d := range []string{bin, dir.Path(rundir.RootfsName) + "/proc", dir.Path(rundir.RootfsName) + "/dev", dir.Path(rundir.RootfsName) + "/tmp"} {
+	for _, d := range []string{bin, dir.Path(rundir.RootfsName) + "/proc", dir.Path(rundir.RootfsName) + "/dev",
+		dir.Path(rundir.RootfsName) + "/tmp"} {
 		check(t, os.MkdirAll(d, 0o755))
 	}
 	busybox, err := os.ReadFile("/bin/busybox")
@@ -125,16 +126,19 @@ func (n *node) run(t *testing.T, id, script string, terminal bool) rundir.Dir {
 			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs"},
 			{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"newinstance", "ptmxmode=0666"}},
 		},
-		Process: &specs.Process{Terminal: terminal, Args: []string{"sh", "-c", script}, Cwd: "/", Env: []string{"PATH=/bin", "LANG=C"},
+		Process: &specs.Process{Terminal: terminal, Args: []string{"sh", "-c", script}, Cwd: "/",
+			Env:         []string{"PATH=/bin", "LANG=C"},
 			OOMScoreAdj: new(int)},
 		Linux: &specs.Linux{CgroupsPath: path, Namespaces: []specs.LinuxNamespace{
-			{Type: specs.PIDNamespace}, {Type: specs.MountNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace}, {Type: specs.NetworkNamespace}}},
+			{Type: specs.PIDNamespace}, {Type: specs.MountNamespace}, {Type: specs.IPCNamespace},
+			{Type: specs.UTSNamespace}, {Type: specs.NetworkNamespace}}},
 	}
 	runc, err := filepath.Abs(repository + "/bin/runc")
 	check(t, err)
 	c := client.New(dir)
 	defer c.Close()
-	record, err := json.Marshal(map[string]any{"id": id, "podId": n.pod, "config": map[string]any{"metadata": map[string]any{"name": "web"}}})
+	record, err := json.Marshal(map[string]any{"id": id, "podId": n.pod,
+		"config": map[string]any{"metadata": map[string]any{"name": "web"}}})
 	check(t, err)
 	_, err = c.Create(ctx, rundir.Launch{
 		RequestID:    "r",
@@ -171,7 +175,9 @@ func (n *node) end(t *testing.T, dir rundir.Dir) {
 
 func TestRealShim(t *testing.T) {
 	n := newNode(t)
-	dir := n.run(t, "4f1c0ffee4f1c0ffee", `trap 'echo bye; exit 7' TERM; trap 'echo usr1' USR1; echo hello; echo oops >&2; while :; do sleep 0.1; done`, false)
+	const script = `trap 'echo bye; exit 7' TERM; trap 'echo usr1' USR1; echo hello; echo oops >&2
+		while :; do sleep 0.1; done`
+	dir := n.run(t, "4f1c0ffee4f1c0ffee", script, false)
 	const id = "4f1c"
 
 	eventually(t, "the first line in the log", func() bool { return n.ctl(t, "logs", id).stdout == "hello\n" })
@@ -181,15 +187,19 @@ func TestRealShim(t *testing.T) {
 
 	eventually(t, "the list, by the shim itself", func() bool { // which may be too busy once
 		r := n.ctl(t, "shims")
-		return strings.Contains(r.stdout, "running") && !strings.Contains(r.stdout, "(running") && strings.Contains(r.stdout, "web")
+		return strings.Contains(r.stdout, "running") && !strings.Contains(r.stdout, "(running") &&
+			strings.Contains(r.stdout, "web")
 	})
 	if r := n.ctl(t, "pids", id); !strings.Contains(r.stdout, "trap") {
 		t.Errorf("pids: %+v", r)
 	}
-	if r := n.ctl(t, "state", id); !strings.Contains(r.stdout, "source:") || !strings.Contains(r.stdout, "cgroup ") || !strings.Contains(r.stdout, "log written:") {
+	if r := n.ctl(t, "state", id); !strings.Contains(r.stdout, "source:") || !strings.Contains(r.stdout, "cgroup ") ||
+		!strings.Contains(r.stdout, "log written:") {
 		t.Errorf("state: %+v", r)
 	}
-	if r := n.ctl(t, "exec", "-e", "X=y", "-w", "/tmp", "-u", "1000:100", id, "sh", "-c", "echo $X $LANG $PWD; id -u; id -g; echo no >&2; exit 5"); r.code != 5 || r.stdout != "y C /tmp\n1000\n100\n" || r.stderr != "no\n" {
+	if r := n.ctl(t, "exec", "-e", "X=y", "-w", "/tmp", "-u", "1000:100", id, "sh", "-c",
+		"echo $X $LANG $PWD; id -u; id -g; echo no >&2; exit 5"); r.code != 5 || r.stdout != "y C /tmp\n1000\n100\n" ||
+		r.stderr != "no\n" {
 		t.Errorf("exec: %+v", r)
 	}
 	if r := n.ctl(t, "exec", "-i", id, "cat"); r.code != 0 || r.stdout != "typed\n" {
@@ -228,7 +238,8 @@ func TestRealShim(t *testing.T) {
 	if r := logs(); r.code != 0 || r.stdout != "hello\nusr1\nbye\n" || r.stderr != "oops\n" {
 		t.Errorf("logs -f: %+v", r)
 	}
-	if r := events(); r.code != 0 || !strings.Contains(r.stdout, "started") || !strings.Contains(r.stdout, "stopping") || strings.Count(r.stdout, "exited  exit code 7 Error") != 1 {
+	if r := events(); r.code != 0 || !strings.Contains(r.stdout, "started") ||
+		!strings.Contains(r.stdout, "stopping") || strings.Count(r.stdout, "exited  exit code 7 Error") != 1 {
 		t.Errorf("events -f: %+v", r)
 	}
 

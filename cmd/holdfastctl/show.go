@@ -64,7 +64,8 @@ func (a *app) dir(prefix string) (rundir.Dir, error) {
 	found := rundir.Match(dirs, prefix)
 	switch n := len(found); n {
 	case 0:
-		return "", fmt.Errorf("no container matches %q in %s; is --state right? (holdfastctl shims lists them)", prefix, a.state)
+		return "", fmt.Errorf("no container matches %q in %s; is --state right? (holdfastctl shims lists them)",
+			prefix, a.state)
 	case 1:
 		return found[0], nil
 	default:

@@ -25,7 +25,9 @@ func TestPullText(t *testing.T) {
 		"200 MiB of 200 MiB (100%), unpacking, 2 of 3 layers": func(p *Pull) {
 			p.Phase, p.Bytes, p.Layers = PullUnpacking, p.TotalBytes, 2
 		},
-		"50 MiB of 200 MiB (25%), 1 of 3 layers; trying again: 503 \x1b[31mred": func(p *Pull) { p.Trouble = "503 \x1b[31mred" },
+		"50 MiB of 200 MiB (25%), 1 of 3 layers; trying again: 503 \x1b[31mred": func(p *Pull) {
+			p.Trouble = "503 \x1b[31mred"
+		},
 		"asking the registry, since 5m": func(p *Pull) { // in seconds it would depend on the machine
 			*p = Pull{Phase: PullResolving, Since: time.Now().Add(-5 * time.Minute)}
 		},
@@ -39,7 +41,8 @@ func TestPullText(t *testing.T) {
 }
 
 func TestSize(t *testing.T) {
-	for n, want := range map[int64]string{0: "0 B", 999: "999 B", 1000: "0.977 KiB", 1 << 20: "1 MiB", 1023 << 20: "0.999 GiB", 5 << 50: "5.12e+03 TiB"} {
+	for n, want := range map[int64]string{0: "0 B", 999: "999 B", 1000: "0.977 KiB", 1 << 20: "1 MiB",
+		1023 << 20: "0.999 GiB", 5 << 50: "5.12e+03 TiB"} {
 		if got := Size(n); got != want {
 			t.Errorf("%d is %s, want %s", n, got, want)
 		}

@@ -20,16 +20,16 @@ import (
 // Launcher starts shims.
 type Launcher struct {
 	Binary   string
-	LogLevel string
+	LogLevel string // debug, info, warn or error
 	// Place moves the new shim out of the daemon's cgroup. It is called before
-	// the shim does anything, so that whatever it starts is out as well.
+	// the shim does anything, so that what the shim starts is outside as well.
 	Place func(ctx context.Context, id string, pid int) error
 	Log   *slog.Logger
 }
 
 // Launch starts the shim of a run directory and returns when it listens, holds
-// its lock and sits in its cgroup. On an error no process is left. The shim's
-// parent is this process, which reaps it; nothing else ties the two.
+// its lock and is in its cgroup. On an error no process is left. This process is
+// the parent of the shim and reaps it, if it lives long enough.
 func (l *Launcher) Launch(ctx context.Context, dir rundir.Dir) error {
 	if err := l.launch(ctx, dir); err != nil {
 		return fmt.Errorf("cannot start the shim of %s: %w", dir.ID(), err)
@@ -44,9 +44,9 @@ func (l *Launcher) launch(ctx context.Context, dir rundir.Dir) error {
 	}
 	defer logFile.Close()
 
-	// The handshake: a byte from here says that the shim is in its cgroup, a
-	// byte from there that it is ready. The death of either end is an EOF for
-	// the other, so a shim that was placed nowhere does not live on.
+	// The handshake: a byte to the shim says that it is in its cgroup, a byte
+	// from the shim that it is ready. When either process dies, the other one
+	// reads an end of file, so a shim that was not placed does not live on.
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
 		return err
@@ -57,10 +57,10 @@ func (l *Launcher) launch(ctx context.Context, dir rundir.Dir) error {
 	cmd := exec.Command(l.Binary, "--dir", string(dir), "--log-level", l.LogLevel)
 	cmd.Dir = "/"
 	// Nothing of the daemon's environment, such as the service manager's socket,
-	// is for the OCI runtime or a container. One processor is enough for a
-	// shim; set here, each shim takes half a megabyte less than by its own call.
-	// Where the machine has huge pages for everybody, which is Debian's default,
-	// those of the heap would cost one to three megabytes.
+	// is for the OCI runtime or a container. A shim needs one processor only;
+	// setting that here costs half a megabyte less than a call in the shim does.
+	// Where all programs get huge pages, which is Debian's default, those of the
+	// heap would cost one to three megabytes.
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "GOMAXPROCS=1", "GODEBUG=disablethp=1"}
 	cmd.Env = append(cmd.Env, step.Environ()...)
 	cmd.Stdout, cmd.Stderr = logFile, logFile
@@ -98,7 +98,7 @@ func (l *Launcher) handshake(ctx context.Context, id string, pid int, conn *os.F
 		}
 	}
 	if _, err := conn.Write([]byte{1}); err != nil {
-		return fmt.Errorf("it ended before it was told to begin: %w", err)
+		return fmt.Errorf("it ended before it was told to start: %w", err)
 	}
 	var answer [1]byte
 	if _, err := io.ReadFull(conn, answer[:]); err != nil {

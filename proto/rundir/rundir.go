@@ -3,7 +3,7 @@
 //
 // The directory is STATE/containers/ID, on a tmpfs:
 //
-//	shim.lock    held by the shim for life; the proof that it lives (Lock, Held)
+//	shim.lock    held by the shim for life (Lock, Held)
 //	shim.sock    its ttrpc service (Listen, Dial)
 //	shim.json    Identity, written by the shim before it says that it is ready
 //	create.json  Launch: what Create was given, kept for a daemon that lost it
@@ -14,9 +14,9 @@
 //	init.pid     written by the OCI runtime
 //	rootfs       where the daemon mounts the container's root
 //
-// Every .json but config.json is a record (Encode). A reader takes a missing
-// file for "not yet" and a damaged one for "unknown", never for a reason to
-// kill. All that means nothing after a reboot; the shim puts a synced copy of
+// Every .json but config.json is a record (package record). To a reader a missing
+// file means "not yet" and a damaged one "unknown"; neither is a reason to kill.
+// After a reboot none of them means anything; the shim puts a synced copy of
 // exit.json into the durable directory that Create names.
 package rundir
 
@@ -65,7 +65,7 @@ func (d Dir) ID() string { return filepath.Base(string(d)) }
 // Path is the path of a name in the directory.
 func (d Dir) Path(name string) string { return filepath.Join(string(d), name) }
 
-// Identity is shim.json.
+// Identity is shim.json. Nonce differs between any two shim processes.
 type Identity struct {
 	Shim    Process `json:"shim"`
 	BootID  string  `json:"bootId"`
@@ -73,7 +73,7 @@ type Identity struct {
 	Version string  `json:"version"`
 }
 
-// Opaque is something the shim keeps for the daemon without looking inside.
+// Opaque is a record that the shim keeps for the daemon without reading it.
 type Opaque struct {
 	TypeURL string `json:"typeUrl"`
 	Value   []byte `json:"value"`
@@ -81,20 +81,20 @@ type Opaque struct {
 
 // Runtime says how the OCI runtime of this container is called.
 type Runtime struct {
-	Path          string `json:"path"`
-	Root          string `json:"root"`
+	Path          string `json:"path"` // absolute, as is Root
+	Root          string `json:"root"` // its --root
 	SystemdCgroup bool   `json:"systemdCgroup,omitempty"`
 }
 
 // Launch is create.json: all that Create was given but the spec, which is config.json.
 type Launch struct {
-	RequestID    string  `json:"requestId"`
+	RequestID    string  `json:"requestId"` // the same again is the same request
 	Runtime      Runtime `json:"runtime"`
 	Stdin        bool    `json:"stdin,omitempty"`
 	StdinOnce    bool    `json:"stdinOnce,omitempty"`
-	LogDirectory string  `json:"logDirectory,omitempty"`
-	LogPath      string  `json:"logPath,omitempty"`
-	DurableDir   string  `json:"durableDir,omitempty"`
+	LogDirectory string  `json:"logDirectory,omitempty"` // absolute
+	LogPath      string  `json:"logPath,omitempty"`      // below it; empty: the output is dropped
+	DurableDir   string  `json:"durableDir,omitempty"`   // absolute; gets a synced copy of exit.json
 	Container    Opaque  `json:"container"`
 	Sandbox      Opaque  `json:"sandbox"`
 }
@@ -126,8 +126,9 @@ type Status struct {
 	CreatedAt time.Time `json:"createdAt"`
 	StartedAt time.Time `json:"startedAt"`
 	Stop      *Stop     `json:"stop,omitempty"`
-	// Cgroups of the container, by controller, as /proc/PID/cgroup has them;
-	// "" is cgroup v2. They outlive the shim: whoever buries a dead one kills by them.
+	// Cgroups of the container, by controller, as /proc/PID/cgroup has them; ""
+	// is cgroup v2. They outlive the shim: the daemon kills by them what a dead
+	// shim has left.
 	Cgroups map[string]string `json:"cgroups,omitempty"`
 	Seq     uint64            `json:"seq"` // of the last event
 	// InputClosed says that the first client with input has left, and that no other
@@ -221,8 +222,8 @@ func (d Dir) Held() (bool, error) {
 	return lk.Type != unix.F_UNLCK, nil
 }
 
-// throughFD calls f with a short path of the socket: a Unix address holds 107
-// bytes, a run directory may be longer.
+// throughFD calls f with a short path of the socket: the address of a Unix socket
+// holds 107 bytes, and a run directory may be longer. The path is valid during f.
 func (d Dir) throughFD(f func(path string) error) error {
 	dir, err := os.Open(string(d))
 	if err != nil {
@@ -267,8 +268,8 @@ func (d Dir) Dial(ctx context.Context) (net.Conn, error) {
 	return c, nil
 }
 
-// ReadIdentity, ReadLaunch, ReadStatus and ReadExit read one record each.
-// Errors are those of ReadRecord.
+// ReadIdentity, ReadLaunch, ReadStatus and ReadExit read one record each. Errors
+// are those of record.Read: fs.ErrNotExist, record.ErrDamaged.
 func (d Dir) ReadIdentity() (r Identity, err error) {
 	err = record.Read(d.Path(IdentityName), &r)
 	return
@@ -304,8 +305,8 @@ func (d Dir) ReadSpec() ([]byte, error) {
 	return b, err
 }
 
-// WriteIdentity, WriteLaunch and WriteStatus replace one record each. None is
-// synced: after a power cut they mean nothing.
+// WriteIdentity, WriteLaunch and WriteStatus replace one record each. Only the
+// shim calls them. None is synced: after a power cut they mean nothing.
 func (d Dir) WriteIdentity(r Identity) error { return record.Write(d.Path(IdentityName), r, false) }
 func (d Dir) WriteLaunch(r Launch) error     { return record.Write(d.Path(LaunchName), r, false) }
 func (d Dir) WriteStatus(r Status) error     { return record.Write(d.Path(StatusName), r, false) }
