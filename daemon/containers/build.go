@@ -171,7 +171,7 @@ func (b *builder) imageVolumes(_ context.Context, in *spec.Input) (err error) {
 	at := b.m.dir(b.rec.ID).Path(volumesName)
 	in.ImageVolumes, err = b.m.Roots.Volumes(in.Rootfs, names, b.pod.Root(), at, spec.ImageVolumes(in.Container))
 	if err != nil {
-		return fmt.Errorf("config.image: %w", err)
+		return kind.As(kind.Unavailable, fmt.Errorf("config.image: %w", err)) // unless it is kind.Invalid
 	}
 	return nil
 }
@@ -215,7 +215,8 @@ func (b *builder) mountImage(ctx context.Context, i int, m *runtimeapi.Mount) (s
 		return target, nil
 	}
 	if err := b.m.Roots.Bind(target, m.GetImageSubPath(), target+".sub"); err != nil {
-		return "", fmt.Errorf("config.mounts[%d].image_sub_path: %w", i, err)
+		err = fmt.Errorf("config.mounts[%d].image_sub_path: %w", i, err)
+		return "", kind.As(kind.Unavailable, err) // unless it is kind.Invalid
 	}
 	return target + ".sub", nil
 }

@@ -107,16 +107,22 @@ func TestBombs(t *testing.T) {
 		if i > 0 {
 			at = fmt.Sprintf("l%d/", i-1) + at
 		}
-		deep = append(deep, entry{kind: tar.TypeDir, name: at}, entry{kind: tar.TypeSymlink, name: fmt.Sprint("l", i), link: at})
+		deep = append(
+			deep,
+			entry{kind: tar.TypeDir, name: at},
+			entry{kind: tar.TypeSymlink, name: fmt.Sprint("l", i), link: at},
+		)
 	}
 	type bomb struct {
 		next func() []byte
 		want string // in the error; "" for a layer that is fine
 	}
 	bombs := map[string]bomb{
-		"zeros after the end":   {endless(1<<20, func(int) []byte { return zeros }), "larger than the limit"},
-		"zeros in a file":       {pieces(header(tar.TypeReg, "big", 1<<33-1, nil)), `entry "big": bad layer: more than`},
-		"a size of 8 EiB":       {pieces(withPAX(paxRecord("size", fmt.Sprint(math.MaxInt64)), file)), `entry "f": bad layer: more than`},
+		"zeros after the end": {endless(1<<20, func(int) []byte { return zeros }), "larger than the limit"},
+		"zeros in a file":     {pieces(header(tar.TypeReg, "big", 1<<33-1, nil)), `entry "big": bad layer: more than`},
+		"a size of 8 EiB": {pieces(
+			withPAX(paxRecord("size", fmt.Sprint(math.MaxInt64)), file),
+		), `entry "f": bad layer: more than`},
 		"a size beyond 64 bits": {pieces(withPAX(paxRecord("size", "9223372036854775808"), file)), "invalid tar header"},
 		"a negative size":       {pieces(withPAX(paxRecord("size", "-1"), file)), "invalid tar header"},
 		"a negative size, base 256": {pieces(header(tar.TypeReg, "f", 0, func(b []byte) {
@@ -125,34 +131,60 @@ func TestBombs(t *testing.T) {
 		"a size of 95 bits": {pieces(header(tar.TypeReg, "f", 0, func(b []byte) {
 			copy(b[124:136], append([]byte{0x80}, bytes.Repeat([]byte{0x7f}, 11)...))
 		})), "invalid tar header"},
-		"an octal size of 12 digits": {pieces(header(tar.TypeReg, "f", 0, func(b []byte) { copy(b[124:136], "777777777777") })), "more than"},
-		"no octal size":              {pieces(header(tar.TypeReg, "f", 0, func(b []byte) { copy(b[124:136], "89abcdefghi") })), "invalid tar header"},
+		"an octal size of 12 digits": {
+			pieces(header(tar.TypeReg, "f", 0, func(b []byte) { copy(b[124:136], "777777777777") })),
+			"more than",
+		},
+		"no octal size": {pieces(
+			header(tar.TypeReg, "f", 0, func(b []byte) { copy(b[124:136], "89abcdefghi") }),
+		), "invalid tar header"},
 		"a user of 40 bits": {pieces(header(tar.TypeReg, "f", 0, func(b []byte) {
 			copy(b[108:116], []byte{0x80, 0, 0, 0xff, 0, 0, 0, 0})
 		})), `entry "f": bad layer: owner`},
 		"a hole of 8 EiB": {pieces(withPAX(paxRecord("GNU.sparse.major", "1")+paxRecord("GNU.sparse.minor", "0")+
 			paxRecord("GNU.sparse.name", "hole")+paxRecord("GNU.sparse.realsize", fmt.Sprint(math.MaxInt64)),
-			append(header(tar.TypeReg, "f", 512, nil), "1\n9223372036854775807\n0\n"+strings.Repeat("\x00", 512-24)...))), `entry "hole": bad layer: more than`},
+			append(
+				header(tar.TypeReg, "f", 512, nil),
+				"1\n9223372036854775807\n0\n"+strings.Repeat("\x00", 512-24)...,
+			))), `entry "hole": bad layer: more than`},
 		"a sparse map without end": {pieces(withPAX(paxRecord("GNU.sparse.major", "1")+paxRecord("GNU.sparse.minor", "0")+
 			paxRecord("GNU.sparse.name", "hole")+paxRecord("GNU.sparse.realsize", "1000"),
 			append(header(tar.TypeReg, "f", 1<<29, nil), strings.Repeat("99999999999999\n", 1000)...)), zeros), "bad layer"},
-		"PAX records of 1 GiB":    {pieces(header(tar.TypeXHeader, "pax", 1<<30, nil), zeros, zeros), "header field too long"},
-		"a long name of 1 GiB":    {pieces(header(tar.TypeGNULongName, "long", 1<<30, nil), zeros, zeros), "header field too long"},
-		"100,000 attributes":      {pieces(withPAX(xattrs(100_000, 10), file)), "header field too long"},
-		"an attribute of 64 KiB":  {pieces(withPAX(xattrs(1, 64<<10+1), file)), `entry "f"`},
-		"a name of 256 bytes":     {pieces(withPAX(paxRecord("path", strings.Repeat("n", 256)), file)), "file name too long"},
-		"a name of 500 KiB":       {pieces(withPAX(paxRecord("path", strings.Repeat("n/", 250<<10)), file)), "file name too long"},
-		"10,000 directories deep": {pieces(withPAX(paxRecord("path", strings.Repeat("d/", 10_000)), file)), "file name too long"},
-		"54,000 deep, by links":   {pieces(archiveOf(deep)), "file name too long"},
-		"the end of time":         {pieces(withPAX(paxRecord("mtime", fmt.Sprint(math.MaxInt64)), file), zeros[:1024]), ""},
-		"the year 1e20":           {pieces(withPAX(paxRecord("mtime", "31556952"+strings.Repeat("0", 20)), file)), "invalid tar header"},
+		"PAX records of 1 GiB": {pieces(
+			header(tar.TypeXHeader, "pax", 1<<30, nil),
+			zeros,
+			zeros,
+		), "header field too long"},
+		"a long name of 1 GiB": {pieces(
+			header(tar.TypeGNULongName, "long", 1<<30, nil),
+			zeros,
+			zeros,
+		), "header field too long"},
+		"100,000 attributes":     {pieces(withPAX(xattrs(100_000, 10), file)), "header field too long"},
+		"an attribute of 64 KiB": {pieces(withPAX(xattrs(1, 64<<10+1), file)), `entry "f"`},
+		"a name of 256 bytes":    {pieces(withPAX(paxRecord("path", strings.Repeat("n", 256)), file)), "file name too long"},
+		"a name of 500 KiB": {pieces(
+			withPAX(paxRecord("path", strings.Repeat("n/", 250<<10)), file),
+		), "file name too long"},
+		"10,000 directories deep": {
+			pieces(withPAX(paxRecord("path", strings.Repeat("d/", 10_000)), file)),
+			"file name too long",
+		},
+		"54,000 deep, by links": {pieces(archiveOf(deep)), "file name too long"},
+		"the end of time":       {pieces(withPAX(paxRecord("mtime", fmt.Sprint(math.MaxInt64)), file), zeros[:1024]), ""},
+		"the year 1e20": {pieces(
+			withPAX(paxRecord("mtime", "31556952"+strings.Repeat("0", 20)), file),
+		), "invalid tar header"},
 		"many entries": {endless(1<<30, func(i int) []byte { return header(tar.TypeFifo, fmt.Sprint(i%1000), 0, nil) }),
 			fmt.Sprintf("more than %d entries", many)},
 		"many attributes": {endless(100, func(int) []byte {
 			return withPAX(strings.Repeat(paxRecord("c", strings.Repeat("v", 80)), 10_000), file)
 		}), ""},
 		"names that are dots": {endless(1<<30, func(i int) []byte {
-			return withPAX(paxRecord("path", fmt.Sprint(strings.Repeat("/.", 100_000), i%1000)), header(tar.TypeDir, "d", 0, nil))
+			return withPAX(
+				paxRecord("path", fmt.Sprint(strings.Repeat("/.", 100_000), i%1000)),
+				header(tar.TypeDir, "d", 0, nil),
+			)
 		}), "larger than the limit"},
 	}
 	const remembered = "directories to remember"

@@ -75,13 +75,16 @@ func (c *choices) target() string {
 	if c.n(3) > 0 {
 		return c.path()
 	}
-	return pick(c, "/", "..", ".", "", "../../../../../../..", "/victim", "../../../../victim", "../../../../../../../victim/a",
-		"/proc/self/root", "/proc/self/cwd/a", "l", "l/l", "a/l", strings.Repeat("a/", 2000), strings.Repeat("x", 4096), "/dev/shm", "/etc/passwd")
+	return pick(c, "/", "..", ".", "", "../../../../../../..",
+		"/victim", "../../../../victim", "../../../../../../../victim/a",
+		"/proc/self/root", "/proc/self/cwd/a", "l", "l/l", "a/l",
+		strings.Repeat("a/", 2000), strings.Repeat("x", 4096), "/dev/shm", "/etc/passwd")
 }
 
 func (c *choices) entry() entry {
 	h := entry{
-		kind: pick(c, byte(tar.TypeReg), tar.TypeDir, tar.TypeSymlink, tar.TypeLink, tar.TypeReg, tar.TypeDir, tar.TypeSymlink,
+		kind: pick(c, byte(tar.TypeReg), tar.TypeDir, tar.TypeSymlink, tar.TypeLink,
+			tar.TypeReg, tar.TypeDir, tar.TypeSymlink,
 			tar.TypeChar, tar.TypeBlock, tar.TypeFifo, tar.TypeCont, 'Z', tar.TypeXGlobalHeader),
 		name: c.path(),
 		mode: pick[int64](c, 0o644, 0o755, 0, 0o4755, 0o1777, 0o100644, 0o7777777),
@@ -102,7 +105,12 @@ func (c *choices) entry() entry {
 	case 11:
 		h.xattrs = map[string]string{"user.a": "1"}
 	case 10:
-		h.xattrs = map[string]string{"trusted.overlay.opaque": "y", "user.overlay.opaque": "y", "security.selinux": "x", "user.b": ""}
+		h.xattrs = map[string]string{
+			"trusted.overlay.opaque": "y",
+			"user.overlay.opaque":    "y",
+			"security.selinux":       "x",
+			"user.b":                 "",
+		}
 	case 9:
 		h.xattrs = map[string]string{"security.capability": "\x01\x00\x00\x02" + strings.Repeat("\x00", 16), "user.a": "2"}
 	case 8:
@@ -157,7 +165,8 @@ func archiveOf(entries []entry) []byte {
 			return 0
 		}
 		header := rawHeader{kind: h.kind, name: set("path", h.name, 100), link: set("linkpath", h.link, 100), mode: h.mode,
-			uid: number("uid", h.uid), gid: number("gid", h.gid), mtime: max(h.mtime, 0), size: int64(len(body)), major: h.major, minor: h.minor}
+			uid: number("uid", h.uid), gid: number("gid", h.gid), mtime: max(h.mtime, 0),
+			size: int64(len(body)), major: h.major, minor: h.minor}
 		if h.mtime < 0 {
 			pax["mtime"] = fmt.Sprint(h.mtime)
 		}
@@ -282,7 +291,8 @@ func (g *guarded) state(t testing.TB) string {
 			return err
 		}
 		st := lstat(t, path)
-		if st.Mode&unix.S_IFMT == unix.S_IFDIR && strings.HasPrefix(path, g.dir+"/") && !strings.HasPrefix(path, g.dir+"/victim") {
+		if st.Mode&unix.S_IFMT == unix.S_IFDIR && strings.HasPrefix(path, g.dir+"/") &&
+			!strings.HasPrefix(path, g.dir+"/victim") {
 			return fs.SkipDir // the layers themselves
 		}
 		fmt.Fprintln(&b, path, st.Mode, st.Uid, st.Gid, st.Ino, st.Nlink, st.Size, st.Mtim, st.Ctim)
@@ -391,7 +401,19 @@ func show(layers ...[]entry) string {
 			if h.link != "" {
 				fmt.Fprintf(&b, " -> %.80q", h.link)
 			}
-			fmt.Fprintf(&b, " mode %o owner %d:%d time %d size %d+%d device %d:%d %q\n", h.mode, h.uid, h.gid, h.mtime, h.hole, len(h.body), h.major, h.minor, h.xattrs)
+			fmt.Fprintf(
+				&b,
+				" mode %o owner %d:%d time %d size %d+%d device %d:%d %q\n",
+				h.mode,
+				h.uid,
+				h.gid,
+				h.mtime,
+				h.hole,
+				len(h.body),
+				h.major,
+				h.minor,
+				h.xattrs,
+			)
 		}
 	}
 	return b.String()
@@ -444,12 +466,17 @@ func TestFoundByFuzzing(t *testing.T) {
 		}
 	}
 	for name, entries := range map[string][]entry{
-		"inodes below zero":                  manyLinks,
-		"a tree is replaced by a file":       {file("a/b/c"), file("a/b/d"), file("a")},
-		"a made-up name that is no UTF-8":    {file("\xff/a")},
-		"opaque, in a directory of aufs":     {file("a/.wh..wh.plnk/.wh..wh..opq")},
-		"made up, in a setgid directory":     {{kind: tar.TypeDir, name: ".", mode: 0o2755, gid: 7, mtime: 1e9}, file("a/b")},
-		"another directory has the name":     {dir("a/c", 0o700), {kind: tar.TypeDir, name: "c", mode: 0o755, mtime: 2e9}, soft("a", "/")},
+		"inodes below zero":               manyLinks,
+		"a tree is replaced by a file":    {file("a/b/c"), file("a/b/d"), file("a")},
+		"a made-up name that is no UTF-8": {file("\xff/a")},
+		"opaque, in a directory of aufs":  {file("a/.wh..wh.plnk/.wh..wh..opq")},
+		"made up, in a setgid directory":  {{kind: tar.TypeDir, name: ".", mode: 0o2755, gid: 7, mtime: 1e9}, file("a/b")},
+		"another directory has the name": {dir("a/c", 0o700), {
+			kind:  tar.TypeDir,
+			name:  "c",
+			mode:  0o755,
+			mtime: 2e9,
+		}, soft("a", "/")},
 		"made up, then hidden":               {file("a/b"), file(".wh.a")},
 		"hidden, then made up":               {file(".wh.a"), file("a/b")},
 		"a hard link to itself by a link":    {file("d/a"), soft("l", "d"), link("d/a", "l/a")},
@@ -458,12 +485,21 @@ func TestFoundByFuzzing(t *testing.T) {
 		t.Run(name, func(t *testing.T) { checkLayer(t, g, entries) })
 	}
 	for name, layers := range map[string][][]entry{
-		"the same layer twice":                {{file("a")}, {file(".wh.a"), file("b")}, {file("a")}},
-		"the same empty layer many times":     {nil, nil, {file("a")}, nil},
-		"an opaque root":                      {{dir(".", 0o700), file("a"), file("d/b")}, {file(".wh..wh..opq"), file("d/c")}},
-		"opaque, not itself hidden":           {{dir("tmp", 0o1777), file("tmp/a")}, {file("tmp/.wh..wh..opq"), file("tmp/b")}},
-		"hidden, and made up again":           {{dir("tmp", 0o1777), file("tmp/a")}, {file(".wh.tmp"), file("tmp/b")}},
-		"opaque, with directories in it":      {{dir("a", 0o700), dir("a/b", 0o700), file("a/b/c")}, {file("a/.wh..wh..opq"), file("a/b/d")}},
+		"the same layer twice":            {{file("a")}, {file(".wh.a"), file("b")}, {file("a")}},
+		"the same empty layer many times": {nil, nil, {file("a")}, nil},
+		"an opaque root": {{dir(".", 0o700), file("a"), file("d/b")}, {
+			file(".wh..wh..opq"),
+			file("d/c"),
+		}},
+		"opaque, not itself hidden": {{dir("tmp", 0o1777), file("tmp/a")}, {
+			file("tmp/.wh..wh..opq"),
+			file("tmp/b"),
+		}},
+		"hidden, and made up again": {{dir("tmp", 0o1777), file("tmp/a")}, {file(".wh.tmp"), file("tmp/b")}},
+		"opaque, with directories in it": {{dir("a", 0o700), dir("a/b", 0o700), file("a/b/c")}, {
+			file("a/.wh..wh..opq"),
+			file("a/b/d"),
+		}},
 		"a file in between hides a directory": {{dir("a", 0o700), file("a/b")}, {file("a")}, {dir("a", 0o711), file("a/c")}},
 	} {
 		t.Run(name, func(t *testing.T) { checkUnion(t, g, layers) })
@@ -496,9 +532,26 @@ func TestRandomLayers(t *testing.T) {
 // rawSeeds are archives to mutate.
 func rawSeeds(t testing.TB) [][]byte {
 	return [][]byte{
-		archive(t, e{name: "a/b", body: "x"}, e{name: ".wh.c"}, e{name: "l", typ: tar.TypeSymlink, link: "/"}, e{name: "l/x", body: "y"}),
-		archive(t, e{name: "d", typ: tar.TypeDir}, e{name: "d/a", body: "x"}, e{name: "h", typ: tar.TypeLink, link: "d/a"}, e{name: "d/.wh..wh..opq"}),
-		archive(t, e{name: "l", typ: tar.TypeSymlink, link: "../../.."}, e{name: "l/l", typ: tar.TypeSymlink, link: ".."}, e{name: "l/l/l", typ: tar.TypeFifo}),
+		archive(
+			t,
+			e{name: "a/b", body: "x"},
+			e{name: ".wh.c"},
+			e{name: "l", typ: tar.TypeSymlink, link: "/"},
+			e{name: "l/x", body: "y"},
+		),
+		archive(
+			t,
+			e{name: "d", typ: tar.TypeDir},
+			e{name: "d/a", body: "x"},
+			e{name: "h", typ: tar.TypeLink, link: "d/a"},
+			e{name: "d/.wh..wh..opq"},
+		),
+		archive(
+			t,
+			e{name: "l", typ: tar.TypeSymlink, link: "../../.."},
+			e{name: "l/l", typ: tar.TypeSymlink, link: ".."},
+			e{name: "l/l/l", typ: tar.TypeFifo},
+		),
 		archiveOf([]entry{{kind: tar.TypeReg, name: "hole", body: "x", hole: 4096, uid: 1 << 31}}),
 	}
 }

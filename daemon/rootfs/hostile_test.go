@@ -88,7 +88,12 @@ func TestHolesAreCalledOff(t *testing.T) {
 	body := make([]byte, 512)
 	copy(body, "1\n429496729600\n0\n") // the map: one piece, of no bytes, at the end
 	// The writer refuses records of sparse files, so they are patched in.
-	records := map[string]string{"XNU.sparse.major": "1", "XNU.sparse.minor": "0", "XNU.sparse.name": "big", "XNU.sparse.realsize": "429496729600"}
+	records := map[string]string{
+		"XNU.sparse.major":    "1",
+		"XNU.sparse.minor":    "0",
+		"XNU.sparse.name":     "big",
+		"XNU.sparse.realsize": "429496729600",
+	}
 	if err := w.WriteHeader(&tar.Header{Name: "f", Size: int64(len(body)), Mode: 0o644, PAXRecords: records}); err != nil {
 		t.Fatal(err)
 	}
@@ -103,7 +108,11 @@ func TestHolesAreCalledOff(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
 	began := time.Now()
-	if err := s.Apply(ctx, digest.FromBytes(raw), bytes.NewReader(raw)); !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, ErrBadLayer) {
+	if err := s.Apply(
+		ctx,
+		digest.FromBytes(raw),
+		bytes.NewReader(raw),
+	); !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, ErrBadLayer) {
 		t.Errorf("%v", err)
 	}
 	if took := time.Since(began); took > time.Minute { // all of it would take longer

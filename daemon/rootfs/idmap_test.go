@@ -45,7 +45,13 @@ func newUserns(t testing.TB) *IDMap {
 		c.Process.Kill()
 		c.Wait()
 	})
-	return &IDMap{Userns: fmt.Sprintf("/proc/%d/ns/user", c.Process.Pid), HostUID: hostUID, UIDs: mappedIDs, HostGID: hostGID, GIDs: mappedIDs}
+	return &IDMap{
+		Userns:  fmt.Sprintf("/proc/%d/ns/user", c.Process.Pid),
+		HostUID: hostUID,
+		UIDs:    mappedIDs,
+		HostGID: hostGID,
+		GIDs:    mappedIDs,
+	}
 }
 
 // mountMapped is mount for a user namespace. The way to the target is open to
@@ -106,8 +112,9 @@ func TestMappedOwners(t *testing.T) {
 	rw, root := mountMapped(t, s, m, base, top)
 
 	for name, want := range map[string]string{
-		".": "0:0 755", "root": "0:0 600", "user": "7:7 600", "stranger": "65534:65534 644", "setuid": "7:7 6755", "null": "0:0 666",
-		"fifo": "7:7 644", "link": "7:7 777", "dir": "7:7 1777", "dir/new": "8:8 644", "opaque": "9:9 755", "alone": "0:0 755", "alone/x": "0:0 644",
+		".": "0:0 755", "root": "0:0 600", "user": "7:7 600", "stranger": "65534:65534 644",
+		"setuid": "7:7 6755", "null": "0:0 666", "fifo": "7:7 644", "link": "7:7 777",
+		"dir": "7:7 1777", "dir/new": "8:8 644", "opaque": "9:9 755", "alone": "0:0 755", "alone/x": "0:0 644",
 	} {
 		if got, err := as(t, m, 0, root, "stat -c '%u:%g %a' "+name); got != want || err != nil {
 			t.Errorf("%s looks like %q from inside (%v), want %q", name, got, err, want)
@@ -132,7 +139,11 @@ func TestMappedOwners(t *testing.T) {
 		{7, "test $(stat -c %h one) = 2 && cmp one two && echo more >>one", true},
 		{0, "chown 5:6 root && stat -c %u:%g root | grep -qx 5:6", true},
 		{0, fmt.Sprintf("chown %d root", mappedIDs), false},
-		{0, "echo >new && mkdir -m 700 newdir && chown 7 newdir && mv dir/new newdir && rm xattr && ln one newdir/three", true},
+		{
+			0,
+			"echo >new && mkdir -m 700 newdir && chown 7 newdir && mv dir/new newdir && rm xattr && ln one newdir/three",
+			true,
+		},
 		{7, "cat newdir/new", true},
 		{0, "mknod n c 1 3", false},
 		{0, "getfattr -n user.name xattr 2>/dev/null || true", true},
@@ -144,7 +155,15 @@ func TestMappedOwners(t *testing.T) {
 		}
 	}
 	upper := filepath.Join(rw, upperName)
-	for name, want := range map[string][2]uint32{".": {0, 0}, "root": {5, 6}, "new": {0, 0}, "newdir": {7, 0}, "newdir/new": {8, 8}, "one": {7, 7}, "dir": {7, 7}} {
+	for name, want := range map[string][2]uint32{
+		".":          {0, 0},
+		"root":       {5, 6},
+		"new":        {0, 0},
+		"newdir":     {7, 0},
+		"newdir/new": {8, 8},
+		"one":        {7, 7},
+		"dir":        {7, 7},
+	} {
 		if st := lstat(t, upper, name); st.Uid != hostUID+want[0] || st.Gid != hostGID+want[1] {
 			t.Errorf("%s is of %d:%d on the disk, want %v mapped", name, st.Uid, st.Gid, want)
 		}
@@ -152,7 +171,8 @@ func TestMappedOwners(t *testing.T) {
 	// Capabilities count in the user namespace alone: its root is in the attribute.
 	b := make([]byte, 64)
 	n, err := unix.Lgetxattr(filepath.Join(upper, "caps"), "security.capability", b)
-	if err != nil || n != 24 || b[3] != 3 || b[4] != 0 || b[5] != 4 || uint32(b[20])|uint32(b[21])<<8|uint32(b[22])<<16 != hostUID {
+	if err != nil || n != 24 || b[3] != 3 || b[4] != 0 || b[5] != 4 ||
+		uint32(b[20])|uint32(b[21])<<8|uint32(b[22])<<16 != hostUID {
 		t.Errorf("the capability of a file that was copied up is %x, %v", b[:n], err)
 	}
 	// The layers are as they were.
@@ -177,13 +197,30 @@ func TestMappedCapabilities(t *testing.T) {
 	}
 	caps := "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
 	// With their own name, for a program that is many of them.
-	layer := apply(t, s, e{name: "caps/cat", body: string(program), mode: 0o755, pax: map[string]string{"SCHILY.xattr.security.capability": caps}},
+	layer := apply(t, s, e{
+		name: "caps/cat",
+		body: string(program),
+		mode: 0o755,
+		pax:  map[string]string{"SCHILY.xattr.security.capability": caps},
+	},
 		e{name: "setuid/cat", body: string(program), mode: 0o4755, uid: 9})
 	_, root := mountMapped(t, s, m, layer)
-	if got, err := as(t, m, 7, root, "caps/cat /proc/self/status | grep CapEff"); !strings.HasSuffix(got, "0000000000000400") {
+	if got, err := as(
+		t,
+		m,
+		7,
+		root,
+		"caps/cat /proc/self/status | grep CapEff",
+	); !strings.HasSuffix(got, "0000000000000400") {
 		t.Errorf("a program with cap_net_bind_service has %s, %v", got, err)
 	}
-	if got, err := as(t, m, 7, root, "setuid/cat /proc/self/status | grep Uid"); strings.Join(strings.Fields(got), " ") != "Uid: 7 9 9 9" {
+	if got, err := as(
+		t,
+		m,
+		7,
+		root,
+		"setuid/cat /proc/self/status | grep Uid",
+	); strings.Join(strings.Fields(got), " ") != "Uid: 7 9 9 9" {
 		t.Errorf("a program of 9 with the setuid bit, run by 7, is %s, %v", got, err)
 	}
 }
@@ -261,7 +298,13 @@ func TestMappedLeftovers(t *testing.T) {
 		t.Errorf("still mounted: %v, %v", on, err)
 	}
 	read(t, s.layerDir(layer), diffName, "file")
-	if err := s.Mount(t.Context(), []digest.Digest{"sha256:" + digest.Digest(strings.Repeat("0", 64))}, rw, target, m); !errors.Is(err, ErrNoLayer) {
+	if err := s.Mount(
+		t.Context(),
+		[]digest.Digest{"sha256:" + digest.Digest(strings.Repeat("0", 64))},
+		rw,
+		target,
+		m,
+	); !errors.Is(err, ErrNoLayer) {
 		t.Errorf("a layer that is not there: %v", err)
 	}
 	gone(t, target+mappedSuffix)

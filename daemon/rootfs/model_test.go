@@ -44,7 +44,14 @@ type node struct {
 const anyTime = -1 << 62
 
 func dirNode() *node {
-	return &node{kind: tar.TypeDir, mode: 0o755, mtime: anyTime, xattrs: map[string]string{}, kids: map[string]*node{}, implied: true}
+	return &node{
+		kind:    tar.TypeDir,
+		mode:    0o755,
+		mtime:   anyTime,
+		xattrs:  map[string]string{},
+		kids:    map[string]*node{},
+		implied: true,
+	}
 }
 
 func (n *node) isDir() bool { return n.kind == tar.TypeDir }
@@ -327,7 +334,15 @@ func (m *model) hide(n *node) {
 		case !kid.lower:
 		case kid.isDir() && kid.touched:
 			if kid.implied {
-				*kid = node{kind: tar.TypeDir, mode: 0o755, mtime: anyTime, kids: kid.kids, implied: true, lower: true, touched: true}
+				*kid = node{
+					kind:    tar.TypeDir,
+					mode:    0o755,
+					mtime:   anyTime,
+					kids:    kid.kids,
+					implied: true,
+					lower:   true,
+					touched: true,
+				}
 			}
 			m.hide(kid)
 		default:

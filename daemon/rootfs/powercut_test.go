@@ -156,9 +156,17 @@ func TestFullDisk(t *testing.T) {
 	dir := smallDisk(t, "3M", "-m", "0", "-O", "^has_journal")
 	s := open(t, filepath.Join(dir, "layers"))
 	kept := apply(t, s, e{name: "kept", body: strings.Repeat("x", 500_000)})
-	big := archive(t, e{name: "a", body: strings.Repeat("a", 1_000_000)}, e{name: "b", body: strings.Repeat("b", 1_500_000)})
+	big := archive(
+		t,
+		e{name: "a", body: strings.Repeat("a", 1_000_000)},
+		e{name: "b", body: strings.Repeat("b", 1_500_000)},
+	)
 	for range 2 {
-		if err := s.Apply(t.Context(), digest.FromBytes(big), bytes.NewReader(big)); !errors.Is(err, unix.ENOSPC) || errors.Is(err, ErrBadLayer) {
+		if err := s.Apply(
+			t.Context(),
+			digest.FromBytes(big),
+			bytes.NewReader(big),
+		); !errors.Is(err, unix.ENOSPC) || errors.Is(err, ErrBadLayer) {
 			t.Fatalf("got %v", err)
 		}
 		if s.Has(digest.FromBytes(big)) {

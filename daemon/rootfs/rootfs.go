@@ -92,12 +92,12 @@ type Store struct {
 	dir string
 	log *slog.Logger
 
-	background sync.WaitGroup // deletions and the syncer; Close waits
-	wake       chan struct{}  // of the syncer; closed by Close
+	background sync.WaitGroup // deletions and syncs; Close waits
+	disk       *os.File       // dir, open for syncs; closed by Close
 	discarded  atomic.Uint64
 
 	mu       sync.Mutex
-	closed   bool
+	syncing  bool // sync runs
 	layers   map[digest.Digest]*layerRecord
 	held     map[digest.Digest]chan struct{} // closed when the layer is released
 	unsynced []*layerRecord                  // also of layers that are gone meanwhile
@@ -115,19 +115,17 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 		Limits: DefaultLimits,
 		dir:    dir,
 		log:    log,
-		wake:   make(chan struct{}, 1),
 		layers: map[digest.Digest]*layerRecord{},
 		held:   map[digest.Digest]chan struct{}{},
 	}
-	if err := s.load(); err != nil {
-		return nil, fmt.Errorf("cannot open the layers: %w", err)
+	err := s.load()
+	if err == nil {
+		s.disk, err = os.Open(dir)
 	}
-	synced, err := os.Open(dir)
 	if err != nil {
 		return nil, fmt.Errorf("cannot open the layers: %w", err)
 	}
-	s.background.Go(func() { s.syncer(synced) })
-	s.kickLocked() // nobody else has the store yet
+	s.syncLocked() // nobody else has the store yet
 	return s, nil
 }
 
@@ -252,13 +250,8 @@ func (s *Store) loadLayer(d digest.Digest) error {
 // Close waits for the work in the background: syncs and deletions. What it
 // does not see through, the next Open does.
 func (s *Store) Close() error {
-	s.mu.Lock()
-	if !s.closed {
-		s.closed = true
-		close(s.wake)
-	}
-	s.mu.Unlock()
 	s.background.Wait()
+	s.disk.Close()
 	return nil
 }
 
@@ -411,7 +404,7 @@ func (s *Store) apply(ctx context.Context, diffID digest.Digest, stream io.Reade
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.noteLocked(&r, false)
-	s.kickLocked()
+	s.syncLocked()
 	return nil
 }
 
@@ -505,41 +498,41 @@ func (s *Store) deleteLater(path string) {
 	})
 }
 
-// kickLocked wakes the syncer.
-func (s *Store) kickLocked() {
-	if s.closed {
-		return
-	}
-	select {
-	case s.wake <- struct{}{}:
-	default: // awake already
+// syncLocked makes sure that what is not synced will be.
+func (s *Store) syncLocked() {
+	if !s.syncing {
+		s.syncing = true
+		s.background.Go(s.sync)
 	}
 }
 
-// syncer puts layers on the disk and marks them. One syncfs serves all layers
-// that were unpacked before it began, and nobody waits for it. dir was opened before
-// this process wrote any: a later one is not told of what failed until then.
-func (s *Store) syncer(dir *os.File) {
-	defer dir.Close()
-	for range s.wake {
+// sync puts layers on the disk and marks them. One syncfs serves all layers that
+// were unpacked before it began, and nobody waits for it. The directory was opened
+// before this process wrote any: a later descriptor is not told of what failed
+// until then.
+func (s *Store) sync() {
+	for {
 		s.mu.Lock()
 		todo := s.unsynced
 		s.unsynced = nil
+		s.syncing = len(todo) > 0
 		s.mu.Unlock()
 		if len(todo) == 0 {
-			continue
+			return
 		}
-		if err := unix.Syncfs(int(dir.Fd())); err != nil {
+		if err := unix.Syncfs(int(s.disk.Fd())); err != nil {
 			// Not tried again: the kernel says once that something could not be
 			// written, and then takes it for written.
 			s.log.Error("cannot sync layers, they have to be unpacked again after a reboot", "layers", len(todo), "error", err)
 			continue
 		}
 		if err := s.mark(todo); err != nil {
+			s.log.Error("cannot mark layers as synced, a power cut would lose them", "layers", len(todo), "error", err)
 			s.mu.Lock()
 			s.unsynced = append(s.unsynced, todo...) // with the next ones
+			s.syncing = false
 			s.mu.Unlock()
-			s.log.Error("cannot mark layers as synced, a power cut would lose them", "layers", len(todo), "error", err)
+			return
 		}
 	}
 }

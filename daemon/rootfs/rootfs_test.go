@@ -48,7 +48,8 @@ func archive(t testing.TB, entries ...e) []byte {
 	for _, x := range entries {
 		h := &tar.Header{
 			Name: x.name, Typeflag: x.typ, Size: int64(len(x.body)), Linkname: x.link, Mode: x.mode,
-			Uid: x.uid, Gid: x.uid, Devmajor: x.dev[0], Devminor: x.dev[1], ModTime: then, PAXRecords: x.pax, Format: tar.FormatPAX,
+			Uid: x.uid, Gid: x.uid, Devmajor: x.dev[0], Devminor: x.dev[1], ModTime: then,
+			PAXRecords: x.pax, Format: tar.FormatPAX,
 		}
 		if h.Typeflag == 0 {
 			h.Typeflag = tar.TypeReg
@@ -150,7 +151,7 @@ func gone(t testing.TB, path ...string) {
 func TestEveryKindOfEntry(t *testing.T) {
 	s := open(t, t.TempDir())
 	long := strings.Repeat("d/", 120) + strings.Repeat("n", 200)
-	capability := "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00" // net_bind_service, effective
+	capability := "\x01\x00\x00\x02\x00\x04" + strings.Repeat("\x00", 14) // net_bind_service, effective
 	root := mount(t, s, apply(t, s,
 		e{name: "./", typ: tar.TypeDir, mode: 0o751},
 		e{name: "bin/", typ: tar.TypeDir, mode: 0o555, uid: 7},
@@ -168,7 +169,8 @@ func TestEveryKindOfEntry(t *testing.T) {
 		e{name: "big", body: strings.Repeat("0123456789", 100_000)},
 		e{name: "tmp", typ: tar.TypeDir, mode: 0o1777},
 	))
-	if st := lstat(t, root, "bin/su"); st.Mode != unix.S_IFREG|0o4755 || st.Uid != 3 || st.Nlink != 2 || st.Mtim.Sec != then.Unix() {
+	if st := lstat(t, root, "bin/su"); st.Mode != unix.S_IFREG|0o4755 || st.Uid != 3 || st.Nlink != 2 ||
+		st.Mtim.Sec != then.Unix() {
 		t.Errorf("setuid file: mode %o uid %d links %d time %d", st.Mode, st.Uid, st.Nlink, st.Mtim.Sec)
 	}
 	if st := lstat(t, root, "bin"); st.Mode != unix.S_IFDIR|0o555 || st.Uid != 7 || st.Mtim.Sec != then.Unix() {
@@ -186,10 +188,15 @@ func TestEveryKindOfEntry(t *testing.T) {
 	if st := lstat(t, root, "dev/fifo"); st.Mode != unix.S_IFIFO|0o600 || st.Uid != 9 {
 		t.Errorf("fifo: mode %o uid %d", st.Mode, st.Uid)
 	}
-	if st := lstat(t, root, "bin/hardsoft"); st.Mode&unix.S_IFMT != unix.S_IFLNK || st.Nlink != 2 || st.Mtim.Sec != then.Unix() {
+	if st := lstat(t, root, "bin/hardsoft"); st.Mode&unix.S_IFMT != unix.S_IFLNK || st.Nlink != 2 ||
+		st.Mtim.Sec != then.Unix() {
 		t.Errorf("hard link to a symbolic one: mode %o links %d", st.Mode, st.Nlink)
 	}
-	for name, want := range map[string]string{"security.capability": capability, "user.note": "hi", "trusted.overlay.redirect": ""} {
+	for name, want := range map[string]string{
+		"security.capability":      capability,
+		"user.note":                "hi",
+		"trusted.overlay.redirect": "",
+	} {
 		b := make([]byte, 64)
 		n, _ := unix.Lgetxattr(filepath.Join(root, "bin/ping"), name, b)
 		if got := string(b[:max(n, 0)]); got != want {
@@ -211,7 +218,15 @@ func TestHardLinksHaveAttributes(t *testing.T) {
 	later := func(h *tar.Header) { h.ModTime = then.Add(time.Hour) }
 	root := mount(t, s, apply(t, s,
 		e{name: "a", body: "a", mode: 0o4755},
-		e{name: "b", typ: tar.TypeLink, link: "a", mode: 0o640, uid: 5, raw: later, pax: map[string]string{"SCHILY.xattr.user.note": "hi"}},
+		e{
+			name: "b",
+			typ:  tar.TypeLink,
+			link: "a",
+			mode: 0o640,
+			uid:  5,
+			raw:  later,
+			pax:  map[string]string{"SCHILY.xattr.user.note": "hi"},
+		},
 		e{name: "s", typ: tar.TypeSymlink, link: "/etc/passwd"},
 		e{name: "t", typ: tar.TypeLink, link: "s", mode: 0o600, uid: 6, raw: later},
 		e{name: "p", body: "p", mode: 0o755, pax: map[string]string{"SCHILY.xattr.security.capability": capability}},
@@ -286,7 +301,14 @@ func TestWhiteouts(t *testing.T) {
 	for _, name := range []string{"a", "dir/x", "opaque/x", "over/x", "late/x", "deep/er/x", ".wh.a", ".wh..wh.plnk/1"} {
 		gone(t, root, name)
 	}
-	for name, want := range map[string]string{"dir/y": "1", "opaque/z": "2", "over/z": "2", "late/z": "2", "deep/er/z": "2", "file": "2"} {
+	for name, want := range map[string]string{
+		"dir/y":     "1",
+		"opaque/z":  "2",
+		"over/z":    "2",
+		"late/z":    "2",
+		"deep/er/z": "2",
+		"file":      "2",
+	} {
 		if got := read(t, root, name); got != want {
 			t.Errorf("%s is %q, want %q", name, got, want)
 		}
@@ -334,9 +356,20 @@ func TestMadeUpDirectoriesHaveAttributes(t *testing.T) {
 		e{name: "d", typ: tar.TypeDir, pax: map[string]string{"SCHILY.xattr." + def: acl}},
 		e{name: "d/sub", typ: tar.TypeDir, pax: map[string]string{"SCHILY.xattr.user.a": "sub"}},
 		e{name: "d/plain", typ: tar.TypeDir})
-	top := apply(t, s, e{name: "d", typ: tar.TypeDir, mode: 0o750, pax: map[string]string{"SCHILY.xattr." + def: acl}}, e{name: "d/sub/x", body: "x"}, e{name: "d/plain/x", body: "x"})
+	top := apply(
+		t,
+		s,
+		e{name: "d", typ: tar.TypeDir, mode: 0o750, pax: map[string]string{"SCHILY.xattr." + def: acl}},
+		e{name: "d/sub/x", body: "x"},
+		e{name: "d/plain/x", body: "x"},
+	)
 	root := mount(t, s, base, top)
-	for name, want := range map[string]map[string]string{".": {"user.a": "root"}, "d": {def: acl}, "d/sub": {"user.a": "sub"}, "d/plain": {}} {
+	for name, want := range map[string]map[string]string{
+		".":       {"user.a": "root"},
+		"d":       {def: acl},
+		"d/sub":   {"user.a": "sub"},
+		"d/plain": {},
+	} {
 		got := xattrs(filepath.Join(root, name))
 		maps.DeleteFunc(got, func(k, _ string) bool { return strings.HasPrefix(k, "trusted.") })
 		if !maps.Equal(got, want) {
@@ -347,7 +380,12 @@ func TestMadeUpDirectoriesHaveAttributes(t *testing.T) {
 		}
 	}
 	m := &IDMap{HostUID: 1000, UIDs: 8, HostGID: 2000, GIDs: 8}
-	if got := m.hostACL(acl); got != strings.Replace(acl, "\x02\x00\x07\x00\x07\x00\x00\x00", "\x02\x00\x07\x00\xef\x03\x00\x00", 1) {
+	if got := m.hostACL(acl); got != strings.Replace(
+		acl,
+		"\x02\x00\x07\x00\x07\x00\x00\x00",
+		"\x02\x00\x07\x00\xef\x03\x00\x00",
+		1,
+	) {
 		t.Errorf("with ids of the host: %q", got)
 	}
 }
@@ -549,10 +587,18 @@ func TestWrongDigestAndBrokenStreamLeaveNothing(t *testing.T) {
 		t.Errorf("wrong digest: %v", err)
 	}
 	cut := errors.New("the line went dead")
-	if err := s.Apply(t.Context(), digest.FromBytes(b), io.MultiReader(bytes.NewReader(b[:300_000]), &failing{cut})); !errors.Is(err, cut) {
+	if err := s.Apply(
+		t.Context(),
+		digest.FromBytes(b),
+		io.MultiReader(bytes.NewReader(b[:300_000]), &failing{cut}),
+	); !errors.Is(err, cut) {
 		t.Errorf("cut: %v", err)
 	}
-	if err := s.Apply(t.Context(), digest.FromBytes(b[:300_000]), bytes.NewReader(b[:300_000])); !errors.Is(err, ErrBadLayer) {
+	if err := s.Apply(
+		t.Context(),
+		digest.FromBytes(b[:300_000]),
+		bytes.NewReader(b[:300_000]),
+	); !errors.Is(err, ErrBadLayer) {
 		t.Errorf("truncated archive: %v", err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -648,7 +694,11 @@ func TestOpenAfterACrash(t *testing.T) {
 	if err := record.Write(path, r, false); err != nil {
 		t.Fatal(err)
 	}
-	for _, p := range []string{filepath.Join(s.layerDir(torn), syncedName), filepath.Join(s.layerDir(samboot), syncedName), filepath.Join(s.layerDir(norecord), recordName)} {
+	for _, p := range []string{
+		filepath.Join(s.layerDir(torn), syncedName),
+		filepath.Join(s.layerDir(samboot), syncedName),
+		filepath.Join(s.layerDir(norecord), recordName),
+	} {
 		if err := os.Remove(p); err != nil {
 			t.Fatal(err)
 		}
@@ -817,7 +867,8 @@ func TestClassicMount(t *testing.T) {
 			t.Run(fmt.Sprint(name, n), func(t *testing.T) {
 				needRoot(t)
 				dir := t.TempDir()
-				layers, rw, target := filepath.Join(dir, long, "layers"), filepath.Join(dir, long, "rw"), filepath.Join(dir, "target")
+				layers, rw := filepath.Join(dir, long, "layers"), filepath.Join(dir, long, "rw")
+				target := filepath.Join(dir, "target")
 				var lower []string
 				for i := range n {
 					lower = append(lower, filepath.Join(strings.Repeat("y", 64), fmt.Sprint(i)))
@@ -853,7 +904,15 @@ func TestClassicMount(t *testing.T) {
 // they are: a start finds the layers in use.
 func TestOddDirectories(t *testing.T) {
 	long := strings.Repeat("x", 200)
-	for name, odd := range map[string]string{"space": "a b", "comma": "a,b", "backslash": `a\b`, "equals": "a=b", "newline": "a\nb", "long": long, "long with all": long + `/ ,:=\` + long} {
+	for name, odd := range map[string]string{
+		"space":         "a b",
+		"comma":         "a,b",
+		"backslash":     `a\b`,
+		"equals":        "a=b",
+		"newline":       "a\nb",
+		"long":          long,
+		"long with all": long + `/ ,:=\` + long,
+	} {
 		t.Run(name, func(t *testing.T) {
 			needRoot(t)
 			dir := filepath.Join(t.TempDir(), odd)

@@ -59,11 +59,14 @@ func TestResolveDevices(t *testing.T) {
 			t.Fatal(err)
 		}
 		d := list[0]
-		if len(list) != 1 || d.Path != "/dev/mine" || d.Type != "c" || d.Major != 1 || d.Minor != 3 || d.Access != "r" || d.FileMode.Perm() == 0 {
+		if len(list) != 1 || d.Path != "/dev/mine" || d.Type != "c" || d.Major != 1 || d.Minor != 3 ||
+			d.Access != "r" || d.FileMode.Perm() == 0 {
 			t.Errorf("%s is %+v", host, list)
 		}
 	}
-	if list, err := resolve(&runtimeapi.Device{HostPath: "/dev/null"}); err != nil || list[0].Path != "/dev/null" || list[0].Access != "rwm" {
+	if list, err := resolve(
+		&runtimeapi.Device{HostPath: "/dev/null"},
+	); err != nil || list[0].Path != "/dev/null" || list[0].Access != "rwm" {
 		t.Errorf("defaults: %+v, %v", list, err)
 	}
 	list, err := resolve(&runtimeapi.Device{HostPath: "/dev", ContainerPath: "/all/"})
@@ -96,7 +99,9 @@ func TestHostDevices(t *testing.T) {
 
 func TestCheckMounts(t *testing.T) {
 	check := func(src string, p runtimeapi.MountPropagation) error {
-		return CheckMounts(&runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{{HostPath: src, ContainerPath: "/x", Propagation: p}}})
+		return CheckMounts(
+			&runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{{HostPath: src, ContainerPath: "/x", Propagation: p}}},
+		)
 	}
 	const (
 		private = runtimeapi.MountPropagation_PROPAGATION_PRIVATE

@@ -177,7 +177,10 @@ b unshare -m b true 2>/dev/null || echo no new namespaces`)
 	sc.NoNewPrivs = true
 	sc.Seccomp = &runtimeapi.SecurityProfile{}
 	sc.MaskedPaths, sc.ReadonlyPaths = maskedPaths, readonlyPaths
-	sc.Capabilities = &runtimeapi.Capability{DropCapabilities: []string{"ALL"}, AddAmbientCapabilities: []string{"NET_BIND_SERVICE"}}
+	sc.Capabilities = &runtimeapi.Capability{
+		DropCapabilities:       []string{"ALL"},
+		AddAmbientCapabilities: []string{"NET_BIND_SERVICE"},
+	}
 	out := b.run(in)
 	wantLines(t, out,
 		"uid=1000 gid=1000 groups=1000 10 1234 50000",
@@ -214,7 +217,17 @@ b test -d /sys/fs/cgroup && echo cgroups`)
 		}
 	}
 	out := b.run(in)
-	wantLines(t, out, "Seccomp: 0", fmt.Sprintf("CapBnd: %016x", mask), "1", "mounted", "/dev/mine", "/dev/null", "cgroups")
+	wantLines(
+		t,
+		out,
+		"Seccomp: 0",
+		fmt.Sprintf("CapBnd: %016x", mask),
+		"1",
+		"mounted",
+		"/dev/mine",
+		"/dev/null",
+		"cgroups",
+	)
 }
 
 func TestRuncTerminal(t *testing.T) {

@@ -145,7 +145,12 @@ func TestGolden(t *testing.T) {
 			in.Container.Mounts = []*runtimeapi.Mount{
 				{HostPath: "/h/data/sub", ContainerPath: "/data/sub", Readonly: true, RecursiveReadOnly: true},
 				{HostPath: "/h/data", ContainerPath: "/data/", Propagation: runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL},
-				{HostPath: "/h/slave", ContainerPath: "/slave", Propagation: runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER, MountOptions: []string{"noexec"}},
+				{
+					HostPath:      "/h/slave",
+					ContainerPath: "/slave",
+					Propagation:   runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER,
+					MountOptions:  []string{"noexec"},
+				},
 				{HostPath: "/h/hosts", ContainerPath: "/etc/hosts"},
 				{Image: &runtimeapi.ImageSpec{Image: "vol"}, ContainerPath: "/image", Readonly: true},
 			}
@@ -159,7 +164,10 @@ func TestGolden(t *testing.T) {
 			sc.NoNewPrivs = true
 			sc.MaskedPaths = []string{"/proc/kcore"}
 			sc.ReadonlyPaths = []string{"/proc/sys"}
-			sc.Capabilities = &runtimeapi.Capability{DropCapabilities: []string{"ALL"}, AddCapabilities: []string{"NET_BIND_SERVICE"}}
+			sc.Capabilities = &runtimeapi.Capability{
+				DropCapabilities: []string{"ALL"},
+				AddCapabilities:  []string{"NET_BIND_SERVICE"},
+			}
 			in.Container.Linux.Resources = &runtimeapi.LinuxContainerResources{
 				CpuShares: 512, CpuPeriod: 100000, CpuQuota: 50000, CpusetCpus: "0-1", MemoryLimitInBytes: 1 << 26,
 				OomScoreAdj: 900, Unified: map[string]string{"memory.high": "60000000"},
@@ -205,7 +213,16 @@ func TestGolden(t *testing.T) {
 	t.Run("pod-init", func(t *testing.T) {
 		in := input()
 		in.pod().NamespaceOptions.Pid = modePod
-		s, err := PodInit(PodInitInput{Host: in.Host, ID: "id", Sandbox: in.Sandbox, Rootfs: "/init", Namespaces: in.Namespaces, CgroupsPath: "/pod/init"})
+		s, err := PodInit(
+			PodInitInput{
+				Host:        in.Host,
+				ID:          "id",
+				Sandbox:     in.Sandbox,
+				Rootfs:      "/init",
+				Namespaces:  in.Namespaces,
+				CgroupsPath: "/pod/init",
+			},
+		)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -287,9 +304,28 @@ func TestArgs(t *testing.T) {
 	}{
 		{name: "image", entrypoint: []string{"e"}, cmd: []string{"c"}, want: []string{"e", "c"}},
 		{name: "cmd only", cmd: []string{"c", "d"}, want: []string{"c", "d"}},
-		{name: "command drops both", entrypoint: []string{"e"}, cmd: []string{"c"}, command: []string{"x"}, want: []string{"x"}},
-		{name: "args keep the entrypoint", entrypoint: []string{"e"}, cmd: []string{"c"}, args: []string{"a"}, want: []string{"e", "a"}},
-		{name: "command and args", entrypoint: []string{"e"}, cmd: []string{"c"}, command: []string{"x"}, args: []string{"a"}, want: []string{"x", "a"}},
+		{
+			name:       "command drops both",
+			entrypoint: []string{"e"},
+			cmd:        []string{"c"},
+			command:    []string{"x"},
+			want:       []string{"x"},
+		},
+		{
+			name:       "args keep the entrypoint",
+			entrypoint: []string{"e"},
+			cmd:        []string{"c"},
+			args:       []string{"a"},
+			want:       []string{"e", "a"},
+		},
+		{
+			name:       "command and args",
+			entrypoint: []string{"e"},
+			cmd:        []string{"c"},
+			command:    []string{"x"},
+			args:       []string{"a"},
+			want:       []string{"x", "a"},
+		},
 		{name: "args alone", args: []string{"a"}, want: []string{"a"}},
 		{name: "removed entrypoint", entrypoint: []string{""}, cmd: []string{"c"}, want: []string{"c"}},
 		{name: "nothing"},
@@ -385,7 +421,11 @@ func TestUser(t *testing.T) {
 		{name: "user", image: "app:media", sc: &sc{RunAsUser: id(65534)}, want: []int64{65534, 65534, 65534}},
 		{name: "user zero", image: "app", sc: &sc{RunAsUser: id(0)}, want: []int64{0, 0, 0, 10}},
 		{name: "user and group", sc: &sc{RunAsUser: id(1001), RunAsGroup: id(1002)}, want: []int64{1001, 1002, 1002}},
-		{name: "user keeps memberships with a group", sc: &sc{RunAsUser: id(1000), RunAsGroup: id(7)}, want: []int64{1000, 7, 7, 10, 50000}},
+		{
+			name: "user keeps memberships with a group",
+			sc:   &sc{RunAsUser: id(1000), RunAsGroup: id(7)},
+			want: []int64{1000, 7, 7, 10, 50000},
+		},
 		{name: "username", sc: &sc{RunAsUsername: "nobody"}, want: []int64{65534, 65534, 65534}},
 		{name: "username that is a number", sc: &sc{RunAsUsername: "1234"}, want: []int64{77, 78, 78}},
 		{name: "number that is no username", sc: &sc{RunAsUsername: "1000"}, field: fieldUsername},
@@ -393,12 +433,29 @@ func TestUser(t *testing.T) {
 		{name: "username and group", sc: &sc{RunAsUsername: "app", RunAsGroup: id(3)}, want: []int64{1000, 3, 3, 10, 50000}},
 		{name: "both", sc: &sc{RunAsUsername: "app", RunAsUser: id(1)}, field: fieldUsername},
 		{name: "group alone", sc: &sc{RunAsGroup: id(3)}, field: fieldContext + "run_as_group"},
-		{name: "merge", sc: &sc{RunAsUser: id(1000), SupplementalGroups: []int64{1234, 10}, SupplementalGroupsPolicy: merge}, want: []int64{1000, 1000, 10, 1000, 1234, 50000}},
-		{name: "strict", sc: &sc{RunAsUser: id(1000), SupplementalGroups: []int64{1234}, SupplementalGroupsPolicy: strict}, want: []int64{1000, 1000, 1000, 1234}},
-		{name: "strict with image user", image: "app", sc: &sc{SupplementalGroupsPolicy: strict}, want: []int64{1000, 1000, 1000}},
+		{
+			name: "merge",
+			sc:   &sc{RunAsUser: id(1000), SupplementalGroups: []int64{1234, 10}, SupplementalGroupsPolicy: merge},
+			want: []int64{1000, 1000, 10, 1000, 1234, 50000},
+		},
+		{
+			name: "strict",
+			sc:   &sc{RunAsUser: id(1000), SupplementalGroups: []int64{1234}, SupplementalGroupsPolicy: strict},
+			want: []int64{1000, 1000, 1000, 1234},
+		},
+		{
+			name:  "strict with image user",
+			image: "app",
+			sc:    &sc{SupplementalGroupsPolicy: strict},
+			want:  []int64{1000, 1000, 1000},
+		},
 		{name: "negative user", sc: &sc{RunAsUser: id(-1)}, field: fieldContext + "run_as_user"},
 		{name: "large group", sc: &sc{RunAsUser: id(1), RunAsGroup: id(1 << 31)}, field: fieldContext + "run_as_group"},
-		{name: "negative supplemental group", sc: &sc{SupplementalGroups: []int64{1, -2}}, field: fieldContext + "supplemental_groups[1]"},
+		{
+			name:  "negative supplemental group",
+			sc:    &sc{SupplementalGroups: []int64{1, -2}},
+			field: fieldContext + "supplemental_groups[1]",
+		},
 		{name: "unknown policy", sc: &sc{SupplementalGroupsPolicy: 9}, field: fieldContext + "supplemental_groups_policy"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -424,7 +481,8 @@ func TestUser(t *testing.T) {
 				t.Errorf("uid, gid, groups %v, want %v", got, tt.want)
 			}
 			u := r.Spec.Process.User
-			if int64(u.UID) != r.User.Uid || int64(u.GID) != r.User.Gid || len(u.AdditionalGids) != len(r.User.SupplementalGroups) {
+			if int64(u.UID) != r.User.Uid || int64(u.GID) != r.User.Gid ||
+				len(u.AdditionalGids) != len(r.User.SupplementalGroups) {
 				t.Errorf("spec has %v, the result says %v", u, r.User)
 			}
 		})
@@ -448,19 +506,59 @@ func TestCapabilities(t *testing.T) {
 		warn       string
 	}{
 		{name: "default", want: defaultCaps},
-		{name: "add", caps: &runtimeapi.Capability{AddCapabilities: []string{"net_admin", "CAP_SYS_TIME"}}, want: append(slices.Clone(defaultCaps), "CAP_NET_ADMIN", "CAP_SYS_TIME")},
-		{name: "drop", caps: &runtimeapi.Capability{DropCapabilities: []string{"NET_RAW"}}, want: without(defaultCaps, "CAP_NET_RAW")},
+		{
+			name: "add",
+			caps: &runtimeapi.Capability{AddCapabilities: []string{"net_admin", "CAP_SYS_TIME"}},
+			want: append(slices.Clone(defaultCaps), "CAP_NET_ADMIN", "CAP_SYS_TIME"),
+		},
+		{
+			name: "drop",
+			caps: &runtimeapi.Capability{DropCapabilities: []string{"NET_RAW"}},
+			want: without(defaultCaps, "CAP_NET_RAW"),
+		},
 		{name: "add all", caps: &runtimeapi.Capability{AddCapabilities: []string{"ALL"}}, want: allCaps},
-		{name: "add all but one", caps: &runtimeapi.Capability{AddCapabilities: []string{"all"}, DropCapabilities: []string{"chown"}}, want: without(allCaps, "CAP_CHOWN")},
+		{
+			name: "add all but one",
+			caps: &runtimeapi.Capability{AddCapabilities: []string{"all"}, DropCapabilities: []string{"chown"}},
+			want: without(allCaps, "CAP_CHOWN"),
+		},
 		{name: "drop all", caps: &runtimeapi.Capability{DropCapabilities: []string{"ALL"}}},
-		{name: "drop all add one", caps: &runtimeapi.Capability{DropCapabilities: []string{"ALL"}, AddCapabilities: []string{"KILL"}}, want: []string{"CAP_KILL"}},
-		{name: "add and drop the same", caps: &runtimeapi.Capability{AddCapabilities: []string{"BPF"}, DropCapabilities: []string{"BPF"}}, want: defaultCaps},
-		{name: "ambient", caps: &runtimeapi.Capability{AddAmbientCapabilities: []string{"NET_BIND_SERVICE", "SYS_NICE"}}, want: append(slices.Clone(defaultCaps), "CAP_SYS_NICE"), ambient: []string{"CAP_NET_BIND_SERVICE", "CAP_SYS_NICE"}},
-		{name: "ambient dropped", caps: &runtimeapi.Capability{AddAmbientCapabilities: []string{"KILL"}, DropCapabilities: []string{"KILL"}}, want: without(defaultCaps, "CAP_KILL")},
+		{
+			name: "drop all add one",
+			caps: &runtimeapi.Capability{DropCapabilities: []string{"ALL"}, AddCapabilities: []string{"KILL"}},
+			want: []string{"CAP_KILL"},
+		},
+		{
+			name: "add and drop the same",
+			caps: &runtimeapi.Capability{AddCapabilities: []string{"BPF"}, DropCapabilities: []string{"BPF"}},
+			want: defaultCaps,
+		},
+		{
+			name:    "ambient",
+			caps:    &runtimeapi.Capability{AddAmbientCapabilities: []string{"NET_BIND_SERVICE", "SYS_NICE"}},
+			want:    append(slices.Clone(defaultCaps), "CAP_SYS_NICE"),
+			ambient: []string{"CAP_NET_BIND_SERVICE", "CAP_SYS_NICE"},
+		},
+		{
+			name: "ambient dropped",
+			caps: &runtimeapi.Capability{AddAmbientCapabilities: []string{"KILL"}, DropCapabilities: []string{"KILL"}},
+			want: without(defaultCaps, "CAP_KILL"),
+		},
 		{name: "weak machine", known: few, want: []string{"CAP_CHOWN", "CAP_KILL"}},
 		{name: "weak machine, all", known: few, caps: &runtimeapi.Capability{AddCapabilities: []string{"ALL"}}, want: few},
-		{name: "weak machine, too much", known: few, caps: &runtimeapi.Capability{AddCapabilities: []string{"BPF"}}, kind: kind.Unsupported, field: fieldAdd},
-		{name: "privileged", privileged: true, caps: &runtimeapi.Capability{DropCapabilities: []string{"ALL"}}, want: allCaps},
+		{
+			name:  "weak machine, too much",
+			known: few,
+			caps:  &runtimeapi.Capability{AddCapabilities: []string{"BPF"}},
+			kind:  kind.Unsupported,
+			field: fieldAdd,
+		},
+		{
+			name:       "privileged",
+			privileged: true,
+			caps:       &runtimeapi.Capability{DropCapabilities: []string{"ALL"}},
+			want:       allCaps,
+		},
 		{name: "privileged on a weak machine", privileged: true, known: few, want: few},
 		{
 			name: "unknown add",
@@ -523,23 +621,42 @@ func TestNamespaces(t *testing.T) {
 		want     ns
 		field    string
 	}{
-		{name: "kubelet", pod: &runtimeapi.NamespaceOption{Pid: modeContainer}, own: &runtimeapi.NamespaceOption{Pid: modeContainer}, paths: paths,
-			want: ns{"network": "/net", "ipc": "/ipc", "uts": "/uts", "pid": "", "mount": "", "cgroup": ""}},
+		{
+			name:  "kubelet",
+			pod:   &runtimeapi.NamespaceOption{Pid: modeContainer},
+			own:   &runtimeapi.NamespaceOption{Pid: modeContainer},
+			paths: paths,
+			want:  ns{"network": "/net", "ipc": "/ipc", "uts": "/uts", "pid": "", "mount": "", "cgroup": ""}},
 		{name: "shared pid", pod: &runtimeapi.NamespaceOption{}, own: &runtimeapi.NamespaceOption{}, paths: paths,
 			want: ns{"network": "/net", "ipc": "/ipc", "uts": "/uts", "pid": "/pid", "mount": "", "cgroup": ""}},
 		{name: "container names no mode", pod: &runtimeapi.NamespaceOption{Pid: modeContainer}, paths: paths,
 			want: ns{"network": "/net", "ipc": "/ipc", "uts": "/uts", "pid": "", "mount": "", "cgroup": ""}},
 		{name: "no modes at all", paths: paths,
 			want: ns{"network": "/net", "ipc": "/ipc", "uts": "/uts", "pid": "", "mount": "", "cgroup": ""}},
-		{name: "target", pod: &runtimeapi.NamespaceOption{Pid: modeContainer}, own: &runtimeapi.NamespaceOption{Pid: modeTarget, TargetId: "x"}, paths: paths,
+		{name: "target", pod: &runtimeapi.NamespaceOption{Pid: modeContainer}, own: &runtimeapi.NamespaceOption{
+			Pid:      modeTarget,
+			TargetId: "x",
+		}, paths: paths,
 			want: ns{"network": "/net", "ipc": "/ipc", "uts": "/uts", "pid": "/pid", "mount": "", "cgroup": ""}},
-		{name: "target gone", own: &runtimeapi.NamespaceOption{Pid: modeTarget, TargetId: "x"}, field: fieldContext + "namespace_options.target_id"},
+		{
+			name:  "target gone",
+			own:   &runtimeapi.NamespaceOption{Pid: modeTarget, TargetId: "x"},
+			field: fieldContext + "namespace_options.target_id",
+		},
 		{name: "node", pod: &runtimeapi.NamespaceOption{Network: modeNode, Pid: modeNode, Ipc: modeNode}, paths: paths,
 			want: ns{"mount": "", "cgroup": ""}},
-		{name: "node pid only", pod: &runtimeapi.NamespaceOption{Pid: modeNode}, own: &runtimeapi.NamespaceOption{Pid: modeNode}, paths: paths,
-			want: ns{"network": "/net", "ipc": "/ipc", "uts": "/uts", "mount": "", "cgroup": ""}},
-		{name: "own pid in a node pod", pod: &runtimeapi.NamespaceOption{Pid: modeNode}, own: &runtimeapi.NamespaceOption{Pid: modeContainer}, paths: paths,
-			want: ns{"network": "/net", "ipc": "/ipc", "uts": "/uts", "pid": "", "mount": "", "cgroup": ""}},
+		{
+			name:  "node pid only",
+			pod:   &runtimeapi.NamespaceOption{Pid: modeNode},
+			own:   &runtimeapi.NamespaceOption{Pid: modeNode},
+			paths: paths,
+			want:  ns{"network": "/net", "ipc": "/ipc", "uts": "/uts", "mount": "", "cgroup": ""}},
+		{
+			name:  "own pid in a node pod",
+			pod:   &runtimeapi.NamespaceOption{Pid: modeNode},
+			own:   &runtimeapi.NamespaceOption{Pid: modeContainer},
+			paths: paths,
+			want:  ns{"network": "/net", "ipc": "/ipc", "uts": "/uts", "pid": "", "mount": "", "cgroup": ""}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			in := input()
@@ -589,11 +706,39 @@ func TestSeccomp(t *testing.T) {
 		{name: "nothing"},
 		{name: "default", profile: &profile{}, want: specs.ActErrno},
 		{name: "unconfined", profile: &profile{ProfileType: profileUnconfined}},
-		{name: "localhost", profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "/p.json"}, body: localhost, want: specs.ActAllow},
-		{name: "missing file", profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "/p.json"}, kind: kind.Invalid, field: refField},
-		{name: "no JSON", profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "/p.json"}, body: "{", kind: kind.Invalid, field: refField},
-		{name: "no rules", profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "/p.json"}, body: "{}", kind: kind.Invalid, field: refField},
-		{name: "relative path", profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "p.json"}, body: localhost, kind: kind.Invalid, field: refField},
+		{
+			name:    "localhost",
+			profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "/p.json"},
+			body:    localhost,
+			want:    specs.ActAllow,
+		},
+		{
+			name:    "missing file",
+			profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "/p.json"},
+			kind:    kind.Invalid,
+			field:   refField,
+		},
+		{
+			name:    "no JSON",
+			profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "/p.json"},
+			body:    "{",
+			kind:    kind.Invalid,
+			field:   refField,
+		},
+		{
+			name:    "no rules",
+			profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "/p.json"},
+			body:    "{}",
+			kind:    kind.Invalid,
+			field:   refField,
+		},
+		{
+			name:    "relative path",
+			profile: &profile{ProfileType: profileLocalhost, LocalhostRef: "p.json"},
+			body:    localhost,
+			kind:    kind.Invalid,
+			field:   refField,
+		},
 		{name: "path without localhost", profile: &profile{LocalhostRef: "/p.json"}, kind: kind.Invalid, field: refField},
 		{name: "unknown type", profile: &profile{ProfileType: 7}, kind: kind.Invalid, field: fieldSeccomp + ".profile_type"},
 		{name: "old default", path: "runtime/default", want: specs.ActErrno},
@@ -645,7 +790,10 @@ func TestSeccompDefault(t *testing.T) {
 		in.security().Capabilities = &runtimeapi.Capability{AddCapabilities: caps}
 		list := build(t, in).Spec.Linux.Seccomp.Syscalls
 		return func(name string) []specs.LinuxSyscall {
-			return slices.DeleteFunc(slices.Clone(list), func(r specs.LinuxSyscall) bool { return !slices.Contains(r.Names, name) })
+			return slices.DeleteFunc(
+				slices.Clone(list),
+				func(r specs.LinuxSyscall) bool { return !slices.Contains(r.Names, name) },
+			)
 		}
 	}
 	plain, admin := rules(), rules("SYS_ADMIN")
@@ -661,7 +809,13 @@ func TestSeccompDefault(t *testing.T) {
 	if r := plain("clone"); len(r) != 1 || len(r[0].Args) == 0 {
 		t.Errorf("clone must not make namespaces: %+v", r)
 	}
-	for capability, call := range map[string]string{"SYS_TIME": "settimeofday", "SYS_PTRACE": "kcmp", "BPF": "bpf", "PERFMON": "perf_event_open", "SYS_MODULE": "init_module"} {
+	for capability, call := range map[string]string{
+		"SYS_TIME":   "settimeofday",
+		"SYS_PTRACE": "kcmp",
+		"BPF":        "bpf",
+		"PERFMON":    "perf_event_open",
+		"SYS_MODULE": "init_module",
+	} {
 		if len(plain(call)) != 0 || len(rules(capability)(call)) == 0 {
 			t.Errorf("%s must be allowed with CAP_%s only", call, capability)
 		}
@@ -723,7 +877,8 @@ func TestSELinux(t *testing.T) {
 	}
 	in.SELinuxEnabled = true
 	s := build(t, in).Spec
-	if s.Process.SelinuxLabel != "system_u:system_r:my_t:s0:c1,c2" || s.Linux.MountLabel != "system_u:object_r:container_file_t:s0:c1,c2" {
+	if s.Process.SelinuxLabel != "system_u:system_r:my_t:s0:c1,c2" ||
+		s.Linux.MountLabel != "system_u:object_r:container_file_t:s0:c1,c2" {
 		t.Errorf("labels %q and %q", s.Process.SelinuxLabel, s.Linux.MountLabel)
 	}
 	in.security().SelinuxOptions = nil
@@ -780,13 +935,17 @@ func TestMounts(t *testing.T) {
 		}
 	})
 	t.Run("propagation of the root", func(t *testing.T) {
-		const slave, shared = runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER, runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL
+		const slave = runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER
+		const shared = runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL
 		for want, list := range map[string][]runtimeapi.MountPropagation{
 			"": {0}, "rslave": {0, slave}, "rshared": {slave, shared, slave},
 		} {
 			in := input()
 			for _, p := range list {
-				in.Container.Mounts = append(in.Container.Mounts, &runtimeapi.Mount{HostPath: "/h", ContainerPath: "/m", Propagation: p})
+				in.Container.Mounts = append(
+					in.Container.Mounts,
+					&runtimeapi.Mount{HostPath: "/h", ContainerPath: "/m", Propagation: p},
+				)
 			}
 			if got := build(t, in).Spec.Linux.RootfsPropagation; got != want {
 				t.Errorf("%v: root propagation %q, want %q", list, got, want)
@@ -797,7 +956,10 @@ func TestMounts(t *testing.T) {
 		in := input()
 		in.security().ReadonlyRootfs = true
 		s := build(t, in).Spec
-		if !s.Root.Readonly || !slices.Contains(find(s, "/etc/hosts")[0].Options, "ro") || !slices.Contains(find(s, "/dev/shm")[0].Options, "rw") {
+		if !s.Root.Readonly || !slices.Contains(
+			find(s, "/etc/hosts")[0].Options,
+			"ro",
+		) || !slices.Contains(find(s, "/dev/shm")[0].Options, "rw") {
 			t.Errorf("root %v, mounts %v", s.Root, s.Mounts)
 		}
 	})
@@ -814,12 +976,16 @@ func TestMounts(t *testing.T) {
 	})
 	t.Run("cannot", func(t *testing.T) {
 		in := input()
-		in.Container.Mounts = []*runtimeapi.Mount{{ContainerPath: "/i", Image: &runtimeapi.ImageSpec{Image: "x"}, Readonly: true}}
+		in.Container.Mounts = []*runtimeapi.Mount{
+			{ContainerPath: "/i", Image: &runtimeapi.ImageSpec{Image: "x"}, Readonly: true},
+		}
 		_, err := validateAndBuild(in)
 		wantField(t, err, kind.Unsupported, "config.mounts[0].image")
 		in = input()
 		in.RecursiveReadOnly = false
-		in.Container.Mounts = []*runtimeapi.Mount{{ContainerPath: "/i", HostPath: "/h", Readonly: true, RecursiveReadOnly: true}}
+		in.Container.Mounts = []*runtimeapi.Mount{
+			{ContainerPath: "/i", HostPath: "/h", Readonly: true, RecursiveReadOnly: true},
+		}
 		_, err = validateAndBuild(in)
 		wantField(t, err, kind.Unsupported, "config.mounts[0].recursive_read_only")
 	})
@@ -835,12 +1001,32 @@ func TestResources(t *testing.T) {
 		want string
 	}{
 		{"nothing", nil, host, `{}`},
-		{"cpu", &res{CpuShares: 2, CpuQuota: -1, CpuPeriod: 100000, CpusetMems: "0"}, host, `{"cpu":{"shares":2,"quota":-1,"period":100000,"mems":"0"}}`},
+		{
+			"cpu",
+			&res{CpuShares: 2, CpuQuota: -1, CpuPeriod: 100000, CpusetMems: "0"},
+			host,
+			`{"cpu":{"shares":2,"quota":-1,"period":100000,"mems":"0"}}`,
+		},
 		{"memory", &res{MemoryLimitInBytes: 100}, host, `{"memory":{"limit":100,"swap":100}}`},
 		{"swap", &res{MemoryLimitInBytes: 100, MemorySwapLimitInBytes: 150}, host, `{"memory":{"limit":100,"swap":150}}`},
-		{"no swap controller", &res{MemoryLimitInBytes: 100, MemorySwapLimitInBytes: 150}, Host{}, `{"memory":{"limit":100}}`},
-		{"hugepages", &res{HugepageLimits: []*runtimeapi.HugepageLimit{{PageSize: "1GB", Limit: 5}}}, host, `{"hugepageLimits":[{"pageSize":"1GB","limit":5}]}`},
-		{"no hugetlb controller", &res{HugepageLimits: []*runtimeapi.HugepageLimit{{PageSize: "1GB", Limit: 5}}}, Host{}, `{}`},
+		{
+			"no swap controller",
+			&res{MemoryLimitInBytes: 100, MemorySwapLimitInBytes: 150},
+			Host{},
+			`{"memory":{"limit":100}}`,
+		},
+		{
+			"hugepages",
+			&res{HugepageLimits: []*runtimeapi.HugepageLimit{{PageSize: "1GB", Limit: 5}}},
+			host,
+			`{"hugepageLimits":[{"pageSize":"1GB","limit":5}]}`,
+		},
+		{
+			"no hugetlb controller",
+			&res{HugepageLimits: []*runtimeapi.HugepageLimit{{PageSize: "1GB", Limit: 5}}},
+			Host{},
+			`{}`,
+		},
 		{"unified", &res{Unified: map[string]string{"memory.high": "7"}}, host, `{"unified":{"memory.high":"7"}}`},
 		{"oom_score_adj is not the cgroup's", &res{OomScoreAdj: 5}, host, `{}`},
 	} {

@@ -66,7 +66,8 @@ func openAccounts(root, name string) (io.ReadCloser, error) {
 	return f, nil
 }
 
-func findUser(passwd, group io.Reader, sc *runtimeapi.LinuxContainerSecurityContext, imageUser string) (specs.User, error) {
+func findUser(passwd, group io.Reader, sc *runtimeapi.LinuxContainerSecurityContext,
+	imageUser string) (specs.User, error) {
 	acc, err := findAccount(passwd, sc, imageUser)
 	if err != nil {
 		return specs.User{}, err

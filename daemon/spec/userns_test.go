@@ -38,25 +38,33 @@ func TestValidateUserns(t *testing.T) {
 		other func(*runtimeapi.NamespaceOption)
 		field string // empty: no error
 	}{
-		"none":                   {nil, nil, ""},
-		"the host's":             {&runtimeapi.UserNamespace{Mode: modeNode}, nil, ""},
-		"the host's, with ids":   {&runtimeapi.UserNamespace{Mode: modeNode, Gids: ok}, nil, field + "gids"},
-		"as the kubelet":         {pod(ok, ok), nil, ""},
-		"others for groups":      {pod(ok, idMap(0, 5, 1)), nil, ""},
-		"the last id":            {pod(ok, idMap(0, math.MaxUint32-1, 1)), nil, ""},
-		"no ids":                 {pod(nil, nil), nil, field + "uids"},
-		"no gids":                {pod(ok, nil), nil, field + "gids"},
-		"two ranges":             {pod(ok, two), nil, field + "gids"},
-		"a missing range":        {pod(ok, []*runtimeapi.IDMapping{nil}), nil, field + "gids[0].length"},
-		"nothing in the range":   {pod(idMap(0, 5, 0), ok), nil, field + "uids[0].length"},
-		"beyond the last id":     {pod(idMap(0, math.MaxUint32-1, 2), ok), nil, field + "uids[0].length"},
-		"no root":                {pod(idMap(1, 65536, 10), ok), nil, field + "uids[0].container_id"},
-		"a container's":          {&runtimeapi.UserNamespace{Mode: modeContainer}, nil, field + "mode"},
-		"another container's":    {&runtimeapi.UserNamespace{Mode: modeTarget}, nil, field + "mode"},
-		"unknown":                {&runtimeapi.UserNamespace{Mode: 9}, nil, field + "mode"},
-		"with the host's net":    {pod(ok, ok), func(o *runtimeapi.NamespaceOption) { o.Network = modeNode }, ""},
-		"with the host's pids":   {pod(ok, ok), func(o *runtimeapi.NamespaceOption) { o.Pid = modeNode }, fieldContext + "namespace_options.pid"},
-		"with the host's ipc":    {pod(ok, ok), func(o *runtimeapi.NamespaceOption) { o.Ipc = modeNode }, fieldContext + "namespace_options.ipc"},
+		"none":                 {nil, nil, ""},
+		"the host's":           {&runtimeapi.UserNamespace{Mode: modeNode}, nil, ""},
+		"the host's, with ids": {&runtimeapi.UserNamespace{Mode: modeNode, Gids: ok}, nil, field + "gids"},
+		"as the kubelet":       {pod(ok, ok), nil, ""},
+		"others for groups":    {pod(ok, idMap(0, 5, 1)), nil, ""},
+		"the last id":          {pod(ok, idMap(0, math.MaxUint32-1, 1)), nil, ""},
+		"no ids":               {pod(nil, nil), nil, field + "uids"},
+		"no gids":              {pod(ok, nil), nil, field + "gids"},
+		"two ranges":           {pod(ok, two), nil, field + "gids"},
+		"a missing range":      {pod(ok, []*runtimeapi.IDMapping{nil}), nil, field + "gids[0].length"},
+		"nothing in the range": {pod(idMap(0, 5, 0), ok), nil, field + "uids[0].length"},
+		"beyond the last id":   {pod(idMap(0, math.MaxUint32-1, 2), ok), nil, field + "uids[0].length"},
+		"no root":              {pod(idMap(1, 65536, 10), ok), nil, field + "uids[0].container_id"},
+		"a container's":        {&runtimeapi.UserNamespace{Mode: modeContainer}, nil, field + "mode"},
+		"another container's":  {&runtimeapi.UserNamespace{Mode: modeTarget}, nil, field + "mode"},
+		"unknown":              {&runtimeapi.UserNamespace{Mode: 9}, nil, field + "mode"},
+		"with the host's net":  {pod(ok, ok), func(o *runtimeapi.NamespaceOption) { o.Network = modeNode }, ""},
+		"with the host's pids": {
+			pod(ok, ok),
+			func(o *runtimeapi.NamespaceOption) { o.Pid = modeNode },
+			fieldContext + "namespace_options.pid",
+		},
+		"with the host's ipc": {
+			pod(ok, ok),
+			func(o *runtimeapi.NamespaceOption) { o.Ipc = modeNode },
+			fieldContext + "namespace_options.ipc",
+		},
 		"the host's of all":      {nil, func(o *runtimeapi.NamespaceOption) { o.Ipc, o.Pid = modeNode, modeNode }, ""},
 		"with the pids of a pod": {pod(ok, ok), func(o *runtimeapi.NamespaceOption) { o.Pid = modePod }, ""},
 	} {
@@ -125,7 +133,9 @@ func TestMappedMounts(t *testing.T) {
 	in.ImageMounts = map[int]string{1: "/image"}
 	want := []specs.LinuxIDMapping{{ContainerID: 0, HostID: 1000, Size: 10}}
 	for _, m := range build(t, in).Spec.Mounts {
-		if mapped := m.Destination == "/a"; mapped != (len(m.UIDMappings) > 0) || mapped && (!reflect.DeepEqual(m.UIDMappings, want) || !reflect.DeepEqual(m.GIDMappings, want)) {
+		mapped := m.Destination == "/a"
+		if mapped != (len(m.UIDMappings) > 0) ||
+			mapped && (!reflect.DeepEqual(m.UIDMappings, want) || !reflect.DeepEqual(m.GIDMappings, want)) {
 			t.Errorf("%s has the owners %v %v", m.Destination, m.UIDMappings, m.GIDMappings)
 		}
 	}
@@ -145,7 +155,9 @@ func TestMappedMounts(t *testing.T) {
 			wantField(t, Validate(in.Container, in.Sandbox), kind.Invalid, "config.mounts[0]."+field)
 		})
 	}
-	in.Container.Mounts = []*runtimeapi.Mount{{ContainerPath: "/b", Image: image, Readonly: true, UidMappings: idMap(0, 7, 10), GidMappings: maps}}
+	in.Container.Mounts = []*runtimeapi.Mount{
+		{ContainerPath: "/b", Image: image, Readonly: true, UidMappings: idMap(0, 7, 10), GidMappings: maps},
+	}
 	wantField(t, Validate(in.Container, in.Sandbox), kind.Invalid, "config.mounts[0].uidMappings")
 }
 
@@ -155,9 +167,12 @@ func TestUsersOfUserns(t *testing.T) {
 		change func(in *Input)
 		field  string
 	}{
-		"root":         {func(in *Input) {}, ""},
-		"the last":     {func(in *Input) { in.security().RunAsUser = &runtimeapi.Int64Value{Value: 999} }, ""},
-		"the next":     {func(in *Input) { in.security().RunAsUser = &runtimeapi.Int64Value{Value: 1000} }, fieldUserns + ".uids"},
+		"root":     {func(in *Input) {}, ""},
+		"the last": {func(in *Input) { in.security().RunAsUser = &runtimeapi.Int64Value{Value: 999} }, ""},
+		"the next": {
+			func(in *Input) { in.security().RunAsUser = &runtimeapi.Int64Value{Value: 1000} },
+			fieldUserns + ".uids",
+		},
 		"of the image": {func(in *Input) { in.Image.User = "app" }, fieldUserns + ".uids"},
 		"a group":      {func(in *Input) { in.security().SupplementalGroups = []int64{1000} }, fieldUserns + ".gids"},
 		"the primary group": {func(in *Input) {
@@ -194,7 +209,10 @@ func TestSmallUserns(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s.Process.User.UID != 0 || !slices.Contains(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace, Path: "/ns/user"}) {
+	if s.Process.User.UID != 0 || !slices.Contains(
+		s.Linux.Namespaces,
+		specs.LinuxNamespace{Type: specs.UserNamespace, Path: "/ns/user"},
+	) {
 		t.Errorf("the pod's init is user %d in %v", s.Process.User.UID, s.Linux.Namespaces)
 	}
 	in.userns(1000, 65536)
@@ -232,7 +250,10 @@ func TestDevicesOfUserns(t *testing.T) {
 	if !slices.Equal(paths, []string{"/dev/a", "/dev/b"}) {
 		t.Errorf("the OCI runtime makes %v", paths)
 	}
-	if !slices.ContainsFunc(s.Mounts, func(m specs.Mount) bool { return m.Destination == "/dev/moved" && m.Source == "/dev/c" }) {
+	if !slices.ContainsFunc(
+		s.Mounts,
+		func(m specs.Mount) bool { return m.Destination == "/dev/moved" && m.Source == "/dev/c" },
+	) {
 		t.Errorf("no mount of the device with another path: %v", s.Mounts)
 	}
 }
