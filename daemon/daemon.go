@@ -165,12 +165,12 @@ func (d *Daemon) openPods() error {
 		Host:     host,
 		Images:   d.Images,
 		Roots:    roots{d.layers},
-		Shims: launcher{&shims.Launcher{
+		Shims: &shims.Launcher{
 			Binary:   cfg.Shim,
 			LogLevel: cfg.LogLevel,
 			Place:    d.cgroups.PlaceShim,
 			Log:      d.log,
-		}},
+		},
 		Cgroups:            cgroups{d.cgroups},
 		RejectAbsentMounts: cfg.RejectAbsentMounts,
 		Go:                 d.background,
@@ -184,7 +184,6 @@ func (d *Daemon) openPods() error {
 		Network:    networkOfPods{d.net},
 		Cgroups:    d.cgroups,
 		Host:       host,
-		Unmount:    rootfs.Unmount,
 		Pause:      cfg.Pause,
 		AlwaysInit: cfg.PauseMode,
 		NoUserns:   d.userns,

@@ -12,8 +12,6 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/placement"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
-	"github.com/holdfast-cri/holdfast/daemon/shims"
-	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
@@ -52,36 +50,7 @@ func (r roots) Volumes(root string, names []string, owner records.Owner, at stri
 	return rootfs.Volumes(root, names, owner.UID, owner.GID, at, use)
 }
 
-// launcher is containers.Shims.
-type launcher struct{ *shims.Launcher }
-
-// Alive says whether the shim of a run directory lives. A lock that is held proves
-// it; one that is free, and the process that shim.json names gone, proves the
-// opposite. Where a file is missing the processes are looked through.
-func (l launcher) Alive(dir rundir.Dir) (bool, error) {
-	held, err := dir.Held()
-	if err == nil && held {
-		return true, nil
-	}
-	if id, ierr := dir.ReadIdentity(); err == nil && ierr == nil && !id.Shim.Alive() {
-		return false, nil
-	}
-	_, err = shims.Find(dir)
-	if errors.Is(err, rundir.ErrNoProcess) {
-		return false, nil
-	}
-	return err == nil, err
-}
-
-func (l launcher) Find(dir rundir.Dir) (rundir.Process, error) { return shims.Find(dir) }
-
-func (l launcher) End(ctx context.Context, dir rundir.Dir, c *client.Client) error {
-	return shims.End(ctx, dir, c)
-}
-
-func (l launcher) Reach(ctx context.Context, dir rundir.Dir, c *client.Client) error {
-	return shims.Reach(ctx, dir, c)
-}
+func (r roots) PinPID(p rundir.Process, path string) error { return containers.PinPID(p, path) }
 
 // cgroups is containers.Cgroups.
 type cgroups struct{ *placement.Manager }

@@ -199,7 +199,7 @@ func (r *recovery) loadPod(id string) (*records.Pod, records.Action) {
 		}
 		return rec, nil
 	}
-	f := records.PodFiles{Kept: r.kept[id], Pinned: r.net.Pinned(id) != (records.Namespaces{})}
+	f := records.PodFiles{Kept: r.kept[id], Pinned: r.Pods.Network.Pinned(id) != (records.Namespaces{})}
 	var err error
 	if f.Record, err = read(r.state.Get); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		r.quarantined++
@@ -218,7 +218,7 @@ func (r *recovery) loadPod(id string) (*records.Pod, records.Action) {
 // unknownPod is the record of a pod whose records are gone: all that it may hold is
 // named after its id, and the plugins' cache knows its addresses.
 func (r *recovery) unknownPod(id string) *records.Pod {
-	ns := r.net.Pinned(id)
+	ns := r.Pods.Network.Pinned(id)
 	return &records.Pod{
 		ID:         id,
 		BootID:     rundir.BootID(),

@@ -133,7 +133,7 @@ func (b *builder) pinTarget(id string) (string, error) {
 		return "", kind.Errorf(kind.State, "%s: %s does not run", field, c)
 	}
 	pin := b.m.dir(b.rec.ID).Path(pidName)
-	return pin, kind.As(kind.Unavailable, PinPID(init, pin))
+	return pin, kind.As(kind.Unavailable, b.m.Roots.PinPID(init, pin))
 }
 
 // podFiles are the files of the pod that the container sees below /etc and /dev.

@@ -75,6 +75,8 @@ type Roots interface {
 	Bind(root, name, at string) error
 	// UnmountBelow is Unmount for each entry of a directory, if there is one.
 	UnmountBelow(dir string) error
+	// PinPID binds the pid namespace of a process to a path; Unmount undoes it.
+	PinPID(p rundir.Process, path string) error
 }
 
 // Shims starts shims, finds them and ends them.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/state"
@@ -24,15 +25,6 @@ func (c *Container) end(ctx context.Context, why string) error {
 	return c.buryLocked(ctx, why)
 }
 
-// Bury is for a container whose shim was gone when the daemon started.
-func (c *Container) Bury(ctx context.Context, why string) error {
-	if err := c.ending.Lock(ctx, c.String()); err != nil {
-		return err
-	}
-	defer c.ending.Unlock()
-	return c.buryLocked(ctx, why)
-}
-
 // buryLocked ends what a dead shim left running and writes the exit record that
 // the shim could not. With nothing left it does nothing; a shim that lives is an
 // error. The caller holds c.ending; the shim's lock is held meanwhile, so that no
@@ -48,6 +40,12 @@ func (c *Container) buryLocked(ctx context.Context, why string) error {
 	}
 	if exists(string(c.dir)) {
 		lock, err := c.dir.Lock()
+		if err != nil && !errors.Is(err, rundir.ErrLocked) {
+			// Something that is no lock stands in its place.
+			if err = os.RemoveAll(c.dir.Path(rundir.LockName)); err == nil {
+				lock, err = c.dir.Lock()
+			}
+		}
 		if err != nil {
 			return err
 		}

@@ -53,7 +53,7 @@ func (p *Pod) pay(ctx context.Context, d records.Debt) error {
 		return p.m.Network.RemoveNamespaces(rec.ID)
 	case records.DebtMounts:
 		for _, name := range []string{shmName, pidName} {
-			if err := p.m.Unmount(filepath.Join(p.dir(), name)); err != nil {
+			if err := p.m.Containers.Roots.Unmount(filepath.Join(p.dir(), name)); err != nil {
 				return err
 			}
 		}

@@ -49,6 +49,14 @@ func (p *Pod) write(name, content string) error {
 	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
 		return err
 	}
+	return p.own(path)
+}
+
+// own gives a file to root of the pod. Without a user namespace that is who made it.
+func (p *Pod) own(path string) error {
+	if p.Record().Userns() == nil {
+		return nil
+	}
 	root := p.Record().Root()
 	return os.Lchown(path, root.UID, root.GID)
 }

@@ -75,7 +75,7 @@ func (p *Pod) startInitLocked(ctx context.Context) error {
 		return err
 	}
 	pin := filepath.Join(p.dir(), pidName)
-	if err := containers.PinPID(c.Seen().Init, pin); err != nil {
+	if err := p.m.Containers.Roots.PinPID(c.Seen().Init, pin); err != nil {
 		return kind.As(kind.Unavailable, err)
 	}
 	return p.save(false, func(r *records.Pod) { r.PIDNamespace = pin })
@@ -137,8 +137,7 @@ func (p *Pod) buildInit(cgroupsPath, root string) (*containers.Built, error) {
 	if err != nil {
 		return nil, err
 	}
-	owner := rec.Root()
-	if err := unix.Lchown(root, owner.UID, owner.GID); err != nil {
+	if err := p.own(root); err != nil {
 		return nil, kind.As(kind.Unavailable, err)
 	}
 	s.Mounts = append(s.Mounts, specs.Mount{

@@ -57,7 +57,6 @@ type Options struct {
 	Network    Network
 	Cgroups    Cgroups
 	Host       spec.Host
-	Unmount    func(path string) error
 	// Pause is the static binary of a pod's init.
 	Pause string
 	// AlwaysInit gives every pod an init.

@@ -2,6 +2,7 @@ package shims
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -15,6 +16,24 @@ import (
 // Whether a shim lives is for the kernel to say: files can be missing, damaged or
 // of another boot. The witness is the command line of a process, which names the
 // run directory.
+
+// Alive says whether the shim of a run directory lives. A lock that is held proves
+// it; one that is free, and the process that shim.json names gone, proves the
+// opposite. Where a file is missing the processes are looked through.
+func Alive(dir rundir.Dir) (bool, error) {
+	held, err := dir.Held()
+	if err == nil && held {
+		return true, nil
+	}
+	if id, ierr := dir.ReadIdentity(); err == nil && ierr == nil && !id.Shim.Alive() {
+		return false, nil
+	}
+	_, err = Find(dir)
+	if errors.Is(err, rundir.ErrNoProcess) {
+		return false, nil
+	}
+	return err == nil, err
+}
 
 // Find gives the shim of a run directory: rundir.ErrNoProcess if there is none.
 // It looks at the process that shim.json names first, then at all of them.

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/proto/step"
 )
@@ -115,4 +116,20 @@ func (l *Launcher) handshake(ctx context.Context, id string, pid int, conn *os.F
 		return errors.New(string(text))
 	}
 	return nil
+}
+
+// Alive is the function of this name.
+func (*Launcher) Alive(dir rundir.Dir) (bool, error) { return Alive(dir) }
+
+// Find is the function of this name.
+func (*Launcher) Find(dir rundir.Dir) (rundir.Process, error) { return Find(dir) }
+
+// Reach is the function of this name.
+func (*Launcher) Reach(ctx context.Context, dir rundir.Dir, c *client.Client) error {
+	return Reach(ctx, dir, c)
+}
+
+// End is the function of this name.
+func (*Launcher) End(ctx context.Context, dir rundir.Dir, c *client.Client) error {
+	return End(ctx, dir, c)
 }

@@ -93,6 +93,7 @@ var bans = []ban{
 	{[]string{"shim/...", "cmd/holdfast-shim", "runc"}, "github.com/opencontainers/runc/...", true,
 		"libcontainer needs cgo and 1 MB of each shim; the OCI runtime is a program"},
 
+	{[]string{"daemon/...", "cri/...", "cmd/..."}, module + "daemon/fake", true, "only tests play a machine"},
 	{[]string{"daemon/image"}, "net/http", false, "what speaks HTTP is below it, in daemon/image/registry"},
 
 	{[]string{"cri/..."}, module + "runc", false, "only the daemon's parts touch the machine"},
@@ -135,6 +136,11 @@ var ofTheModule = map[string][]string{
 		"reaper/group", "reaper/pidfd",
 	},
 	"daemon/network/netns": {},
+
+	"daemon/fake": {
+		"daemon/claims", "daemon/containers", "daemon/pods", "daemon/records", "daemon/runtimes", "daemon/shims",
+		"daemon/spec", "daemon/state", "proto", "proto/kind", "proto/record", "proto/rundir", "reaper/pidfd", "runc",
+	},
 
 	"daemon/metrics": {"daemon/records"},
 	"daemon/beneath": {},

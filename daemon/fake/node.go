@@ -1,0 +1,191 @@
+package fake
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/daemon/claims"
+	"github.com/holdfast-cri/holdfast/daemon/containers"
+	"github.com/holdfast-cri/holdfast/daemon/pods"
+	"github.com/holdfast-cri/holdfast/daemon/runtimes"
+	"github.com/holdfast-cri/holdfast/daemon/shims"
+	"github.com/holdfast-cri/holdfast/daemon/spec"
+	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+// Node is the machine below a daemon: two trees, and what stands in for the kernel
+// and for other programs. One daemon after the other can run on it.
+type Node struct {
+	Root, State string
+	Images      *Images
+	Roots       *Roots
+	Shims       *Shims
+	Cgroups     *Cgroups
+	Network     *Network
+	runtimes    *runtimes.Set
+}
+
+// NewNode makes a node. At the end of the test nothing runs on it any more.
+func NewNode(t *testing.T) *Node {
+	t.Helper()
+	dir := t.TempDir()
+	n := &Node{
+		Root:    filepath.Join(dir, "root"),
+		State:   filepath.Join(dir, "state"),
+		Images:  &Images{},
+		Roots:   &Roots{},
+		Cgroups: &Cgroups{dir: filepath.Join(dir, "cgroup")},
+		Network: &Network{Deleted: make(chan string, 100), pinned: map[string]bool{}},
+	}
+	quiet := slog.New(slog.DiscardHandler)
+	n.Shims = &Shims{Launcher: &shims.Launcher{Binary: binary, LogLevel: "debug", Log: quiet}}
+	t.Cleanup(func() {
+		running, err := shims.Running(n.State)
+		if err != nil {
+			t.Error(err)
+		}
+		for _, p := range running {
+			syscall.Kill(p.PID, syscall.SIGKILL)
+		}
+		if err := cgroup(n.Cgroups.dir).Kill(context.WithoutCancel(t.Context())); err != nil {
+			t.Error(err)
+		}
+	})
+	// Of the OCI runtime the daemon itself only uses features and delete.
+	script := filepath.Join(dir, "runtime")
+	const text = `#!/bin/sh
+for id; do :; done
+case "$*" in
+*features*) echo '{}' ;;
+*delete*) rm -rf "$2/$id" ;;
+esac
+`
+	err := os.WriteFile(script, []byte(text), 0o700)
+	if err == nil {
+		n.runtimes, err = runtimes.Probe(map[string]string{"fake": script}, "fake", filepath.Join(dir, "runc"), false, quiet)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// Daemon is the pods and containers of one daemon.
+type Daemon struct {
+	Store      *state.Store
+	Claims     *claims.Table
+	Containers *containers.Manager
+	Pods       *pods.Manager
+	Log        *slog.Logger
+
+	ctx  context.Context
+	stop context.CancelFunc
+	work sync.WaitGroup
+}
+
+// Open starts a daemon that knows of nothing yet. The one before has been closed.
+func (n *Node) Open(t *testing.T) *Daemon {
+	t.Helper()
+	d := &Daemon{Log: slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))}
+	d.ctx, d.stop = context.WithCancel(context.Background())
+	var err error
+	if d.Store, err = state.Open(n.Root, n.State, d.Log); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(d.Close)
+	d.Claims = claims.NewTable(d.Log)
+	d.Containers = containers.New(containers.Options{
+		State:    d.Store,
+		Claims:   d.Claims,
+		Runtimes: n.runtimes,
+		Host:     spec.Host{NodeName: "node"},
+		Images:   n.Images,
+		Roots:    n.Roots,
+		Shims:    n.Shims,
+		Cgroups:  n.Cgroups,
+		Go:       d.Go,
+		Log:      d.Log,
+	})
+	d.Pods = pods.New(pods.Options{
+		State:      d.Store,
+		Claims:     d.Claims,
+		Containers: d.Containers,
+		Runtimes:   n.runtimes,
+		Network:    n.Network,
+		Cgroups:    n.Cgroups,
+		Host:       spec.Host{NodeName: "node"},
+		Pause:      "/bin/true",
+		Go:         d.Go,
+		Log:        d.Log,
+	})
+	return d
+}
+
+// Go runs f in the background; it ends with Close.
+func (d *Daemon) Go(f func(ctx context.Context)) { d.work.Go(func() { f(d.ctx) }) }
+
+// Close ends the daemon, and leaves shims and files alone. It may be called twice.
+func (d *Daemon) Close() {
+	d.stop()
+	d.Claims.Close()
+	d.work.Wait()
+	d.Store.Close()
+}
+
+// PodConfig is that of a pod with a network of its own. It shares the host's ipc
+// namespace: a /dev/shm of its own would have to be mounted.
+func PodConfig(name string) *runtimeapi.PodSandboxConfig {
+	return &runtimeapi.PodSandboxConfig{
+		Metadata: &runtimeapi.PodSandboxMetadata{Name: name, Namespace: "default", Uid: "uid-" + name},
+		Hostname: "host",
+		Linux: &runtimeapi.LinuxPodSandboxConfig{
+			SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{
+				NamespaceOptions: &runtimeapi.NamespaceOption{Ipc: runtimeapi.NamespaceMode_NODE},
+			},
+		},
+	}
+}
+
+// ContainerConfig is that of a container which runs a command.
+func ContainerConfig(name string, command ...string) *runtimeapi.ContainerConfig {
+	return &runtimeapi.ContainerConfig{
+		Metadata: &runtimeapi.ContainerMetadata{Name: name},
+		Image:    &runtimeapi.ImageSpec{Image: "image"},
+		Command:  command,
+		Linux: &runtimeapi.LinuxContainerConfig{
+			SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
+				NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER},
+			},
+		},
+	}
+}
+
+// Sleeps is a command that ends when it is told to.
+var Sleeps = []string{"sleep", "infinity"}
+
+// Until waits for something that nothing tells of.
+func Until(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for end := time.Now().Add(time.Minute); !ok(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("never came: %s", what)
+		}
+	}
+}
+
+// Dir is the run directory of a container.
+func (n *Node) Dir(id string) rundir.Dir {
+	return rundir.Dir(filepath.Join(n.State, string(state.Containers), id))
+}
+
+// Durable is where the record of a container or pod lies.
+func (n *Node) Durable(k state.Kind, id string) string { return filepath.Join(n.Root, string(k), id) }

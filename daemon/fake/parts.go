@@ -1,0 +1,280 @@
+package fake
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/holdfast-cri/holdfast/daemon/containers"
+	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/daemon/shims"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/reaper/pidfd"
+)
+
+// Images has one image, which is called image.
+type Images struct {
+	mu   sync.Mutex
+	held int
+}
+
+// Layer is the only one of that image.
+const Layer digest.Digest = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+
+// Hold gives the image.
+func (i *Images) Hold(_ context.Context, field, ref string) (containers.Image, func(), error) {
+	if ref != "image" {
+		return containers.Image{}, nil, kind.Errorf(kind.NotFound, "%s: %q is not here", field, ref)
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.held++
+	release := func() {
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		i.held--
+	}
+	return containers.Image{
+		ID:     "sha256:image",
+		Ref:    "image",
+		Config: ocispec.ImageConfig{Cmd: Sleeps},
+		Layers: []digest.Digest{Layer},
+	}, release, nil
+}
+
+// Held is how often the image is held.
+func (i *Images) Held() int {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.held
+}
+
+// Unwanted does nothing.
+func (i *Images) Unwanted([]digest.Digest) {}
+
+// Failing makes something fail until it is told to work again.
+type Failing struct {
+	mu  sync.Mutex
+	err error
+}
+
+// Fail sets the error; nil: none.
+func (f *Failing) Fail(err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.err = err
+}
+
+func (f *Failing) try() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.err
+}
+
+// Roots mounts nothing: the root of a container is the empty directory.
+type Roots struct{ Mounting, Unmounting Failing }
+
+// Mount mounts nothing.
+func (r *Roots) Mount(context.Context, []digest.Digest, string, string, *records.Pod) error {
+	return r.Mounting.try()
+}
+
+// Unmount unmounts nothing.
+func (r *Roots) Unmount(string) error { return r.Unmounting.try() }
+
+// UnmountBelow is Unmount.
+func (r *Roots) UnmountBelow(dir string) error { return r.Unmount(dir) }
+
+// Bind mounts nothing.
+func (r *Roots) Bind(_, _, _ string) error { return r.Mounting.try() }
+
+// Volumes makes none.
+func (r *Roots) Volumes(string, []string, records.Owner, string, func(string) (bool, bool)) (map[string]string, error) {
+	return nil, r.Mounting.try()
+}
+
+// PinPID makes a file.
+func (r *Roots) PinPID(p rundir.Process, path string) error {
+	if !p.Alive() {
+		return fmt.Errorf("process %d has ended", p.PID)
+	}
+	return os.WriteFile(path, nil, 0o600)
+}
+
+// Shims starts this test binary as shims.
+type Shims struct {
+	*shims.Launcher
+	// Launched, if not nil, is called when a shim is ready.
+	Launched func(dir rundir.Dir) error
+}
+
+// Launch starts a shim.
+func (s *Shims) Launch(ctx context.Context, dir rundir.Dir) error {
+	err := s.Launcher.Launch(ctx, dir)
+	if err == nil && s.Launched != nil {
+		err = s.Launched(dir)
+	}
+	return err
+}
+
+// Cgroups are directories: the processes of a container work in one of its own,
+// which children inherit as they do a cgroup.
+type Cgroups struct{ dir string }
+
+// ContainerPath is where the processes of a container are.
+func (c *Cgroups) ContainerPath(_, podID, id string) (string, error) {
+	return filepath.Join(c.dir, podID, id), nil
+}
+
+// Of gives the processes of a container.
+func (c *Cgroups) Of(path string) containers.Cgroup { return cgroup(path) }
+
+// Recorded gives the same.
+func (c *Cgroups) Recorded(paths map[string]string) containers.Cgroup { return cgroup(paths[""]) }
+
+// RemoveShim does nothing.
+func (c *Cgroups) RemoveShim(context.Context, string) error { return nil }
+
+// RemovePod fails while there is something in the pod.
+func (c *Cgroups) RemovePod(_ context.Context, _, podID string) error {
+	return ignoreMissing(os.Remove(filepath.Join(c.dir, podID)))
+}
+
+// Systemd is false.
+func (c *Cgroups) Systemd() bool { return false }
+
+func ignoreMissing(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// cgroup is a directory, and those below it; "" is none.
+type cgroup string
+
+// processes are those that live: one that has ended works nowhere.
+func (c cgroup) processes() ([]rundir.Process, error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil || c == "" {
+		return nil, err
+	}
+	var all []rundir.Process
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		dir, err := os.Readlink(filepath.Join("/proc", e.Name(), "cwd"))
+		if err != nil || dir != string(c) && !strings.HasPrefix(dir, string(c)+"/") {
+			continue
+		}
+		if p, err := rundir.FindProcess(pid); err == nil {
+			all = append(all, p)
+		}
+	}
+	return all, nil
+}
+
+func (c cgroup) Populated() (string, bool, error) {
+	list, err := c.processes()
+	return string(c), len(list) > 0, err
+}
+
+func (c cgroup) Kill(ctx context.Context) error {
+	for {
+		list, err := c.processes()
+		if err != nil || len(list) == 0 {
+			return err
+		}
+		for _, proc := range list {
+			p, err := pidfd.Open(proc.PID, proc.Alive)
+			if err != nil {
+				continue // it has ended
+			}
+			err = p.Kill(ctx)
+			p.Close()
+			if err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func (c cgroup) Remove(context.Context) error {
+	_, populated, err := c.Populated()
+	if err == nil && populated {
+		err = fmt.Errorf("cannot remove %s: processes live there", c)
+	}
+	if err != nil {
+		return err
+	}
+	return ignoreMissing(os.Remove(string(c)))
+}
+
+// Network has namespaces and addresses without any.
+type Network struct {
+	Adding, Deleting Failing
+	Deleted          chan string // ids of pods for which DEL has succeeded
+
+	mu     sync.Mutex
+	pinned map[string]bool
+}
+
+// CreateNamespaces notes that the pod has namespaces.
+func (n *Network) CreateNamespaces(id string, _ records.Want) (records.Namespaces, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.pinned[id] = true
+	return namespaces(id), nil
+}
+
+func namespaces(id string) records.Namespaces { return records.Namespaces{Net: "/fake/net/" + id} }
+
+// RemoveNamespaces notes that the pod has none any more.
+func (n *Network) RemoveNamespaces(id string) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.pinned, id)
+	return nil
+}
+
+// Pinned are those of the pod.
+func (n *Network) Pinned(id string) records.Namespaces {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if !n.pinned[id] {
+		return records.Namespaces{}
+	}
+	return namespaces(id)
+}
+
+// Config is one that nobody reads.
+func (n *Network) Config() ([]byte, error) { return []byte("{}"), nil }
+
+// Add gives an address.
+func (n *Network) Add(context.Context, records.Attachment) (records.Result, error) {
+	return records.Result{IPs: []string{"10.0.0.7"}, Raw: []byte("{}")}, n.Adding.try()
+}
+
+// SetInterfaceSysctls does nothing.
+func (n *Network) SetInterfaceSysctls(string, records.Want) error { return nil }
+
+// Del gives the address back.
+func (n *Network) Del(_ context.Context, a records.Attachment) error {
+	err := n.Deleting.try()
+	if err == nil {
+		n.Deleted <- a.ID
+	}
+	return err
+}
