@@ -398,16 +398,17 @@ func TestShimKilled(t *testing.T) {
 		"stopping": {
 			phase: func(b *bed) string {
 				id := b.run("c", stubborn...)
-				stopped := make(chan error)
+				stopped := make(chan error, 1)
 				go func() { stopped <- b.Containers.Stop(b.t.Context(), id, time.Hour) }()
 				fake.Until(b.t, "the stop", func() bool {
 					s, err := b.Dir(id).ReadStatus()
 					return err == nil && s.Stop != nil
 				})
-				b.signal(id, syscall.SIGKILL)
-				if err := <-stopped; err != nil {
-					b.t.Error(err)
-				}
+				b.t.Cleanup(func() { // the shim may have been killed before it answered
+					if err := <-stopped; err != nil && !errors.Is(err, kind.Unavailable) {
+						b.t.Error(err)
+					}
+				})
 				return id
 			},
 			code:   137,
@@ -436,9 +437,7 @@ func TestShimKilled(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := newBed(t)
 			id := c.phase(b)
-			if b.status(id).State != exited {
-				b.signal(id, syscall.SIGKILL)
-			}
+			b.signal(id, syscall.SIGKILL)
 			s := b.ended(id)
 			if s.ExitCode != c.code || s.Reason != c.reason || s.StartedAt != 0 != c.ran {
 				t.Errorf("got %v", s)
