@@ -1,0 +1,430 @@
+package pods_test
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/daemon/fake"
+	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/daemon/shims"
+	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+func TestMain(m *testing.M) { os.Exit(fake.Main(m)) }
+
+const (
+	ready    = runtimeapi.PodSandboxState_SANDBOX_READY
+	notReady = runtimeapi.PodSandboxState_SANDBOX_NOTREADY
+)
+
+// bed is a node with a daemon.
+type bed struct {
+	*fake.Node
+	*fake.Daemon
+	t *testing.T
+}
+
+func newBed(t *testing.T) *bed {
+	t.Helper()
+	t.Parallel()
+	n := fake.NewNode(t)
+	return &bed{n, n.Open(t), t}
+}
+
+func (b *bed) run(name string) string {
+	b.t.Helper()
+	id, err := b.Pods.Run(b.t.Context(), fake.PodConfig(name), "")
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return id
+}
+
+// start runs a container in a pod.
+func (b *bed) start(podID string, cfg *runtimeapi.ContainerConfig) string {
+	b.t.Helper()
+	p, err := b.Pods.Find(podID)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	id, err := b.Containers.Create(b.t.Context(), p, cfg)
+	if err == nil {
+		err = b.Containers.Start(b.t.Context(), id)
+	}
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return id
+}
+
+func (b *bed) status(id string) *runtimeapi.PodSandboxStatus {
+	b.t.Helper()
+	resp, err := b.Pods.Status(id, false)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return resp.Status
+}
+
+func (b *bed) debts(id string) []records.Debt {
+	b.t.Helper()
+	var rec records.Pod
+	if err := b.Store.Get(state.Pods, id, &rec); err != nil {
+		b.t.Fatal(err)
+	}
+	return rec.Debts
+}
+
+func (b *bed) remove(id string) {
+	b.t.Helper()
+	for range 2 { // the second time there is nothing to do
+		if err := b.Pods.Remove(b.t.Context(), id); err != nil {
+			b.t.Fatal(err)
+		}
+	}
+	if _, err := b.Pods.Find(id); !errors.Is(err, kind.NotFound) {
+		b.t.Errorf("it is still known: %v", err)
+	}
+}
+
+// clean says whether there is nothing on the node of any pod or container.
+func (b *bed) clean() bool {
+	for _, tree := range []string{b.Root, b.State} {
+		for _, k := range []state.Kind{state.Pods, state.Containers} {
+			if left, err := filepath.Glob(filepath.Join(tree, string(k), "*")); err != nil || len(left) > 0 {
+				return false
+			}
+		}
+	}
+	all, err := shims.Running(b.State)
+	return err == nil && len(all) == 0
+}
+
+func TestLife(t *testing.T) {
+	b := newBed(t)
+	ctx := t.Context()
+	id := b.run("pod")
+	if s := b.status(id); s.State != ready || s.Network.Ip != "10.0.0.7" {
+		t.Errorf("after run: %v", s)
+	}
+	hosts, err := os.ReadFile(filepath.Join(b.Store.RunDir(state.Pods, id), "hosts"))
+	if err != nil || !strings.Contains(string(hosts), "10.0.0.7\thost\n") {
+		t.Errorf("/etc/hosts: %q, %v", hosts, err)
+	}
+	c := b.start(id, fake.ContainerConfig("c"))
+	for range 2 {
+		if err := b.Pods.Stop(ctx, id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s := b.status(id); s.State != notReady || s.Network.Ip != "" {
+		t.Errorf("after stop: %v", s)
+	}
+	if got := <-b.Network.Deleted; got != id || len(b.Network.Deleted) > 0 {
+		t.Errorf("DEL of %s, and %d more", got, len(b.Network.Deleted))
+	}
+	resp, err := b.Containers.Status(c, false)
+	if err != nil || resp.Status.State != runtimeapi.ContainerState_CONTAINER_EXITED || resp.Status.ExitCode != 137 {
+		t.Errorf("its container: %v, %v", resp, err)
+	}
+	p, err := b.Pods.Find(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Containers.Create(ctx, p, fake.ContainerConfig("late")); !errors.Is(err, kind.State) {
+		t.Errorf("a container in a stopped pod: %v", err)
+	}
+	b.remove(id)
+	if !b.clean() {
+		t.Error("something is left")
+	}
+}
+
+// Removing what runs ends it first.
+func TestRemoveWhatRuns(t *testing.T) {
+	b := newBed(t)
+	id := b.run("pod")
+	b.start(id, fake.ContainerConfig("a"))
+	b.start(id, fake.ContainerConfig("b", "sh", "-c", "trap '' TERM; while :; do sleep 1000; done"))
+	b.remove(id[:9])
+	if !b.clean() || b.Network.Pinned(id) != (records.Namespaces{}) || len(b.Network.Deleted) != 1 {
+		t.Error("something is left")
+	}
+}
+
+func TestOneName(t *testing.T) {
+	b := newBed(t)
+	ctx := t.Context()
+	id := b.run("pod")
+	if again := b.run("pod"); again != id {
+		t.Errorf("the same request again made %s beside %s", again, id)
+	}
+	other := fake.PodConfig("pod")
+	other.Hostname = "other"
+	if _, err := b.Pods.Run(ctx, other, ""); !errors.Is(err, kind.Exists) {
+		t.Errorf("another config under the name: %v", err)
+	}
+	if err := b.Pods.Stop(ctx, id); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Pods.Run(ctx, fake.PodConfig("pod"), ""); !errors.Is(err, kind.Exists) {
+		t.Errorf("the same request after the stop: %v", err)
+	}
+	b.remove(id)
+	if next := b.run("pod"); next == id {
+		t.Error("a removed pod came back")
+	}
+	if len(b.Pods.List(nil)) != 1 {
+		t.Errorf("listed: %v", b.Pods.List(nil))
+	}
+}
+
+func TestRunRefuses(t *testing.T) {
+	b := newBed(t)
+	userns := fake.PodConfig("pod")
+	userns.Linux.SecurityContext.NamespaceOptions.Ipc = runtimeapi.NamespaceMode_POD
+	userns.Linux.SecurityContext.NamespaceOptions.UsernsOptions = &runtimeapi.UserNamespace{
+		Mode: runtimeapi.NamespaceMode_POD,
+		Uids: []*runtimeapi.IDMapping{{HostId: 65536, Length: 65536}},
+		Gids: []*runtimeapi.IDMapping{{HostId: 65536, Length: 65536}},
+	}
+	for name, c := range map[string]struct {
+		cfg     *runtimeapi.PodSandboxConfig
+		handler string
+		err     error
+	}{
+		"no config":        {nil, "", kind.Invalid},
+		"no such handler":  {fake.PodConfig("pod"), "absent", kind.Invalid},
+		"a user namespace": {userns, "", kind.Unsupported}, // the OCI runtime does not know it
+	} {
+		if id, err := b.Pods.Run(t.Context(), c.cfg, c.handler); !errors.Is(err, c.err) {
+			t.Errorf("%s: %s, %v", name, id, err)
+		}
+	}
+	if !b.clean() {
+		t.Error("something is left")
+	}
+}
+
+// An ADD that fails is followed by DEL, and leaves nothing. If DEL fails as well,
+// the pod stays, so that the kubelet removes it.
+func TestAddFails(t *testing.T) {
+	b := newBed(t)
+	broken := errors.New("broken")
+	b.Network.Adding.Fail(broken)
+	if _, err := b.Pods.Run(t.Context(), fake.PodConfig("pod"), ""); !errors.Is(err, broken) {
+		t.Errorf("got %v", err)
+	}
+	if !b.clean() || len(b.Network.Deleted) != 1 {
+		t.Errorf("something is left; DEL ran %d times", len(b.Network.Deleted))
+	}
+	b.Network.Deleting.Fail(broken)
+	if _, err := b.Pods.Run(t.Context(), fake.PodConfig("pod"), ""); !errors.Is(err, broken) {
+		t.Errorf("got %v", err)
+	}
+	list := b.Pods.List(nil)
+	if len(list) != 1 || list[0].State != notReady {
+		t.Fatalf("listed: %v", list)
+	}
+	b.Network.Adding.Fail(nil)
+	b.Network.Deleting.Fail(nil)
+	b.remove(list[0].Id)
+	if !b.clean() {
+		t.Error("something is left")
+	}
+	b.run("pod")
+}
+
+// A network that refuses DEL is told to whoever stops the pod, and keeps nobody
+// from removing it: the address is given back as soon as that is possible.
+func TestNetworkRefuses(t *testing.T) {
+	b := newBed(t)
+	ctx := t.Context()
+	id := b.run("pod")
+	b.start(id, fake.ContainerConfig("c"))
+	refused := errors.New("the plugin is gone")
+	b.Network.Deleting.Fail(refused)
+	for range 2 {
+		err := b.Pods.Stop(ctx, id)
+		if !errors.Is(err, refused) || !errors.Is(err, kind.Unavailable) {
+			t.Errorf("stop: %v", err)
+		}
+	}
+	if s := b.status(id); s.State != notReady {
+		t.Errorf("after the stop: %v", s)
+	}
+	// What else it held is given back meanwhile.
+	for _, d := range []records.Debt{records.DebtNamespaces, records.DebtMounts} {
+		if owed := b.debts(id); slices.Contains(owed, d) {
+			t.Errorf("%s is still owed: %v", d, owed)
+		}
+	}
+	b.remove(id)
+	if got := b.debts(id); !slices.Contains(got, records.DebtNetwork) {
+		t.Errorf("on record after the removal: %v", got)
+	}
+	if next := b.run("pod"); next == id {
+		t.Error("the name is still taken")
+	} else {
+		defer b.remove(next)
+	}
+	b.Network.Deleting.Fail(nil)
+	if got := <-b.Network.Deleted; got != id {
+		t.Errorf("DEL of %s", got)
+	}
+	fake.Until(t, "the end of the record", func() bool {
+		_, err := os.Stat(b.Durable(state.Pods, id))
+		return errors.Is(err, fs.ErrNotExist)
+	})
+}
+
+// The debt of a pod that stays is paid in the background too.
+func TestStoppedPodPaysLater(t *testing.T) {
+	b := newBed(t)
+	id := b.run("pod")
+	b.Network.Deleting.Fail(errors.New("the plugin is gone"))
+	if err := b.Pods.Stop(t.Context(), id); err == nil {
+		t.Error("a pod was stopped that has its address still")
+	}
+	b.Network.Deleting.Fail(nil)
+	if got := <-b.Network.Deleted; got != id { // nobody asks again
+		t.Errorf("DEL of %s", got)
+	}
+	if err := b.Pods.Stop(t.Context(), id); err != nil {
+		t.Error(err)
+	}
+	if len(b.Network.Deleted) != 0 {
+		t.Error("a second DEL")
+	}
+	b.remove(id)
+	if !b.clean() {
+		t.Error("something is left")
+	}
+}
+
+// shared is a container that lives in the pid namespace of its pod.
+func shared(name string) *runtimeapi.ContainerConfig {
+	cfg := fake.ContainerConfig(name)
+	cfg.Linux.SecurityContext.NamespaceOptions.Pid = runtimeapi.NamespaceMode_POD
+	return cfg
+}
+
+// The init of a pod is made when the first container asks for it, is in no list,
+// and goes with the pod.
+func TestInit(t *testing.T) {
+	b := newBed(t)
+	id := b.run("pod")
+	p, err := b.Pods.Find(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.start(id, fake.ContainerConfig("own"))
+	if p.Init() != nil {
+		t.Error("there is an init that nobody asked for")
+	}
+	b.start(id, shared("a"))
+	first := p.Init()
+	b.start(id, shared("b"))
+	if first == nil || p.Init() != first || !first.Seen().Init.Alive() {
+		t.Fatalf("init: %v, then %v", first, p.Init())
+	}
+	if list := b.Containers.List(nil); len(list) != 3 {
+		t.Errorf("listed: %v", list)
+	}
+	if err := b.Pods.Stop(t.Context(), id); err != nil || first.Seen().Init.Alive() {
+		t.Errorf("stop: %v; init lives: %t", err, first.Seen().Init.Alive())
+	}
+	b.remove(id)
+	if !b.clean() {
+		t.Error("something is left")
+	}
+}
+
+// A pod whose init has ended is not ready: nothing can join it.
+func TestInitIsKilled(t *testing.T) {
+	for name, kill := range map[string]func(*bed, *records.Seen, string) error{
+		"init itself": func(_ *bed, s *records.Seen, _ string) error { return syscall.Kill(s.Init.PID, syscall.SIGKILL) },
+		"its shim": func(b *bed, _ *records.Seen, id string) error {
+			shim, err := shims.Find(b.Dir(id))
+			if err != nil {
+				return err
+			}
+			return syscall.Kill(shim.PID, syscall.SIGKILL)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBed(t)
+			id := b.run("pod")
+			c := b.start(id, shared("c"))
+			p, err := b.Pods.Find(id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := kill(b, p.Init().Seen(), id); err != nil {
+				t.Fatal(err)
+			}
+			fake.Until(t, "the pod not to be ready", func() bool { return b.status(id).State == notReady })
+			if _, err := b.Containers.Create(t.Context(), p, fake.ContainerConfig("late")); !errors.Is(err, kind.State) {
+				t.Errorf("a container in it: %v", err)
+			}
+			if err := b.Containers.Stop(t.Context(), c, time.Minute); err != nil {
+				t.Error(err)
+			}
+			b.remove(id)
+			if !b.clean() {
+				t.Error("something is left")
+			}
+		})
+	}
+}
+
+// Removing a pod waits for the creation of a container in it.
+func TestRemoveDuringCreate(t *testing.T) {
+	b := newBed(t)
+	id := b.run("pod")
+	p, err := b.Pods.Find(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	launched, proceed := make(chan struct{}), make(chan struct{})
+	b.Shims.Launched = func(rundir.Dir) error {
+		close(launched)
+		<-proceed
+		return nil
+	}
+	created, removed := make(chan error, 1), make(chan error, 1)
+	go func() {
+		_, err := b.Containers.Create(context.WithoutCancel(t.Context()), p, fake.ContainerConfig("c"))
+		created <- err
+	}()
+	<-launched
+	go func() { removed <- b.Pods.Remove(t.Context(), id) }()
+	fake.Until(t, "the pod not to be ready", func() bool { return p.Ready() != nil })
+	select {
+	case err := <-removed:
+		t.Errorf("removed under a creation: %v", err)
+	default:
+	}
+	close(proceed)
+	if err := <-created; !errors.Is(err, kind.State) {
+		t.Errorf("create: %v", err)
+	}
+	if err := <-removed; err != nil {
+		t.Error(err)
+	}
+	if !b.clean() {
+		t.Error("something is left")
+	}
+}
