@@ -92,6 +92,7 @@ type Options struct {
 	Plugins map[string]string // CNI plugins of the test, as scripts, last in the chain
 	RootMiB int               // root is a tmpfs of that size, to be filled up
 	Root    string            // that outlives the node; empty: below its scratch directory
+	State   string            // the same for state
 	Names   string            // ends the names of root and state
 	Service string            // an installed systemd unit that runs the daemon, instead of a child of the test
 }
@@ -139,7 +140,7 @@ func New(t T, opts ...Options) *Node {
 		cgroupParent: "/hf-test-" + tag,
 		service:      o.Service,
 	}}
-	n.Root = cmp.Or(o.Root, n.Root)
+	n.Root, n.State = cmp.Or(o.Root, n.Root), cmp.Or(o.State, n.State)
 	t.Cleanup(n.cleanup)
 	n.Registry = StartRegistry(t)
 	if err := n.configure(o); err != nil {
