@@ -36,7 +36,6 @@ type reference struct {
 type interrupted struct {
 	Ref   string          `json:"ref"`
 	Blobs []digest.Digest `json:"blobs"`
-	Had   []digest.Digest `json:"had"`
 }
 
 // holdings is what a store has on the disk.
