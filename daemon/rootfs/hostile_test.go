@@ -119,3 +119,14 @@ func TestHolesAreCalledOff(t *testing.T) {
 		t.Errorf("it went on for %s", took)
 	}
 }
+
+// The record of a layer may be damaged under a running store: what counts of it is
+// in memory.
+func TestRecordDamagedMeanwhile(t *testing.T) {
+	s := open(t, t.TempDir())
+	d := apply(t, s, e{name: "implied/f", body: "x"})
+	if err := os.WriteFile(filepath.Join(s.layerDir(d), recordName), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	read(t, mount(t, s, d), "implied/f")
+}

@@ -152,8 +152,8 @@ func (s *Store) prepareUpper(upper string, diffIDs []digest.Digest, m *IDMap) er
 		if r == nil {
 			return fmt.Errorf("%w: %s", ErrNoLayer, d)
 		}
-		var all layerRecord
-		if r.implies {
+		all := *r
+		if r.long {
 			if err := record.Read(filepath.Join(s.layerDir(d), recordName), &all); err != nil {
 				return err
 			}

@@ -13,6 +13,9 @@ import (
 // may take six, and a reader takes no more than 64 MiB.
 const maxImplied = 8 << 20
 
+// maxKept is what stays in memory of those of each layer, in bytes.
+const maxKept = 64 << 10
+
 // name of a file. JSON cannot hold one that is not UTF-8, so such a name is
 // written in hexadecimal after a NUL, which no name has.
 type name string
@@ -40,13 +43,18 @@ func (n *name) UnmarshalText(text []byte) error {
 
 // impliedNames are the names of the directories without an entry, sorted.
 func (x *extractor) impliedNames() (list []name, err error) {
-	size := 0
 	for _, n := range slices.Sorted(maps.Values(x.implied)) {
 		list = append(list, name(n))
-		size += len(n) + 16 // quotes, a comma, and the string's header
 	}
-	if size > maxImplied {
+	if sizeOf(list) > maxImplied {
 		return nil, fmt.Errorf("%w: too many directories without entries, or with names too long", ErrBadLayer)
 	}
 	return list, nil
+}
+
+func sizeOf(list []name) (n int) {
+	for _, s := range list {
+		n += len(s) + 16 // quotes, a comma, and the string's header
+	}
+	return n
 }

@@ -74,9 +74,8 @@ type layerRecord struct {
 	BootID string        `json:"bootId"` // of the boot that unpacked it
 	// Implied are the directories that the archive has files in, but no entry
 	// for. What they look like is up to the layers below (see implied.go).
-	// In memory it is empty, as it may be long: implies says whether to read it.
 	Implied []name `json:"implied,omitempty"`
-	implies bool
+	long    bool   // Implied is on the disk only
 }
 
 // Store keeps one directory per layer. It is safe for concurrent use. One
@@ -308,7 +307,9 @@ func (s *Store) onDisk(r *layerRecord) bool {
 
 // noteLocked puts a layer on the books.
 func (s *Store) noteLocked(r *layerRecord, synced bool) {
-	r.implies, r.Implied = len(r.Implied) > 0, nil
+	if r.long = sizeOf(r.Implied) > maxKept; r.long {
+		r.Implied = nil
+	}
 	s.layers[r.DiffID] = r
 	s.usage.Bytes += r.Bytes
 	s.usage.Inodes += r.Inodes
