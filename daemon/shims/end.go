@@ -66,7 +66,7 @@ func find(ctx context.Context, dir rundir.Dir) (rundir.Process, error) {
 func end(ctx context.Context, dir rundir.Dir, c *client.Client, shim rundir.Process) error {
 	p, err := pidfd.Open(shim.PID, shim.Alive)
 	if errors.Is(err, pidfd.ErrEnded) {
-		return nil
+		return End(ctx, dir, c) // a zombie by now, the threads of which may still have the lock
 	}
 	if err != nil {
 		return err
