@@ -3,9 +3,9 @@ package containers_test
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -28,15 +28,12 @@ const (
 	exited  = runtimeapi.ContainerState_CONTAINER_EXITED
 )
 
-// stubborn is a command that no SIGTERM ends.
-var stubborn = []string{"sh", "-c", "trap '' TERM; while :; do sleep 1000; done"}
-
 // bed is a node with a daemon and one pod.
 type bed struct {
 	*fake.Node
 	*fake.Daemon
-	t   *testing.T
-	pod containers.Pod
+	t     *testing.T
+	podID string
 }
 
 func newBed(t *testing.T) *bed {
@@ -44,49 +41,27 @@ func newBed(t *testing.T) *bed {
 	t.Parallel()
 	n := fake.NewNode(t)
 	b := &bed{Node: n, Daemon: n.Open(t), t: t}
-	id, err := b.Pods.Run(t.Context(), fake.PodConfig("pod"), "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if b.pod, err = b.Pods.Find(id); err != nil {
-		t.Fatal(err)
-	}
+	b.podID = b.RunPod(t, "pod")
 	return b
+}
+
+func (b *bed) pod() containers.Pod {
+	b.t.Helper()
+	p, err := b.Pods.Find(b.podID)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return p
 }
 
 func (b *bed) create(name string, command ...string) string {
 	b.t.Helper()
-	id, err := b.Containers.Create(b.t.Context(), b.pod, fake.ContainerConfig(name, command...))
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	return id
+	return b.Create(b.t, b.podID, fake.ContainerConfig(name, command...))
 }
 
-// run is create and start.
 func (b *bed) run(name string, command ...string) string {
 	b.t.Helper()
-	id := b.create(name, command...)
-	if err := b.Containers.Start(b.t.Context(), id); err != nil {
-		b.t.Fatal(err)
-	}
-	return id
-}
-
-func (b *bed) status(id string) *runtimeapi.ContainerStatus {
-	b.t.Helper()
-	resp, err := b.Containers.Status(id, false)
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	return resp.Status
-}
-
-// ended waits for the end of a container and gives its status.
-func (b *bed) ended(id string) *runtimeapi.ContainerStatus {
-	b.t.Helper()
-	fake.Until(b.t, "the end of a container", func() bool { return b.status(id).State == exited })
-	return b.status(id)
+	return b.Run(b.t, b.podID, fake.ContainerConfig(name, command...))
 }
 
 // remove removes a container and looks for what may be left of it.
@@ -102,15 +77,12 @@ func (b *bed) remove(id string) {
 
 func (b *bed) gone(id string) {
 	b.t.Helper()
-	for _, dir := range []string{string(b.Dir(id)), b.Durable(state.Containers, id)} {
-		if _, err := os.Lstat(dir); !errors.Is(err, fs.ErrNotExist) {
-			b.t.Errorf("it is still there: %s, %v", dir, err)
+	for _, left := range b.Left(b.t) {
+		if strings.Contains(left, id) {
+			b.t.Errorf("left: %s", left)
 		}
 	}
-	if _, err := shims.Find(b.Dir(id)); !errors.Is(err, rundir.ErrNoProcess) {
-		b.t.Errorf("its shim lives: %v", err)
-	}
-	if b.lives(id) {
+	if b.Lives(b.t, b.podID, id) {
 		b.t.Error("its processes live")
 	}
 	if _, err := b.Containers.Find(id); !errors.Is(err, kind.NotFound) {
@@ -121,41 +93,15 @@ func (b *bed) gone(id string) {
 	}
 }
 
-// lives says whether processes of a container live, whatever its files say.
-func (b *bed) lives(id string) bool {
-	b.t.Helper()
-	path, err := b.Cgroups.ContainerPath("", b.pod.Record().ID, id)
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	_, populated, err := b.Cgroups.Of(path).Populated()
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	return populated
-}
-
-// signal sends a signal to the shim of a container.
-func (b *bed) signal(id string, sig syscall.Signal) {
-	b.t.Helper()
-	p, err := shims.Find(b.Dir(id))
-	if err == nil {
-		err = syscall.Kill(p.PID, sig)
-	}
-	if err != nil {
-		b.t.Fatal(err)
-	}
-}
-
 func TestLife(t *testing.T) {
 	b := newBed(t)
 	ctx := t.Context()
 	id := b.create("c")
-	if s := b.status(id); s.State != created || s.StartedAt != 0 || s.ImageId != "sha256:image" {
+	if s := b.Status(t, id); s.State != created || s.StartedAt != 0 || s.ImageId != "sha256:image" {
 		t.Errorf("after create: %v", s)
 	}
 	// Stopping what was not started leaves it alone: it may still be started.
-	if err := b.Containers.Stop(ctx, id, time.Minute); err != nil || b.status(id).State != created {
+	if err := b.Containers.Stop(ctx, id, time.Minute); err != nil || b.Status(t, id).State != created {
 		t.Errorf("stop of a created one: %v", err)
 	}
 	for range 2 {
@@ -163,7 +109,7 @@ func TestLife(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if s := b.status(id); s.State != running || s.StartedAt == 0 || !b.lives(id) {
+	if s := b.Status(t, id); s.State != running || s.StartedAt == 0 || !b.Lives(t, b.podID, id) {
 		t.Errorf("after start: %v", s)
 	}
 	out, err := b.Containers.ExecSync(ctx, id, []string{"sh", "-c", "echo x; exit 3"}, 0)
@@ -175,7 +121,7 @@ func TestLife(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	s := b.status(id)
+	s := b.Status(t, id)
 	if s.State != exited || s.ExitCode != 143 || s.FinishedAt < s.StartedAt || s.StartedAt == 0 {
 		t.Errorf("after stop: %v", s)
 	}
@@ -200,7 +146,7 @@ func TestEnds(t *testing.T) {
 		"badly":                      {command: []string{"sh", "-c", "exit 7"}, code: 7, reason: rundir.ReasonError},
 		"by a signal of its own":     {command: []string{"sh", "-c", "kill -KILL $$"}, code: 137, reason: rundir.ReasonError},
 		"when it is told to":         {command: fake.Sleeps, stop: time.Minute, code: 143, reason: rundir.ReasonError},
-		"when its time has run out":  {command: stubborn, stop: time.Millisecond, code: 137, reason: rundir.ReasonError},
+		"when its time has run out":  {command: fake.Stubborn, stop: time.Millisecond, code: 137, reason: rundir.ReasonError},
 		"without a command to start": {command: []string{"/nonexistent"}, code: 127, reason: rundir.ReasonError},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -211,7 +157,7 @@ func TestEnds(t *testing.T) {
 					t.Error(err)
 				}
 			}
-			s := b.ended(id)
+			s := b.Ended(t, id)
 			if s.ExitCode != c.code || s.Reason != c.reason || s.StartedAt == 0 {
 				t.Errorf("got %v", s)
 			}
@@ -225,8 +171,8 @@ func TestRemove(t *testing.T) {
 	for name, make := range map[string]func(*bed) string{
 		"created":   func(b *bed) string { return b.create("c") },
 		"running":   func(b *bed) string { return b.run("c", fake.Sleeps...) },
-		"stubborn":  func(b *bed) string { return b.run("c", stubborn...) },
-		"shim dead": func(b *bed) string { id := b.run("c"); b.signal(id, syscall.SIGKILL); return id },
+		"stubborn":  func(b *bed) string { return b.run("c", fake.Stubborn...) },
+		"shim dead": func(b *bed) string { id := b.run("c"); b.Signal(b.t, id, syscall.SIGKILL); return id },
 		"by a short id": func(b *bed) string {
 			id := b.run("c")
 			if err := b.Containers.Remove(b.t.Context(), id[:8]); err != nil {
@@ -254,7 +200,7 @@ func TestOneName(t *testing.T) {
 	results := make(chan result)
 	for range 4 {
 		go func() {
-			id, err := b.Containers.Create(ctx, b.pod, fake.ContainerConfig("c"))
+			id, err := b.Containers.Create(ctx, b.pod(), fake.ContainerConfig("c"))
 			results <- result{id, err}
 		}()
 	}
@@ -267,12 +213,12 @@ func TestOneName(t *testing.T) {
 	if n := len(b.Containers.All()); n != 1 {
 		t.Errorf("%d containers", n)
 	}
-	if _, err := b.Containers.Create(ctx, b.pod, fake.ContainerConfig("c", "other")); !errors.Is(err, kind.Exists) {
+	if _, err := b.Containers.Create(ctx, b.pod(), fake.ContainerConfig("c", "other")); !errors.Is(err, kind.Exists) {
 		t.Errorf("another config under the name: %v", err)
 	}
 	another := fake.ContainerConfig("c")
 	another.Metadata.Attempt = 1
-	second, err := b.Containers.Create(ctx, b.pod, another)
+	second, err := b.Containers.Create(ctx, b.pod(), another)
 	if err != nil || second == first.id {
 		t.Errorf("another attempt: %s, %v", second, err)
 	}
@@ -282,7 +228,7 @@ func TestOneName(t *testing.T) {
 	if err := b.Containers.Stop(ctx, first.id, time.Minute); err != nil {
 		t.Error(err)
 	}
-	if _, err := b.Containers.Create(ctx, b.pod, fake.ContainerConfig("c")); !errors.Is(err, kind.Exists) {
+	if _, err := b.Containers.Create(ctx, b.pod(), fake.ContainerConfig("c")); !errors.Is(err, kind.Exists) {
 		t.Errorf("the same request after the end: %v", err)
 	}
 	b.remove(first.id)
@@ -337,7 +283,7 @@ func TestCreateFails(t *testing.T) {
 		},
 		"the pod is stopped": {
 			damage: func(b *bed) {
-				b.Shims.Launched = func(rundir.Dir) error { return b.Pods.Stop(b.t.Context(), b.pod.Record().ID) }
+				b.Shims.Launched = func(rundir.Dir) error { return b.Pods.Stop(b.t.Context(), b.podID) }
 			},
 			config: fake.ContainerConfig("c"),
 			err:    kind.State,
@@ -348,7 +294,7 @@ func TestCreateFails(t *testing.T) {
 			if c.damage != nil {
 				c.damage(b)
 			}
-			if id, err := b.Containers.Create(t.Context(), b.pod, c.config); !errors.Is(err, c.err) {
+			if id, err := b.Containers.Create(t.Context(), b.pod(), c.config); !errors.Is(err, c.err) {
 				t.Errorf("got %s, %v; want %v", id, err, c.err)
 			}
 			for _, tree := range []string{b.Root, b.State} {
@@ -397,7 +343,7 @@ func TestShimKilled(t *testing.T) {
 		},
 		"stopping": {
 			phase: func(b *bed) string {
-				id := b.run("c", stubborn...)
+				id := b.run("c", fake.Stubborn...)
 				stopped := make(chan error, 1)
 				go func() { stopped <- b.Containers.Stop(b.t.Context(), id, time.Hour) }()
 				fake.Until(b.t, "the stop", func() bool {
@@ -422,7 +368,7 @@ func TestShimKilled(t *testing.T) {
 				if err != nil {
 					b.t.Fatal(err)
 				}
-				b.signal(id, syscall.SIGSTOP) // so that it cannot write the record
+				b.StopShim(b.t, id) // so that it cannot write the record
 				if err := syscall.Kill(s.Init.PID, syscall.SIGTERM); err != nil {
 					b.t.Fatal(err)
 				}
@@ -437,12 +383,12 @@ func TestShimKilled(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := newBed(t)
 			id := c.phase(b)
-			b.signal(id, syscall.SIGKILL)
-			s := b.ended(id)
+			b.Signal(t, id, syscall.SIGKILL)
+			s := b.Ended(t, id)
 			if s.ExitCode != c.code || s.Reason != c.reason || s.StartedAt != 0 != c.ran {
 				t.Errorf("got %v", s)
 			}
-			if b.lives(id) {
+			if b.Lives(t, b.podID, id) {
 				t.Error("processes are left")
 			}
 			for _, dir := range []string{string(b.Dir(id)), b.Durable(state.Containers, id)} {
@@ -464,7 +410,7 @@ func TestStoppedShim(t *testing.T) {
 	b := newBed(t)
 	ctx := t.Context()
 	stopped, other := b.create("stopped"), b.create("other")
-	b.signal(stopped, syscall.SIGSTOP)
+	b.StopShim(t, stopped)
 	started := make(chan error)
 	go func() { started <- b.Containers.Start(ctx, stopped) }()
 	for _, do := range []func() error{
@@ -487,43 +433,20 @@ func TestStoppedShim(t *testing.T) {
 	if l := b.Containers.List(nil); len(l) != 1 || l[0].State != created {
 		t.Errorf("listed: %v", l)
 	}
-	b.signal(stopped, syscall.SIGCONT)
+	b.Signal(t, stopped, syscall.SIGCONT)
 	if err := <-started; err != nil {
 		t.Error(err)
 	}
-	if s := b.status(stopped); s.State != running {
+	if s := b.Status(t, stopped); s.State != running {
 		t.Errorf("after it was woken: %v", s)
 	}
 	b.remove(stopped)
 }
 
-// Damages to the files of a shim, one file at a time.
-func damages() map[string]func(dir string) error {
-	all := map[string]func(string) error{
-		"nothing":      func(string) error { return nil },
-		"no directory": os.RemoveAll,
-	}
-	for _, name := range []string{
-		rundir.LockName, rundir.SocketName, rundir.IdentityName, rundir.LaunchName, rundir.SpecName, rundir.StatusName,
-	} {
-		in := func(dir string) string { return filepath.Join(dir, name) }
-		all[name+" removed"] = func(dir string) error { return os.Remove(in(dir)) }
-		all[name+" is a directory"] = func(dir string) error {
-			return errors.Join(os.Remove(in(dir)), os.Mkdir(in(dir), 0o700))
-		}
-		if name == rundir.SocketName || name == rundir.LockName {
-			continue
-		}
-		all[name+" emptied"] = func(dir string) error { return os.Truncate(in(dir), 0) }
-		all[name+" damaged"] = func(dir string) error { return os.WriteFile(in(dir), []byte(`{"version":1}`), 0o600) }
-	}
-	return all
-}
-
 // A file that is missing or damaged ends nothing that lives, and keeps nobody from
 // stopping and removing it.
 func TestDamageWhileTheShimLives(t *testing.T) {
-	for name, damage := range damages() {
+	for name, damage := range fake.RunDirDamages() {
 		t.Run(name, func(t *testing.T) {
 			b := newBed(t)
 			fresh, ran := b.create("fresh"), b.run("ran", fake.Sleeps...)
@@ -532,7 +455,7 @@ func TestDamageWhileTheShimLives(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if s := b.status(ran); s.State != running || !b.lives(ran) {
+			if s := b.Status(t, ran); s.State != running || !b.Lives(t, b.podID, ran) {
 				t.Errorf("the running one: %v", s)
 			}
 			if err := b.Containers.Start(t.Context(), fresh); err != nil {
@@ -542,7 +465,7 @@ func TestDamageWhileTheShimLives(t *testing.T) {
 				if err := b.Containers.Stop(t.Context(), id, time.Minute); err != nil {
 					t.Error(err)
 				}
-				if s := b.status(id); s.ExitCode != 143 {
+				if s := b.Status(t, id); s.ExitCode != 143 {
 					t.Errorf("after the stop: %v", s)
 				}
 				b.remove(id)
@@ -554,7 +477,7 @@ func TestDamageWhileTheShimLives(t *testing.T) {
 // A shim that is killed behind damaged files: what still runs is killed with it,
 // and what ran is not told to have succeeded, or never to have run.
 func TestDamageThenTheShimIsKilled(t *testing.T) {
-	for name, damage := range damages() {
+	for name, damage := range fake.RunDirDamages() {
 		t.Run(name, func(t *testing.T) {
 			b := newBed(t)
 			ran := b.run("ran", fake.Sleeps...)
@@ -568,8 +491,8 @@ func TestDamageThenTheShimIsKilled(t *testing.T) {
 			if err := syscall.Kill(p.PID, syscall.SIGKILL); err != nil {
 				t.Fatal(err)
 			}
-			s := b.ended(ran)
-			if s.ExitCode == 0 || s.Reason != rundir.ReasonShimDied || s.StartedAt == 0 || b.lives(ran) {
+			s := b.Ended(t, ran)
+			if s.ExitCode == 0 || s.Reason != rundir.ReasonShimDied || s.StartedAt == 0 || b.Lives(t, b.podID, ran) {
 				t.Errorf("got %v", s)
 			}
 			b.remove(ran)
@@ -586,7 +509,7 @@ func TestRemovalOwes(t *testing.T) {
 	if err := b.Containers.Remove(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := b.Containers.Find(id); !errors.Is(err, kind.NotFound) || b.lives(id) {
+	if _, err := b.Containers.Find(id); !errors.Is(err, kind.NotFound) || b.Lives(t, b.podID, id) {
 		t.Errorf("after the removal: %v", err)
 	}
 	if _, err := os.Stat(b.Durable(state.Containers, id)); err != nil {

@@ -8,9 +8,6 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"time"
-
-	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/claims"
 	"github.com/holdfast-cri/holdfast/daemon/containers"
@@ -19,7 +16,6 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/daemon/state"
-	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
 // Node is the machine below a daemon: two trees, and what stands in for the kernel
@@ -140,52 +136,3 @@ func (d *Daemon) Close() {
 	d.work.Wait()
 	d.Store.Close()
 }
-
-// PodConfig is that of a pod with a network of its own. It shares the host's ipc
-// namespace: a /dev/shm of its own would have to be mounted.
-func PodConfig(name string) *runtimeapi.PodSandboxConfig {
-	return &runtimeapi.PodSandboxConfig{
-		Metadata: &runtimeapi.PodSandboxMetadata{Name: name, Namespace: "default", Uid: "uid-" + name},
-		Hostname: "host",
-		Linux: &runtimeapi.LinuxPodSandboxConfig{
-			SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{
-				NamespaceOptions: &runtimeapi.NamespaceOption{Ipc: runtimeapi.NamespaceMode_NODE},
-			},
-		},
-	}
-}
-
-// ContainerConfig is that of a container which runs a command.
-func ContainerConfig(name string, command ...string) *runtimeapi.ContainerConfig {
-	return &runtimeapi.ContainerConfig{
-		Metadata: &runtimeapi.ContainerMetadata{Name: name},
-		Image:    &runtimeapi.ImageSpec{Image: "image"},
-		Command:  command,
-		Linux: &runtimeapi.LinuxContainerConfig{
-			SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
-				NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER},
-			},
-		},
-	}
-}
-
-// Sleeps is a command that ends when it is told to.
-var Sleeps = []string{"sleep", "infinity"}
-
-// Until waits for something that nothing tells of.
-func Until(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(time.Minute); !ok(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("never came: %s", what)
-		}
-	}
-}
-
-// Dir is the run directory of a container.
-func (n *Node) Dir(id string) rundir.Dir {
-	return rundir.Dir(filepath.Join(n.State, string(state.Containers), id))
-}
-
-// Durable is where the record of a container or pod lies.
-func (n *Node) Durable(k state.Kind, id string) string { return filepath.Join(n.Root, string(k), id) }

@@ -141,9 +141,13 @@ func (s *shim) reappear() error {
 func (s *shim) tellLocked(t proto.EventType, change func(*rundir.Status)) {
 	change(&s.status)
 	s.status.Seq++
+	at := time.Now()
+	if t == proto.EventType_EVENT_TYPE_STARTED {
+		at = s.status.StartedAt // the same as in the record
+	}
 	s.events = append(s.events, &proto.Event{
 		Seq:  s.status.Seq,
-		At:   proto.TimeOf(time.Now()),
+		At:   proto.TimeOf(at),
 		Type: t,
 		Init: proto.ProcessOf(s.status.Init),
 		Exit: proto.ExitOf(s.exit),
@@ -212,7 +216,7 @@ func (s *shim) Create(_ context.Context, r *proto.CreateRequest) (*proto.CreateR
 	if err != nil {
 		return nil, err
 	}
-	const wait = `echo > "$0" && exec "$@"`
+	const wait = `[ "$1" = ` + stubborn + ` ] && trap "" TERM && shift; echo > "$0" && exec "$@"`
 	command := spec.Process.Args
 	if command[0] == "/pause" { // of the init of a pod, bound into its root
 		command = Sleeps

@@ -43,41 +43,6 @@ func newBed(t *testing.T) *bed {
 	return &bed{n, n.Open(t), t}
 }
 
-func (b *bed) run(name string) string {
-	b.t.Helper()
-	id, err := b.Pods.Run(b.t.Context(), fake.PodConfig(name), "")
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	return id
-}
-
-// start runs a container in a pod.
-func (b *bed) start(podID string, cfg *runtimeapi.ContainerConfig) string {
-	b.t.Helper()
-	p, err := b.Pods.Find(podID)
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	id, err := b.Containers.Create(b.t.Context(), p, cfg)
-	if err == nil {
-		err = b.Containers.Start(b.t.Context(), id)
-	}
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	return id
-}
-
-func (b *bed) status(id string) *runtimeapi.PodSandboxStatus {
-	b.t.Helper()
-	resp, err := b.Pods.Status(id, false)
-	if err != nil {
-		b.t.Fatal(err)
-	}
-	return resp.Status
-}
-
 func (b *bed) debts(id string) []records.Debt {
 	b.t.Helper()
 	var rec records.Pod
@@ -99,37 +64,32 @@ func (b *bed) remove(id string) {
 	}
 }
 
-// clean says whether there is nothing on the node of any pod or container.
-func (b *bed) clean() bool {
-	for _, tree := range []string{b.Root, b.State} {
-		for _, k := range []state.Kind{state.Pods, state.Containers} {
-			if left, err := filepath.Glob(filepath.Join(tree, string(k), "*")); err != nil || len(left) > 0 {
-				return false
-			}
-		}
+// clean looks for what there is of any pod or container.
+func (b *bed) clean() {
+	b.t.Helper()
+	if left := b.Left(b.t); len(left) > 0 {
+		b.t.Errorf("left: %v", left)
 	}
-	all, err := shims.Running(b.State)
-	return err == nil && len(all) == 0
 }
 
 func TestLife(t *testing.T) {
 	b := newBed(t)
 	ctx := t.Context()
-	id := b.run("pod")
-	if s := b.status(id); s.State != ready || s.Network.Ip != "10.0.0.7" {
+	id := b.RunPod(t, "pod")
+	if s := b.PodStatus(t, id); s.State != ready || s.Network.Ip != "10.0.0.7" {
 		t.Errorf("after run: %v", s)
 	}
 	hosts, err := os.ReadFile(filepath.Join(b.Store.RunDir(state.Pods, id), "hosts"))
 	if err != nil || !strings.Contains(string(hosts), "10.0.0.7\thost\n") {
 		t.Errorf("/etc/hosts: %q, %v", hosts, err)
 	}
-	c := b.start(id, fake.ContainerConfig("c"))
+	c := b.Run(t, id, fake.ContainerConfig("c"))
 	for range 2 {
 		if err := b.Pods.Stop(ctx, id); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if s := b.status(id); s.State != notReady || s.Network.Ip != "" {
+	if s := b.PodStatus(t, id); s.State != notReady || s.Network.Ip != "" {
 		t.Errorf("after stop: %v", s)
 	}
 	if got := <-b.Network.Deleted; got != id || len(b.Network.Deleted) > 0 {
@@ -147,28 +107,27 @@ func TestLife(t *testing.T) {
 		t.Errorf("a container in a stopped pod: %v", err)
 	}
 	b.remove(id)
-	if !b.clean() {
-		t.Error("something is left")
-	}
+	b.clean()
 }
 
 // Removing what runs ends it first.
 func TestRemoveWhatRuns(t *testing.T) {
 	b := newBed(t)
-	id := b.run("pod")
-	b.start(id, fake.ContainerConfig("a"))
-	b.start(id, fake.ContainerConfig("b", "sh", "-c", "trap '' TERM; while :; do sleep 1000; done"))
+	id := b.RunPod(t, "pod")
+	b.Run(t, id, fake.ContainerConfig("a"))
+	b.Run(t, id, fake.ContainerConfig("b", fake.Stubborn...))
 	b.remove(id[:9])
-	if !b.clean() || b.Network.Pinned(id) != (records.Namespaces{}) || len(b.Network.Deleted) != 1 {
-		t.Error("something is left")
+	b.clean()
+	if b.Network.Pinned(id) != (records.Namespaces{}) || len(b.Network.Deleted) != 1 {
+		t.Error("its network is left")
 	}
 }
 
 func TestOneName(t *testing.T) {
 	b := newBed(t)
 	ctx := t.Context()
-	id := b.run("pod")
-	if again := b.run("pod"); again != id {
+	id := b.RunPod(t, "pod")
+	if again := b.RunPod(t, "pod"); again != id {
 		t.Errorf("the same request again made %s beside %s", again, id)
 	}
 	other := fake.PodConfig("pod")
@@ -183,7 +142,7 @@ func TestOneName(t *testing.T) {
 		t.Errorf("the same request after the stop: %v", err)
 	}
 	b.remove(id)
-	if next := b.run("pod"); next == id {
+	if next := b.RunPod(t, "pod"); next == id {
 		t.Error("a removed pod came back")
 	}
 	if len(b.Pods.List(nil)) != 1 {
@@ -213,9 +172,7 @@ func TestRunRefuses(t *testing.T) {
 			t.Errorf("%s: %s, %v", name, id, err)
 		}
 	}
-	if !b.clean() {
-		t.Error("something is left")
-	}
+	b.clean()
 }
 
 // An ADD that fails is followed by DEL, and leaves nothing. If DEL fails as well,
@@ -227,8 +184,9 @@ func TestAddFails(t *testing.T) {
 	if _, err := b.Pods.Run(t.Context(), fake.PodConfig("pod"), ""); !errors.Is(err, broken) {
 		t.Errorf("got %v", err)
 	}
-	if !b.clean() || len(b.Network.Deleted) != 1 {
-		t.Errorf("something is left; DEL ran %d times", len(b.Network.Deleted))
+	b.clean()
+	if n := len(b.Network.Deleted); n != 1 {
+		t.Errorf("DEL ran %d times", n)
 	}
 	b.Network.Deleting.Fail(broken)
 	if _, err := b.Pods.Run(t.Context(), fake.PodConfig("pod"), ""); !errors.Is(err, broken) {
@@ -241,10 +199,8 @@ func TestAddFails(t *testing.T) {
 	b.Network.Adding.Fail(nil)
 	b.Network.Deleting.Fail(nil)
 	b.remove(list[0].Id)
-	if !b.clean() {
-		t.Error("something is left")
-	}
-	b.run("pod")
+	b.clean()
+	b.RunPod(t, "pod")
 }
 
 // A network that refuses DEL is told to whoever stops the pod, and keeps nobody
@@ -252,8 +208,8 @@ func TestAddFails(t *testing.T) {
 func TestNetworkRefuses(t *testing.T) {
 	b := newBed(t)
 	ctx := t.Context()
-	id := b.run("pod")
-	b.start(id, fake.ContainerConfig("c"))
+	id := b.RunPod(t, "pod")
+	b.Run(t, id, fake.ContainerConfig("c"))
 	refused := errors.New("the plugin is gone")
 	b.Network.Deleting.Fail(refused)
 	for range 2 {
@@ -262,7 +218,7 @@ func TestNetworkRefuses(t *testing.T) {
 			t.Errorf("stop: %v", err)
 		}
 	}
-	if s := b.status(id); s.State != notReady {
+	if s := b.PodStatus(t, id); s.State != notReady {
 		t.Errorf("after the stop: %v", s)
 	}
 	// What else it held is given back meanwhile.
@@ -275,7 +231,7 @@ func TestNetworkRefuses(t *testing.T) {
 	if got := b.debts(id); !slices.Contains(got, records.DebtNetwork) {
 		t.Errorf("on record after the removal: %v", got)
 	}
-	if next := b.run("pod"); next == id {
+	if next := b.RunPod(t, "pod"); next == id {
 		t.Error("the name is still taken")
 	} else {
 		defer b.remove(next)
@@ -293,7 +249,7 @@ func TestNetworkRefuses(t *testing.T) {
 // The debt of a pod that stays is paid in the background too.
 func TestStoppedPodPaysLater(t *testing.T) {
 	b := newBed(t)
-	id := b.run("pod")
+	id := b.RunPod(t, "pod")
 	b.Network.Deleting.Fail(errors.New("the plugin is gone"))
 	if err := b.Pods.Stop(t.Context(), id); err == nil {
 		t.Error("a pod was stopped that has its address still")
@@ -309,34 +265,25 @@ func TestStoppedPodPaysLater(t *testing.T) {
 		t.Error("a second DEL")
 	}
 	b.remove(id)
-	if !b.clean() {
-		t.Error("something is left")
-	}
-}
-
-// shared is a container that lives in the pid namespace of its pod.
-func shared(name string) *runtimeapi.ContainerConfig {
-	cfg := fake.ContainerConfig(name)
-	cfg.Linux.SecurityContext.NamespaceOptions.Pid = runtimeapi.NamespaceMode_POD
-	return cfg
+	b.clean()
 }
 
 // The init of a pod is made when the first container asks for it, is in no list,
 // and goes with the pod.
 func TestInit(t *testing.T) {
 	b := newBed(t)
-	id := b.run("pod")
+	id := b.RunPod(t, "pod")
 	p, err := b.Pods.Find(id)
 	if err != nil {
 		t.Fatal(err)
 	}
-	b.start(id, fake.ContainerConfig("own"))
+	b.Run(t, id, fake.ContainerConfig("own"))
 	if p.Init() != nil {
 		t.Error("there is an init that nobody asked for")
 	}
-	b.start(id, shared("a"))
+	b.Run(t, id, fake.Shared("a"))
 	first := p.Init()
-	b.start(id, shared("b"))
+	b.Run(t, id, fake.Shared("b"))
 	if first == nil || p.Init() != first || !first.Seen().Init.Alive() {
 		t.Fatalf("init: %v, then %v", first, p.Init())
 	}
@@ -347,9 +294,7 @@ func TestInit(t *testing.T) {
 		t.Errorf("stop: %v; init lives: %t", err, first.Seen().Init.Alive())
 	}
 	b.remove(id)
-	if !b.clean() {
-		t.Error("something is left")
-	}
+	b.clean()
 }
 
 // A pod whose init has ended is not ready: nothing can join it.
@@ -366,8 +311,8 @@ func TestInitIsKilled(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBed(t)
-			id := b.run("pod")
-			c := b.start(id, shared("c"))
+			id := b.RunPod(t, "pod")
+			c := b.Run(t, id, fake.Shared("c"))
 			p, err := b.Pods.Find(id)
 			if err != nil {
 				t.Fatal(err)
@@ -375,7 +320,7 @@ func TestInitIsKilled(t *testing.T) {
 			if err := kill(b, p.Init().Seen(), id); err != nil {
 				t.Fatal(err)
 			}
-			fake.Until(t, "the pod not to be ready", func() bool { return b.status(id).State == notReady })
+			fake.Until(t, "the pod not to be ready", func() bool { return b.PodStatus(t, id).State == notReady })
 			if _, err := b.Containers.Create(t.Context(), p, fake.ContainerConfig("late")); !errors.Is(err, kind.State) {
 				t.Errorf("a container in it: %v", err)
 			}
@@ -383,9 +328,7 @@ func TestInitIsKilled(t *testing.T) {
 				t.Error(err)
 			}
 			b.remove(id)
-			if !b.clean() {
-				t.Error("something is left")
-			}
+			b.clean()
 		})
 	}
 }
@@ -393,7 +336,7 @@ func TestInitIsKilled(t *testing.T) {
 // Removing a pod waits for the creation of a container in it.
 func TestRemoveDuringCreate(t *testing.T) {
 	b := newBed(t)
-	id := b.run("pod")
+	id := b.RunPod(t, "pod")
 	p, err := b.Pods.Find(id)
 	if err != nil {
 		t.Fatal(err)
@@ -424,7 +367,5 @@ func TestRemoveDuringCreate(t *testing.T) {
 	if err := <-removed; err != nil {
 		t.Error(err)
 	}
-	if !b.clean() {
-		t.Error("something is left")
-	}
+	b.clean()
 }

@@ -1,0 +1,500 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"testing"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/daemon/fake"
+	"github.com/holdfast-cri/holdfast/daemon/image"
+	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/daemon/rootfs"
+	"github.com/holdfast-cri/holdfast/daemon/shims"
+	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+func TestMain(m *testing.M) { os.Exit(fake.Main(m)) }
+
+const (
+	created = runtimeapi.ContainerState_CONTAINER_CREATED
+	running = runtimeapi.ContainerState_CONTAINER_RUNNING
+	exited  = runtimeapi.ContainerState_CONTAINER_EXITED
+	ready   = runtimeapi.PodSandboxState_SANDBOX_READY
+)
+
+// bed is a node on which one daemon runs after the other.
+type bed struct {
+	*fake.Node
+	*fake.Daemon
+	t     *testing.T
+	joint *Daemon // of the same parts
+}
+
+func newBed(t *testing.T) *bed {
+	t.Helper()
+	t.Parallel()
+	b := &bed{Node: fake.NewNode(t), t: t}
+	b.open()
+	t.Cleanup(b.close)
+	return b
+}
+
+// open starts a daemon, which recovers what the one before has left.
+func (b *bed) open() *recovery {
+	b.t.Helper()
+	b.Daemon = b.Open(b.t)
+	d := &Daemon{
+		state:      b.Store,
+		claims:     b.Claims,
+		Containers: b.Containers,
+		Pods:       b.Pods,
+		log:        b.Log,
+	}
+	d.ctx, d.stop = context.WithCancel(context.Background())
+	b.joint = d
+	images := filepath.Join(filepath.Dir(b.Root), "images")
+	store, err := image.Open(image.Options{Root: images, ProgressDir: filepath.Join(images, "pulls"), Log: b.Log})
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if d.layers, err = rootfs.Open(filepath.Join(images, "layers"), b.Log); err != nil {
+		b.t.Fatal(err)
+	}
+	d.Images = &Images{Library: image.NewLibrary(store, d.layers, d.inUse), layers: d.layers}
+	r, err := d.recover()
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	return r
+}
+
+// close ends the daemon; shims and files stay.
+func (b *bed) close() {
+	b.joint.stop()
+	b.joint.work.Wait()
+	b.Daemon.Close()
+	b.joint.Images.Close()
+	b.joint.layers.Close()
+}
+
+// removeAll removes a pod, in whatever state it is, and looks for what is left.
+func (b *bed) removeAll(podID string) {
+	b.t.Helper()
+	for _, do := range []func(context.Context, string) error{b.Pods.Stop, b.Pods.Remove} {
+		if err := do(b.t.Context(), podID); err != nil {
+			b.t.Error(err)
+		}
+	}
+	fake.Until(b.t, "an empty node", func() bool { return len(b.Left(b.t)) == 0 })
+}
+
+// Whatever is damaged while a container runs and no daemon does: the next daemon
+// tells that it runs, and can stop and remove it.
+func TestRecoverDamaged(t *testing.T) {
+	all := fake.RunDirDamages()
+	for name, damage := range fake.Damages("record.json") {
+		all["durable "+name] = func(dir string) error {
+			return damage(filepath.Join(dir, "../../../root/containers", filepath.Base(dir)))
+		}
+	}
+	all["no durable directory"] = func(dir string) error {
+		return os.RemoveAll(filepath.Join(dir, "../../../root/containers", filepath.Base(dir)))
+	}
+	for name, damage := range all {
+		t.Run(name, func(t *testing.T) {
+			b := newBed(t)
+			pod := b.RunPod(t, "pod")
+			fresh := b.Create(t, pod, fake.ContainerConfig("fresh"))
+			ran := b.Run(t, pod, fake.ContainerConfig("ran"))
+			started := b.Status(t, ran).StartedAt
+			b.close()
+			for _, id := range []string{fresh, ran} {
+				if err := damage(string(b.Dir(id))); err != nil {
+					t.Fatal(err)
+				}
+			}
+			b.open()
+			if s := b.PodStatus(t, pod); s.State != ready || s.Network.GetIp() == "" {
+				t.Errorf("the pod: %v", s)
+			}
+			if s := b.Status(t, ran); s.State != running || !b.Lives(t, pod, ran) {
+				t.Errorf("the one that runs: %v", s)
+			}
+			if s := b.Status(t, fresh); s.State != created || !b.Lives(t, pod, fresh) {
+				t.Errorf("the one that was not started: %v", s)
+			}
+			if err := b.Containers.Start(t.Context(), fresh); err != nil {
+				t.Error(err)
+			}
+			if again := b.Create(t, pod, fake.ContainerConfig("ran")); again != ran {
+				t.Errorf("the same request again made %s beside %s", again, ran)
+			}
+			if err := b.Containers.Stop(t.Context(), ran, time.Minute); err != nil {
+				t.Error(err)
+			}
+			if s := b.Status(t, ran); s.ExitCode != 143 || s.StartedAt != started {
+				t.Errorf("after the stop: %v", s)
+			}
+			b.removeAll(pod)
+		})
+	}
+}
+
+// The same, and the shims were killed too: what ran is ended, and told to have been
+// killed; what was not started is not told to have run.
+func TestRecoverDamagedWithoutShims(t *testing.T) {
+	for name, damage := range fake.RunDirDamages() {
+		t.Run(name, func(t *testing.T) {
+			b := newBed(t)
+			pod := b.RunPod(t, "pod")
+			fresh := b.Create(t, pod, fake.ContainerConfig("fresh"))
+			ran := b.Run(t, pod, fake.ContainerConfig("ran"))
+			over := b.Run(t, pod, fake.ContainerConfig("over", "sh", "-c", "exit 3"))
+			b.Ended(t, over)
+			fake.Until(t, "the end of a shim", func() bool {
+				_, err := shims.Find(b.Dir(over))
+				return errors.Is(err, rundir.ErrNoProcess)
+			})
+			b.close()
+			for _, id := range []string{fresh, ran} {
+				b.KillShim(t, id)
+			}
+			for _, id := range []string{fresh, ran, over} {
+				if err := damage(string(b.Dir(id))); err != nil && !(id == over && errors.Is(err, fs.ErrNotExist)) {
+					t.Fatal(err)
+				}
+			}
+			b.open()
+			if s := b.Status(t, over); s.State != exited || s.ExitCode != 3 || s.StartedAt == 0 {
+				t.Errorf("the one that had ended: %v", s)
+			}
+			if s := b.Ended(t, ran); s.ExitCode != 137 || s.Reason != rundir.ReasonShimDied {
+				t.Errorf("the one that ran: %v", s)
+			}
+			if s := b.Ended(t, fresh); s.ExitCode != rundir.CodeUnknown || s.Reason != rundir.ReasonNeverRan {
+				t.Errorf("the one that was not started: %v", s)
+			}
+			for _, id := range []string{fresh, ran} {
+				if b.Lives(t, pod, id) {
+					t.Error("processes are left")
+				}
+			}
+			b.removeAll(pod)
+		})
+	}
+}
+
+// The records of a pod stand in for each other, and in the end its containers do.
+func TestRecoverPod(t *testing.T) {
+	record := func(b *bed, id string) string { return filepath.Join(b.Durable(state.Pods, id), "record.json") }
+	mirror := func(b *bed, id string) string { return filepath.Join(b.Store.RunDir(state.Pods, id), "record.json") }
+	for name, c := range map[string]struct {
+		damage func(b *bed, podID, containerID string) error
+		ready  bool
+	}{
+		"nothing":   {func(*bed, string, string) error { return nil }, true},
+		"no record": {func(b *bed, pod, _ string) error { return os.Remove(record(b, pod)) }, true},
+		"damaged record": {
+			func(b *bed, pod, _ string) error { return os.WriteFile(record(b, pod), []byte("{}"), 0o600) },
+			true,
+		},
+		"no copy": {func(b *bed, pod, _ string) error { return os.Remove(mirror(b, pod)) }, true},
+		"neither": {
+			func(b *bed, pod, _ string) error {
+				return errors.Join(os.Remove(record(b, pod)), os.Remove(mirror(b, pod)))
+			},
+			true,
+		},
+		"only a container": {
+			func(b *bed, pod, c string) error {
+				return errors.Join(os.Remove(record(b, pod)), os.Remove(mirror(b, pod)),
+					os.Remove(b.Dir(c).Path(rundir.LaunchName)))
+			},
+			false,
+		},
+		"the whole root": {func(b *bed, _, _ string) error { return os.RemoveAll(b.Root) }, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBed(t)
+			pod := b.RunPod(t, "pod")
+			id := b.Run(t, pod, fake.ContainerConfig("c"))
+			b.close()
+			if err := c.damage(b, pod, id); err != nil {
+				t.Fatal(err)
+			}
+			b.open()
+			if s := b.PodStatus(t, pod); s.State == ready != c.ready {
+				t.Errorf("the pod: %v", s)
+			}
+			if s := b.Status(t, id); s.State != running || !b.Lives(t, pod, id) {
+				t.Errorf("its container: %v", s)
+			}
+			if c.ready && b.RunPod(t, "pod") != pod {
+				t.Error("the same request again made another pod")
+			}
+			b.removeAll(pod)
+			if !slices.Contains(b.deleted(), pod) {
+				t.Error("its address was not given back")
+			}
+		})
+	}
+}
+
+// deleted are the pods for which DEL has run so far.
+func (b *bed) deleted() (ids []string) {
+	for {
+		select {
+		case id := <-b.Network.Deleted:
+			ids = append(ids, id)
+		default:
+			return ids
+		}
+	}
+}
+
+// A container that lives and of which no record reads is left alone, and is no
+// container's name.
+func TestRecoverUnknown(t *testing.T) {
+	b := newBed(t)
+	pod := b.RunPod(t, "pod")
+	id := b.Run(t, pod, fake.ContainerConfig("c"))
+	b.close()
+	err := errors.Join(
+		os.WriteFile(filepath.Join(b.Durable(state.Containers, id), "record.json"), nil, 0o600),
+		os.WriteFile(b.Dir(id).Path(rundir.LaunchName), nil, 0o600),
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		b.open()
+		if _, err := b.Containers.Find(id); !errors.Is(err, kind.NotFound) || !b.Lives(t, pod, id) {
+			t.Errorf("found: %v, lives: %t", err, b.Lives(t, pod, id))
+		}
+		if _, err := os.Stat(b.Durable(state.Containers, id)); err != nil {
+			t.Error(err)
+		}
+		b.close()
+	}
+	// Once it is over it goes.
+	b.KillShim(t, id)
+	path, _ := b.Cgroups.ContainerPath("", pod, id)
+	if err := b.Cgroups.Of(path).Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.open()
+	b.removeAll(pod)
+}
+
+// put changes the record of a container while no daemon runs.
+func (b *bed) put(id string, change func(*records.Container)) {
+	b.t.Helper()
+	var rec records.Container
+	err := b.Store.Get(state.Containers, id, &rec)
+	if err == nil {
+		change(&rec)
+		err = b.Store.Put(state.Containers, id, &rec, false)
+	}
+	if err != nil {
+		b.t.Fatal(err)
+	}
+}
+
+// What was cut short is undone or finished, with or without a shim.
+func TestRecoverCutShort(t *testing.T) {
+	for _, phase := range []records.ContainerPhase{records.ContainerCreating, records.ContainerRemoving} {
+		for _, shim := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s with a shim %t", phase, shim), func(t *testing.T) {
+				b := newBed(t)
+				pod := b.RunPod(t, "pod")
+				id := b.Create(t, pod, fake.ContainerConfig("c"))
+				b.close()
+				b.put(id, func(r *records.Container) { r.Phase = phase })
+				if !shim {
+					b.KillShim(t, id)
+				}
+				b.open()
+				fake.Until(t, "the end of it", func() bool {
+					_, err := os.Stat(b.Durable(state.Containers, id))
+					return errors.Is(err, fs.ErrNotExist)
+				})
+				if b.Lives(t, pod, id) {
+					t.Error("its processes live")
+				}
+				p, err := b.Pods.Find(pod)
+				if err != nil {
+					t.Fatal(err)
+				}
+				fake.Until(t, "the name to be free", func() bool {
+					next, err := b.Containers.Create(t.Context(), p, fake.ContainerConfig("c"))
+					return err == nil && next != id
+				})
+				b.removeAll(pod)
+			})
+		}
+	}
+}
+
+// After a boot nothing runs: what was durable is told, the rest is not known.
+func TestRecoverAfterBoot(t *testing.T) {
+	b := newBed(t)
+	pod := b.RunPod(t, "pod")
+	over := b.Run(t, pod, fake.ContainerConfig("over", "sh", "-c", "exit 3"))
+	b.Ended(t, over)
+	ran := b.Run(t, pod, fake.ContainerConfig("ran"))
+	b.close()
+	b.KillShim(t, ran)
+	path, _ := b.Cgroups.ContainerPath("", pod, ran)
+	if err := b.Cgroups.Of(path).Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range []string{over, ran} {
+		b.put(id, func(r *records.Container) { r.BootID = "another" })
+	}
+	var rec records.Pod
+	err := b.Store.Get(state.Pods, pod, &rec)
+	rec.BootID = "another"
+	err = errors.Join(err, b.Store.Put(state.Pods, pod, &rec, false), os.RemoveAll(b.State))
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.open()
+	if s := b.PodStatus(t, pod); s.State == ready {
+		t.Errorf("the pod: %v", s)
+	}
+	if s := b.Status(t, over); s.ExitCode != 3 || s.State != exited {
+		t.Errorf("the one that had ended: %v", s)
+	}
+	if s := b.Status(t, ran); s.State != exited || s.ExitCode != rundir.CodeUnknown || s.Reason != rundir.ReasonUnknown {
+		t.Errorf("the one that ran: %v", s)
+	}
+	b.removeAll(pod)
+	if !slices.Contains(b.deleted(), pod) {
+		t.Error("its address was not given back")
+	}
+}
+
+// What a pod owes is known to the next daemon, and paid when that is possible.
+func TestRecoverDebts(t *testing.T) {
+	for name, c := range map[string]struct {
+		leave func(*bed, string) error
+		stays bool // the pod is still known
+	}{
+		"of a removed pod": {func(b *bed, pod string) error { return b.Pods.Remove(b.t.Context(), pod) }, false},
+		"of a pod that is being stopped": {
+			func(b *bed, pod string) error {
+				if b.Pods.Stop(b.t.Context(), pod) == nil {
+					return errors.New("it was stopped, and has its address still")
+				}
+				return nil
+			},
+			true,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBed(t)
+			pod := b.RunPod(t, "pod")
+			b.Run(t, pod, fake.ContainerConfig("c"))
+			b.Network.Deleting.Fail(errors.New("the plugin is gone"))
+			if err := c.leave(b, pod); err != nil {
+				t.Fatal(err)
+			}
+			for range 2 {
+				b.close()
+				b.open()
+				var rec records.Pod
+				if err := b.Store.Get(state.Pods, pod, &rec); err != nil || !rec.Owes(records.DebtNetwork) {
+					t.Fatalf("on record: %v, %v", rec.Debts, err)
+				}
+				if _, err := b.Pods.Find(pod); errors.Is(err, kind.NotFound) == c.stays {
+					t.Errorf("the pod: %v", err)
+				}
+			}
+			b.Network.Deleting.Fail(nil)
+			if c.stays { // the kubelet asks again, until it is stopped
+				if err := b.Pods.Stop(t.Context(), pod); err != nil {
+					t.Error(err)
+				}
+			}
+			if got := <-b.Network.Deleted; got != pod {
+				t.Errorf("DEL of %s", got)
+			}
+			b.removeAll(pod)
+		})
+	}
+}
+
+// The init of a pod goes on, and is joined by later containers.
+func TestRecoverInit(t *testing.T) {
+	damages := fake.Damages(rundir.StatusName)
+	damages["nothing"] = func(string) error { return nil }
+	damages["no directory"] = os.RemoveAll
+	for name, damage := range damages {
+		t.Run(name, func(t *testing.T) {
+			b := newBed(t)
+			pod := b.RunPod(t, "pod")
+			b.Run(t, pod, fake.Shared("a"))
+			p, err := b.Pods.Find(pod)
+			if err != nil {
+				t.Fatal(err)
+			}
+			before := p.Init().Seen().Init
+			b.close()
+			if err := damage(string(b.Dir(pod))); err != nil {
+				t.Fatal(err)
+			}
+			b.open()
+			if p, err = b.Pods.Find(pod); err != nil {
+				t.Fatal(err)
+			}
+			b.Run(t, pod, fake.Shared("b"))
+			init := p.Init()
+			if init == nil || !before.Alive() || init.Seen().Exit != nil {
+				t.Fatalf("the init: %v, lives: %t", init, before.Alive())
+			}
+			if err := syscall.Kill(before.PID, syscall.SIGKILL); err != nil {
+				t.Fatal(err)
+			}
+			fake.Until(t, "the pod not to be ready", func() bool { return p.Ready() != nil })
+			b.removeAll(pod)
+		})
+	}
+}
+
+// Of two containers with one name the one that lives has it; the other is put
+// aside.
+func TestRecoverOneNameTwice(t *testing.T) {
+	b := newBed(t)
+	pod := b.RunPod(t, "pod")
+	id := b.Run(t, pod, fake.ContainerConfig("c"))
+	b.close()
+	const other = "0000000000000000000000000000000000000000000000000000000000000000"
+	var rec records.Container
+	err := b.Store.Get(state.Containers, id, &rec)
+	rec.ID, rec.CreatedAt = other, time.Now()
+	err = errors.Join(err, b.Store.Create(state.Containers, other), b.Store.Put(state.Containers, other, &rec, false))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := b.open(); r.quarantined != 1 {
+		t.Errorf("%d objects were put aside", r.quarantined)
+	}
+	if again := b.Create(t, pod, fake.ContainerConfig("c")); again != id || !b.Lives(t, pod, id) {
+		t.Errorf("the name is that of %s", again)
+	}
+	if _, err := b.Containers.Find(other); !errors.Is(err, kind.NotFound) {
+		t.Errorf("the other one: %v", err)
+	}
+	b.removeAll(pod)
+}
