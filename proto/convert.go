@@ -60,6 +60,11 @@ func (p Phase) File() rundir.Phase {
 	return rundir.Phase(strings.ToLower(strings.TrimPrefix(p.String(), "PHASE_")))
 }
 
+// EventTypeOf is the type of an event on the wire.
+func EventTypeOf(t rundir.EventType) EventType {
+	return EventType(EventType_value["EVENT_TYPE_"+strings.ToUpper(string(t))])
+}
+
 // ExitOf leaves out when the container was started.
 func ExitOf(e *rundir.Exit) *Exit {
 	if e == nil {

@@ -55,9 +55,9 @@ func (r *Reaper) Adopt(pid int) (*Child, error) {
 
 // Wait waits until the child has ended and leaves it as a zombie, so that its
 // pid, its /proc entry and its cgroup stay its own until Reap. One goroutine
-// may wait.
-func (c *Child) Wait() (Status, error) {
-	if err := c.held.Wait(context.Background()); err != nil {
+// may wait. When ctx ends first the error wraps its cause.
+func (c *Child) Wait(ctx context.Context) (Status, error) {
+	if err := c.held.Wait(ctx); err != nil {
 		return Status{}, fmt.Errorf("cannot wait for process %d: %w", c.PID, err)
 	}
 	st, err := c.peek()
@@ -88,6 +88,19 @@ func (c *Child) Reap() {
 	c.held.Close()
 	c.mu.Unlock()
 	c.r.disown(c.PID)
+}
+
+// Disown gives the child up without reaping it. Nothing but Reap and Disown may
+// follow, and they do nothing.
+func (c *Child) Disown() {
+	c.mu.Lock()
+	gone := c.reaped
+	c.reaped = true
+	c.mu.Unlock()
+	if !gone {
+		c.held.Close()
+		c.r.disown(c.PID)
+	}
 }
 
 // Signal sends a signal. ErrGone once the child has ended.

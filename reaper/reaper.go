@@ -29,13 +29,14 @@ type Reaper struct {
 	holds int          // while above 0, an unowned child may yet be adopted
 }
 
-// New makes this process a child subreaper (prctl(2)) and begins to reap
-// orphans. There is one Reaper per process. Close ends it.
+// New makes this process a child subreaper (prctl(2)). It reaps no orphan before
+// Begin: a process that was here before may be adopted. There is one Reaper per
+// process. Close ends it.
 func New() (*Reaper, error) {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return nil, fmt.Errorf("cannot become a child subreaper: %w", err)
 	}
-	r := &Reaper{sigchld: make(chan os.Signal, 1), owned: make(map[int]bool)}
+	r := &Reaper{sigchld: make(chan os.Signal, 1), owned: make(map[int]bool), holds: 1}
 	signal.Notify(r.sigchld, unix.SIGCHLD)
 	r.done.Go(func() {
 		for range r.sigchld {
@@ -44,6 +45,9 @@ func New() (*Reaper, error) {
 	})
 	return r, nil
 }
+
+// Begin begins to reap orphans. It is called once.
+func (r *Reaper) Begin() { r.release() }
 
 // Close stops reaping orphans. Owners may go on.
 func (r *Reaper) Close() {
@@ -78,12 +82,14 @@ func (r *Reaper) Hold() (release func()) {
 	r.mu.Lock()
 	r.holds++
 	r.mu.Unlock()
-	return sync.OnceFunc(func() {
-		r.mu.Lock()
-		r.holds--
-		r.mu.Unlock()
-		r.sweep()
-	})
+	return sync.OnceFunc(r.release)
+}
+
+func (r *Reaper) release() {
+	r.mu.Lock()
+	r.holds--
+	r.mu.Unlock()
+	r.sweep()
 }
 
 func (r *Reaper) disown(pid int) {

@@ -24,7 +24,7 @@ func TestMain(m *testing.M) {
 		code, _ := strconv.Atoi(os.Args[1])
 		os.Exit(code)
 	case "wait":
-		select {}
+		time.Sleep(time.Hour) // the Go runtime ends a program in which nothing can happen any more
 	case "die":
 		sig, _ := strconv.Atoi(os.Args[1])
 		unix.Kill(os.Getpid(), unix.Signal(sig))
@@ -45,7 +45,13 @@ func leave(pidfile, role string) {
 }
 
 // one is the reaper of the whole test binary: a subreaper is a process.
-var one = sync.OnceValues(New)
+var one = sync.OnceValues(func() (*Reaper, error) {
+	r, err := New()
+	if err == nil {
+		r.Begin()
+	}
+	return r, err
+})
 
 func newReaper(t *testing.T) *Reaper {
 	t.Helper()
@@ -133,7 +139,7 @@ func TestAdopt(t *testing.T) {
 			}
 			release()
 			for range 2 { // Wait leaves the zombie, so it can be asked again
-				if got, err := child.Wait(); err != nil || got != c.want {
+				if got, err := child.Wait(t.Context()); err != nil || got != c.want {
 					t.Errorf("got %+v, %v; want %+v", got, err, c.want)
 				}
 			}
@@ -167,7 +173,7 @@ func TestAdoptDead(t *testing.T) {
 		t.Fatal(err)
 	}
 	release()
-	if got, err := child.Wait(); err != nil || got.Code != 7 {
+	if got, err := child.Wait(t.Context()); err != nil || got.Code != 7 {
 		t.Errorf("got %+v, %v", got, err)
 	}
 	child.Reap()
@@ -192,7 +198,7 @@ func TestAdoptOnlyChildren(t *testing.T) {
 	if err := child.Signal(unix.SIGKILL); err != nil {
 		t.Error(err)
 	}
-	if got, err := child.Wait(); err != nil || got.Signal != unix.SIGKILL {
+	if got, err := child.Wait(t.Context()); err != nil || got.Signal != unix.SIGKILL {
 		t.Errorf("got %+v, %v", got, err)
 	}
 	child.Reap()
@@ -222,7 +228,7 @@ func TestSweepGoesOnAfterOwned(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	owned.Wait()
+	owned.Wait(t.Context())
 	orphan := left(t, r, "orphan", "0")
 	release()
 	owned.Reap()
@@ -246,6 +252,6 @@ func TestKillStrays(t *testing.T) {
 		t.Error("an owned child was killed")
 	}
 	owned.Signal(unix.SIGKILL)
-	owned.Wait()
+	owned.Wait(t.Context())
 	owned.Reap()
 }

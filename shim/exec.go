@@ -2,15 +2,14 @@ package shim
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"strconv"
-	"sync"
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -21,161 +20,104 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/reaper"
 	"github.com/holdfast-cri/holdfast/runc"
-	"github.com/holdfast-cri/holdfast/runc/cgroup"
+	"github.com/holdfast-cri/holdfast/shim/process"
 )
 
 // execDrain is how long the output of an exec may stay open after its process
 // has ended: a background child may keep it open for ever.
 const execDrain = 2 * time.Second
 
-// execStartTimeout bounds the OCI runtime, not the process that it starts.
-const execStartTimeout = time.Minute
+// maxExecStarts is how many execs may be started at a time. It takes system calls that
+// may block, each of which occupies a thread, and a thread is never given back.
+const maxExecStarts = 8
 
-// execRun is one exec. ExecSync owns it from begin to end.
-type execRun struct {
+// execPrefix stands before the serial number in an exec's id, which also names its
+// cgroup and its files.
+const execPrefix = "exec-"
+
+// exec is one exec in the task's table, from its request to its end. Its own goroutine,
+// run, takes it through its life, whether somebody waits for it or not.
+type exec struct {
 	task    *task
 	c       *container
-	serial  string
-	sub     cgroup.Set // of its process tree; empty where there can't be one
-	subName string     // the same for the OCI runtime
+	id      string
+	process *process.Process // nil: it was never prepared
 	stdin   *os.File
 	stdout  *outlet
 	stderr  *outlet
-	child   *reaper.Child
+
+	life context.Context // ends when it is to be killed
+	kill context.CancelCauseFunc
+	done chan struct{} // closed at its end
+
+	// For others only after done.
+	status reaper.Status
+	err    error // how it could not be started or waited for, or why it was killed
 }
+
+// Why an exec was killed, if it was not its caller.
+var (
+	errExecTimeout   = errors.New("the exec's time is up")
+	errContainerGone = kind.As(context.Canceled, errors.New("the container has ended"))
+)
 
 // ExecSync runs a process in the container until it ends, ctx is over, or the
 // time is up; in the last two cases its whole tree is killed.
 func (t *task) ExecSync(ctx context.Context, p *specs.Process, req *pb.ExecSyncRequest) (*pb.ExecSyncResponse, error) {
-	e, err := t.beginExec()
+	e, err := t.newExec()
 	if err != nil {
 		return nil, err
 	}
-	defer e.end()
-	if req.TimeoutMs > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, milliseconds(req.TimeoutMs), errExecTimeout)
-		defer cancel()
-	}
-	ctx, cut := context.WithCancelCause(ctx)
-	defer context.AfterFunc(e.c.life, func() { cut(errContainerGone) })()
-	defer cut(nil)
 	if err := e.open(req); err != nil {
+		e.end()
 		return nil, err
 	}
-	if err := e.start(ctx, p, req.SetUser); err != nil {
-		e.killTree()
-		e.drain()
-		if context.Cause(ctx) == errExecTimeout {
-			return e.result(reaper.Status{Code: rundir.CodeSignalOffset + int(unix.SIGKILL)}, true), nil
-		}
-		return nil, err
+	if req.TimeoutMs > 0 {
+		timer := time.AfterFunc(milliseconds(req.TimeoutMs), func() { e.kill(errExecTimeout) })
+		defer timer.Stop()
 	}
-	type ending struct {
-		status reaper.Status
-		err    error
-	}
-	ended := make(chan ending, 1)
-	go func() {
-		st, err := e.child.Wait()
-		ended <- ending{st, err}
-	}()
-	var end ending
-	over := false
+	go e.run(p, req.SetUser)
 	select {
-	case end = <-ended:
+	case <-e.done:
 	case <-ctx.Done():
-		over = true
-		e.killTree()
-		end = <-ended
+		e.kill(context.Cause(ctx))
+		<-e.done
 	}
-	e.child.Reap()
-	e.drain()
-	switch {
-	case over && context.Cause(ctx) != errExecTimeout:
-		return nil, fmt.Errorf("exec killed: %w: %w", ctx.Err(), context.Cause(ctx))
-	case end.err != nil:
-		return nil, end.err
+	timedOut := errors.Is(e.err, errExecTimeout)
+	if e.err != nil && !timedOut {
+		return nil, e.err
 	}
-	return e.result(end.status, over), nil
+	return &pb.ExecSyncResponse{
+		ExitCode:     uint32(e.status.Code),
+		TimedOut:     timedOut,
+		StdoutBytes:  e.stdout.written,
+		StderrBytes:  e.stderr.written,
+		DroppedBytes: e.stdout.dropped + e.stderr.dropped,
+	}, nil
 }
 
-// Why the context of an exec ended, if it was not the caller.
-var (
-	errExecTimeout   = errors.New("the exec's time is up")
-	errContainerGone = errors.New("the container has ended")
-)
-
-// beginExec counts a new exec, which end undoes.
-func (t *task) beginExec() (*execRun, error) {
-	t.starting.Lock() // guards over, and keeps execs.Add apart from execs.Wait
+// newExec puts a new exec into the table, which its end takes out.
+func (t *task) newExec() (*exec, error) {
+	t.starting.Lock() // guards over: no exec comes after finish has looked at the table
 	defer t.starting.Unlock()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.status.Phase != rundir.PhaseRunning || t.over {
 		return nil, kind.Errorf(kind.State, "cannot exec: the container is not running")
 	}
-	t.execs.Add(1)
-	t.execCount++
 	t.execSerial++
-	e := &execRun{task: t, c: t.container, serial: "exec-" + strconv.Itoa(t.execSerial)}
+	e := &exec{
+		task: t,
+		c:    t.container,
+		id:   execPrefix + strconv.Itoa(t.execSerial),
+		done: make(chan struct{}),
+	}
+	e.life, e.kill = context.WithCancelCause(e.c.life)
+	t.execs[e.id] = e
 	return e, nil
 }
 
-func (e *execRun) end() {
-	for _, o := range []*outlet{e.stdout, e.stderr} {
-		if o != nil {
-			o.close()
-		}
-	}
-	if e.stdin != nil {
-		e.stdin.Close()
-	}
-	for _, name := range []string{"json", "pid", "log"} {
-		os.Remove(e.path(name))
-	}
-	os.Remove(e.task.dir.Path("." + e.serial + ".pid")) // of an OCI runtime that was killed
-	t := e.task
-	t.mu.Lock()
-	t.execCount--
-	last := t.execCount == 0
-	if e.sub != nil {
-		t.execCgroups = append(t.execCgroups, e.sub)
-	}
-	t.mu.Unlock()
-	t.removeExecCgroups()
-	t.execs.Done()
-	if last {
-		// A container with a probe would keep the garbage of a hundred execs
-		// otherwise: the collector lets a small heap grow to 4 MiB. It costs a
-		// small part of what the exec did, and nobody waits for it.
-		go debug.FreeOSMemory()
-	}
-}
-
-// removeExecCgroups removes the cgroups of execs that have ended. A background
-// child that outlives its exec, as it may, keeps its cgroup until a later exec
-// has ended too, or the container.
-func (t *task) removeExecCgroups() {
-	t.mu.Lock()
-	all := t.execCgroups
-	t.execCgroups = nil
-	t.mu.Unlock()
-	all = slices.DeleteFunc(all, func(g cgroup.Set) bool {
-		idle, err := g.RemoveIdle()
-		if err != nil {
-			t.log.Warn("cgroup of an exec not removed", "err", err)
-		}
-		return idle || err != nil
-	})
-	t.mu.Lock()
-	t.execCgroups = append(t.execCgroups, all...)
-	t.mu.Unlock()
-}
-
-func (e *execRun) path(ext string) string { return e.task.dir.Path(e.serial + "." + ext) }
-
-func (e *execRun) open(req *pb.ExecSyncRequest) (err error) {
+func (e *exec) open(req *pb.ExecSyncRequest) (err error) {
 	if req.StdinPath != "" {
 		// Without O_NONBLOCK a FIFO that nobody writes to would block the shim.
 		if e.stdin, err = openFor(req.StdinPath, "stdin_path", unix.O_RDONLY); err != nil {
@@ -204,125 +146,75 @@ func openFor(path, field string, flags int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), path), nil
 }
 
-// start runs the process and adopts it.
-func (e *execRun) start(ctx context.Context, p *specs.Process, setUser bool) error {
-	t := e.task
-	full, err := t.completeProcess(p, setUser)
+// run starts the process, waits for its end, and ends the exec. When it is to be killed
+// its tree is.
+func (e *exec) run(p *specs.Process, setUser bool) {
+	defer e.end()
+	err := e.start(p, setUser)
+	if err == nil {
+		e.status, err = e.process.Wait(e.life)
+	}
+	if err != nil && e.process != nil {
+		e.task.killExec(e.id, e.process)
+	}
+	if err != nil && e.process.Started() {
+		e.status, _ = e.process.Wait(context.Background())
+	} else if err != nil {
+		e.status = reaper.Status{Code: rundir.CodeSignalOffset + int(unix.SIGKILL), Signal: unix.SIGKILL}
+	}
+	if e.life.Err() != nil && err != nil {
+		err = fmt.Errorf("exec killed: %w", context.Cause(e.life))
+	}
+	e.err = err
+	if e.process.Started() {
+		e.process.Reap()
+	}
+	e.drain()
+}
+
+// start runs the process, as one of a few that are started at a time.
+func (e *exec) start(p *specs.Process, setUser bool) error {
+	select {
+	case e.task.execStarts <- struct{}{}:
+		defer func() { <-e.task.execStarts }()
+	case <-e.life.Done():
+		return context.Cause(e.life)
+	}
+	full, err := e.c.host.Complete(p, setUser)
 	if err != nil {
 		return err
 	}
-	b, err := json.Marshal(full)
-	if err == nil {
-		err = os.WriteFile(e.path("json"), b, 0o600)
-	}
-	if err != nil {
-		return fmt.Errorf("cannot write the process of an exec: %w", err)
-	}
-	if e.sub, e.subName, err = e.c.cgroups.Sub(e.serial); err != nil {
-		t.log.Warn("exec without a cgroup: only its first process can be killed", "err", err)
-		e.subName = ""
-	}
-	if e.c.userns {
+	if e.c.traits.UserNS {
 		for _, o := range []*outlet{e.stdout, e.stderr} {
 			if err := o.child.Chmod(shareMode); err != nil {
 				return fmt.Errorf("cannot share the output of an exec: %w", err)
 			}
 		}
 	}
-	runtime := *e.c.runtime
-	runtime.Log = e.path("log") // of its own, so that its errors are not mixed with others'
-	release := t.reaper.Hold()
-	defer release()
-	ctx, cancel := context.WithTimeout(ctx, execStartTimeout)
-	defer cancel()
-	err = runtime.Exec(ctx, t.dir.ID(), runc.ExecOptions{
-		IO:      runc.IO{Stdin: e.stdin, Stdout: e.stdout.child, Stderr: e.stderr.child},
-		Process: e.path("json"),
-		PidFile: e.path("pid"),
-		Cgroup:  e.subName,
-	})
+	var cgroupErr error
+	if e.process, cgroupErr, err = e.c.host.NewExec(e.id, e.c.init.Cgroups); err != nil {
+		return err
+	}
+	if cgroupErr != nil {
+		e.task.log.Warn("exec without a cgroup: only its first process can be killed", "err", cgroupErr)
+	}
+	err = e.process.Exec(e.life, full, runc.IO{Stdin: e.stdin, Stdout: e.stdout.child, Stderr: e.stderr.child})
 	e.stdout.start()
 	e.stderr.start()
-	if err != nil {
-		return err
-	}
-	pid, err := readPid(e.path("pid"))
-	if err != nil {
-		return err
-	}
-	e.child, err = t.reaper.Adopt(pid)
 	return err
 }
 
-// completeProcess fills what the caller left empty from the container's own
-// process. An empty user is the container's, unless setUser says that root is meant.
-func (t *task) completeProcess(p *specs.Process, setUser bool) (*specs.Process, error) {
-	b, err := os.ReadFile(t.dir.Path(rundir.SpecName))
-	if err != nil {
-		return nil, fmt.Errorf("cannot exec: %w", err)
-	}
-	var spec struct{ Process *specs.Process }
-	if err := json.Unmarshal(b, &spec); err != nil {
-		return nil, fmt.Errorf("cannot exec: cannot read %s: %w", t.dir.Path(rundir.SpecName), err)
-	}
-	q := *spec.Process
-	q.Terminal, q.ConsoleSize, q.CommandLine = false, nil, ""
-	q.Args = p.Args
-	if p.Env != nil {
-		q.Env = p.Env
-	}
-	if p.Cwd != "" {
-		q.Cwd = p.Cwd
-	}
-	if u := p.User; setUser || u.UID != 0 || u.GID != 0 || u.Username != "" || len(u.AdditionalGids) > 0 || u.Umask != nil {
-		q.User = u
-	}
-	if p.Capabilities != nil {
-		q.Capabilities = p.Capabilities
-	}
-	if p.Rlimits != nil {
-		q.Rlimits = p.Rlimits
-	}
-	if p.ApparmorProfile != "" {
-		q.ApparmorProfile = p.ApparmorProfile
-	}
-	if p.SelinuxLabel != "" {
-		q.SelinuxLabel = p.SelinuxLabel
-	}
-	if p.OOMScoreAdj != nil {
-		q.OOMScoreAdj = p.OOMScoreAdj
-	}
-	if p.Scheduler != nil {
-		q.Scheduler = p.Scheduler
-	}
-	if p.IOPriority != nil {
-		q.IOPriority = p.IOPriority
-	}
-	if p.ExecCPUAffinity != nil {
-		q.ExecCPUAffinity = p.ExecCPUAffinity
-	}
-	q.NoNewPrivileges = q.NoNewPrivileges || p.NoNewPrivileges
-	return &q, nil
-}
-
-// killTree kills the process of the exec and all that came of it, also what
-// has left its session or lost its parent.
-func (e *execRun) killTree() {
+// killExec kills the whole tree of an exec.
+func (t *task) killExec(id string, p *process.Process) {
 	ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
 	defer cancel()
-	var err error
-	if e.child != nil {
-		if err = e.child.Signal(unix.SIGKILL); errors.Is(err, reaper.ErrGone) {
-			err = nil
-		}
-	}
-	if err = errors.Join(err, e.sub.Kill(ctx)); err != nil {
-		e.task.log.Error("exec not killed whole", "exec", e.serial, "err", err)
+	if err := p.KillTree(ctx); err != nil {
+		t.log.Error("exec not killed whole", "exec", id, "err", err)
 	}
 }
 
 // drain waits for the rest of the output, for a while.
-func (e *execRun) drain() {
+func (e *exec) drain() {
 	limit := time.After(execDrain)
 	for _, o := range []*outlet{e.stdout, e.stderr} {
 		o.start()
@@ -334,115 +226,70 @@ func (e *execRun) drain() {
 	}
 }
 
-func (e *execRun) result(st reaper.Status, timedOut bool) *pb.ExecSyncResponse {
-	return &pb.ExecSyncResponse{
-		ExitCode:     uint32(st.Code),
-		TimedOut:     timedOut,
-		StdoutBytes:  e.stdout.written,
-		StderrBytes:  e.stderr.written,
-		DroppedBytes: e.stdout.dropped + e.stderr.dropped,
-	}
-}
-
-// endExecs ends the execs of a container that has ended. Their processes are
-// dead already; only one that the OCI runtime is just starting needs a hint.
-func (t *task) endExecs(c *container) {
-	done := make(chan struct{})
-	go func() {
-		t.execs.Wait()
-		close(done)
-	}()
-	if !wait(done, time.After(execsTimeout)) {
-		c.gone()
-		wait(done, time.After(killTimeout))
-	}
-}
-
-// outlet copies one output of an exec to the file that its caller named, up to
-// a limit. What is beyond, or cannot be written, is read and dropped, so that
-// the process never waits for it.
-type outlet struct {
-	child *os.File // write end, for the process; closed by start
-	r     *os.File
-	w     *os.File // nil: the output is not wanted
-	limit uint64   // 0: none
-
-	once sync.Once
-	done chan struct{} // closed at the end of the output
-
-	// For others only after done.
-	written, dropped uint64
-}
-
-func newOutlet(path, field string, limit uint64) (*outlet, error) {
-	o := &outlet{limit: limit, done: make(chan struct{})}
-	var err error
-	if path != "" {
-		// O_APPEND: two outputs may go to the same file.
-		if o.w, err = openFor(path, field, unix.O_WRONLY|unix.O_APPEND); err != nil {
-			return nil, err
+// end takes the exec out of the table.
+func (e *exec) end() {
+	e.kill(nil)
+	for _, o := range []*outlet{e.stdout, e.stderr} {
+		if o != nil {
+			o.close()
 		}
 	}
-	if o.r, o.child, err = os.Pipe(); err != nil {
-		if o.w != nil {
-			o.w.Close()
-		}
-		return nil, fmt.Errorf("cannot make %s of an exec: %w", field, err)
+	if e.stdin != nil {
+		e.stdin.Close()
 	}
-	return o, nil
+	t := e.task
+	t.mu.Lock()
+	delete(t.execs, e.id)
+	last := len(t.execs) == 0
+	if e.process != nil {
+		t.leftovers = append(t.leftovers, e.process)
+	}
+	t.mu.Unlock()
+	t.forgetExecs()
+	close(e.done)
+	if last {
+		// A container with a probe would keep the garbage of a hundred execs
+		// otherwise: the collector lets a small heap grow to 4 MiB. It costs a
+		// small part of what the exec did, and nobody waits for it.
+		go debug.FreeOSMemory()
+	}
 }
 
-// start closes the child's end and begins to copy, once.
-func (o *outlet) start() {
-	o.once.Do(func() {
-		o.child.Close()
-		go o.copy()
+// forgetExecs removes cgroups and records of execs that have ended. A background
+// child that outlives its exec, as it may, keeps both until a later exec has ended
+// too, or the container.
+func (t *task) forgetExecs() {
+	t.mu.Lock()
+	all := t.leftovers
+	t.leftovers = nil
+	t.mu.Unlock()
+	all = slices.DeleteFunc(all, func(p *process.Process) bool {
+		gone, err := p.Forget()
+		if err != nil {
+			t.log.Warn("something is left of an exec", "err", err)
+		}
+		return gone
 	})
+	t.mu.Lock()
+	t.leftovers = append(t.leftovers, all...)
+	t.mu.Unlock()
 }
 
-func (o *outlet) copy() {
-	defer close(o.done)
-	b := make([]byte, 32<<10)
-	broken := false
-	for {
-		n, err := o.r.Read(b)
-		if o.w != nil {
-			keep := n
-			if o.limit > 0 {
-				keep = int(min(uint64(n), o.limit-o.written))
-			}
-			if broken {
-				keep = 0
-			}
-			if keep > 0 {
-				var werr error
-				keep, werr = o.w.Write(b[:keep])
-				broken = werr != nil
-			}
-			o.written += uint64(keep)
-			o.dropped += uint64(n - keep)
+// endExecs ends the execs of a container that has ended, or is handed over. No new one
+// comes. The processes of one that has ended are dead already; an exec that the OCI
+// runtime is just starting has to be told.
+func (t *task) endExecs(c *container, limit time.Duration) {
+	t.mu.Lock()
+	all := slices.Collect(maps.Values(t.execs))
+	t.mu.Unlock()
+	late := time.After(limit)
+	for _, e := range all {
+		if wait(e.done, late) {
+			continue
 		}
-		if err != nil { // io.EOF, or giveUp
-			return
-		}
+		c.gone(errContainerGone)
+		late = time.After(0)
+		wait(e.done, time.After(killTimeout))
 	}
-}
-
-// giveUp ends a copy whose output is kept open, or whose reader has stopped.
-func (o *outlet) giveUp() {
-	o.r.SetReadDeadline(time.Now())
-	if o.w != nil {
-		o.w.SetWriteDeadline(time.Now())
-	}
-}
-
-func (o *outlet) close() {
-	o.once.Do(func() { // never started
-		o.child.Close()
-		close(o.done)
-	})
-	o.r.Close()
-	if o.w != nil {
-		o.w.Close()
-	}
+	t.forgetExecs()
 }

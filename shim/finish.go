@@ -4,17 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"time"
 
-	"golang.org/x/sys/unix"
-
-	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/reaper"
 )
 
 const (
+	// killTimeout bounds how long processes may take to die of SIGKILL: one in an
+	// uninterruptible wait can take for ever.
+	killTimeout = 10 * time.Second
 	// drainFirst is how long the end of a container may be held back until its
 	// output is in the log; drainTotal is when the rest is given up.
 	drainFirst = 2 * time.Second
@@ -24,35 +23,41 @@ const (
 	execsTimeout = 2 * time.Second
 )
 
-// finish waits for init to end and does all that follows, in this order:
-// record, reap, drain, tell, clean up. It runs once, in its own goroutine.
+// finish waits for init to end and does all that follows, in this order: record,
+// reap, drain, announce, clean up. It runs once, in its own goroutine, unless the
+// container is handed over first.
 func (t *task) finish(c *container) {
-	end, err := c.init.Wait()
+	end, err := c.init.Wait(c.supervision)
 	at := time.Now()
+	left := err != nil && c.supervision.Err() != nil
+	c.left <- left
+	if left {
+		return
+	}
 	// A Start that is under way sees the same end on the pidfd and returns.
 	t.starting.Lock()
 	t.over = true
 	t.starting.Unlock()
 	t.mu.Lock()
-	started := t.status.StartedAt
+	started, killed := t.status.StartedAt, t.status.Killed
 	t.mu.Unlock()
 
-	record := judge(end, err, started, c.oom.killedBy(end, at, c.killed.Load()))
+	record := judge(end, err, started, c.oom.killedBy(end, at, killed))
 	record.ExitedAt = at
 	durable := t.conclude(c, record)
 	c.init.Reap()
 	t.log.Info("container exited", "code", record.Code, "signal", record.Signal, "reason", record.Reason)
 
-	if !c.privatePID {
+	if !c.traits.PrivatePID {
 		// Others of the container outlive its init, and may keep its output open.
-		if err := c.signalAll(unix.SIGKILL); err != nil {
+		if err := c.killTree(); err != nil {
 			t.log.Error("processes left behind", "err", err)
 		}
 	}
 	given := time.After(drainTotal)
 	drained := c.stdio.Drained()
 	wait(drained, time.After(drainFirst))
-	t.exitNow(func(*rundir.Status) {})
+	t.announceExit("")
 	t.mu.Lock()
 	if t.stopTimer != nil { // no Stop sets it any more
 		t.stopTimer.close()
@@ -62,7 +67,6 @@ func (t *task) finish(c *container) {
 	if !wait(drained, given) {
 		t.log.Warn("output given up: something still keeps it open, or the log is too slow", "after", drainTotal.String())
 	}
-	c.stdio.Close()
 	c.close()
 	<-durable
 	close(t.ended)
@@ -123,14 +127,10 @@ func (t *task) conclude(c *container, record rundir.Exit) (durable <-chan struct
 	return done
 }
 
-// exitNow tells the end: from here on Wait and Delete answer.
-func (t *task) exitNow(change func(*rundir.Status)) {
-	t.mu.Lock()
-	t.update(pb.EventType_EVENT_TYPE_EXITED, func(s *rundir.Status) {
-		s.Phase = rundir.PhaseExited
-		change(s)
-	})
-	t.mu.Unlock()
+// announceExit is the moment from which on the container has ended for everybody
+// else: Wait and Delete answer. message says why it was never created.
+func (t *task) announceExit(message string) {
+	t.update(rundir.EventExited, func(s *rundir.Status) { s.Phase, s.Error = rundir.PhaseExited, message })
 	close(t.exited)
 }
 
@@ -138,14 +138,9 @@ func (t *task) exitNow(change func(*rundir.Status)) {
 func (t *task) cleanUp(c *container) {
 	ctx, cancel := context.WithTimeout(context.Background(), deleteTimeout)
 	defer cancel()
-	err := c.cgroups.Kill(ctx)
-	t.endExecs(c)
-	if c.cheapEnd {
-		err = errors.Join(err, c.cgroups.Remove(ctx), os.RemoveAll(c.runtime.StateDir(t.dir.ID())))
-	} else {
-		err = errors.Join(err, c.runtime.Delete(ctx, t.dir.ID(), true))
-	}
-	if err != nil {
+	err := c.init.Cgroups.Kill(ctx)
+	t.endExecs(c, execsTimeout)
+	if err = errors.Join(err, c.init.Delete(ctx, c.traits.CheapDelete)); err != nil {
 		t.log.Error("container not cleaned up", "err", fmt.Errorf("cannot delete %s: %w", t.dir.ID(), err))
 	}
 }

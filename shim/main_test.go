@@ -229,7 +229,9 @@ func (b *box) gone() {
 	if _, err := os.Stat(b.dir.Path(rundir.SocketName)); err == nil {
 		b.t.Error("socket left")
 	}
-	left, _ := filepath.Glob(filepath.Join(string(b.dir), "exec-*"))
+	left, _ := filepath.Glob(b.dir.ExecPath("*", ""))
+	more, _ := filepath.Glob(b.dir.ExecPath(".*", ""))
+	left = append(left, more...)
 	hidden, _ := filepath.Glob(filepath.Join(string(b.dir), ".*"))
 	if left = append(left, hidden...); len(left) > 0 {
 		b.t.Errorf("files left: %v", left)

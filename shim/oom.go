@@ -3,12 +3,12 @@ package shim
 import (
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/reaper"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
@@ -31,6 +31,7 @@ type oomWatch struct {
 	now   uint64
 	above uint64    // of the parent, when ours was last read
 	rise  time.Time // when the count was last seen to have risen
+	early bool      // notifications may come before the count has risen
 	final bool      // the container has ended; what follows is not its
 }
 
@@ -39,61 +40,78 @@ type oomWatch struct {
 // container that died yesterday is not the cause.
 const oomFresh = 10 * time.Second
 
-// watchOOM calls first at the first kill. Without a memory controller nothing
-// is counted. close ends it.
-func watchOOM(c cgroup.Set, log *slog.Logger, first func()) *oomWatch {
+// watchOOM counts from now on, or goes on from what another supervisor has counted.
+// Without a memory controller nothing is counted. close ends it.
+func watchOOM(c cgroup.Set, before *rundir.OOM, log *slog.Logger) *oomWatch {
 	w := &oomWatch{cgroups: c}
 	n, err := c.OOMKills()
-	early := false
 	if err == nil {
 		w.base, w.now = n, n
+		if before != nil {
+			w.base, w.now, w.rise = before.Base, before.Count, before.RoseAt
+		}
 		if p, ok := c.OOMParent(); ok {
 			w.parent = p
 			w.above, _ = p.OOMKills()
 		}
-		w.notify, early, err = c.WatchOOM()
+		w.notify, w.early, err = c.WatchOOM()
 	}
 	if err != nil {
 		log.Warn("OOM kills will not be noticed", "err", err)
-		return w
 	}
-	go func() {
-		b := make([]byte, 512)
-		told := false
-		for {
-			if _, err := w.notify.Read(b); err != nil {
-				return // closed
-			}
-			if told {
-				w.count()
-			} else if told = w.settled(early) > 0; told {
-				first()
-			}
-		}
-	}()
 	return w
 }
 
-// settled is count, after the time that the kernel takes to pick a victim when
-// it tells of a shortage early. Nothing tells when it has.
-func (w *oomWatch) settled(early bool) uint64 {
+// begin calls rose each time the count may have risen.
+func (w *oomWatch) begin(rose func()) {
+	if w.notify == nil {
+		return
+	}
+	go func() {
+		b := make([]byte, 512)
+		var last uint64
+		for n := w.count(); ; n = w.settled(last) {
+			if n > last {
+				last = n
+				rose()
+			}
+			if _, err := w.notify.Read(b); err != nil {
+				return // closed
+			}
+		}
+	}()
+}
+
+// settled is count, after the time that the kernel takes to pick a victim when it
+// gives notice of a shortage early. Nothing tells when it has, so only the first
+// victim is waited for.
+func (w *oomWatch) settled(last uint64) uint64 {
 	n := w.count()
-	for wait := time.Millisecond; early && n == 0 && wait < time.Second; wait *= 2 {
-		time.Sleep(wait)
+	for pause := time.Millisecond; w.early && last == 0 && n == 0 && pause < time.Second; pause *= 2 {
+		time.Sleep(pause)
 		n = w.count()
 	}
 	return n
+}
+
+// record is what another supervisor has to know.
+func (w *oomWatch) record() *rundir.OOM {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.notify == nil {
+		return nil
+	}
+	return &rundir.OOM{Base: w.base, Count: w.now, RoseAt: w.rise}
 }
 
 // count is the number of kills since create.
 func (w *oomWatch) count() uint64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.look()
+	return w.countLocked()
 }
 
-// look is count for a caller that holds mu.
-func (w *oomWatch) look() uint64 {
+func (w *oomWatch) countLocked() uint64 {
 	if w.final {
 		return w.now - w.base
 	}
@@ -124,7 +142,7 @@ func (w *oomWatch) look() uint64 {
 func (w *oomWatch) killedBy(end reaper.Status, at time.Time, ours bool) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	n := w.look()
+	n := w.countLocked()
 	w.final = true
 	return n > 0 && !ours && end.Code == rundir.CodeSignalOffset+int(unix.SIGKILL) && at.Sub(w.rise) < oomFresh
 }
@@ -135,13 +153,19 @@ func (w *oomWatch) close() {
 	}
 }
 
-// oomKilled tells that a process of the container was killed for want of memory.
-func (t *task) oomKilled() {
+// oomRose notes that processes of the container were killed for want of memory. Only
+// the first is an event.
+func (t *task) oomRose() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.status.Phase == rundir.PhaseExited {
 		return
 	}
-	t.update(pb.EventType_EVENT_TYPE_OOM, func(*rundir.Status) {})
-	t.log.Warn("process killed: out of memory")
+	event := rundir.EventOOM
+	if slices.ContainsFunc(t.status.Events, func(e rundir.Event) bool { return e.Type == event }) {
+		event = noEvent
+	} else {
+		t.log.Warn("process killed: out of memory")
+	}
+	t.updateLocked(event, func(s *rundir.Status) { s.OOM = t.container.oom.record() })
 }

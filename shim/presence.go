@@ -33,6 +33,13 @@ func identify(version string) (rundir.Identity, error) {
 
 // takeLock takes the lock, unless it is there and ours.
 func (p *presence) takeLock() error {
+	if p.lock != nil && p.names[rundir.LockName] == nil { // another program has taken it
+		info, err := p.lock.Stat()
+		if err != nil {
+			return fmt.Errorf("cannot use the lock: %w", err)
+		}
+		p.names[rundir.LockName] = info
+	}
 	if p.has(rundir.LockName) {
 		return nil
 	}

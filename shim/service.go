@@ -58,7 +58,7 @@ func (s *service) Hello(_ context.Context, req *pb.HelloRequest) (*pb.HelloRespo
 	}
 	return &pb.HelloResponse{
 		Id:           req.Id,
-		Shim:         process(s.identity.Shim),
+		Shim:         pb.ProcessOf(s.identity.Shim),
 		BootId:       s.identity.BootID,
 		Nonce:        s.identity.Nonce,
 		ProtocolMin:  pb.ProtocolMin,
@@ -83,7 +83,7 @@ func (s *service) Create(ctx context.Context, req *pb.CreateRequest) (*pb.Create
 	if err != nil {
 		return nil, err
 	}
-	return &pb.CreateResponse{Init: process(init)}, nil
+	return &pb.CreateResponse{Init: pb.ProcessOf(init)}, nil
 }
 
 // specTypeURL is the type URL of an OCI spec.
@@ -121,7 +121,7 @@ func (s *service) Start(_ context.Context, req *pb.StartRequest) (*pb.StartRespo
 	if err != nil {
 		return nil, err
 	}
-	return &pb.StartResponse{Init: process(init), StartedAt: timestamp(at)}, nil
+	return &pb.StartResponse{Init: pb.ProcessOf(init), StartedAt: pb.TimeOf(at)}, nil
 }
 
 func (s *service) State(_ context.Context, req *pb.StateRequest) (*pb.StateResponse, error) {
@@ -138,20 +138,20 @@ func (t *task) state(shim rundir.Process) *pb.StateResponse {
 	r := &pb.StateResponse{
 		Id:        t.dir.ID(),
 		Phase:     pb.PhaseOf(st.Phase),
-		Shim:      process(shim),
-		Init:      process(st.Init),
-		CreatedAt: timestamp(st.CreatedAt),
-		StartedAt: timestamp(st.StartedAt),
-		Stop:      stopIntent(st.Stop),
+		Shim:      pb.ProcessOf(shim),
+		Init:      pb.ProcessOf(st.Init),
+		CreatedAt: pb.TimeOf(st.CreatedAt),
+		StartedAt: pb.TimeOf(st.StartedAt),
+		Stop:      pb.StopOf(st.Stop),
 		LastEvent: st.Seq,
-		Execs:     uint32(t.execCount),
+		Execs:     uint32(len(t.execs)),
 		Cgroups:   st.Cgroups,
 	}
 	if st.Phase == rundir.PhaseExited {
-		r.Exit = exit(t.exit)
+		r.Exit = pb.ExitOf(t.exit)
 	}
 	if c := t.container; c != nil {
-		r.Terminal = c.terminal
+		r.Terminal = c.traits.Terminal
 		r.OomKills = c.oom.count()
 		if c.log != nil {
 			n := c.log.Counters()
@@ -173,7 +173,7 @@ func (s *service) Wait(ctx context.Context, req *pb.WaitRequest) (*pb.WaitRespon
 	if err != nil {
 		return nil, err
 	}
-	return &pb.WaitResponse{Exited: e != nil, Exit: exit(e)}, nil
+	return &pb.WaitResponse{Exited: e != nil, Exit: pb.ExitOf(e)}, nil
 }
 
 func (s *service) Kill(_ context.Context, req *pb.KillRequest) (*pb.KillResponse, error) {
@@ -209,7 +209,7 @@ func (s *service) Stop(_ context.Context, req *pb.StopRequest) (*pb.StopResponse
 	if err != nil {
 		return nil, err
 	}
-	return &pb.StopResponse{KillAt: timestamp(rundir.WallTime(at))}, nil
+	return &pb.StopResponse{KillAt: pb.TimeOf(rundir.WallTime(at))}, nil
 }
 
 // milliseconds bounds a duration so that adding it to a clock cannot overflow.
@@ -277,7 +277,7 @@ func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.Delete
 	if err != nil {
 		return nil, err
 	}
-	return &pb.DeleteResponse{Exit: exit(e)}, nil
+	return &pb.DeleteResponse{Exit: pb.ExitOf(e)}, nil
 }
 
 func (s *service) Events(ctx context.Context, req *pb.EventsRequest) (*pb.EventsResponse, error) {

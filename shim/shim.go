@@ -26,6 +26,8 @@ type Config struct {
 	CreateTimeout time.Duration // without a Create for so long the shim ends
 	Version       string        // of the build
 	Log           *slog.Logger
+	// Files are those of a container that is there already. nil: there is none.
+	Files *Files
 	// Stop tells an idle shim to end. One with a container goes on.
 	Stop <-chan os.Signal
 	// Reappear tells a shim that its lock, its socket or its files were removed.
@@ -42,59 +44,99 @@ const lingerTimeout = time.Second
 // Run is a shim's whole life. It returns when the container has ended and all
 // that belonged to it is done, or when there never was one.
 func Run(cfg Config) error {
+	s, err := open(cfg)
+	if err != nil {
+		return err
+	}
+	return s.run()
+}
+
+// shim is one shim process.
+type shim struct {
+	cfg      Config
+	presence *presence
+	reaper   *reaper.Reaper
+	task     *task
+	calls    *calls
+	server   *ttrpc.Server
+	served   chan error // why the service has ended
+}
+
+// open makes the shim of a run directory, which is locked and can be called then.
+func open(cfg Config) (s *shim, err error) {
 	identity, err := identify(cfg.Version)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	calls := new(calls)
-	server, err := ttrpc.NewServer(ttrpc.WithChainUnaryServerInterceptor(calls.count, convertErrors))
+	s = &shim{cfg: cfg, calls: new(calls), served: make(chan error, 1)}
+	s.server, err = ttrpc.NewServer(ttrpc.WithChainUnaryServerInterceptor(s.calls.count, convertErrors))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	served := make(chan error, 1)
-	here := &presence{
+	s.presence = &presence{
 		dir:      cfg.Dir,
 		identity: identity,
 		log:      cfg.Log,
 		names:    map[string]fs.FileInfo{},
-		serve: func(l net.Listener) {
-			go func() {
-				if err := server.Serve(context.Background(), calls.listener(l)); !errors.Is(err, net.ErrClosed) {
-					served <- err
-				}
-			}()
-		},
+		serve:    s.serve,
 	}
-	if err := here.takeLock(); err != nil {
-		return err
+	if cfg.Files != nil {
+		s.presence.lock = cfg.Files.Lock
 	}
-	defer here.close()
+	if err := s.presence.takeLock(); err != nil {
+		return nil, err
+	}
 	protectFromOOM(cfg.Log)
-	r, err := reaper.New()
+	if s.reaper, err = reaper.New(); err != nil {
+		s.presence.close()
+		return nil, err
+	}
+	s.task, err = openTask(cfg.Dir, cfg.Log, s.reaper, cfg.Files)
+	s.reaper.Begin()
+	if err == nil {
+		pb.RegisterShimService(s.server, &service{task: s.task, identity: identity})
+		if err = s.presence.appear(); err != nil {
+			err = errors.Join(err, s.presence.disappear())
+		}
+	}
 	if err != nil {
-		return err
+		s.close()
+		return nil, err
 	}
-	defer r.Close()
-	t := newTask(cfg.Dir, cfg.Log, r)
-	pb.RegisterShimService(server, &service{task: t, identity: identity})
-	if err := here.appear(); err != nil {
-		return errors.Join(err, here.disappear())
-	}
-	cfg.Log.Info("shim ready", "pid", os.Getpid(), "version", cfg.Version)
-	cfg.Ready()
+	return s, nil
+}
 
-	t.until(cfg, here, served)
+func (s *shim) close() {
+	s.reaper.Close()
+	s.presence.close()
+}
+
+// serve answers calls in the background until the listener is closed.
+func (s *shim) serve(l net.Listener) {
+	go func() {
+		if err := s.server.Serve(context.Background(), s.calls.listener(l)); !errors.Is(err, net.ErrClosed) {
+			s.served <- err
+		}
+	}()
+}
+
+// run returns when nothing is left to do.
+func (s *shim) run() error {
+	defer s.close()
+	s.cfg.Log.Info("shim ready", "pid", os.Getpid(), "version", s.cfg.Version)
+	s.cfg.Ready()
+	s.task.until(s.cfg, s.presence, s.served)
 	// From here on the files answer. New callers must find no socket rather
 	// than one that nobody serves.
-	err = here.disappear()
-	calls.wait(lingerTimeout)
-	server.Close()
-	cfg.Log.Info("shim ends")
+	err := s.presence.disappear()
+	s.calls.wait(lingerTimeout)
+	s.server.Close()
+	s.cfg.Log.Info("shim ends")
 	return err
 }
 
 // until returns when the task has ended.
-func (t *task) until(cfg Config, here *presence, served <-chan error) {
+func (t *task) until(cfg Config, presence *presence, served <-chan error) {
 	idle := time.NewTimer(cfg.CreateTimeout)
 	defer idle.Stop()
 	for {
@@ -108,7 +150,7 @@ func (t *task) until(cfg Config, here *presence, served <-chan error) {
 		case <-cfg.Stop:
 			t.abandon()
 		case <-cfg.Reappear:
-			here.reappear()
+			presence.reappear()
 			t.rewrite()
 		case err := <-served:
 			// The container goes on without a service: its end is still
@@ -120,9 +162,7 @@ func (t *task) until(cfg Config, here *presence, served <-chan error) {
 
 // rewrite writes state.json again.
 func (t *task) rewrite() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.update(pb.EventType_EVENT_TYPE_UNSPECIFIED, func(*rundir.Status) {})
+	t.update(noEvent, func(*rundir.Status) {})
 }
 
 // protectFromOOM lowers the shim's oom_score_adj: its death costs the container.

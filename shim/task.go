@@ -2,12 +2,9 @@ package shim
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -17,10 +14,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/pty"
 	"github.com/holdfast-cri/holdfast/reaper"
-	"github.com/holdfast-cri/holdfast/runc"
-	"github.com/holdfast-cri/holdfast/runc/cgroup"
-	"github.com/holdfast-cri/holdfast/shim/logfile"
-	"github.com/holdfast-cri/holdfast/shim/stdio"
+	"github.com/holdfast-cri/holdfast/shim/process"
 )
 
 // task is the life of the shim's one container:
@@ -29,25 +23,26 @@ import (
 //	             |          |                    ^
 //	             +----------+--------------------+
 //
-// update is the only function that changes the phase.
+// updateLocked is the only function that changes the status, and with it the phase.
 type task struct {
 	dir    rundir.Dir
 	log    *slog.Logger
 	reaper *reaper.Reaper
 
 	created chan struct{} // closed when create is over, well or badly
-	exited  chan struct{} // closed with the EXITED event
+	exited  chan struct{} // closed with the exited event
 	ended   chan struct{} // closed when nothing is left to do: the process may end
 
-	// starting serialises Start with itself and with the end of init, so that
-	// STARTED always comes before EXITED. It is taken before mu.
+	// starting serialises Start with itself, with a new exec and with the end of
+	// init, so that the started event always comes before the exited one. It is
+	// taken before mu.
 	starting sync.Mutex
-	over     bool // guarded by starting: init has ended
+	over     bool // guarded by starting: init has ended, or the container was handed over
 
-	execs sync.WaitGroup // one for each exec that is counted in execCount
+	execStarts chan struct{} // full while as many execs as may be are being started
 
 	mu           sync.Mutex
-	status       rundir.Status
+	status       rundir.Status // as in state.json
 	requestID    string
 	abandoned    bool // ends without a container; no Create any more
 	cancelCreate context.CancelFunc
@@ -55,78 +50,57 @@ type task struct {
 	container    *container // from created on
 	exit         *rundir.Exit
 	stopTimer    *deadline // from the first Stop on
-	execCount    int
+	execs        map[string]*exec
 	execSerial   int
-	execCgroups  []cgroup.Set // of execs that have ended, still to be removed
-	events       []*pb.Event
-	changed      chan struct{} // closed and replaced with each event
-}
-
-// container is what create made. It does not change, but for what its members
-// guard themselves. The task's finish closes what is in it.
-type container struct {
-	terminal   bool
-	privatePID bool
-	userns     bool
-	runtimeExe string // what init runs until it runs the container's program
-	cheapEnd   bool   // delete of the OCI runtime would do no more than remove files and cgroups
-	fifo       bool   // start of the OCI runtime would do no more than open a FIFO
-
-	runtime *runc.Runtime
-	init    *reaper.Child
-	cgroups cgroup.Set
-	oom     *oomWatch
-
-	exit        *rundir.ExitFile
-	durableExit *rundir.ExitFile // nil without a durable directory
-
-	log     *logfile.File // nil: the output is dropped
-	stdio   *stdio.Hub
-	memory  *stdio.Memory
-	console *os.File // a second master of the terminal, for its size
-
-	life context.Context // of execs; gone ends it
-	gone context.CancelFunc
-
-	killed atomic.Bool // by this shim, with SIGKILL
+	leftovers    []*process.Process // ended execs of which something lives on
+	changed      chan struct{}      // closed and replaced with each event
 }
 
 func newTask(dir rundir.Dir, log *slog.Logger, r *reaper.Reaper) *task {
 	return &task{
-		dir:     dir,
-		log:     log,
-		reaper:  r,
-		created: make(chan struct{}),
-		exited:  make(chan struct{}),
-		ended:   make(chan struct{}),
-		status:  rundir.Status{Phase: rundir.PhaseEmpty, BootID: rundir.BootID()},
-		changed: make(chan struct{}),
+		dir:        dir,
+		log:        log,
+		reaper:     r,
+		created:    make(chan struct{}),
+		exited:     make(chan struct{}),
+		ended:      make(chan struct{}),
+		execStarts: make(chan struct{}, maxExecStarts),
+		status:     rundir.Status{Phase: rundir.PhaseEmpty, BootID: rundir.BootID()},
+		execs:      map[string]*exec{},
+		changed:    make(chan struct{}),
 	}
 }
 
-// update changes the status, writes it down and, with an event type, tells it.
-// The caller holds mu.
+// noEvent is for changes of the status that are none.
+const noEvent rundir.EventType = ""
+
+// updateLocked changes the status, writes it down and announces the event.
 //
 // That it cannot be written is no reason to refuse what has happened already:
 // memory stays the truth for as long as the shim lives.
-func (t *task) update(event pb.EventType, change func(*rundir.Status)) {
+func (t *task) updateLocked(event rundir.EventType, change func(*rundir.Status)) {
 	change(&t.status)
-	if event != pb.EventType_EVENT_TYPE_UNSPECIFIED {
-		t.status.Seq++
-		e := &pb.Event{Seq: t.status.Seq, At: timestamp(time.Now()), Type: event, Init: process(t.status.Init)}
-		switch event {
-		case pb.EventType_EVENT_TYPE_STARTED:
-			e.At = timestamp(t.status.StartedAt) // the same as in the record
-		case pb.EventType_EVENT_TYPE_EXITED:
-			e.Exit = exit(t.exit)
+	if event != noEvent {
+		at := time.Now()
+		if event == rundir.EventStarted {
+			at = t.status.StartedAt
 		}
-		t.events = append(t.events, e)
+		t.status.Events = append(t.status.Events, rundir.Event{Type: event, At: at})
+		t.status.Seq = uint64(len(t.status.Events))
 	}
 	if err := t.dir.WriteStatus(t.status); err != nil {
 		t.log.Error("state record not written", "err", err)
 	}
-	close(t.changed)
-	t.changed = make(chan struct{})
+	if event != noEvent {
+		close(t.changed)
+		t.changed = make(chan struct{})
+	}
+}
+
+func (t *task) update(event rundir.EventType, change func(*rundir.Status)) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.updateLocked(event, change)
 }
 
 // abandon makes an empty task refuse every Create from now on. It reports false
@@ -155,50 +129,6 @@ func (t *task) alive() (*container, error) {
 	return nil, kind.Errorf(kind.State, "the container is %s", t.status.Phase)
 }
 
-// startTimeout bounds how long init may take to answer. It waits for nothing but
-// us, so only a frozen or starved one takes longer than a moment.
-const startTimeout = time.Minute
-
-func (t *task) Start() (rundir.Process, time.Time, error) {
-	t.starting.Lock()
-	defer t.starting.Unlock()
-	t.mu.Lock()
-	c, s := t.container, t.status
-	t.mu.Unlock()
-	if !s.StartedAt.IsZero() {
-		return s.Init, s.StartedAt, nil // a repeated call
-	}
-	if s.Phase != rundir.PhaseCreated {
-		return s.Init, s.StartedAt, kind.Errorf(kind.State, "cannot start: the container is %s", s.Phase)
-	}
-	if t.over {
-		return s.Init, s.StartedAt, kind.Errorf(kind.State, "cannot start: %w", runc.ErrNotStartable)
-	}
-	// A caller that goes away does not stop a start half way.
-	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
-	defer cancel()
-	at := time.Now()
-	var err error
-	if c.fifo {
-		err = c.init.Control(func(pidfd int) error { return c.runtime.Release(ctx, t.dir.ID(), pidfd) })
-	} else {
-		err = c.runtime.Start(ctx, t.dir.ID())
-	}
-	if errors.Is(err, runc.ErrNotStartable) {
-		err = kind.As(kind.State, err)
-	}
-	if err != nil {
-		return s.Init, s.StartedAt, err
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.update(pb.EventType_EVENT_TYPE_STARTED, func(s *rundir.Status) {
-		s.Phase, s.StartedAt = rundir.PhaseRunning, at
-	})
-	t.log.Info("container started", "pid", s.Init.PID)
-	return s.Init, at, nil
-}
-
 // Kill sends a signal. To a container that has ended it does nothing.
 func (t *task) Kill(sig unix.Signal, all bool) error {
 	c, err := t.alive()
@@ -206,89 +136,36 @@ func (t *task) Kill(sig unix.Signal, all bool) error {
 		return err
 	}
 	if sig == unix.SIGKILL {
-		c.killed.Store(true)
+		t.noteKill()
+		if !all {
+			defer c.init.Cgroups.Thaw() // or a frozen init would not die
+			return c.init.Signal(sig)
+		}
+		return c.killTree()
 	}
 	if all {
-		err = c.signalAll(sig)
-	} else if err = c.init.Signal(sig); err == nil && sig == unix.SIGKILL {
-		c.cgroups.Thaw()
+		return c.init.SignalTree(sig)
 	}
-	if errors.Is(err, reaper.ErrGone) {
-		return nil
-	}
-	return err
+	return c.init.Signal(sig)
 }
 
-// killTimeout bounds how long processes may take to die of SIGKILL: one in an
-// uninterruptible wait can take for ever.
-const killTimeout = 10 * time.Second
-
-func (c *container) signalAll(sig unix.Signal) error {
-	if sig != unix.SIGKILL {
-		return c.cgroups.Signal(sig)
+// noteKill is called before SIGKILL is sent, so that the end is not taken for the OOM
+// killer's work.
+func (t *task) noteKill() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.status.Killed {
+		t.updateLocked(noEvent, func(s *rundir.Status) { s.Killed = true })
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
-	defer cancel()
-	return c.cgroups.Kill(ctx)
 }
 
 // kill ends the container now: init, which takes a private pid namespace along,
 // then whatever else is in the cgroup.
 func (t *task) kill(c *container) {
-	c.killed.Store(true)
-	if err := c.init.Signal(unix.SIGKILL); err != nil && !errors.Is(err, reaper.ErrGone) {
-		t.log.Error("init not killed", "err", err)
-	}
-	if err := c.signalAll(unix.SIGKILL); err != nil {
+	t.noteKill()
+	if err := c.killTree(); err != nil {
 		t.log.Error("container not killed whole", "err", err)
 	}
-}
-
-// Stop sends the signal and sets the deadline for SIGKILL, in that record first.
-// It returns the deadline that holds now, on CLOCK_BOOTTIME.
-func (t *task) Stop(sig unix.Signal, grace time.Duration) (time.Duration, error) {
-	c, err := t.alive()
-	if c == nil {
-		return bootNow(), err
-	}
-	at := bootNow() + grace
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if c.init.Ended() { // and finish closes the timer, if it has not yet
-		return bootNow(), nil
-	}
-	if t.status.Phase == rundir.PhaseCreated {
-		at = bootNow() // nothing of the container's runs that could take the time
-	}
-	last := t.status.Stop
-	if last != nil {
-		at = min(at, last.KillAt)
-	}
-	if t.stopTimer == nil {
-		if t.stopTimer, err = newDeadline(func() { t.kill(c) }); err != nil {
-			return 0, err
-		}
-	}
-	if last == nil || at != last.KillAt || int(sig) != last.Signal {
-		var event pb.EventType // only the first is one
-		stop := rundir.Stop{Signal: int(sig), RequestedAt: time.Now(), KillAt: at}
-		if last == nil {
-			event = pb.EventType_EVENT_TYPE_STOPPING
-		} else {
-			stop.RequestedAt = last.RequestedAt
-		}
-		t.update(event, func(s *rundir.Status) { s.Stop = &stop })
-		t.log.Info("container stopping", "signal", int(sig), "grace", (at - bootNow()).String())
-	}
-	if err := t.stopTimer.set(at); err != nil {
-		return 0, err
-	}
-	if grace > 0 && (last == nil || last.Signal != int(sig)) {
-		if err := t.deliver(c, sig); err != nil {
-			return 0, err
-		}
-	}
-	return at, nil
 }
 
 // Delete ends the container, or the shim if there is none, and waits for the
@@ -300,11 +177,10 @@ func (t *task) Delete(ctx context.Context, force bool) (*rundir.Exit, error) {
 	t.mu.Lock()
 	phase, c, cancel := t.status.Phase, t.container, t.cancelCreate
 	t.mu.Unlock()
-	switch phase {
-	case rundir.PhaseCreating:
-		if !force {
-			return nil, kind.Errorf(kind.State, "cannot delete without force: the container is %s", phase)
-		}
+	if !force && (phase == rundir.PhaseCreating || phase == rundir.PhaseRunning) {
+		return nil, kind.Errorf(kind.State, "cannot delete without force: the container is %s", phase)
+	}
+	if phase == rundir.PhaseCreating {
 		cancel()
 		select {
 		case <-t.created:
@@ -312,17 +188,10 @@ func (t *task) Delete(ctx context.Context, force bool) (*rundir.Exit, error) {
 			return nil, fmt.Errorf("the container is not gone yet: %w", ctx.Err())
 		}
 		t.mu.Lock()
-		c = t.container
+		c = t.container // set if the create was over before it could be cut short
 		t.mu.Unlock()
-		if c != nil { // the create was over before it could be cut short
-			t.kill(c)
-		}
-	case rundir.PhaseRunning:
-		if !force {
-			return nil, kind.Errorf(kind.State, "cannot delete without force: the container is %s", phase)
-		}
-		t.kill(c)
-	case rundir.PhaseCreated:
+	}
+	if c != nil && phase != rundir.PhaseExited {
 		t.kill(c)
 	}
 	select {
@@ -352,11 +221,9 @@ func (t *task) Events(ctx context.Context, after uint64, limit time.Duration) ([
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
 	for {
-		t.mu.Lock()
-		events, changed := t.events, t.changed
-		t.mu.Unlock()
-		if n := uint64(len(events)); after < n { // event i has number i+1
-			return events[after:n:n], nil
+		events, changed := t.eventsAfter(after)
+		if len(events) > 0 {
+			return events, nil
 		}
 		select {
 		case <-changed:
@@ -366,6 +233,25 @@ func (t *task) Events(ctx context.Context, after uint64, limit time.Duration) ([
 			return nil, ctx.Err()
 		}
 	}
+}
+
+func (t *task) eventsAfter(after uint64) (events []*pb.Event, changed <-chan struct{}) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for seq := after + 1; after < t.status.Seq && seq <= t.status.Seq; seq++ {
+		from := t.status.Events[seq-1]
+		e := &pb.Event{
+			Seq:  seq,
+			At:   pb.TimeOf(from.At),
+			Type: pb.EventTypeOf(from.Type),
+			Init: pb.ProcessOf(t.status.Init),
+		}
+		if from.Type == rundir.EventExited {
+			e.Exit = pb.ExitOf(t.exit)
+		}
+		events = append(events, e)
+	}
+	return events, t.changed
 }
 
 // Resize sets the size of the terminal.
@@ -385,9 +271,7 @@ func (t *task) Resize(width, height uint16) error {
 
 // inputClosed notes that the container gets no more input.
 func (t *task) inputClosed() {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.update(pb.EventType_EVENT_TYPE_UNSPECIFIED, func(s *rundir.Status) { s.InputClosed = true })
+	t.update(noEvent, func(s *rundir.Status) { s.InputClosed = true })
 }
 
 // ReopenLog opens the log anew.
@@ -408,5 +292,5 @@ func (t *task) Pids() ([]int, error) {
 	if c == nil {
 		return nil, err
 	}
-	return c.cgroups.Pids()
+	return c.init.Cgroups.Pids()
 }

@@ -13,15 +13,15 @@ import (
 )
 
 // EventType is what an event is about.
-type EventType string
+type EventType = rundir.EventType
 
 // The types of events. A younger shim may know others.
 const (
-	Created  EventType = "created"
-	Started  EventType = "started"
-	OOM      EventType = "oom"
-	Stopping EventType = "stopping"
-	Exited   EventType = "exited" // the last one of a container
+	Created  = rundir.EventCreated
+	Started  = rundir.EventStarted
+	OOM      = rundir.EventOOM
+	Stopping = rundir.EventStopping
+	Exited   = rundir.EventExited // the last one of a container
 )
 
 // Event is something that happened to a container. Its JSON is for scripts.

@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"github.com/holdfast-cri/holdfast/proto/record"
@@ -41,6 +42,24 @@ func PrepareExit(dir string, sync bool) (*ExitFile, error) {
 		return nil, fmt.Errorf("cannot take room for the exit record in %s: %w", dir, err)
 	}
 	return e, nil
+}
+
+// ResumeExit finds the room that PrepareExit has taken in dir, or takes it. Only the
+// holder of the run directory's lock may call it.
+func ResumeExit(dir string, sync bool) (*ExitFile, error) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("cannot prepare the exit record in %s: %w", dir, err)
+	}
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), "."+ExitName+".") || !e.Type().IsRegular() {
+			continue
+		}
+		if f, err := os.OpenFile(filepath.Join(dir, e.Name()), os.O_RDWR, 0); err == nil {
+			return &ExitFile{dir: dir, f: f, sync: sync}, nil
+		}
+	}
+	return PrepareExit(dir, sync)
 }
 
 // Commit writes the record under its final name, once: if there is one already,

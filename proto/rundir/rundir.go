@@ -8,10 +8,12 @@
 //	shim.json    Identity, written by the shim before it says that it is ready
 //	create.json  Launch: what Create was given, kept for a daemon that lost it
 //	config.json  the OCI spec; the directory is also the OCI bundle
+//	process.json the process of the spec, for execs
 //	state.json   Status, replaced at each change
 //	exit.json    Exit, written once, before the process is reaped
 //	shim.log     the shim's own log; runc.log: the OCI runtime's
 //	init.pid     written by the OCI runtime
+//	exec/ID.json Exec, one for each exec, as long as anything of it lives
 //	rootfs       where the daemon mounts the container's root
 //
 // Every .json but config.json is a record (package record). To a reader a missing
@@ -44,12 +46,14 @@ const (
 	IdentityName = "shim.json"
 	LaunchName   = "create.json"
 	SpecName     = "config.json"
+	ProcessName  = "process.json"
 	StatusName   = "state.json"
 	ExitName     = "exit.json"
 	ShimLogName  = "shim.log"
 	RuncLogName  = "runc.log"
 	PidfileName  = "init.pid"
 	RootfsName   = "rootfs"
+	ExecsName    = "exec"
 )
 
 // SignalReappear has a shim put back what was removed of its lock, its socket,
@@ -64,6 +68,9 @@ func (d Dir) ID() string { return filepath.Base(string(d)) }
 
 // Path is the path of a name in the directory.
 func (d Dir) Path(name string) string { return filepath.Join(string(d), name) }
+
+// ExecPath is the path of a file of an exec.
+func (d Dir) ExecPath(id, ext string) string { return d.Path(filepath.Join(ExecsName, id+ext)) }
 
 // Identity is shim.json. Nonce differs between any two shim processes.
 type Identity struct {
@@ -118,6 +125,54 @@ type Stop struct {
 	KillAt      time.Duration `json:"killAt"`
 }
 
+// Container is what creating it has shown. It does not change.
+type Container struct {
+	Terminal   bool `json:"terminal,omitempty"`
+	UserNS     bool `json:"userNamespace,omitempty"`
+	PrivatePID bool `json:"privatePid,omitempty"` // its processes end with its init
+	// RuntimeExe is what init runs until it runs the container's program.
+	RuntimeExe string `json:"runtimeExe,omitempty"`
+	// Fifo says that the start of the OCI runtime would do no more than open a FIFO.
+	Fifo bool `json:"fifo,omitempty"`
+	// CheapDelete says that the delete of the OCI runtime would do no more than
+	// remove files and cgroups.
+	CheapDelete bool `json:"cheapDelete,omitempty"`
+}
+
+// OOM counts the processes of the container that the OOM killer has killed.
+type OOM struct {
+	Base   uint64    `json:"base"`   // the kernel's counter before the first of them
+	Count  uint64    `json:"count"`  // the same counter, as it was read last
+	RoseAt time.Time `json:"roseAt"` // when it was last seen to have risen
+}
+
+// Event is something that happened to the container. The first one has the number 1.
+type Event struct {
+	Type EventType `json:"type"`
+	At   time.Time `json:"at"`
+}
+
+// EventType says what has happened.
+type EventType string
+
+// The types of events. Each happens once; Exited is the last one.
+const (
+	EventCreated  EventType = "created"
+	EventStarted  EventType = "started"
+	EventOOM      EventType = "oom"
+	EventStopping EventType = "stopping"
+	EventExited   EventType = "exited"
+)
+
+// Exec is exec/ID.json: an exec from before the OCI runtime is asked for it until
+// nothing of it is left.
+type Exec struct {
+	Process Process           `json:"process"`           // zero: it is being started
+	Cgroups map[string]string `json:"cgroups,omitempty"` // of it and of all that comes of it
+	// Ended says that the process has ended; what came of it may live on.
+	Ended bool `json:"ended,omitempty"`
+}
+
 // Status is state.json.
 type Status struct {
 	Phase     Phase     `json:"phase"`
@@ -126,11 +181,19 @@ type Status struct {
 	CreatedAt time.Time `json:"createdAt"`
 	StartedAt time.Time `json:"startedAt"`
 	Stop      *Stop     `json:"stop,omitempty"`
+	// StopSent says that the signal of Stop has reached init, or is not to be sent.
+	// Until then the shim sends it as soon as init can take it.
+	StopSent bool `json:"stopSent,omitempty"`
 	// Cgroups of the container, by controller, as /proc/PID/cgroup has them; ""
 	// is cgroup v2. They outlive the shim: the daemon kills by them what a dead
 	// shim has left.
-	Cgroups map[string]string `json:"cgroups,omitempty"`
-	Seq     uint64            `json:"seq"` // of the last event
+	Cgroups   map[string]string `json:"cgroups,omitempty"`
+	Container *Container        `json:"container,omitempty"` // nil before PhaseCreated
+	Seq       uint64            `json:"seq"`                 // of the last event
+	Events    []Event           `json:"events,omitempty"`
+	OOM       *OOM              `json:"oom,omitempty"` // nil: nothing was counted yet
+	// Killed says that the shim has sent SIGKILL to the container.
+	Killed bool `json:"killed,omitempty"`
 	// InputClosed says that the first client with input has left, and that no other
 	// one can give any (Launch.StdinOnce).
 	InputClosed bool `json:"inputClosed,omitempty"`

@@ -326,19 +326,27 @@ func TestLeave(t *testing.T) {
 	for over := false; !over; {
 		h := New(log, memory)
 		for i, r := range left {
-			left[i] = duplicate(t, r)
-			h.Add(logfile.Stream(i), r)
+			if r != nil {
+				h.Add(logfile.Stream(i), r)
+			}
 		}
 		before := log.Counters().Bytes
 		until(t, "some output", func() bool { return isDone(h.Drained()) || log.Counters().Bytes > before+50_000 })
 		over = isDone(h.Drained())
-		h.Leave()
+		files, err := h.Leave()
+		if err != nil {
+			t.Fatal(err)
+		}
+		left = files.Outputs
 		// What a process that has nothing else would do.
 		fd, err := log.Dup()
 		if err != nil {
 			t.Fatal(err)
 		}
-		file := duplicate(t, memory.File())
+		file, err := Dup(memory.File())
+		if err != nil {
+			t.Fatal(err)
+		}
 		next, err := OpenMemory(file)
 		if err != nil {
 			t.Fatal(err)
@@ -348,9 +356,6 @@ func TestLeave(t *testing.T) {
 		memory, log = next, logfile.Resume("dir", "0.log", fd, next.Log())
 	}
 	writers.Wait()
-	for _, r := range left {
-		r.Close()
-	}
 	if c := log.Counters(); int(c.Bytes) != 2*len(want) || c.Err != "" {
 		t.Errorf("%+v, want %d bytes", c, 2*len(want))
 	}
@@ -363,20 +368,6 @@ func TestLeave(t *testing.T) {
 	}
 }
 
-func duplicate(t *testing.T, f *os.File) *os.File {
-	t.Helper()
-	raw, err := f.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
-	fd := -1
-	raw.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) })
-	if err != nil {
-		t.Fatal(err)
-	}
-	return os.NewFile(uintptr(fd), f.Name())
-}
-
 func TestOpenMemory(t *testing.T) {
 	for name, spoil := range map[string]func(*os.File){
 		"another size":   func(f *os.File) { f.Truncate(memorySize - 1) },
@@ -386,7 +377,10 @@ func TestOpenMemory(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		f := duplicate(t, m.File())
+		f, err := Dup(m.File())
+		if err != nil {
+			t.Fatal(err)
+		}
 		m.Close()
 		spoil(f)
 		if m, err := OpenMemory(f); err == nil {

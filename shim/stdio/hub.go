@@ -10,8 +10,12 @@
 package stdio
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"sync"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/shim/logfile"
 )
@@ -100,13 +104,50 @@ func (h *Hub) Close() {
 	h.clients.close(lastTimeout)
 }
 
-// Leave ends the Hub without touching the standard files, for another process that
-// has copies of their descriptors and the Memory. What no copier has read yet stays
+// Files are the standard files on the supervisor's side.
+type Files struct {
+	// Outputs are what is read, by logfile.Stream: of a terminal its master, as the
+	// first. nil: the output has ended.
+	Outputs [streams]*os.File
+	Input   *os.File // where input goes; nil: there is none, or it was closed
+}
+
+// Leave ends the Hub without touching the standard files, and gives copies of them,
+// with which and the Memory another Hub goes on. What no copier has read yet stays
 // unread. Clients are let go as by Close.
-func (h *Hub) Leave() {
+func (h *Hub) Leave() (Files, error) {
+	var f Files
+	var err error
+	h.mu.Lock()
+	for c := range h.copiers {
+		var derr error
+		f.Outputs[c.stream], derr = Dup(c.r)
+		err = errors.Join(err, derr)
+	}
+	h.mu.Unlock()
+	input, ierr := h.input.dup()
+	f.Input = input
 	h.shut(leave)
 	h.input.close()
 	h.clients.close(lastTimeout)
+	return f, errors.Join(err, ierr)
+}
+
+// Dup gives a second descriptor of an open file; nil without an error if it has been
+// closed.
+func Dup(f *os.File) (*os.File, error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	fd := -1
+	if raw.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) }) != nil {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot duplicate %s: %w", f.Name(), err)
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
 func (h *Hub) shut(how ending) {

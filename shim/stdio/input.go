@@ -101,6 +101,17 @@ func (in *input) clientLeft() {
 	in.closed()
 }
 
+// dup gives a second descriptor of the file; nil if there is none, or no input is
+// taken any more.
+func (in *input) dup() (*os.File, error) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	if in.file == nil || in.ending {
+		return nil, nil
+	}
+	return Dup(in.file)
+}
+
 // close closes the input without telling anybody.
 func (in *input) close() {
 	in.mu.Lock()

@@ -47,6 +47,10 @@ var allowed = map[string][]string{
 		"google.golang.org/protobuf/...",
 		"golang.org/x/sys/unix",
 	},
+	"shim/process": {
+		module + "proto/record", module + "proto/rundir", module + "reaper", module + "runc", module + "runc/cgroup",
+		"github.com/opencontainers/runtime-spec/specs-go", "golang.org/x/sys/unix",
+	},
 	"shim/stdio":   {module + "shim/logfile", "golang.org/x/sys/unix"},
 	"shim/logfile": {"golang.org/x/sys/unix"},
 

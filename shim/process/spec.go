@@ -1,0 +1,69 @@
+package process
+
+import (
+	"encoding/json"
+	"fmt"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/holdfast-cri/holdfast/proto/record"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+// maxProcess bounds process.json, in bytes. It came in a message of at most 4 MiB.
+const maxProcess = 5 << 20
+
+// SaveProcess keeps the process of the container's spec for execs.
+func (h *Host) SaveProcess(process json.RawMessage) error {
+	return record.Write(h.Dir.Path(rundir.ProcessName), process, false)
+}
+
+// Complete fills what p leaves empty from the container's own process. An empty user
+// is the container's, unless setUser says that root is meant.
+func (h *Host) Complete(p *specs.Process, setUser bool) (*specs.Process, error) {
+	q := new(specs.Process)
+	b, err := readFile(h.Dir.Path(rundir.ProcessName), maxProcess)
+	if err == nil {
+		err = record.Decode(b, q)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot exec: cannot learn the container's own process: %w", err)
+	}
+	q.Terminal, q.ConsoleSize, q.CommandLine = false, nil, ""
+	q.Args = p.Args
+	if p.Env != nil {
+		q.Env = p.Env
+	}
+	if p.Cwd != "" {
+		q.Cwd = p.Cwd
+	}
+	if u := p.User; setUser || u.UID != 0 || u.GID != 0 || u.Username != "" || len(u.AdditionalGids) > 0 || u.Umask != nil {
+		q.User = u
+	}
+	if p.Capabilities != nil {
+		q.Capabilities = p.Capabilities
+	}
+	if p.Rlimits != nil {
+		q.Rlimits = p.Rlimits
+	}
+	if p.ApparmorProfile != "" {
+		q.ApparmorProfile = p.ApparmorProfile
+	}
+	if p.SelinuxLabel != "" {
+		q.SelinuxLabel = p.SelinuxLabel
+	}
+	if p.OOMScoreAdj != nil {
+		q.OOMScoreAdj = p.OOMScoreAdj
+	}
+	if p.Scheduler != nil {
+		q.Scheduler = p.Scheduler
+	}
+	if p.IOPriority != nil {
+		q.IOPriority = p.IOPriority
+	}
+	if p.ExecCPUAffinity != nil {
+		q.ExecCPUAffinity = p.ExecCPUAffinity
+	}
+	q.NoNewPrivileges = q.NoNewPrivileges || p.NoNewPrivileges
+	return q, nil
+}

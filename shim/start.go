@@ -1,0 +1,50 @@
+package shim
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/runc"
+)
+
+// startTimeout bounds how long init may take to answer. It waits for nothing but
+// the shim, so only a frozen or starved one takes longer than a moment.
+const startTimeout = time.Minute
+
+// Start lets init run the container's program, once: a repeated call gets the result
+// of the first one.
+func (t *task) Start() (rundir.Process, time.Time, error) {
+	t.starting.Lock()
+	defer t.starting.Unlock()
+	t.mu.Lock()
+	c, s := t.container, t.status
+	t.mu.Unlock()
+	if !s.StartedAt.IsZero() {
+		return s.Init, s.StartedAt, nil
+	}
+	if s.Phase != rundir.PhaseCreated {
+		return s.Init, s.StartedAt, kind.Errorf(kind.State, "cannot start: the container is %s", s.Phase)
+	}
+	if t.over {
+		return s.Init, s.StartedAt, kind.Errorf(kind.State, "cannot start: %w", runc.ErrNotStartable)
+	}
+	// A caller that goes away does not stop a start half way.
+	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
+	defer cancel()
+	at := time.Now()
+	err := c.init.Start(ctx, c.traits.Fifo)
+	if errors.Is(err, runc.ErrNotStartable) {
+		err = kind.As(kind.State, err)
+	}
+	if err != nil {
+		return s.Init, s.StartedAt, err
+	}
+	t.update(rundir.EventStarted, func(s *rundir.Status) {
+		s.Phase, s.StartedAt = rundir.PhaseRunning, at
+	})
+	t.log.Info("container started", "pid", s.Init.PID)
+	return s.Init, at, nil
+}
