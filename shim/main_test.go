@@ -46,6 +46,9 @@ func run(m *testing.M) int {
 	if dir := os.Getenv("HOLDFAST_TEST_LAUNCH"); dir != "" {
 		return launcherMain(dir)
 	}
+	if dir := os.Getenv("HOLDFAST_TEST_REOPEN"); dir != "" {
+		return reopeningMain(dir)
+	}
 	if os.Geteuid() != 0 {
 		return m.Run() // every test skips
 	}
@@ -106,6 +109,10 @@ func makeRootfs() error {
 // start starts a shim for a run directory and does the launcher's part of the
 // handshake up to "go".
 func start(dir string, args ...string) (*exec.Cmd, *os.File, error) {
+	return startProgram(shimBinary, nil, dir, args...)
+}
+
+func startProgram(binary string, env []string, dir string, args ...string) (*exec.Cmd, *os.File, error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, err
@@ -117,11 +124,12 @@ func start(dir string, args ...string) (*exec.Cmd, *os.File, error) {
 		return nil, nil, err
 	}
 	defer log.Close()
-	cmd := exec.Command(shimBinary, append([]string{"--dir", dir, "--log-level", "debug"}, args...)...)
+	cmd := exec.Command(binary, append([]string{"--dir", dir, "--log-level", "debug"}, args...)...)
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0 halt_on_error=1", "GOMAXPROCS=1")
+	cmd.Env = append(cmd.Env, env...)
 	if err := cmd.Start(); err != nil {
 		return nil, nil, err
 	}
@@ -158,6 +166,8 @@ type box struct {
 	runc    *runc.Runtime
 	cgroup  string
 	cmd     *exec.Cmd // of the shim, if it is a child
+	// reopening makes the shim one that can execute itself (reopeningMain).
+	reopening bool
 }
 
 // newBox makes the directories of a container. All is gone after the test.
@@ -250,7 +260,11 @@ func (b *box) until(what string, done func() bool) {
 // launch starts the shim and connects to it.
 func (b *box) launch(args ...string) *exec.Cmd {
 	b.t.Helper()
-	cmd, handshake, err := start(string(b.dir), args...)
+	binary, env := shimBinary, []string{}
+	if b.reopening {
+		binary, env = os.Args[0], []string{"HOLDFAST_TEST_REOPEN=" + string(b.dir)}
+	}
+	cmd, handshake, err := startProgram(binary, env, string(b.dir), args...)
 	if err != nil {
 		b.t.Fatal(err)
 	}
