@@ -11,6 +11,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/step"
 	"github.com/holdfast-cri/holdfast/pty"
 	"github.com/holdfast-cri/holdfast/runc"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
@@ -159,6 +160,7 @@ func (t *task) create(ctx context.Context, launch rundir.Launch, spec *spec) {
 		t.superviseLocked(m.c)
 		t.mu.Unlock()
 		t.log.Info("container created", "pid", m.c.init.PID, "took", time.Since(started).String())
+		t.reach(step.ShimCreated)
 		close(t.created)
 		return
 	}
@@ -224,11 +226,17 @@ func (m *making) make(ctx context.Context) (err error) {
 	if err := c.host.SaveProcess(m.spec.Process); err != nil {
 		return err
 	}
+	if err := step.Reach(step.ShimCreating); err != nil {
+		return err
+	}
 	m.asked = true
 	if traits.Terminal {
 		err = m.createWithTerminal(ctx)
 	} else {
 		err = m.createWithPipes(ctx)
+	}
+	if err == nil {
+		err = step.Reach(step.ShimRuntime)
 	}
 	if err != nil {
 		return err

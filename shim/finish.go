@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/step"
 	"github.com/holdfast-cri/holdfast/reaper"
 )
 
@@ -44,8 +45,11 @@ func (t *task) finish(c *container) {
 
 	record := judge(end, err, started, c.oom.killedBy(end, at, killed))
 	record.ExitedAt = at
+	t.reach(step.ShimExitSeen)
 	durable := t.conclude(c, record)
+	t.reach(step.ShimExitRecorded)
 	c.init.Reap()
+	t.reach(step.ShimReaped)
 	t.log.Info("container exited", "code", record.Code, "signal", record.Signal, "reason", record.Reason)
 
 	if !c.traits.PrivatePID {
@@ -58,12 +62,14 @@ func (t *task) finish(c *container) {
 	drained := c.stdio.Drained()
 	wait(drained, time.After(drainFirst))
 	t.announceExit("")
+	t.reach(step.ShimExitAnnounced)
 	t.mu.Lock()
 	if t.stopTimer != nil { // no Stop sets it any more
 		t.stopTimer.close()
 	}
 	t.mu.Unlock()
 	t.cleanUp(c)
+	t.reach(step.ShimCleaned)
 	if !wait(drained, given) {
 		t.log.Warn("output given up: something still keeps it open, or the log is too slow", "after", drainTotal.String())
 	}

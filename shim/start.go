@@ -7,6 +7,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/step"
 	"github.com/holdfast-cri/holdfast/runc"
 )
 
@@ -42,9 +43,10 @@ func (t *task) Start() (rundir.Process, time.Time, error) {
 	if err != nil {
 		return s.Init, s.StartedAt, err
 	}
+	t.reach(step.ShimReleased)
 	t.update(rundir.EventStarted, func(s *rundir.Status) {
 		s.Phase, s.StartedAt = rundir.PhaseRunning, at
 	})
 	t.log.Info("container started", "pid", s.Init.PID)
-	return s.Init, at, nil
+	return s.Init, at, step.Reach(step.ShimStarted)
 }

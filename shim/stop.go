@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/step"
 )
 
 // Stop sends the signal and sets the deadline for SIGKILL, in that record first.
@@ -45,6 +46,9 @@ func (t *task) Stop(sig unix.Signal, grace time.Duration) (time.Duration, error)
 	if last == nil || stop != *last || sent != t.status.StopSent {
 		t.updateLocked(event, func(s *rundir.Status) { s.Stop, s.StopSent = &stop, sent })
 		t.log.Info("container stopping", "signal", int(sig), "grace", (stop.KillAt - bootNow()).String())
+	}
+	if err := step.Reach(step.ShimStopping); err != nil {
+		return 0, err
 	}
 	if err := t.stopTimer.set(stop.KillAt); err != nil {
 		return 0, err
@@ -97,6 +101,7 @@ func (t *task) deliverLocked(c *container, sig unix.Signal) error {
 	if err := c.init.Signal(sig); err != nil {
 		return err
 	}
+	t.reach(step.ShimSignalled)
 	t.updateLocked(noEvent, func(s *rundir.Status) { s.StopSent = true })
 	return nil
 }

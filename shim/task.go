@@ -12,6 +12,7 @@ import (
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/step"
 	"github.com/holdfast-cri/holdfast/pty"
 	"github.com/holdfast-cri/holdfast/reaper"
 	"github.com/holdfast-cri/holdfast/shim/process"
@@ -101,6 +102,13 @@ func (t *task) update(event rundir.EventType, change func(*rundir.Status)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.updateLocked(event, change)
+}
+
+// reach is for a step after which nothing can fail.
+func (t *task) reach(s step.Step) {
+	if err := step.Reach(s); err != nil {
+		t.log.Error("cannot fail here", "err", err)
+	}
 }
 
 // abandon makes an empty task refuse every Create from now on. It reports false
@@ -283,6 +291,9 @@ func (t *task) ReopenLog() (uint64, error) {
 		return 0, kind.Errorf(kind.State, "the container has no log")
 	}
 	inode, err := c.log.Reopen()
+	if err == nil {
+		err = step.Reach(step.ShimReopened)
+	}
 	return inode, logError(err)
 }
 

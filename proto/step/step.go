@@ -40,4 +40,23 @@ const (
 	ContainerErased   Step = "container-erased"   // all but its record is gone
 )
 
+// Creation, start, stop and end of a container, and an exec, in its shim.
+const (
+	ShimCreating      Step = "shim-creating"       // state.json says creating, the OCI runtime has not run
+	ShimRuntime       Step = "shim-runtime"        // init is there, which is not on record
+	ShimCreated       Step = "shim-created"        // state.json says created, no answer was given
+	ShimReleased      Step = "shim-released"       // init runs the program, which is not on record
+	ShimStarted       Step = "shim-started"        // state.json says running, no answer was given
+	ShimStopping      Step = "shim-stopping"       // the stop is on record, no signal was sent
+	ShimSignalled     Step = "shim-signalled"      // the stop signal was sent, which is not on record
+	ShimReopened      Step = "shim-reopened"       // the log was opened anew, no answer was given
+	ShimExecRecord    Step = "shim-exec-record"    // an exec has its record, and does not run
+	ShimExecStarted   Step = "shim-exec-started"   // it runs, which is not on record
+	ShimExitSeen      Step = "shim-exit-seen"      // init is a zombie, there is no exit record
+	ShimExitRecorded  Step = "shim-exit-recorded"  // exit.json is there, init is not reaped
+	ShimReaped        Step = "shim-reaped"         // init is reaped, the output is not drained
+	ShimExitAnnounced Step = "shim-exit-announced" // state.json says exited, nothing is removed
+	ShimCleaned       Step = "shim-cleaned"        // what the OCI runtime kept and the cgroups are removed
+)
+
 func (s Step) String() string { return string(s) }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/step"
 	"github.com/holdfast-cri/holdfast/runc"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
@@ -61,6 +62,9 @@ func (p *Process) Exec(ctx context.Context, process *specs.Process, stdio runc.I
 	if err != nil {
 		return fmt.Errorf("cannot write the process of an exec: %w", err)
 	}
+	if err := step.Reach(step.ShimExecRecord); err != nil {
+		return err
+	}
 	runtime := *p.host.Runtime
 	runtime.Log = p.path(".log") // of its own, so that its errors are not mixed with others'
 	release := p.host.Reaper.Hold()
@@ -75,6 +79,9 @@ func (p *Process) Exec(ctx context.Context, process *specs.Process, stdio runc.I
 	})
 	if err == nil {
 		err = p.adopt(p.path(".pid"))
+	}
+	if err == nil {
+		err = step.Reach(step.ShimExecStarted)
 	}
 	if err != nil {
 		return err

@@ -48,7 +48,7 @@ var allowed = map[string][]string{
 		"golang.org/x/sys/unix",
 	},
 	"shim/process": {
-		module + "proto/record", module + "proto/rundir", module + "reaper", module + "runc", module + "runc/cgroup",
+		module + "proto/record", module + "proto/rundir", module + "proto/step", module + "reaper", module + "runc", module + "runc/cgroup",
 		"github.com/opencontainers/runtime-spec/specs-go", "golang.org/x/sys/unix",
 	},
 	"shim/stdio":   {module + "shim/logfile", "golang.org/x/sys/unix"},
