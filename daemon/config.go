@@ -38,6 +38,10 @@ type Config struct {
 	// rely on.
 	RejectAbsentMounts bool
 
+	// UnprivilegedPorts lets everybody in a pod's own network listen on ports below
+	// 1024, UnprivilegedICMP lets everybody there ping.
+	UnprivilegedPorts, UnprivilegedICMP bool
+
 	Metrics *metrics.Metrics // nil: nobody asks for them
 }
 

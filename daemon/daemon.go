@@ -186,9 +186,13 @@ func (d *Daemon) openPods() error {
 		Host:       host,
 		Pause:      cfg.Pause,
 		AlwaysInit: cfg.PauseMode,
-		NoUserns:   d.userns,
-		Go:         d.background,
-		Log:        d.log,
+
+		UnprivilegedPorts: cfg.UnprivilegedPorts,
+		UnprivilegedICMP:  cfg.UnprivilegedICMP,
+
+		NoUserns: d.userns,
+		Go:       d.background,
+		Log:      d.log,
 	})
 	return nil
 }

@@ -48,7 +48,9 @@ type file struct {
 		Driver string `toml:"driver"`
 	} `toml:"cgroup"`
 	Sandbox struct {
-		Mode string `toml:"mode"`
+		Mode              string `toml:"mode"`
+		UnprivilegedPorts bool   `toml:"enable_unprivileged_ports"`
+		UnprivilegedICMP  bool   `toml:"enable_unprivileged_icmp"`
 	} `toml:"sandbox"`
 	Containers struct {
 		AbsentMountSource string `toml:"absent_mount_source"`
@@ -75,6 +77,7 @@ func defaults() file {
 	f.Images.KeepBlobs, f.Images.VerifierTimeout = true, "10s"
 	f.Cgroup.Driver = "auto"
 	f.Sandbox.Mode = "namespaces"
+	f.Sandbox.UnprivilegedPorts, f.Sandbox.UnprivilegedICMP = true, true
 	f.Containers.AbsentMountSource = "create"
 	f.Streaming.Address = "127.0.0.1:0"
 	return f
@@ -139,7 +142,8 @@ func (f file) resolve(logLevel string) (daemon.Config, error) {
 	c := daemon.Config{Root: f.Root, State: f.State, DefaultRuntime: f.DefaultRuntime, Runtimes: map[string]string{}, LogLevel: logLevel,
 		CNIConfDir: f.CNI.ConfDir, CNIBinDirs: f.CNI.BinDirs, DefaultNetwork: f.CNI.DefaultNetwork, Subnet: f.CNI.Subnet,
 		RegistryConfigDir: f.Registry.ConfigDir, PinnedImages: f.Images.Pinned, DropLayerBlobs: !f.Images.KeepBlobs,
-		ImageVerifierDir: f.Images.VerifierDir, CgroupDriver: f.Cgroup.Driver}
+		ImageVerifierDir: f.Images.VerifierDir, CgroupDriver: f.Cgroup.Driver,
+		UnprivilegedPorts: f.Sandbox.UnprivilegedPorts, UnprivilegedICMP: f.Sandbox.UnprivilegedICMP}
 	for key, path := range map[string]string{"root": f.Root, "state": f.State, "address": f.Address} {
 		if !filepath.IsAbs(path) || filepath.Clean(path) == "/" {
 			return c, fmt.Errorf("config: %s = %q is not an absolute path", key, path)

@@ -34,7 +34,7 @@ func (m *Manager) List(f *runtimeapi.ContainerFilter) []*runtimeapi.Container {
 			Id:           rec.ID,
 			PodSandboxId: rec.PodID,
 			Metadata:     cfg.GetMetadata(),
-			Image:        cfg.GetImage(),
+			Image:        imageOf(cfg),
 			ImageRef:     rec.ImageRef,
 			ImageId:      rec.ImageID,
 			State:        state,
@@ -44,6 +44,18 @@ func (m *Manager) List(f *runtimeapi.ContainerFilter) []*runtimeapi.Container {
 		})
 	}
 	return list
+}
+
+// imageOf is the image as whoever made the pod named it: a kubelet creates by id,
+// and says beside it what the user wrote.
+func imageOf(cfg *runtimeapi.ContainerConfig) *runtimeapi.ImageSpec {
+	name := cfg.GetImage().GetUserSpecifiedImage()
+	if name == "" {
+		return cfg.GetImage()
+	}
+	named := proto.Clone(cfg.GetImage()).(*runtimeapi.ImageSpec)
+	named.Image = name
+	return named
 }
 
 // Matches says whether labels have all that a selector asks for.
@@ -78,7 +90,7 @@ func (c *Container) status() *runtimeapi.ContainerStatus {
 		Metadata:    cfg.GetMetadata(),
 		State:       s.State(),
 		CreatedAt:   rec.CreatedAt.UnixNano(),
-		Image:       cfg.GetImage(),
+		Image:       imageOf(cfg),
 		ImageRef:    rec.ImageRef,
 		ImageId:     rec.ImageID,
 		Labels:      cfg.GetLabels(),
@@ -141,10 +153,19 @@ func (c *Container) Info() map[string]any {
 	if s.Exit != nil {
 		info["pid"] = 0
 	}
-	if b, err := c.dir.ReadSpec(); err == nil {
-		info["runtimeSpec"] = json.RawMessage(b)
+	if s := c.Spec(); s != nil {
+		info["runtimeSpec"] = s
 	}
 	return info
+}
+
+// Spec is the OCI spec as its file says; nil if it cannot be read.
+func (c *Container) Spec() json.RawMessage {
+	b, err := c.dir.ReadSpec()
+	if err != nil {
+		return nil
+	}
+	return b
 }
 
 // ShimInfo is what a person needs to find a shim.

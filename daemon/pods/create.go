@@ -1,9 +1,11 @@
 package pods
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"strings"
 	"time"
@@ -62,6 +64,11 @@ func (m *Manager) Run(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, han
 	if err := m.checkUserns(rec, h); err != nil {
 		return "", err
 	}
+	// Before anything is made for a pod that could never have a container.
+	const anID = "0"
+	if _, err := m.Cgroups.ContainerPath(cfg.GetLinux().GetCgroupParent(), anID, anID); err != nil {
+		return "", kind.As(kind.Invalid, fmt.Errorf("config.linux.cgroup_parent: %w", err))
+	}
 	name := NameOf(rec)
 	id, err := m.Claims.Once(ctx, name, func(ctx context.Context, cl *claims.Claim) error {
 		rec.ID, rec.CreatedAt = cl.ID, time.Now()
@@ -95,7 +102,7 @@ func (m *Manager) checkUserns(rec *records.Pod, h runtimes.Handler) error {
 // create makes the pod that a claim is for. Undoing it is removing it: the same
 // steps, each of which finds out what there is to do.
 func (m *Manager) create(ctx context.Context, cl *claims.Claim, rec *records.Pod) error {
-	want := wanted(rec)
+	want := m.wanted(rec)
 	if want.Net {
 		if _, err := m.Network.Config(); err != nil {
 			return kind.As(kind.Unavailable, err)
@@ -243,26 +250,51 @@ func attachment(rec *records.Pod, conf []byte) records.Attachment {
 	return a
 }
 
-// wanted says which namespaces of its own the pod has. UTS follows the network:
-// the CRI has no mode for it.
-func wanted(rec *records.Pod) records.Want {
+// wanted says which namespaces of its own the pod has. UTS follows the network, as
+// the CRI has no mode for it; a pod in the node's network has one if it has a name
+// of its own.
+func (m *Manager) wanted(rec *records.Pod) records.Want {
 	cfg := rec.Config.M
 	o := cfg.GetLinux().GetSecurityContext().GetNamespaceOptions()
-	return records.Want{
-		Net:      o.GetNetwork() != runtimeapi.NamespaceMode_NODE,
+	network := o.GetNetwork() != runtimeapi.NamespaceMode_NODE
+	node := nodeName()
+	w := records.Want{
+		Net:      network,
 		IPC:      o.GetIpc() != runtimeapi.NamespaceMode_NODE,
-		UTS:      o.GetNetwork() != runtimeapi.NamespaceMode_NODE,
+		UTS:      network || cfg.GetHostname() != "" && cfg.GetHostname() != node,
 		User:     rec.Userns(),
-		Hostname: hostname(cfg),
+		Hostname: cmp.Or(cfg.GetHostname(), node),
 		Sysctls:  cfg.GetLinux().GetSysctls(),
 	}
+	if network {
+		w.Sysctls = m.withDefaults(w)
+	}
+	return w
 }
 
-// hostname is the name that the pod goes by.
-func hostname(cfg *runtimeapi.PodSandboxConfig) string {
-	if h := cfg.GetHostname(); h != "" {
-		return h
+// withDefaults adds the sysctls that images rely on, as other runtimes set them, to
+// those that were asked for. The kernel refuses a group that is not mapped.
+func (m *Manager) withDefaults(w records.Want) map[string]string {
+	lastGroup := uint32(math.MaxInt32)
+	if w.User != nil {
+		lastGroup = min(lastGroup, w.User.GIDs.Length-1)
 	}
+	all := map[string]string{}
+	if m.UnprivilegedPorts {
+		all["net.ipv4.ip_unprivileged_port_start"] = "0"
+	}
+	if m.UnprivilegedICMP {
+		all["net.ipv4.ping_group_range"] = fmt.Sprintf("0 %d", lastGroup)
+	}
+	for name, value := range w.Sysctls {
+		delete(all, strings.ReplaceAll(name, "/", "."))
+		all[name] = value
+	}
+	return all
+}
+
+// nodeName is the name of the machine.
+func nodeName() string {
 	h, err := os.Hostname()
 	if err != nil {
 		return "localhost"

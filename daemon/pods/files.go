@@ -100,6 +100,9 @@ func (p *Pod) hostsFile(hostname string) error {
 		if content, err = hostFile("/etc/hosts"); err != nil {
 			return kind.As(kind.Unavailable, err)
 		}
+		if p.Record().Namespaces.UTS != "" { // it has a name that the node does not know
+			content = strings.TrimRight(content, "\n") + "\n127.0.0.1\t" + hostname + "\n"
+		}
 	}
 	return kind.As(kind.Unavailable, p.write("hosts", content))
 }

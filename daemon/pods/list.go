@@ -3,6 +3,7 @@ package pods
 import (
 	"strings"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/containers"
@@ -85,6 +86,7 @@ func (p *Pod) status() *runtimeapi.PodSandboxStatus {
 // info is the verbose part of a status.
 func (p *Pod) info() map[string]any {
 	rec := p.Record()
+	pid, of := p.process()
 	info := map[string]any{
 		"sandboxId":      rec.ID,
 		"phase":          rec.Phase,
@@ -94,11 +96,68 @@ func (p *Pod) info() map[string]any {
 		"config":         rec.Config,
 		"bootId":         rec.BootID,
 		"debts":          rec.Debts,
-		"pid":            0,
+		"pid":            pid,
+		"pidOf":          of,
+		"runtimeSpec":    p.runtimeSpec(),
 	}
 	if c := p.Init(); c != nil {
-		info["pid"] = c.Seen().Init.PID
 		info["shim"] = c.ShimInfo()
 	}
 	return info
+}
+
+// process is one that lives in the namespaces of the pod, for whoever wants to enter
+// them, and whose it is: that of the init, or of the oldest container that runs. It is
+// 0 if there is none, which is no fault.
+func (p *Pod) process() (pid int, of string) {
+	if c := p.Init(); c != nil && c.Seen().Exit == nil {
+		return c.Seen().Init.PID, "the init of the pod"
+	}
+	var oldest *containers.Container
+	for _, c := range p.m.Containers.Of(p.ID()) {
+		if c.Seen().State() != runtimeapi.ContainerState_CONTAINER_RUNNING {
+			continue
+		}
+		if oldest == nil || c.Record().CreatedAt.Before(oldest.Record().CreatedAt) {
+			oldest = c
+		}
+	}
+	if oldest != nil {
+		return oldest.Seen().Init.PID, "container " + oldest.ID()
+	}
+	return 0, "nobody: the pod needs no process of its own, and none of its containers runs; " +
+		"its namespaces are pinned at the paths of runtimeSpec.linux.namespaces"
+}
+
+// runtimeSpec is the OCI spec of the init, or, for a pod without one, what such a spec
+// would say of the pod.
+func (p *Pod) runtimeSpec() any {
+	if c := p.Init(); c != nil {
+		if s := c.Spec(); s != nil {
+			return s
+		}
+	}
+	rec := p.Record()
+	cfg, n := rec.Config.M, rec.Namespaces
+	s := &specs.Spec{
+		Version:     specs.Version,
+		Hostname:    cfg.GetHostname(),
+		Annotations: cfg.GetAnnotations(),
+		Linux: &specs.Linux{
+			Sysctl:      cfg.GetLinux().GetSysctls(),
+			CgroupsPath: cfg.GetLinux().GetCgroupParent(),
+		},
+	}
+	for _, ns := range []specs.LinuxNamespace{
+		{Type: specs.NetworkNamespace, Path: n.Net},
+		{Type: specs.IPCNamespace, Path: n.IPC},
+		{Type: specs.UTSNamespace, Path: n.UTS},
+		{Type: specs.UserNamespace, Path: n.User},
+		{Type: specs.PIDNamespace, Path: rec.PIDNamespace},
+	} {
+		if ns.Path != "" {
+			s.Linux.Namespaces = append(s.Linux.Namespaces, ns)
+		}
+	}
+	return s
 }

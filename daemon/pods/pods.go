@@ -61,6 +61,9 @@ type Options struct {
 	Pause string
 	// AlwaysInit gives every pod an init.
 	AlwaysInit bool
+	// UnprivilegedPorts lets everybody in a pod's own network listen on ports below
+	// 1024, UnprivilegedICMP lets everybody there ping.
+	UnprivilegedPorts, UnprivilegedICMP bool
 	// NoUserns says why no pod can have a user namespace; nil if one can.
 	NoUserns error
 	// Go runs f in the background, unless the daemon is closing. It ends with ctx.

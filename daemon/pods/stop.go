@@ -112,7 +112,7 @@ func (m *Manager) Remove(ctx context.Context, id string) error {
 			return err
 		}
 	}
-	if init := p.Init(); init != nil {
+	if init := p.Init(); init != nil && p.Record().Owes(records.DebtInit) {
 		if err := init.Remove(ctx); err != nil {
 			return err
 		}

@@ -46,7 +46,7 @@ func (b *builder) namespaces() error {
 	if pid == modeContainer {
 		paths.PID = ""
 	}
-	b.spec.Linux.Namespaces = joinOrMake(paths, pod.GetNetwork(), pod.GetIpc(), pid)
+	b.spec.Linux.Namespaces = joinOrMake(paths, pod.GetNetwork(), pod.GetIpc(), b.utsMode(), pid)
 
 	if makesNew(b.spec, specs.UTSNamespace) {
 		b.spec.Hostname = b.Sandbox.GetHostname()
@@ -59,7 +59,16 @@ func (b *builder) namespaces() error {
 	return nil
 }
 
-func joinOrMake(paths Namespaces, network, ipc, pid runtimeapi.NamespaceMode) []specs.LinuxNamespace {
+// utsMode says whose the hostname is. It follows the network, but for a pod that has
+// a name of its own in the node's network.
+func (b *builder) utsMode() runtimeapi.NamespaceMode {
+	if name := b.Sandbox.GetHostname(); name != "" && name != b.NodeName {
+		return modePod
+	}
+	return b.Sandbox.GetLinux().GetSecurityContext().GetNamespaceOptions().GetNetwork()
+}
+
+func joinOrMake(paths Namespaces, network, ipc, uts, pid runtimeapi.NamespaceMode) []specs.LinuxNamespace {
 	list := []specs.LinuxNamespace{{Type: specs.MountNamespace}}
 	for _, n := range []struct {
 		kind specs.LinuxNamespaceType
@@ -68,7 +77,7 @@ func joinOrMake(paths Namespaces, network, ipc, pid runtimeapi.NamespaceMode) []
 	}{
 		{specs.NetworkNamespace, paths.Net, network},
 		{specs.IPCNamespace, paths.IPC, ipc},
-		{specs.UTSNamespace, paths.UTS, network},
+		{specs.UTSNamespace, paths.UTS, uts},
 		{specs.PIDNamespace, paths.PID, pid},
 	} {
 		if n.mode != modeNode {

@@ -57,7 +57,7 @@ func PodInit(in PodInitInput) (*specs.Spec, error) {
 		Mounts: []specs.Mount{procMount, devMount},
 		Linux: &specs.Linux{
 			CgroupsPath: in.CgroupsPath,
-			Namespaces:  joinOrMake(in.Namespaces, opts.GetNetwork(), opts.GetIpc(), pid),
+			Namespaces:  joinOrMake(in.Namespaces, opts.GetNetwork(), opts.GetIpc(), b.utsMode(), pid),
 			// The least share of CPU: it sleeps.
 			Resources: &specs.LinuxResources{
 				CPU:     &specs.LinuxCPU{Shares: new(uint64(2))},

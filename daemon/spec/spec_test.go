@@ -1,6 +1,7 @@
 package spec
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -618,6 +619,7 @@ func TestNamespaces(t *testing.T) {
 		name     string
 		pod, own *runtimeapi.NamespaceOption
 		paths    Namespaces
+		hostname string // empty: a name of its own
 		want     ns
 		field    string
 	}{
@@ -644,7 +646,10 @@ func TestNamespaces(t *testing.T) {
 			field: fieldContext + "namespace_options.target_id",
 		},
 		{name: "node", pod: &runtimeapi.NamespaceOption{Network: modeNode, Pid: modeNode, Ipc: modeNode}, paths: paths,
-			want: ns{"mount": "", "cgroup": ""}},
+			hostname: "node-1",
+			want:     ns{"mount": "", "cgroup": ""}},
+		{name: "own name on the node", pod: &runtimeapi.NamespaceOption{Network: modeNode, Pid: modeNode}, paths: paths,
+			want: ns{"ipc": "/ipc", "uts": "/uts", "mount": "", "cgroup": ""}},
 		{
 			name:  "node pid only",
 			pod:   &runtimeapi.NamespaceOption{Pid: modeNode},
@@ -663,6 +668,8 @@ func TestNamespaces(t *testing.T) {
 			in.pod().NamespaceOptions = tt.pod
 			in.security().NamespaceOptions = tt.own
 			in.Namespaces = tt.paths
+			in.NodeName = "node-1"
+			in.Sandbox.Hostname = cmp.Or(tt.hostname, in.Sandbox.Hostname)
 			if tt.field != "" {
 				_, err := validateAndBuild(in)
 				wantField(t, err, kind.Invalid, tt.field)

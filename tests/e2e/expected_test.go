@@ -1,0 +1,159 @@
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/tests/harness"
+)
+
+// What people expect who come from other runtimes.
+func TestExpected(t *testing.T) {
+	n := harness.New(t)
+	for name, test := range map[string]func(*testing.T, *harness.Node){
+		"ports and ping without rights": unprivileged,
+		"the image that the user named": userSpecifiedImage,
+		"process and spec of a pod":     podInfo,
+		"hostname in the host's network": func(t *testing.T, n *harness.Node) {
+			pod := n.RunPod("named", hostNetwork)
+			c := pod.Run("c", []string{"sleep", "1000"})
+			wantOutput(t, c, "named\nnamed\nnamed\n", "sh", "-c", "hostname; cat /etc/hostname; echo $HOSTNAME")
+			wantOutput(t, c, "1\n", "sh", "-c", "grep -c '^127.0.0.1.*\\<named$' /etc/hosts")
+			if host, _ := os.Hostname(); host == "named" {
+				t.Error("the host has the name of the pod")
+			}
+		},
+		"cgroup parent of the other driver": func(t *testing.T, n *harness.Node) {
+			parent := "/kubepods/burstable"
+			if !strings.HasSuffix(n.PodConfig("").Linux.CgroupParent, ".slice") {
+				parent = "/kubepods.slice/kubepods-burstable.slice"
+			}
+			ctx, cancel := harness.Deadline()
+			defer cancel()
+			_, err := n.Runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{
+				Config: n.PodConfig("parent", func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = parent }),
+			})
+			if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "cgroup_parent") {
+				t.Errorf("the error is %v, want InvalidArgument and the name of the field", err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) { test(t, n.With(t)) })
+	}
+	n.RemoveAllPods()
+	n.CheckClean()
+}
+
+func asNobody(c *cri.ContainerConfig) {
+	c.Linux.SecurityContext.RunAsUser = &cri.Int64Value{Value: 65534}
+	c.Linux.SecurityContext.Capabilities = &cri.Capability{DropCapabilities: []string{"ALL"}}
+}
+
+func unprivileged(t *testing.T, n *harness.Node) {
+	c := n.RunPod("default").Run("c", []string{"httpd", "-f", "-p", "80", "-h", "/tmp"}, asNobody)
+	harness.Eventually(t, patience, "the page server listens on port 80", func() bool {
+		r, err := c.Exec(10, "grep", ":0050 .* 0A ", "/proc/net/tcp", "/proc/net/tcp6")
+		return err == nil && r.ExitCode == 0
+	})
+	wantOutput(t, c, "0\t2147483647\n", "cat", "/proc/sys/net/ipv4/ping_group_range")
+	own := n.RunPod("own", func(c *cri.PodSandboxConfig) {
+		c.Linux.Sysctls = map[string]string{
+			"net.ipv4.ip_unprivileged_port_start": "1024",
+			"net/ipv4/ping_group_range":           "1 0",
+		}
+	})
+	wantOutput(t, own.Run("c", []string{"sleep", "1000"}), "1024\n1\t0\n", "cat",
+		"/proc/sys/net/ipv4/ip_unprivileged_port_start", "/proc/sys/net/ipv4/ping_group_range")
+}
+
+// A kubelet creates by id, and compares the name with that of the pod.
+func userSpecifiedImage(t *testing.T, n *harness.Node) {
+	ctx, cancel := harness.Deadline()
+	defer cancel()
+	image, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: harness.Image}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := n.RunPod("byid").Create("c", []string{"true"}, func(c *cri.ContainerConfig) {
+		c.Image = &cri.ImageSpec{Image: image.Image.Id, UserSpecifiedImage: harness.Image}
+	})
+	s := c.Status()
+	if s.Image.Image != harness.Image || s.ImageId != image.Image.Id || !strings.Contains(s.ImageRef, "@sha256:") {
+		t.Errorf("the status has the image %v, the id %s and the reference %s", s.Image, s.ImageId, s.ImageRef)
+	}
+	list, err := n.Runtime.ListContainers(ctx, &cri.ListContainersRequest{Filter: &cri.ContainerFilter{Id: c.ID}})
+	if err != nil || len(list.Containers) != 1 {
+		t.Fatalf("%v, %v", list, err)
+	}
+	if l := list.Containers[0]; l.Image.Image != harness.Image || l.ImageId != s.ImageId || l.ImageRef != s.ImageRef {
+		t.Errorf("the list has the image %v, the id %s and the reference %s", l.Image, l.ImageId, l.ImageRef)
+	}
+}
+
+// podSpec is the part of a pod's verbose status that tools read.
+type podSpec struct {
+	PID         int    `json:"pid"`
+	PIDOf       string `json:"pidOf"`
+	RuntimeSpec struct {
+		Linux struct {
+			Namespaces []struct{ Type, Path string }
+		}
+	} `json:"runtimeSpec"`
+}
+
+func podInfo(t *testing.T, n *harness.Node) {
+	info := func(p *harness.Pod) (s podSpec) {
+		t.Helper()
+		ctx, cancel := harness.Deadline()
+		defer cancel()
+		r, err := n.Runtime.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: p.ID, Verbose: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := json.Unmarshal([]byte(r.Info["info"]), &s); err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	pod := n.RunPod("info")
+	if s := info(pod); s.PID != 0 || s.PIDOf == "" {
+		t.Errorf("a pod without a process has %d, of %q", s.PID, s.PIDOf)
+	}
+	c := pod.Run("c", []string{"sleep", "1000"})
+	s := info(pod)
+	if s.PID != c.Info().PID || !strings.Contains(s.PIDOf, c.ID) {
+		t.Errorf("the pod has the process %d, of %q; the container has %d", s.PID, s.PIDOf, c.Info().PID)
+	}
+	at := map[string]string{}
+	for _, ns := range s.RuntimeSpec.Linux.Namespaces {
+		at[ns.Type] = ns.Path
+	}
+	for kind, name := range map[string]string{"network": "net", "ipc": "ipc", "uts": "uts"} {
+		pinned, err := os.Stat(at[kind])
+		if err != nil {
+			t.Errorf("the %s namespace: %v", kind, err)
+			continue
+		}
+		of, err := os.Stat(fmt.Sprintf("/proc/%d/ns/%s", s.PID, name))
+		if err != nil || !os.SameFile(pinned, of) {
+			t.Errorf("the %s namespace at %q is not that of process %d (%v)", kind, at[kind], s.PID, err)
+		}
+	}
+	share := func(c *cri.PodSandboxConfig) {
+		c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{
+			NamespaceOptions: &cri.NamespaceOption{Pid: cri.NamespaceMode_POD},
+		}
+	}
+	shared := n.RunPod("withinit", share)
+	shared.Run("c", []string{"sleep", "1000"})
+	if s := info(shared); s.PID == 0 || !strings.Contains(s.PIDOf, "init") || len(s.RuntimeSpec.Linux.Namespaces) == 0 {
+		t.Errorf("a pod with an init has %+v", s)
+	}
+}
