@@ -117,7 +117,7 @@ func Reach(ctx context.Context, dir rundir.Dir, c *client.Client) error {
 
 // reach is Reach for a process that is held. pidfd.ErrEnded: it has ended.
 func reach(ctx context.Context, dir rundir.Dir, c *client.Client, p *pidfd.Process) error {
-	_, err := c.State(ctx)
+	err := ask(ctx, dir, c)
 	if err == nil || !errors.Is(err, client.ErrUnreachable) || errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
@@ -134,10 +134,22 @@ func reach(ctx context.Context, dir rundir.Dir, c *client.Client, p *pidfd.Proce
 		if ended {
 			return fmt.Errorf("the shim of %s: %w", dir.ID(), pidfd.ErrEnded)
 		}
-		_, err = c.State(ctx)
+		err = ask(ctx, dir, c)
 		if !errors.Is(err, client.ErrUnreachable) || errors.Is(err, context.DeadlineExceeded) {
 			return err
 		}
 	}
 	return fmt.Errorf("%w, and does not put its socket back within %s: %w", client.ErrUnreachable, limit, err)
+}
+
+// ask calls a shim. It connects anew as well: a connection outlives the socket that
+// it was made by.
+func ask(ctx context.Context, dir rundir.Dir, c *client.Client) error {
+	conn, err := dir.Dial(ctx)
+	if err != nil {
+		return fmt.Errorf("%w: %w", client.ErrUnreachable, err)
+	}
+	conn.Close()
+	_, err = c.State(ctx)
+	return err
 }
