@@ -462,6 +462,9 @@ func TestDamageWhileTheShimLives(t *testing.T) {
 				t.Error(err)
 			}
 			for _, id := range []string{fresh, ran} {
+				if _, err := b.Containers.ExecSync(t.Context(), id, []string{"true"}, 0); err != nil {
+					t.Error(err) // it has a connection of its own
+				}
 				if err := b.Containers.Stop(t.Context(), id, time.Minute); err != nil {
 					t.Error(err)
 				}

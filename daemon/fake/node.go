@@ -40,7 +40,7 @@ func NewNode(t *testing.T) *Node {
 		Images:  &Images{},
 		Roots:   &Roots{},
 		Cgroups: &Cgroups{dir: filepath.Join(dir, "cgroup")},
-		Network: &Network{Deleted: make(chan string, 100), pinned: map[string]bool{}},
+		Network: &Network{pinned: map[string]bool{}},
 	}
 	quiet := slog.New(slog.DiscardHandler)
 	n.Shims = &Shims{Launcher: &shims.Launcher{Binary: binary, LogLevel: "debug", Log: quiet}}

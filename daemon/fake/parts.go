@@ -225,10 +225,10 @@ func (c cgroup) Remove(context.Context) error {
 // Network has namespaces and addresses without any.
 type Network struct {
 	Adding, Deleting Failing
-	Deleted          chan string // ids of pods for which DEL has succeeded
 
-	mu     sync.Mutex
-	pinned map[string]bool
+	mu      sync.Mutex
+	pinned  map[string]bool
+	deleted []string
 }
 
 // CreateNamespaces notes that the pod has namespaces.
@@ -273,8 +273,23 @@ func (n *Network) SetInterfaceSysctls(string, records.Want) error { return nil }
 // Del gives the address back.
 func (n *Network) Del(_ context.Context, a records.Attachment) error {
 	err := n.Deleting.try()
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	if err == nil {
-		n.Deleted <- a.ID
+		n.deleted = append(n.deleted, a.ID)
 	}
 	return err
+}
+
+// Deleted is how often DEL has succeeded for a pod.
+func (n *Network) Deleted(id string) int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	times := 0
+	for _, d := range n.deleted {
+		if d == id {
+			times++
+		}
+	}
+	return times
 }
