@@ -200,7 +200,7 @@ func (m *Manager) InUse(layer digest.Digest) bool {
 	defer m.mu.Unlock()
 	for _, list := range []map[string]*Container{m.all, m.owed} {
 		for _, c := range list {
-			if slices.Contains(c.Record().AllLayers(), layer) {
+			if c.Record().Uses(layer) {
 				return true
 			}
 		}

@@ -132,6 +132,12 @@ func (c *Container) AllLayers() []digest.Digest {
 	return all
 }
 
+// Uses says whether one of them is layer.
+func (c *Container) Uses(layer digest.Digest) bool {
+	return slices.Contains(c.Layers, layer) ||
+		slices.ContainsFunc(c.ImageMounts, func(m ImageMount) bool { return slices.Contains(m.Layers, layer) })
+}
+
 // ImageMount is an image that a container reads as a volume.
 type ImageMount struct {
 	Index   int             `json:"index"` // in Config.mounts
