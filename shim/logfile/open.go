@@ -84,14 +84,12 @@ func openDir(parent int, name string, mkdir bool) (int, error) {
 }
 
 func openFile(dir int, name string) (opened, error) {
-	// Without O_NONBLOCK a FIFO would hold up the open.
-	const flags = unix.O_WRONLY | unix.O_APPEND | unix.O_CLOEXEC | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_NOCTTY
 	const tries = 10 // for a file that comes and goes between the two opens
 	var fd int
 	var created bool
 	err := error(unix.ENOENT)
 	for i := 0; i < tries && errors.Is(err, unix.ENOENT); i++ {
-		fd, err = openat(dir, name, unix.OpenHow{Flags: flags, Resolve: beneath})
+		fd, err = openRegular(dir, name)
 		if !errors.Is(err, unix.ENOENT) {
 			break
 		}
@@ -101,18 +99,11 @@ func openFile(dir int, name string) (opened, error) {
 			err = unix.ENOENT
 		}
 	}
-	if errors.Is(err, unix.ENXIO) {
-		err = ErrNotRegular // a FIFO without a reader, or a socket
-	}
 	if err != nil {
 		return opened{}, err
 	}
 	var st unix.Stat_t
-	err = unix.Fstat(fd, &st)
-	if err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG {
-		err = ErrNotRegular
-	}
-	if err == nil { // back to blocking: a FUSE file system is told of O_NONBLOCK
+	if err = unix.Fstat(fd, &st); err == nil { // back to blocking: a FUSE file system is told of O_NONBLOCK
 		_, err = unix.FcntlInt(uintptr(fd), unix.F_SETFL, unix.O_APPEND)
 	}
 	if err != nil {
@@ -123,6 +114,30 @@ func openFile(dir int, name string) (opened, error) {
 		return opened{}, err
 	}
 	return opened{fd: fd, inode: st.Ino}, nil
+}
+
+const flags = unix.O_WRONLY | unix.O_APPEND | unix.O_CLOEXEC | unix.O_NONBLOCK | unix.O_NOCTTY
+
+// openRegular opens a file that is there. What it is, is found out before it is
+// opened: to open a device has effects, and to open a FIFO blocks.
+func openRegular(dir int, name string) (int, error) {
+	held, err := openat(dir, name, unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: beneath})
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(held)
+	var st unix.Stat_t
+	if err := unix.Fstat(held, &st); err != nil {
+		return -1, err
+	}
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFREG:
+	case unix.S_IFDIR:
+		return -1, unix.EISDIR
+	default:
+		return -1, ErrNotRegular
+	}
+	return retry(func() (int, error) { return unix.Open(fmt.Sprintf("/proc/self/fd/%d", held), flags, 0) })
 }
 
 func openat(dir int, name string, how unix.OpenHow) (int, error) {
