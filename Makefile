@@ -4,6 +4,10 @@
 GOFLAGS ?= -mod=readonly
 export GOFLAGS
 
+# hack/go.sh puts a Go there where the one on the path is too old.
+export PATH := $(CURDIR)/.cache/go/bin:$(PATH):/usr/local/go/bin
+unexport GOROOT
+
 # A semantic version, as CRI asks for: of the last tag, or of none.
 VERSION := $(patsubst v%,%,$(or $(shell git describe --tags --match 'v[0-9]*' --dirty 2>/dev/null),v0.0.0-$(or $(shell git describe --always --dirty 2>/dev/null),unknown)))
 PREFIX  ?= /usr/local
@@ -22,12 +26,12 @@ FOREIGN = bin/runc $(foreach p,$(PLUGINS),bin/cni/$(notdir $p))
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
 
-deps: ## install the Debian packages that are missing; needs no network if none is
+deps: ## install what is missing of Debian's packages and of Go; needs no network if nothing is
 	@hack/deps.sh build
 
-build: deps programs $(FOREIGN) ## fill bin/ and bin/cni/
+build: programs $(FOREIGN) ## fill bin/ and bin/cni/
 
-programs:
+programs: deps
 	@mkdir -p bin
 	CGO_ENABLED=0 go build -trimpath -ldflags='-s -w -X main.version=$(VERSION)' -o bin/ $(PROGRAMS:%=./cmd/%)
 
@@ -40,17 +44,17 @@ bin/runc: go.sum | deps
 	@touch $@
 
 define plugin
-bin/cni/$(notdir $(1)): go.sum
+bin/cni/$(notdir $(1)): go.sum | deps
 	@mkdir -p bin/cni
 	CGO_ENABLED=0 go build -trimpath -ldflags='-s -w' -o $$@ github.com/containernetworking/plugins/plugins/$(1)
 	@touch $$@
 endef
 $(foreach p,$(PLUGINS),$(eval $(call plugin,$p)))
 
-proto: ## generate proto/*.pb.go from proto/*.proto
+proto: deps ## generate proto/*.pb.go from proto/*.proto
 	@hack/proto.sh
 
-check-proto: ## fail if the generated code is not what `make proto` makes
+check-proto: deps ## fail if the generated code is not what `make proto` makes
 	@hack/proto.sh --check
 
 test: build ## run everything: format, vet, unit and root tests with -race, e2e, crash
@@ -60,14 +64,14 @@ test: build ## run everything: format, vet, unit and root tests with -race, e2e,
 drill: build ## run the e2e and crash tests in full length, and the fuzzers
 	HOLDFAST_DRILL=1 hack/test.sh e2e crash fuzz
 
-fuzz: ## run each fuzzer for FUZZTIME (1m)
+fuzz: deps ## run each fuzzer for FUZZTIME (1m)
 	@hack/test.sh fuzz
 
 vm-test: build ## test under systemd and cgroup v2, in a machine that VM=PROGRAM boots
 	@[ -n '$(VM)' ] || { echo 'make vm-test needs VM=PROGRAM; tests/vm/vm_test.go says what it has to do'; exit 2; }
 	HOLDFAST_VM='$(VM)' go test -count=1 -timeout=60m -v ./tests/vm
 
-lint: ## check the format and go vet
+lint: deps ## check the format and go vet
 	@hack/test.sh gofmt vet
 
 bench: build ## pull 60 layers of 2 GiB, beside CONTAINERD=PROGRAM (or one on PATH); flags in BENCH
@@ -76,7 +80,7 @@ bench: build ## pull 60 layers of 2 GiB, beside CONTAINERD=PROGRAM (or one on PA
 demo: build ## see a pod survive its runtime, in under two minutes
 	HOLDFAST_BIN=$(CURDIR)/bin go run ./hack/demo
 
-update-footprint: ## accept the shim's present dependencies as its checked-in list
+update-footprint: deps ## accept the shim's present dependencies as its checked-in list
 	go test -count=1 -run=TestDependencies ./tests/footprint -update
 
 install: build ## install below $(DESTDIR)$(PREFIX), with a systemd unit

@@ -1,13 +1,18 @@
 #!/bin/sh
 # Installs the Debian packages that a group of targets needs, if they are
-# missing. What is there is not touched, and then no network is needed.
+# missing. What is there is not touched, and then no network is needed. Where
+# the Go that is there or was installed is too old, go.sh gets a newer one.
 #
 #   deps.sh build|proto|test
 set -eu
+cd "$(dirname "$0")/.."
+# Go and iptables may be there, and not on the path of every user.
+PATH=$PWD/.cache/go/bin:$PATH:/usr/local/go/bin:/usr/sbin:/sbin
 
 # PACKAGE|CHECK: the package is missing where the check fails.
 build='
 make|command -v make
+golang-go|command -v go
 gcc|command -v gcc
 libc6-dev|test -e /usr/include/stdio.h
 pkg-config|command -v pkg-config
@@ -34,15 +39,10 @@ test) wanted=$test ;;
 	;;
 esac
 
-PATH=$PATH:/usr/sbin:/sbin # iptables is there, and not on every user's path
-command -v go >/dev/null || {
-	echo "cannot build without Go: install the release that go.mod names, or a later one" >&2
-	exit 1
-}
 missing=$(echo "$wanted" | while IFS='|' read -r package check; do
 	[ -z "$package" ] || (eval "$check") >/dev/null 2>&1 || echo "$package"
 done)
-[ -n "$missing" ] || exit 0
+[ -n "$missing" ] || exec hack/go.sh
 
 missing=$(echo $missing)
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
@@ -56,3 +56,4 @@ apt-get install -qq -y --no-install-recommends $missing >/dev/null 2>&1 || {
 	apt-get update -qq
 	apt-get install -qq -y --no-install-recommends $missing >/dev/null
 }
+exec hack/go.sh

@@ -5,6 +5,7 @@
 #   proto.sh [--check]     --check compares and writes nothing
 set -eu
 cd "$(dirname "$0")/.."
+PATH=$PWD/.cache/bin:$PWD/.cache/go/bin:$PATH:/usr/local/go/bin
 hack/deps.sh proto
 
 mkdir -p .cache/bin
@@ -14,7 +15,7 @@ GOBIN=$PWD/.cache/bin go install \
 
 out=$(mktemp -d .cache/proto.XXXXXX)
 trap 'rm -rf "$out"' EXIT
-PATH=$PWD/.cache/bin:$PATH protoc -I proto \
+protoc -I proto \
 	--go_out="$out" --go_opt=paths=source_relative \
 	--go-ttrpc_out="$out" --go-ttrpc_opt=paths=source_relative proto/*.proto
 gofmt -w "$out"

@@ -9,6 +9,7 @@
 # .cache/test/STEP.log.
 set -u
 cd "$(dirname "$0")/.." || exit
+PATH=$PWD/.cache/go/bin:$PATH:/usr/local/go/bin
 logs=.cache/test
 mkdir -p "$logs"
 
@@ -52,7 +53,7 @@ step() {
 		bad=$(gofmt -l $(find . -name '*.go' -not -path './.*'))
 		[ -z "$bad" ] || { echo "gofmt -w is due for: $bad"; return 1; }
 		;;
-	vet) go vet ./... ;;
+	vet) hack/go.sh --check && go vet ./... ;;
 	proto) hack/proto.sh --check ;;
 	unit)
 		local packages
