@@ -29,7 +29,14 @@ help: ## list the targets
 deps: ## install what is missing of Debian's packages and of Go; needs no network if nothing is
 	@hack/deps.sh build
 
-build: programs $(FOREIGN) ## fill bin/ and bin/cni/
+build: .cache/modules programs $(FOREIGN) ## fill bin/ and bin/cni/
+
+# All modules are fetched at once, those of the tests included: whatever is made
+# after a first build needs no network.
+.cache/modules: go.sum | deps
+	@mkdir -p .cache
+	go list -deps -test ./... >/dev/null
+	@touch $@
 
 programs: deps
 	@mkdir -p bin
