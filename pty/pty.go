@@ -48,7 +48,7 @@ func Listen(directory string) (*Socket, error) {
 	return s, nil
 }
 
-// Path is what the OCI runtime is told.
+// Path is what the OCI runtime is given.
 func (s *Socket) Path() string { return s.path }
 
 // Close removes the socket. A Receive under way returns.
@@ -86,7 +86,11 @@ func (s *Socket) Receive(ctx context.Context) (*os.File, error) {
 		return nil, fmt.Errorf("cannot receive the terminal: %w", err)
 	}
 	f := os.NewFile(uintptr(fd), "pty")
-	if err := ioctl(f, func(fd int) error { _, err := unix.IoctlGetWinsize(fd, unix.TIOCGWINSZ); return err }); err != nil {
+	err = ioctl(f, func(fd int) error {
+		_, err := unix.IoctlGetWinsize(fd, unix.TIOCGWINSZ)
+		return err
+	})
+	if err != nil {
 		f.Close()
 		return nil, fmt.Errorf("cannot receive the terminal: what came is none: %w", err)
 	}
@@ -114,7 +118,8 @@ func parseRights(oob []byte) (int, error) {
 // Resize sets the size of a terminal by its master, in characters.
 func Resize(master *os.File, width, height uint16) error {
 	size := unix.Winsize{Col: width, Row: height}
-	if err := ioctl(master, func(fd int) error { return unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &size) }); err != nil {
+	err := ioctl(master, func(fd int) error { return unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &size) })
+	if err != nil {
 		return fmt.Errorf("cannot resize the terminal to %dx%d: %w", width, height, err)
 	}
 	return nil

@@ -56,7 +56,7 @@ func (r *Reaper) Close() {
 	r.done.Wait()
 }
 
-// Start starts a command whose exit is told by Wait alone.
+// Start starts a command that Wait alone reaps.
 func (r *Reaper) Start(cmd *exec.Cmd) error {
 	// Held over the start: the child may end before its pid is known here, and
 	// a sweep must not take it for an orphan.

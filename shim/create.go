@@ -54,7 +54,8 @@ func (t *task) begin(launch rundir.Launch, rawSpec []byte) error {
 	}
 	if t.status.Phase != rundir.PhaseEmpty {
 		if t.requestID != launch.RequestID {
-			return kind.Errorf(kind.Exists, "the container exists: made by request %q, not %q", t.requestID, launch.RequestID)
+			return kind.Errorf(kind.Exists, "the container exists: made by request %q, not %q",
+				t.requestID, launch.RequestID)
 		}
 		return nil
 	}

@@ -276,8 +276,8 @@ func (t *task) forgetExecs() {
 }
 
 // endExecs ends the execs of a container that has ended, or is handed over. No new one
-// comes. The processes of one that has ended are dead already; an exec that the OCI
-// runtime is just starting has to be told.
+// comes. The processes of one that has ended are dead already, but the OCI runtime may
+// just be starting another one, which is cut short after the limit.
 func (t *task) endExecs(c *container, limit time.Duration) {
 	t.mu.Lock()
 	all := slices.Collect(maps.Values(t.execs))

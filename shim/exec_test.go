@@ -16,6 +16,9 @@ import (
 	"google.golang.org/grpc/codes"
 
 	pb "github.com/holdfast-cri/holdfast/proto"
+	records "github.com/holdfast-cri/holdfast/proto/record"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
 
 func (b *box) exec(p *specs.Process, req *pb.ExecSyncRequest) (*pb.ExecSyncResponse, error) {
@@ -45,8 +48,10 @@ func memfd(t *testing.T) (*os.File, string) {
 	}
 	f := os.NewFile(uintptr(fd), "memfd")
 	t.Cleanup(func() { f.Close() })
-	return f, fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd)
+	return f, procPath(f)
 }
+
+func procPath(f *os.File) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd()) }
 
 func contents(t *testing.T, f *os.File) string {
 	t.Helper()
@@ -136,7 +141,8 @@ func TestExecOutputLimit(t *testing.T) {
 	b := newBox(t)
 	b.run("exec sleep 1000")
 	stdout, path := memfd(t)
-	r, err := b.exec(sh("head -c 1000000 /proc/self/exe; exit 3"), &pb.ExecSyncRequest{StdoutPath: path, OutputLimit: 1000})
+	r, err := b.exec(sh("head -c 1000000 /proc/self/exe; exit 3"),
+		&pb.ExecSyncRequest{StdoutPath: path, OutputLimit: 1000})
 	if err != nil || r.ExitCode != 3 || r.StdoutBytes != 1000 || r.DroppedBytes != 999000 {
 		t.Errorf("%v, %v", r, err)
 	}
@@ -210,7 +216,7 @@ func TestExecCancelled(t *testing.T) {
 		failed := make(chan error, 1)
 		go func() {
 			_, err := b.execOn(client, sh("(setsid sleep 1234 &); echo started; exec sleep 1235"),
-				&pb.ExecSyncRequest{StdoutPath: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), w.Fd())})
+				&pb.ExecSyncRequest{StdoutPath: procPath(w)})
 			failed <- err
 		}()
 		line := make([]byte, 8)
@@ -301,4 +307,79 @@ func TestExecCallersDeadline(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	b.onlyInit()
+}
+
+// A burst of execs costs threads, which are never given back: only a few.
+func TestExecsLeaveNoThreads(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	threads := func() int {
+		tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", b.cmd.Process.Pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(tasks)
+	}
+	before := threads()
+	var wg sync.WaitGroup
+	for range 150 {
+		wg.Go(func() {
+			if r, err := b.exec(sh("exit 3"), &pb.ExecSyncRequest{}); err != nil || r.ExitCode != 3 {
+				t.Errorf("%v, %v", r, err)
+			}
+		})
+	}
+	wg.Wait()
+	if after := threads(); after > before+20 {
+		t.Errorf("%d threads, %d before", after, before)
+	}
+}
+
+// While an exec lives it has a record in the run directory. What it leaves behind keeps
+// that. Nothing that has become of config.json matters.
+func TestExecRecord(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	if err := os.Remove(b.dir.Path(rundir.SpecName)); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mkfifo(b.dir.Path(rundir.SpecName), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	read := func(id string) (r rundir.Exec, err error) {
+		err = records.Read(b.dir.ExecPath(id, ".json"), &r)
+		return r, err
+	}
+	stdin, hold, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stdin.Close()
+	done := make(chan error, 1)
+	go func() {
+		_, err := b.exec(sh("setsid sleep 1234 & exec cat"), &pb.ExecSyncRequest{StdinPath: procPath(stdin)})
+		done <- err
+	}()
+	b.until("it is on record", func() bool { r, err := read("exec-1"); return err == nil && r.Process.Alive() })
+	if n := b.state().Execs; n != 1 {
+		t.Errorf("%d execs", n)
+	}
+	hold.Close()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	r, err := read("exec-1")
+	if err != nil || !r.Ended || len(r.Cgroups) == 0 {
+		t.Errorf("after the end: %+v, %v", r, err)
+	}
+	if err := cgroup.Set(r.Cgroups).Kill(b.ctx()); err != nil {
+		t.Error(err)
+	}
+	if _, err := b.exec(sh("true"), &pb.ExecSyncRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	b.until("all records are gone", func() bool {
+		left, _ := filepath.Glob(b.dir.ExecPath("*", ""))
+		return len(left) == 0
+	})
 }

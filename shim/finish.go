@@ -71,7 +71,8 @@ func (t *task) finish(c *container) {
 	t.cleanUp(c)
 	t.reach(step.ShimCleaned)
 	if !wait(drained, given) {
-		t.log.Warn("output given up: something still keeps it open, or the log is too slow", "after", drainTotal.String())
+		t.log.Warn("output given up: something still keeps it open, or the log is too slow",
+			"after", drainTotal.String())
 	}
 	c.close()
 	<-durable

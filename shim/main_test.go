@@ -98,7 +98,8 @@ func makeRootfs() error {
 	if err := os.WriteFile(filepath.Join(rootfs, "bin/busybox"), b, 0o755); err != nil {
 		return err
 	}
-	for _, a := range []string{"sh", "sleep", "echo", "cat", "true", "stty", "head", "tail", "dd", "ps", "yes", "id", "setsid", "kill", "env", "wc"} {
+	const applets = "sh sleep echo cat true stty head tail dd ps yes id setsid kill env wc"
+	for a := range strings.FieldsSeq(applets) {
 		if err := os.Symlink("busybox", filepath.Join(rootfs, "bin", a)); err != nil {
 			return err
 		}
@@ -316,7 +317,10 @@ func (b *box) spec(script string) *specs.Spec {
 		Mounts: []specs.Mount{
 			{Destination: "/proc", Type: "proc", Source: "proc"},
 			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "mode=755"}},
-			{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"newinstance", "ptmxmode=0666", "mode=0620"}},
+			{
+				Destination: "/dev/pts", Type: "devpts", Source: "devpts",
+				Options: []string{"newinstance", "ptmxmode=0666", "mode=0620"},
+			},
 			{Destination: "/tmp", Type: "tmpfs", Source: "tmpfs"},
 		},
 		Linux: &specs.Linux{
@@ -380,7 +384,7 @@ func (b *box) wait() *pb.Exit {
 		if err != nil {
 			b.t.Fatalf("the shim has ended: %v", err)
 		}
-		return &pb.Exit{Code: uint32(e.Code), Signal: uint32(e.Signal), OomKilled: e.OOMKilled, Source: e.Source, Reason: e.Reason}
+		return pb.ExitOf(&e)
 	}
 	if err != nil || !r.Exited {
 		b.t.Fatalf("wait: %v, %v", r, err)

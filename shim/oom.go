@@ -70,7 +70,7 @@ func (w *oomWatch) begin(rose func()) {
 	go func() {
 		b := make([]byte, 512)
 		var last uint64
-		for n := w.count(); ; n = w.settled(last) {
+		for n := w.count(); ; n = w.countSettled(last) {
 			if n > last {
 				last = n
 				rose()
@@ -82,10 +82,10 @@ func (w *oomWatch) begin(rose func()) {
 	}()
 }
 
-// settled is count, after the time that the kernel takes to pick a victim when it
+// countSettled is count, after the time that the kernel takes to pick a victim when it
 // gives notice of a shortage early. Nothing tells when it has, so only the first
 // victim is waited for.
-func (w *oomWatch) settled(last uint64) uint64 {
+func (w *oomWatch) countSettled(last uint64) uint64 {
 	n := w.count()
 	for pause := time.Millisecond; w.early && last == 0 && n == 0 && pause < time.Second; pause *= 2 {
 		time.Sleep(pause)

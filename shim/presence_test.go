@@ -19,7 +19,8 @@ func TestReappears(t *testing.T) {
 		"nothing is missing": func(*testing.T, *box) error { return nil },
 		"the socket is gone": func(_ *testing.T, b *box) error { return os.Remove(b.dir.Path(rundir.SocketName)) },
 		"the lock is a dangling link": func(_ *testing.T, b *box) error {
-			return errors.Join(os.Remove(b.dir.Path(rundir.LockName)), os.Symlink("/nowhere/x", b.dir.Path(rundir.LockName)))
+			lock := b.dir.Path(rundir.LockName)
+			return errors.Join(os.Remove(lock), os.Symlink("/nowhere/x", lock))
 		},
 		"the directory is gone": func(_ *testing.T, b *box) error { return os.RemoveAll(string(b.dir)) },
 	} {

@@ -1,4 +1,4 @@
-// Package shim keeps one container alive, heard and recorded, with or without
+// Package shim keeps one container running, logged and recorded, with or without
 // a daemon. It owns the container's standard files, its log, its stop deadline
 // and its exit record; all that it knows is its files and its descriptors.
 package shim

@@ -233,7 +233,8 @@ func TestLauncherKilled(t *testing.T) {
 		t.Fatalf("shim not ready: %s, %v", got, err)
 	}
 	b.connect()
-	if _, err := b.client.Create(b.ctx(), b.request(b.spec("trap '' TERM; echo ready; while :; do sleep 0.01; done"))); err != nil {
+	spec := b.spec("trap '' TERM; echo ready; while :; do sleep 0.01; done")
+	if _, err := b.client.Create(b.ctx(), b.request(spec)); err != nil {
 		t.Fatal(err)
 	}
 	b.start()
@@ -283,7 +284,9 @@ func TestCreateFails(t *testing.T) {
 		"hook fails": {func(s *specs.Spec) {
 			s.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/bin/false", Args: []string{"false"}}}}
 		}, "hook"},
-		"with a terminal": {func(s *specs.Spec) { s.Process.Terminal, s.Process.Args = true, []string{"/no/such"} }, "/no/such"},
+		"with a terminal": {func(s *specs.Spec) {
+			s.Process.Terminal, s.Process.Args = true, []string{"/no/such"}
+		}, "/no/such"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBox(t)
@@ -297,11 +300,13 @@ func TestCreateFails(t *testing.T) {
 			b.gone()
 			for _, dir := range []string{string(b.dir), b.durable} {
 				r, err := rundir.ReadExitIn(dir)
-				if err != nil || r.Reason != rundir.ReasonNeverRan || r.Code == 0 || !strings.Contains(r.Message, c.says) {
+				says := strings.Contains(r.Message, c.says)
+				if err != nil || r.Reason != rundir.ReasonNeverRan || r.Code == 0 || !says {
 					t.Errorf("%s: %+v, %v", dir, r, err)
 				}
 			}
-			if mounts, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(mounts), b.id) {
+			mounts, err := os.ReadFile("/proc/self/mountinfo")
+			if err != nil || strings.Contains(string(mounts), b.id) {
 				t.Errorf("a mount is left, or %v", err)
 			}
 		})
@@ -361,8 +366,10 @@ func TestBadRequests(t *testing.T) {
 	_, err = b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id, Signal: 9})
 	check("kill of nothing", codes.FailedPrecondition, err)
 	for name, change := range map[string]func(*pb.CreateRequest){
-		"no spec":           func(r *pb.CreateRequest) { r.Spec = nil },
-		"a wrong spec":      func(r *pb.CreateRequest) { r.Spec = &anypb.Any{TypeUrl: r.Spec.TypeUrl, Value: []byte("{")} },
+		"no spec": func(r *pb.CreateRequest) { r.Spec = nil },
+		"a wrong spec": func(r *pb.CreateRequest) {
+			r.Spec = &anypb.Any{TypeUrl: r.Spec.TypeUrl, Value: []byte("{")}
+		},
 		"no request id":     func(r *pb.CreateRequest) { r.RequestId = "" },
 		"no runtime":        func(r *pb.CreateRequest) { r.Runtime = nil },
 		"a relative log":    func(r *pb.CreateRequest) { r.Log.Directory = "logs" },
@@ -454,7 +461,8 @@ func TestPoststopHook(t *testing.T) {
 
 func TestKill(t *testing.T) {
 	b := newBox(t)
-	b.run("trap 'echo got' USR1; (trap 'echo child' USR1; echo ready; while :; do sleep 0.01; done) & while :; do sleep 0.01; done")
+	const forever = "while :; do sleep 0.01; done"
+	b.run("trap 'echo got' USR1; (trap 'echo child' USR1; echo ready; " + forever + ") & " + forever)
 	b.says("ready")
 	if _, err := b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id, Signal: uint32(unix.SIGUSR1)}); err != nil {
 		t.Fatal(err)
@@ -463,7 +471,8 @@ func TestKill(t *testing.T) {
 	if strings.Contains(b.output(), "child") {
 		t.Error("a signal for init reached its child")
 	}
-	if _, err := b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id, Signal: uint32(unix.SIGKILL), All: true}); err != nil {
+	kill := &pb.KillRequest{Id: b.id, Signal: uint32(unix.SIGKILL), All: true}
+	if _, err := b.client.Kill(b.ctx(), kill); err != nil {
 		t.Fatal(err)
 	}
 	if e := b.wait(); e.Signal != 9 {
@@ -477,7 +486,8 @@ func TestEvents(t *testing.T) {
 	next := uint64(0)
 	want := func(typ pb.EventType) *pb.Event {
 		t.Helper()
-		r, err := b.client.Events(b.ctx(), &pb.EventsRequest{Id: b.id, After: next, WaitMs: uint32(limit.Milliseconds())})
+		request := &pb.EventsRequest{Id: b.id, After: next, WaitMs: uint32(limit.Milliseconds())}
+		r, err := b.client.Events(b.ctx(), request)
 		if err != nil || len(r.Events) == 0 || r.Events[0].Seq != next+1 || r.Events[0].Type != typ {
 			t.Fatalf("after %d: %v, %v; want %s", next, r, err, typ)
 		}
@@ -485,7 +495,8 @@ func TestEvents(t *testing.T) {
 		return r.Events[0]
 	}
 	want(pb.EventType_EVENT_TYPE_CREATED)
-	if r, err := b.client.Events(b.ctx(), &pb.EventsRequest{Id: b.id, After: next, WaitMs: 1}); err != nil || len(r.Events) != 0 {
+	r, err := b.client.Events(b.ctx(), &pb.EventsRequest{Id: b.id, After: next, WaitMs: 1})
+	if err != nil || len(r.Events) != 0 {
 		t.Errorf("before anything happens: %v, %v", r, err)
 	}
 	b.start()
@@ -515,11 +526,16 @@ func (b *box) oomSpec(script string) *specs.Spec {
 
 const eat = "dd if=/dev/zero of=/dev/null bs=200M count=1"
 
+// zeroes is a file without end for tests that need memory.
+var zeroes = specs.Mount{
+	Destination: "/dev/zero", Type: "bind", Source: "/dev/zero", Options: []string{"bind"},
+}
+
 func TestOOM(t *testing.T) {
 	b := newBox(t)
 	spec := b.oomSpec("")
 	spec.Process.Args = strings.Fields("/bin/" + eat)
-	spec.Mounts = append(spec.Mounts, specs.Mount{Destination: "/dev/zero", Type: "bind", Source: "/dev/zero", Options: []string{"bind"}})
+	spec.Mounts = append(spec.Mounts, zeroes)
 	b.create(spec)
 	b.start()
 	e := b.wait()
@@ -550,7 +566,8 @@ func TestOOMOfAChild(t *testing.T) {
 // Orphans of a container that shares the host's pid namespace come to the shim.
 func TestOrphansReaped(t *testing.T) {
 	b := newBox(t)
-	spec := b.spec("for i in 1 2 3 4 5 6 7 8 9; do (setsid true &); done; (setsid sleep 1001 &); echo ready; exec sleep 1000")
+	spec := b.spec("for i in 1 2 3 4 5 6 7 8 9; do (setsid true &); done; " +
+		"(setsid sleep 1001 &); echo ready; exec sleep 1000")
 	spec.Linux.Namespaces = spec.Linux.Namespaces[1:]
 	b.create(spec)
 	b.start()
@@ -661,7 +678,8 @@ func TestSecondShimRefused(t *testing.T) {
 func TestSignalsIgnored(t *testing.T) {
 	b := newBox(t)
 	cmd := b.launch()
-	if _, err := b.client.Create(b.ctx(), b.request(b.spec("grep SigIgn /proc/self/status || busybox grep SigIgn /proc/self/status; exec sleep 1000"))); err != nil {
+	spec := b.spec("busybox grep SigIgn /proc/self/status; exec sleep 1000")
+	if _, err := b.client.Create(b.ctx(), b.request(spec)); err != nil {
 		t.Fatal(err)
 	}
 	b.start()
@@ -702,7 +720,7 @@ func TestReopenLog(t *testing.T) {
 	if _, err := b.client.ReopenLog(b.ctx(), &pb.ReopenLogRequest{Id: b.id}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := b.exec(&specs.Process{Args: []string{"/bin/sh", "-c", "echo > /tmp/go"}}, &pb.ExecSyncRequest{}); err != nil {
+	if _, err := b.exec(sh("echo > /tmp/go"), &pb.ExecSyncRequest{}); err != nil {
 		t.Fatal(err)
 	}
 	b.says("two")
@@ -818,8 +836,9 @@ func TestSystemdCgroup(t *testing.T) {
 	if r, err := b.exec(sh("exit 6"), &pb.ExecSyncRequest{}); err != nil || r.ExitCode != 6 {
 		t.Errorf("exec: %v, %v", r, err)
 	}
-	if r, err := b.exec(sh("(setsid sleep 1234 &); exec sleep 1235"), &pb.ExecSyncRequest{TimeoutMs: 5000}); err != nil || !r.TimedOut {
-		t.Errorf("exec: %v, %v", r, err)
+	result, err := b.exec(sh("(setsid sleep 1234 &); exec sleep 1235"), &pb.ExecSyncRequest{TimeoutMs: 5000})
+	if err != nil || !result.TimedOut {
+		t.Errorf("exec: %v, %v", result, err)
 	}
 	b.onlyInit()
 	b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id, Signal: 9})
@@ -832,7 +851,7 @@ func TestSystemdCgroup(t *testing.T) {
 	}
 }
 
-// An OOM kill is told although systemd removes the cgroup with the last process.
+// An OOM kill is reported although systemd removes the cgroup with the last process.
 func TestSystemdOOM(t *testing.T) {
 	if _, err := os.Stat("/run/systemd/system"); err != nil {
 		t.Skip("systemd does not run here")
@@ -842,7 +861,7 @@ func TestSystemdOOM(t *testing.T) {
 		b.launch()
 		spec := b.oomSpec("")
 		spec.Process.Args = strings.Fields("/bin/" + eat)
-		spec.Mounts = append(spec.Mounts, specs.Mount{Destination: "/dev/zero", Type: "bind", Source: "/dev/zero", Options: []string{"bind"}})
+		spec.Mounts = append(spec.Mounts, zeroes)
 		spec.Linux.CgroupsPath = "system.slice:holdfast:" + b.id
 		r := b.request(spec)
 		r.Runtime.SystemdCgroup = true

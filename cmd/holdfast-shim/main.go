@@ -34,7 +34,7 @@ var version = "unknown"
 func main() {
 	// First of all, so that nothing can take the descriptor for another one.
 	launcher := handshake()
-	// One processor is enough, and each costs memory for the life of the
+	// The shim needs one processor, and each costs memory for the life of the
 	// container. A launcher that sets it in the environment saves what it costs
 	// to change it.
 	if os.Getenv("GOMAXPROCS") == "" {
@@ -86,7 +86,7 @@ func run(launcher *os.File, dir, level string, createTimeout time.Duration) (err
 		Ready: func() {
 			ready = true
 			if launcher != nil {
-				launcher.Write([]byte{0}) // a launcher that died meanwhile is none of our business
+				launcher.Write([]byte{0}) // it may have died meanwhile
 				launcher.Close()
 			}
 		},

@@ -82,7 +82,7 @@ func Resume(directory, path string, fd int, state *State) *File {
 	return &File{directory: directory, path: path, fd: fd, state: state}
 }
 
-// KeepIn makes the File remember in s, which it overwrites, from now on. s has to
+// KeepIn makes the File remember in s, which is overwritten, from now on. s has to
 // stay in place until the File is closed.
 func (f *File) KeepIn(s *State) {
 	f.mu.Lock()
@@ -363,7 +363,8 @@ func (f *File) mendLocked(at time.Time) error {
 			add(s, "")
 		}
 	}
-	add(Stderr, fmt.Sprintf("holdfast: %d bytes of output are missing here: %s", f.state.loss.bytes, f.state.loss.cause.bytes()))
+	lost := &f.state.loss
+	add(Stderr, fmt.Sprintf("holdfast: %d bytes of output are missing here: %s", lost.bytes, lost.cause.bytes()))
 	if n, err := f.write(b); err != nil {
 		f.cutLocked(b, 0, n)
 		return err

@@ -199,13 +199,13 @@ func fuzzOutput(t *testing.T, out, err string, seed uint64) {
 		if got := output(records, s); got != data[s] {
 			t.Fatalf("%s: %d bytes came out as %d, or others", s, len(data[s]), len(got))
 		}
-		var mine []record
+		var got []record
 		for _, r := range records {
 			if r.stream == s {
-				mine = append(mine, r)
+				got = append(got, r)
 			}
 		}
-		if !slices.Equal(mine, expected(s, data[s])) {
+		if !slices.Equal(got, expected(s, data[s])) {
 			t.Fatalf("%s: the records depend on how the output was cut", s)
 		}
 	}
@@ -439,7 +439,8 @@ func TestTrim(t *testing.T) {
 func resident(t *testing.T, b []byte) (n int) {
 	t.Helper()
 	pages := make([]byte, len(b)/os.Getpagesize())
-	_, _, e := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), uintptr(unsafe.Pointer(&pages[0])))
+	_, _, e := unix.Syscall(unix.SYS_MINCORE,
+		uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), uintptr(unsafe.Pointer(&pages[0])))
 	if e != 0 {
 		t.Fatal(e)
 	}

@@ -21,7 +21,8 @@ func tinyDisk(t *testing.T, pages int) string {
 		t.Skip("mounting needs root")
 	}
 	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=%d,huge=never", pages*os.Getpagesize())); err != nil {
+	options := fmt.Sprintf("size=%d,huge=never", pages*os.Getpagesize())
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -75,7 +76,8 @@ func TestFullDisk(t *testing.T) {
 	if len(after) != 7 {
 		t.Fatalf("%d records after the disk had room again: %.300v", len(after), after)
 	}
-	if n, ok := after[0].missing(); !ok || n != c.DroppedBytes || !strings.HasSuffix(after[0].text, "no space left on device") {
+	n, ok := after[0].missing()
+	if !ok || n != c.DroppedBytes || !strings.HasSuffix(after[0].text, "no space left on device") {
 		t.Errorf("the first of them is %v, and %d bytes were dropped", after[0], c.DroppedBytes)
 	}
 	if got := output(after[1:], Stdout); got != strings.Repeat(line, 6) {

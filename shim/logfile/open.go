@@ -93,7 +93,8 @@ func openFile(dir int, name string) (opened, error) {
 		if !errors.Is(err, unix.ENOENT) {
 			break
 		}
-		fd, err = openat(dir, name, unix.OpenHow{Flags: flags | unix.O_CREAT | unix.O_EXCL, Mode: 0o640, Resolve: beneath})
+		how := unix.OpenHow{Flags: flags | unix.O_CREAT | unix.O_EXCL, Mode: 0o640, Resolve: beneath}
+		fd, err = openat(dir, name, how)
 		created = err == nil
 		if errors.Is(err, unix.EEXIST) {
 			err = unix.ENOENT
@@ -103,7 +104,7 @@ func openFile(dir int, name string) (opened, error) {
 		return opened{}, err
 	}
 	var st unix.Stat_t
-	if err = unix.Fstat(fd, &st); err == nil { // back to blocking: a FUSE file system is told of O_NONBLOCK
+	if err = unix.Fstat(fd, &st); err == nil { // back to blocking: a FUSE file system sees O_NONBLOCK
 		_, err = unix.FcntlInt(uintptr(fd), unix.F_SETFL, unix.O_APPEND)
 	}
 	if err != nil {

@@ -51,7 +51,9 @@ func TestOpenAppends(t *testing.T) {
 
 func TestOpenRefusesPaths(t *testing.T) {
 	dir := t.TempDir()
-	for _, path := range []string{"", "/", "/0.log", "../0.log", "a/../0.log", "a/..", "a//0.log", "a/", "./0.log", ".", "..", "a\x00b"} {
+	for _, path := range []string{
+		"", "/", "/0.log", "../0.log", "a/../0.log", "a/..", "a//0.log", "a/", "./0.log", ".", "..", "a\x00b",
+	} {
 		if f, err := Open(dir, path); !errors.Is(err, ErrPath) {
 			t.Errorf("%q: %v", path, err)
 			if err == nil {

@@ -23,9 +23,9 @@ import (
 const execStartTimeout = time.Minute
 
 // NewExec prepares an exec in the container whose cgroups are given: a cgroup for
-// its tree, and its record. Forget ends it, also after an error of Exec. What
-// could not be prepared is told beside: an exec without a cgroup of its own can be
-// killed in its first process only.
+// its tree, and its record. Forget ends it, also after an error of Exec. An
+// error about the cgroup alone comes beside: without a cgroup of its own only the
+// first process of an exec can be killed.
 func (h *Host) NewExec(id string, container cgroup.Set) (p *Process, cgroupErr, err error) {
 	p = &Process{host: h, id: id}
 	if p.Cgroups, p.sub, cgroupErr = container.Sub(id); cgroupErr != nil {

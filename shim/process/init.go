@@ -57,7 +57,8 @@ func (h *Host) Adopt(init rundir.Process, cgroups cgroup.Set) (*Process, error) 
 	// from here on. A zombie is not found, and no stranger.
 	if now, err := rundir.FindProcess(init.PID); err == nil && now != init {
 		child.Disown()
-		return nil, fmt.Errorf("cannot adopt process %d: it started at %d, not at %d", init.PID, now.StartTime, init.StartTime)
+		return nil, fmt.Errorf("cannot adopt process %d: it started at %d, not at %d",
+			init.PID, now.StartTime, init.StartTime)
 	}
 	return &Process{Process: init, Cgroups: cgroups, host: h, child: child}, nil
 }

@@ -37,7 +37,8 @@ func (h *Host) Complete(p *specs.Process, setUser bool) (*specs.Process, error) 
 	if p.Cwd != "" {
 		q.Cwd = p.Cwd
 	}
-	if u := p.User; setUser || u.UID != 0 || u.GID != 0 || u.Username != "" || len(u.AdditionalGids) > 0 || u.Umask != nil {
+	u := p.User
+	if setUser || u.UID != 0 || u.GID != 0 || u.Username != "" || len(u.AdditionalGids) > 0 || u.Umask != nil {
 		q.User = u
 	}
 	if p.Capabilities != nil {

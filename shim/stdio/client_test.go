@@ -97,26 +97,7 @@ func TestClientsComeAndGo(t *testing.T) {
 		if i%3 == 2 {
 			c.Detach()
 		}
-		clients.Go(func() {
-			<-c.Done()
-			given, missed, err := c.Result()
-			out, errOut := conn.output(logfile.Stdout), conn.output(logfile.Stderr)
-			for _, got := range []string{out, errOut} {
-				if at := strings.Index(want, got); at < 0 {
-					t.Errorf("client %d: %d bytes with a gap", i, len(got))
-				} else if i%3 == 0 && at+len(got) != len(want) && got != "" {
-					t.Errorf("client %d: the end is missing: %v", i, err)
-				}
-			}
-			switch {
-			case int(given) != len(out)+len(errOut):
-				t.Errorf("client %d: given %d bytes, has %d", i, given, len(out)+len(errOut))
-			case i%3 == 0 && (err != nil || missed != 0), i%3 != 2 && (err == nil) != (missed == 0):
-				t.Errorf("client %d: %d bytes missed, %v", i, missed, err)
-			case err != nil && !errors.Is(err, ErrSlow):
-				t.Errorf("client %d: %v", i, err)
-			}
-		})
+		clients.Go(func() { checkClient(t, c, conn, want, i%3 == 0, i%3 == 2) })
 	}
 	writers.Wait()
 	wait(t, "drained", h.Drained())
@@ -129,6 +110,30 @@ func TestClientsComeAndGo(t *testing.T) {
 	late := h.Attach(newConn(), Options{Output: true, Input: true})
 	wait(t, "the end of a late client", late.Done())
 	h.Close()
+}
+
+// checkClient waits for the end of a client that was attached while want was written to
+// both outputs. One that stays has the end of it; one that was detached may have missed
+// anything.
+func checkClient(t *testing.T, c *Client, conn *testConn, want string, stays, detached bool) {
+	<-c.Done()
+	given, missed, err := c.Result()
+	out, errOut := conn.output(logfile.Stdout), conn.output(logfile.Stderr)
+	for _, got := range []string{out, errOut} {
+		if at := strings.Index(want, got); at < 0 {
+			t.Errorf("%d bytes with a gap", len(got))
+		} else if stays && at+len(got) != len(want) && got != "" {
+			t.Errorf("the end is missing: %v", err)
+		}
+	}
+	switch {
+	case int(given) != len(out)+len(errOut):
+		t.Errorf("given %d bytes, has %d", given, len(out)+len(errOut))
+	case stays && (err != nil || missed != 0), !detached && (err == nil) != (missed == 0):
+		t.Errorf("%d bytes missed, %v", missed, err)
+	case err != nil && !errors.Is(err, ErrSlow):
+		t.Error(err)
+	}
 }
 
 // A client that takes nothing is cut off, and neither the log nor another client
@@ -338,22 +343,7 @@ func TestLeave(t *testing.T) {
 			t.Fatal(err)
 		}
 		left = files.Outputs
-		// What a process that has nothing else would do.
-		fd, err := log.Dup()
-		if err != nil {
-			t.Fatal(err)
-		}
-		file, err := Dup(memory.File())
-		if err != nil {
-			t.Fatal(err)
-		}
-		next, err := OpenMemory(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		log.Close()
-		memory.Close()
-		memory, log = next, logfile.Resume("dir", "0.log", fd, next.Log())
+		log, memory = resumeLog(t, log, memory)
 	}
 	writers.Wait()
 	if c := log.Counters(); int(c.Bytes) != 2*len(want) || c.Err != "" {
@@ -366,6 +356,26 @@ func TestLeave(t *testing.T) {
 			t.Errorf("%s: %d bytes came out as %d, or others", stream, len(want), len(got))
 		}
 	}
+}
+
+// resumeLog closes a log and its memory and opens copies of their descriptors.
+func resumeLog(t *testing.T, log *logfile.File, memory *Memory) (*logfile.File, *Memory) {
+	t.Helper()
+	fd, err := log.Dup()
+	if err != nil {
+		t.Fatal(err)
+	}
+	file, err := Dup(memory.File())
+	if err != nil {
+		t.Fatal(err)
+	}
+	next, err := OpenMemory(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log.Close()
+	memory.Close()
+	return logfile.Resume("dir", "0.log", fd, next.Log()), next
 }
 
 func TestOpenMemory(t *testing.T) {

@@ -17,7 +17,7 @@ type input struct {
 	file     *os.File // nil: there is none, or it was closed
 	terminal bool
 	once     bool    // closed when the first client with input has left
-	closed   func()  // told then
+	closed   func()  // called then
 	ending   bool    // nothing is written any more
 	writer   *Client // that has its turn
 }
@@ -25,8 +25,8 @@ type input struct {
 // SetInput gives the Hub, which owns it from now on, the file where the clients'
 // input goes. It must be non-blocking. With once it is closed when the first client
 // with input has left, or has come to the end of its input, and closed is called
-// then. A terminal cannot be closed without ending the container; its program is told
-// as somebody at the keys would: by an end of file character.
+// then. A terminal cannot be closed without ending the container. Its program gets an
+// end of file character instead, as somebody at the keyboard would type it.
 func (h *Hub) SetInput(file *os.File, terminal, once bool, closed func()) {
 	in := &h.input
 	in.mu.Lock()

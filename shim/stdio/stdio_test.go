@@ -470,7 +470,8 @@ func TestFullDisk(t *testing.T) {
 		t.Errorf("error %s", c.Err)
 	}
 	got := outputs(t, contents(t, dir+"/0.log"))
-	if !strings.HasPrefix(got["stderr"], fmt.Sprintf("holdfast: %d bytes of output are missing here", c.DroppedBytes)) ||
+	missing := fmt.Sprintf("holdfast: %d bytes of output are missing here", c.DroppedBytes)
+	if !strings.HasPrefix(got["stderr"], missing) ||
 		strings.Count(got["stderr"], "\n") != 1 || got["stdout"] != "again\n" {
 		t.Errorf("got %q, %+v", got, c)
 	}
@@ -532,7 +533,8 @@ func TestTrim(t *testing.T) {
 		t.Fatal(err)
 	}
 	page := os.Getpagesize()
-	for name, p := range map[string]*part{"private": private, "stdout": m.part(logfile.Stdout), "stderr": m.part(logfile.Stderr)} {
+	parts := map[string]*part{"private": private, "stdout": m.part(logfile.Stdout), "stderr": m.part(logfile.Stderr)}
+	for name, p := range parts {
 		for _, held := range []int{0, 1, trimSize, 2*trimSize + 1, logfile.MaxLine} {
 			for i := range p.data {
 				p.data[i] = 'x'
@@ -544,7 +546,8 @@ func TestTrim(t *testing.T) {
 			if name != "stdout" { // it alone begins and ends within a page
 				pages = pages[1:]
 			}
-			_, _, e := unix.Syscall(unix.SYS_MINCORE, start, uintptr(len(pages)*page), uintptr(unsafe.Pointer(&pages[0])))
+			_, _, e := unix.Syscall(unix.SYS_MINCORE,
+				start, uintptr(len(pages)*page), uintptr(unsafe.Pointer(&pages[0])))
 			if e != 0 {
 				t.Fatal(e)
 			}
