@@ -21,11 +21,28 @@ import (
 // the kubelet's patience, and no shorter than the shim's with the OCI runtime.
 const createLimit = 5 * time.Minute
 
+// unclaimedLimit is for how long an object is kept whose creator gave up waiting. A
+// kubelet asks again within two minutes.
+const unclaimedLimit = 5 * time.Minute
+
 // Name is a name and what it is asked for with.
 type Name struct {
 	Name        string
 	Group       string // the pod of a container, for Await
 	Fingerprint string // of the request; empty: the name is only waited for
+}
+
+// Creation is how the object of a name is made. Nobody knows of it before somebody
+// who asked for it gets its id: a kubelet that gave up waiting would otherwise find
+// it in a list, and make another one beside it.
+type Creation struct {
+	// Make makes the object.
+	Make func(ctx context.Context, c *Claim) error
+	// Give makes it known, before the first caller gets its id. It may be called
+	// again after an error.
+	Give func(ctx context.Context) error
+	// Remove removes it, as nobody came for it.
+	Remove func(ctx context.Context) error
 }
 
 // Claim is a name that is taken.
@@ -37,6 +54,11 @@ type Claim struct {
 	done chan struct{} // closed when the attempt is over
 	err  error         // why it failed; set before done is closed
 
+	making  Creation
+	giving  Lock          // held by whoever gives the object, or withdraws it
+	given   chan struct{} // closed when somebody got the object; under giving
+	removed bool          // nobody gets it any more; guarded by giving
+
 	mu    sync.Mutex
 	stage step.Step // what the attempt has reached
 }
@@ -46,7 +68,15 @@ var errAgain = errors.New("undone")
 
 // NewClaim makes a claim that no table knows, for what nobody else can ask for.
 func NewClaim(n Name, id string) *Claim {
-	return &Claim{Name: n, ID: id, Since: time.Now(), done: make(chan struct{}), stage: "beginning"}
+	return &Claim{
+		Name:   n,
+		ID:     id,
+		Since:  time.Now(),
+		done:   make(chan struct{}),
+		giving: NewLock(),
+		given:  make(chan struct{}),
+		stage:  "beginning",
+	}
 }
 
 // Reach notes what the attempt has reached, for those who wait for it.
@@ -74,8 +104,10 @@ func (c *Claim) over() bool {
 
 // Table is the names of a daemon. Its methods may be called at the same time.
 type Table struct {
-	log  *slog.Logger
-	work sync.WaitGroup // attempts
+	log       *slog.Logger
+	unclaimed time.Duration  // for how long what nobody came for is kept
+	work      sync.WaitGroup // attempts, and what waits for somebody
+	quit      chan struct{}  // closed by Close
 
 	mu     sync.Mutex
 	claims map[string]*Claim
@@ -83,22 +115,29 @@ type Table struct {
 }
 
 // NewTable makes a table without names.
-func NewTable(log *slog.Logger) *Table { return &Table{log: log, claims: map[string]*Claim{}} }
+func NewTable(log *slog.Logger) *Table {
+	return &Table{log: log, unclaimed: unclaimedLimit, quit: make(chan struct{}), claims: map[string]*Claim{}}
+}
 
 // Close lets no attempt begin any more and returns when those under way are over.
+// What nobody has come for is for the next start to remove.
 func (t *Table) Close() {
 	t.mu.Lock()
+	if !t.closed {
+		close(t.quit)
+	}
 	t.closed = true
 	t.mu.Unlock()
 	t.work.Wait()
 }
 
-// Once runs create for a name unless it was run already, and gives the id. The
-// attempt goes on when ctx ends: it belongs to the name, not to the caller. The
+// Once makes the object of a name unless that was done already, and gives its id.
+// The attempt goes on when ctx ends: it belongs to the name, not to the caller. What
+// it has made waits for somebody to ask again, and is removed when nobody does. The
 // same name with another fingerprint is kind.Exists.
-func (t *Table) Once(ctx context.Context, n Name, create func(context.Context, *Claim) error) (string, error) {
+func (t *Table) Once(ctx context.Context, n Name, making Creation) (string, error) {
 	for {
-		c, err := t.join(n, create)
+		c, err := t.join(n, making)
 		if err != nil {
 			return "", err
 		}
@@ -108,10 +147,14 @@ func (t *Table) Once(ctx context.Context, n Name, create func(context.Context, *
 		}
 		select {
 		case <-c.done:
-			if c.err == errAgain {
+			err := c.err
+			if err == nil {
+				err = c.give(ctx)
+			}
+			if err == errAgain {
 				continue
 			}
-			return c.ID, c.err
+			return c.ID, err
 		case <-ctx.Done():
 			return "", kind.Errorf(kind.Unavailable, "%s has been at %q for %s and goes on; ask again for its result: %w",
 				n.Name, c.reached(), time.Since(c.Since).Round(time.Millisecond), ctx.Err())
@@ -119,8 +162,39 @@ func (t *Table) Once(ctx context.Context, n Name, create func(context.Context, *
 	}
 }
 
+// give makes the object known. It is errAgain if nobody came for it in time.
+func (c *Claim) give(ctx context.Context) error {
+	if err := c.giving.Lock(ctx, c.Name.Name); err != nil {
+		return err
+	}
+	defer c.giving.Unlock()
+	switch {
+	case c.removed:
+		return errAgain
+	case c.isGiven():
+		return nil
+	}
+	if err := ctx.Err(); err != nil { // nobody would get the answer
+		return kind.Errorf(kind.Unavailable, "%s is there, ask again for it: %w", c.Name.Name, err)
+	}
+	if err := c.making.Give(ctx); err != nil {
+		return err
+	}
+	close(c.given)
+	return nil
+}
+
+func (c *Claim) isGiven() bool {
+	select {
+	case <-c.given:
+		return true
+	default:
+		return false
+	}
+}
+
 // join gives the claim of a name, and begins an attempt if there is none.
-func (t *Table) join(n Name, create func(context.Context, *Claim) error) (*Claim, error) {
+func (t *Table) join(n Name, making Creation) (*Claim, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if c := t.claims[n.Name]; c != nil {
@@ -130,20 +204,68 @@ func (t *Table) join(n Name, create func(context.Context, *Claim) error) (*Claim
 		return nil, kind.Errorf(kind.Unavailable, "the daemon is shutting down")
 	}
 	c := NewClaim(n, NewID())
+	c.making = making
 	t.claims[n.Name] = c
-	t.work.Go(func() { t.attempt(c, create) })
+	t.work.Go(func() {
+		if t.attempt(c) {
+			t.expire(c)
+		}
+	})
 	return c, nil
 }
 
-func (t *Table) attempt(c *Claim, create func(context.Context, *Claim) error) {
+// attempt says whether there is an object now.
+func (t *Table) attempt(c *Claim) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), createLimit)
 	defer cancel()
-	c.err = create(ctx, c)
+	c.err = c.making.Make(ctx, c)
 	if c.err != nil {
 		t.log.Warn("creation failed", "name", c.Name.Name, "id", c.ID, "reached", c.reached(), "error", c.err)
 		t.Release(c.Name.Name, c.ID)
 	}
 	close(c.done)
+	return c.err == nil
+}
+
+// expire removes an object that nobody came for. A request for its name that comes
+// meanwhile waits for that and begins afresh.
+func (t *Table) expire(c *Claim) {
+	timer := time.NewTimer(t.unclaimed)
+	defer timer.Stop()
+	select {
+	case <-c.given:
+		return
+	case <-t.quit:
+		return
+	case <-timer.C:
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), createLimit)
+	defer cancel()
+	remove := t.withdraw(ctx, c)
+	if remove == nil {
+		return
+	}
+	t.log.Warn("removing what was made and nobody asked for again", "name", c.Name.Name, "id", c.ID)
+	if err := remove(ctx); err != nil {
+		t.log.Error("cannot remove what nobody asked for", "name", c.Name.Name, "id", c.ID, "error", err)
+	}
+}
+
+// withdraw takes an object away from those who may ask for it, and gives the
+// function that removes it; nil if it is somebody's, or gone.
+func (t *Table) withdraw(ctx context.Context, c *Claim) func(context.Context) error {
+	if err := c.giving.Lock(ctx, c.Name.Name); err != nil {
+		return nil
+	}
+	defer c.giving.Unlock()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if c.isGiven() || t.claims[c.Name.Name] != c {
+		return nil
+	}
+	c.removed = true
+	delete(t.claims, c.Name.Name)
+	return t.undoLocked(c.Name, c.ID, c.making.Remove)
 }
 
 // Take takes a name for an object that exists. It is false if the name is taken.
@@ -155,6 +277,7 @@ func (t *Table) Take(n Name, id string) bool {
 	}
 	c := NewClaim(n, id)
 	close(c.done)
+	close(c.given)
 	t.claims[n.Name] = c
 	return true
 }
@@ -164,13 +287,17 @@ func (t *Table) Take(n Name, id string) bool {
 // that and then begins afresh. Undo may find the name taken, by an object that
 // has it rightly, and leaves it alone then.
 func (t *Table) Undo(n Name, id string, undo func(context.Context) error) func(context.Context) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.undoLocked(n, id, undo)
+}
+
+func (t *Table) undoLocked(n Name, id string, undo func(context.Context) error) func(context.Context) error {
 	n.Fingerprint = ""
 	c := NewClaim(n, id)
-	t.mu.Lock()
 	if t.claims[n.Name] == nil {
 		t.claims[n.Name] = c
 	}
-	t.mu.Unlock()
 	return func(ctx context.Context) error {
 		err := undo(ctx)
 		c.err = errAgain

@@ -13,20 +13,27 @@ import (
 
 func newTable() *Table { return NewTable(slog.New(slog.DiscardHandler)) }
 
-func succeed(context.Context, *Claim) error { return nil }
+func nothing(context.Context) error { return nil }
+
+// by is a creation with nothing to do but to make.
+func by(make func(context.Context, *Claim) error) Creation {
+	return Creation{Make: make, Give: nothing, Remove: nothing}
+}
+
+var succeed = by(func(context.Context, *Claim) error { return nil })
 
 func TestOnce(t *testing.T) {
 	table, ctx := newTable(), t.Context()
 	same := Name{Name: "x", Fingerprint: "same"}
 	begun, proceed := make(chan struct{}), make(chan struct{})
 	runs := 0
-	create := func(_ context.Context, c *Claim) error {
+	create := by(func(_ context.Context, c *Claim) error {
 		runs++
 		c.Reach(step.PodRecord)
 		close(begun)
 		<-proceed
 		return nil
-	}
+	})
 	type result struct {
 		id  string
 		err error
@@ -56,12 +63,12 @@ func TestOnce(t *testing.T) {
 		t.Errorf("two callers got %v and %v from %d attempts", a, b, runs)
 	}
 	// The name is taken until the object is gone.
-	if id, err := table.Once(ctx, same, nil); err != nil || id != a.id {
+	if id, err := table.Once(ctx, same, Creation{}); err != nil || id != a.id {
 		t.Errorf("later request: %s, %v", id, err)
 	}
 	table.Release("x", a.id)
 	boom := errors.New("boom")
-	_, err = table.Once(ctx, Name{Name: "x", Fingerprint: "third"}, func(context.Context, *Claim) error { return boom })
+	_, err = table.Once(ctx, Name{Name: "x", Fingerprint: "third"}, by(func(context.Context, *Claim) error { return boom }))
 	if !errors.Is(err, boom) {
 		t.Errorf("failing attempt: %v", err)
 	}
@@ -72,6 +79,93 @@ func TestOnce(t *testing.T) {
 	if _, err := table.Once(ctx, Name{Name: "y"}, succeed); !errors.Is(err, kind.Unavailable) {
 		t.Errorf("a closed table: %v", err)
 	}
+}
+
+// abandon has a creation finished whose only caller has given up.
+func abandon(t *testing.T, table *Table, n Name, making Creation) {
+	t.Helper()
+	gone, cancel := context.WithCancel(t.Context())
+	made := make(chan struct{})
+	proceed := make(chan struct{})
+	given := make(chan error)
+	go func() {
+		_, err := table.Once(gone, n, Creation{
+			Make:   func(context.Context, *Claim) error { close(made); <-proceed; return nil },
+			Give:   making.Give,
+			Remove: making.Remove,
+		})
+		given <- err
+	}()
+	<-made
+	cancel()
+	if err := <-given; !errors.Is(err, kind.Unavailable) {
+		t.Fatalf("a caller that gave up: %v", err)
+	}
+	close(proceed)
+}
+
+// What a caller did not wait for is given to the next one, once it can be.
+func TestGivenToWhoeverAsksAgain(t *testing.T) {
+	table, n := newTable(), Name{Name: "x", Fingerprint: "f"}
+	full, gives := errors.New("the disk is full"), 0
+	abandon(t, table, n, Creation{
+		Give: func(context.Context) error {
+			if gives++; gives == 1 {
+				return full
+			}
+			return nil
+		},
+		Remove: func(context.Context) error { t.Error("it was removed"); return nil },
+	})
+	if _, err := table.Once(t.Context(), n, Creation{}); !errors.Is(err, full) {
+		t.Errorf("it could not be made known: %v", err)
+	}
+	one, err := table.Once(t.Context(), n, Creation{})
+	two, err2 := table.Once(t.Context(), n, Creation{})
+	if err != nil || err2 != nil || one != two || one == "" || gives != 2 {
+		t.Errorf("got %q, %v and %q, %v after %d gives", one, err, two, err2, gives)
+	}
+	table.Close()
+}
+
+// What nobody comes for is removed, and a request for its name waits for that.
+func TestRemovedWhenNobodyAsksAgain(t *testing.T) {
+	for name, failure := range map[string]error{"removed": nil, "not removed": errors.New("busy")} {
+		t.Run(name, func(t *testing.T) {
+			table, n := newTable(), Name{Name: "x", Fingerprint: "f"}
+			table.unclaimed = time.Millisecond
+			removing, proceed := make(chan struct{}), make(chan struct{})
+			abandon(t, table, n, Creation{
+				Give:   func(context.Context) error { t.Error("it was given to nobody"); return nil },
+				Remove: func(context.Context) error { close(removing); <-proceed; return failure },
+			})
+			<-removing
+			runs := 0
+			id := make(chan string)
+			go func() {
+				got, err := table.Once(t.Context(), n, by(func(context.Context, *Claim) error { runs++; return nil }))
+				if err != nil {
+					t.Error(err)
+				}
+				id <- got
+			}()
+			close(proceed)
+			if got := <-id; got == "" || runs != 1 {
+				t.Errorf("the next request got %q from %d attempts", got, runs)
+			}
+			table.Close()
+		})
+	}
+}
+
+// A closed table waits for nobody to come.
+func TestCloseKeepsWhatNobodyHas(t *testing.T) {
+	table := newTable()
+	abandon(t, table, Name{Name: "x"}, Creation{
+		Remove: func(context.Context) error { t.Error("it was removed"); return nil },
+	})
+	table.Close()
+	table.Close()
 }
 
 // A request for a name whose creation is being undone waits and begins afresh.
@@ -105,7 +199,7 @@ func TestTake(t *testing.T) {
 	if err := table.Undo(n, "three", func(context.Context) error { return nil })(t.Context()); err != nil {
 		t.Error(err)
 	}
-	if id, err := table.Once(t.Context(), n, nil); err != nil || id != "one" {
+	if id, err := table.Once(t.Context(), n, Creation{}); err != nil || id != "one" {
 		t.Errorf("got %s, %v", id, err)
 	}
 }
@@ -113,11 +207,11 @@ func TestTake(t *testing.T) {
 func TestAwait(t *testing.T) {
 	table := newTable()
 	begun, proceed := make(chan struct{}), make(chan struct{})
-	go table.Once(t.Context(), Name{Name: "c", Group: "pod"}, func(context.Context, *Claim) error {
+	go table.Once(t.Context(), Name{Name: "c", Group: "pod"}, by(func(context.Context, *Claim) error {
 		close(begun)
 		<-proceed
 		return nil
-	})
+	}))
 	<-begun
 	short, cancel := context.WithCancel(t.Context())
 	cancel()

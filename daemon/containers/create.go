@@ -57,9 +57,13 @@ func (m *Manager) Create(ctx context.Context, pod Pod, cfg *runtimeapi.Container
 		Phase:       records.ContainerCreating,
 	}
 	name := NameOf(rec)
-	id, err := m.Claims.Once(ctx, name, func(ctx context.Context, cl *claims.Claim) error {
-		rec.ID, rec.CreatedAt = cl.ID, time.Now()
-		return m.create(ctx, cl, pod, rec)
+	id, err := m.Claims.Once(ctx, name, claims.Creation{
+		Make: func(ctx context.Context, cl *claims.Claim) error {
+			rec.ID, rec.CreatedAt = cl.ID, time.Now()
+			return m.create(ctx, cl, pod, rec)
+		},
+		Give:   func(ctx context.Context) error { return m.give(ctx, rec.ID) },
+		Remove: func(ctx context.Context) error { return m.Remove(ctx, rec.ID) },
 	})
 	if err != nil {
 		return "", err
@@ -132,8 +136,9 @@ type Built struct {
 // where its root file system is to be mounted.
 type Build func(ctx context.Context, root string) (*Built, error)
 
-// Launch takes a container from its record to a shim that has created it. On an
-// error nothing is left, or the next start removes it.
+// Launch takes a container from its record to a shim that has created it. A restart
+// undoes it until Give was called. On an error nothing is left, or the next start
+// removes it.
 func (m *Manager) Launch(ctx context.Context, cl *claims.Claim, pod Pod, rec *records.Container,
 	build Build) (_ *Container, err error) {
 	c := m.Adopt(rec, pod, records.Seen{})
@@ -169,20 +174,39 @@ func (m *Manager) Launch(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 	if err := cl.Reach(step.ContainerRuntime); err != nil {
 		return nil, err
 	}
-	// The kubelet learns of the container after this; a restart keeps it.
-	if err := c.save(func(r *records.Container) { *r = created }); err != nil {
-		return nil, err
-	}
+	created.Phase = records.ContainerCreating // until Give, which writes it down
+	c.record.Store(&created)
 	c.observe(func(s *records.Seen) { s.Phase = rundir.PhaseCreated })
-	if err := cl.Reach(step.ContainerCreated); err != nil {
-		return nil, err
-	}
 	m.Log.Info("container created",
 		"container", rec.ID,
 		"pod", rec.PodID,
 		"name", c.name(),
 		"took", time.Since(cl.Since).Round(time.Millisecond))
 	return c, nil
+}
+
+// give is Container.Give for one that may have been removed meanwhile.
+func (m *Manager) give(ctx context.Context, id string) error {
+	c, err := m.Find(id)
+	if err != nil {
+		return nil //nolint:nilerr // the caller finds out as well
+	}
+	return c.Give(ctx)
+}
+
+// Give makes a container known: it is listed, and a restart keeps it.
+func (c *Container) Give(ctx context.Context) error {
+	if err := c.op.Lock(ctx, c.String()); err != nil {
+		return err
+	}
+	defer c.op.Unlock()
+	if c.Record().Phase != records.ContainerCreating {
+		return nil
+	}
+	if err := c.save(func(r *records.Container) { r.Phase = records.ContainerCreated }); err != nil {
+		return err
+	}
+	return step.Reach(step.ContainerCreated)
 }
 
 // prepare starts the shim while the root is mounted and the spec built.

@@ -24,7 +24,8 @@ func (m *Manager) List(f *runtimeapi.ContainerFilter) []*runtimeapi.Container {
 		rec, state := c.Record(), c.Seen().State()
 		cfg := rec.Config.M
 		switch {
-		case !strings.HasPrefix(rec.ID, f.GetId()),
+		case rec.Phase == records.ContainerCreating, // whoever asked for it has not got it yet
+			!strings.HasPrefix(rec.ID, f.GetId()),
 			!strings.HasPrefix(rec.PodID, f.GetPodSandboxId()),
 			f.GetState() != nil && f.GetState().GetState() != state,
 			!Matches(f.GetLabelSelector(), cfg.GetLabels()):

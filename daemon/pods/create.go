@@ -70,9 +70,13 @@ func (m *Manager) Run(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, han
 		return "", kind.As(kind.Invalid, fmt.Errorf("config.linux.cgroup_parent: %w", err))
 	}
 	name := NameOf(rec)
-	id, err := m.Claims.Once(ctx, name, func(ctx context.Context, cl *claims.Claim) error {
-		rec.ID, rec.CreatedAt = cl.ID, time.Now()
-		return m.create(ctx, cl, rec)
+	id, err := m.Claims.Once(ctx, name, claims.Creation{
+		Make: func(ctx context.Context, cl *claims.Claim) error {
+			rec.ID, rec.CreatedAt = cl.ID, time.Now()
+			return m.create(ctx, cl, rec)
+		},
+		Give:   func(ctx context.Context) error { return m.give(ctx, rec.ID) },
+		Remove: func(ctx context.Context) error { return m.Remove(ctx, rec.ID) },
 	})
 	if err != nil {
 		return "", err
@@ -116,6 +120,7 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, rec *records.Pod
 			// It stays, not ready, with the record of what is left, and the
 			// kubelet's own removal tries again.
 			m.Log.Error("cannot undo a pod; it stays until it is removed", "pod", rec.ID, "error", uerr)
+			p.note(func(r *records.Pod) { r.Phase = records.PodStopping })
 			m.Add(p)
 		}
 		return err
@@ -141,9 +146,6 @@ func (p *Pod) make(ctx context.Context, cl *claims.Claim, want records.Want) err
 		{step.PodNamespaces, func(context.Context) error { return p.makeNamespaces(want) }},
 		{step.PodAttached, func(ctx context.Context) error { return p.attach(ctx, cl, want) }},
 		{step.PodInit, p.makeInitAlways},
-		{step.PodReady, func(context.Context) error {
-			return p.save(false, func(r *records.Pod) { r.Phase = records.PodReady })
-		}},
 	} {
 		if err := s.do(ctx); err != nil {
 			return err
@@ -153,6 +155,25 @@ func (p *Pod) make(ctx context.Context, cl *claims.Claim, want records.Want) err
 		}
 	}
 	return nil
+}
+
+// give makes a pod known: it is listed, takes containers, and a restart keeps it.
+func (m *Manager) give(ctx context.Context, id string) error {
+	p, err := m.Find(id)
+	if err != nil {
+		return nil //nolint:nilerr // removed meanwhile; the caller finds out as well
+	}
+	if err := p.op.Lock(ctx, p.String()); err != nil {
+		return err
+	}
+	defer p.op.Unlock()
+	if p.Record().Phase != records.PodCreating {
+		return nil
+	}
+	if err := p.save(false, func(r *records.Pod) { r.Phase = records.PodReady }); err != nil {
+		return err
+	}
+	return step.Reach(step.PodReady)
 }
 
 func (p *Pod) makeRecord(context.Context) error {

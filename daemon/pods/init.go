@@ -63,6 +63,9 @@ func (p *Pod) startInitLocked(ctx context.Context) error {
 		p.init.Store(c)
 		p.m.Containers.Follow(c)
 	}
+	if err := c.Give(ctx); err != nil {
+		return err
+	}
 	switch {
 	case c.Seen().Exit != nil:
 		return kind.Errorf(kind.State, "pod_sandbox_id: the init process of %s has ended", p)

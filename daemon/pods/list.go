@@ -7,6 +7,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/containers"
+	"github.com/holdfast-cri/holdfast/daemon/records"
 )
 
 // Everything here answers from memory: the kubelet lists once a second.
@@ -26,7 +27,8 @@ func (m *Manager) List(f *runtimeapi.PodSandboxFilter) []*runtimeapi.PodSandbox 
 		rec, state := p.Record(), p.State()
 		cfg := rec.Config.M
 		switch {
-		case !strings.HasPrefix(rec.ID, f.GetId()),
+		case rec.Phase == records.PodCreating, // whoever asked for it has not got it yet
+			!strings.HasPrefix(rec.ID, f.GetId()),
 			f.GetState() != nil && f.GetState().GetState() != state,
 			!containers.Matches(f.GetLabelSelector(), cfg.GetLabels()):
 			continue

@@ -1,0 +1,144 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/tests/harness"
+)
+
+// gate holds up whoever calls hold, a line of shell, until it is opened.
+type gate struct{ reached, open string }
+
+func newGate(t *testing.T, name string) gate {
+	dir := t.TempDir()
+	return gate{filepath.Join(dir, name+"-reached"), filepath.Join(dir, name+"-open")}
+}
+
+func (g gate) hold() string {
+	return fmt.Sprintf("touch %s; while [ ! -e %s ]; do sleep 0.02; done", g.reached, g.open)
+}
+
+func (g gate) touch(t *testing.T) {
+	t.Helper()
+	if err := os.WriteFile(g.open, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// giveUp makes a call whose caller goes away while it waits at the gate, and lets
+// it through when the caller is gone.
+func (g gate) giveUp(t *testing.T, call func(context.Context) error) {
+	t.Helper()
+	os.Remove(g.reached)
+	os.Remove(g.open)
+	ctx, cancel := context.WithCancel(t.Context())
+	failed := make(chan error, 1)
+	go func() { failed <- call(ctx) }()
+	harness.Eventually(t, patience, "the call has come to the gate", func() bool {
+		_, err := os.Stat(g.reached)
+		return err == nil
+	})
+	cancel()
+	if err := <-failed; err == nil {
+		t.Fatal("a call that was given up has succeeded")
+	}
+	g.touch(t)
+}
+
+// What was made for a caller that has gone away is not listed, is given to the next
+// one that asks for it, and does not outlive the daemon.
+func TestCallerGivesUp(t *testing.T) {
+	adding, creating := newGate(t, "add"), newGate(t, "create")
+	adding.touch(t)
+	creating.touch(t)
+	bin, err := harness.Binaries()
+	if err != nil {
+		t.Fatal(err)
+	}
+	runtime := filepath.Join(t.TempDir(), "runtime")
+	script := "#!/bin/sh\ncase \" $* \" in *' create '*) " + creating.hold() + " ;; esac\nexec " + bin + "/runc \"$@\"\n"
+	if err := os.WriteFile(runtime, []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	n := harness.New(t, harness.Options{
+		Config: fmt.Sprintf("[runtimes.slow]\npath = %q\n", runtime),
+		Plugins: map[string]string{
+			"slow": "#!/bin/sh\n[ \"$CNI_COMMAND\" != ADD ] || { " + adding.hold() + "; }\nexec " + bin + "/cni/portmap\n",
+		},
+	})
+	config := n.PodConfig("pod")
+	run := func(ctx context.Context) (string, error) {
+		r, err := n.Runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: config, RuntimeHandler: "slow"})
+		return r.GetPodSandboxId(), err
+	}
+	logged := func(text string, times int) {
+		t.Helper()
+		harness.Eventually(t, patience, fmt.Sprintf("the daemon has logged %q", text), func() bool {
+			b, _ := os.ReadFile(n.DaemonLog())
+			return strings.Count(string(b), text) == times
+		})
+	}
+	ctx, cancel := harness.Deadline()
+	defer cancel()
+	wantPods := func(when string, want int) {
+		t.Helper()
+		list, err := n.Runtime.ListPodSandbox(ctx, &cri.ListPodSandboxRequest{})
+		if err != nil || len(list.Items) != want {
+			t.Fatalf("%s: pods %v (%v), want %d", when, list.GetItems(), err, want)
+		}
+	}
+	giveUpPod := func() {
+		t.Helper()
+		adding.giveUp(t, func(ctx context.Context) error { _, err := run(ctx); return err })
+	}
+	giveUpPod()
+	logged("pod ready", 1)
+	wantPods("the caller is gone", 0)
+	n.Restart()
+	wantPods("after a restart", 0)
+	logged("undid a creation that was cut short", 1)
+	n.CheckClean()
+
+	giveUpPod()
+	logged("pod ready", 2)
+	wantPods("the caller is gone", 0)
+	id, err := run(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	logged("pod ready", 2) // no other one was made
+	wantPods("it was asked for again", 1)
+
+	request := &cri.CreateContainerRequest{
+		PodSandboxId:  id,
+		Config:        harness.ContainerConfig("c", []string{"sleep", "1000"}),
+		SandboxConfig: config,
+	}
+	creating.giveUp(t, func(ctx context.Context) error { _, err := n.Runtime.CreateContainer(ctx, request); return err })
+	logged("container created", 1)
+	list, err := n.Runtime.ListContainers(ctx, &cri.ListContainersRequest{})
+	if err != nil || len(list.Containers) != 0 {
+		t.Fatalf("the caller is gone: containers %v (%v)", list.GetContainers(), err)
+	}
+	c, err := n.Runtime.CreateContainer(ctx, request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Restart()
+	list, err = n.Runtime.ListContainers(ctx, &cri.ListContainersRequest{})
+	if err != nil || len(list.Containers) != 1 || list.Containers[0].Id != c.ContainerId {
+		t.Fatalf("it was asked for again: containers %v (%v), want %s", list.GetContainers(), err, c.ContainerId)
+	}
+	if _, err := n.Runtime.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: c.ContainerId}); err != nil {
+		t.Error(err)
+	}
+	n.RemoveAllPods()
+	n.CheckClean()
+}
