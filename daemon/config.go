@@ -6,9 +6,14 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/metrics"
 )
 
+// LockSuffix is what the file beside the socket of the CRI is called by that the
+// daemon locks which serves it.
+const LockSuffix = ".lock"
+
 // Config is what cmd/holdfastd read from its file and flags. Paths are absolute.
 type Config struct {
-	Root, State    string
+	Root, State    string // without symbolic links, as Address
+	Address        string // of the CRI; LockSuffix names the lock beside it
 	DefaultRuntime string
 	Runtimes       map[string]string // the binary of each OCI runtime, by handler
 	Shim           string            // binary of the shim

@@ -41,6 +41,9 @@ func main() {
 		runtime.GOMAXPROCS(1)
 	}
 
+	// It is also that of the OCI runtime, which leaves it to the processes of execs.
+	unix.Umask(0o022)
+
 	dir := flag.String("dir", "", "run `directory` of the container; its base name is the container's id")
 	level := flag.String("log-level", "info", "debug, info, warn or error")
 	createTimeout := flag.Duration("create-timeout", time.Minute, "end when no Create came for so long")

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -144,12 +145,9 @@ func (f file) resolve(logLevel string) (daemon.Config, error) {
 		RegistryConfigDir: f.Registry.ConfigDir, PinnedImages: f.Images.Pinned, DropLayerBlobs: !f.Images.KeepBlobs,
 		ImageVerifierDir: f.Images.VerifierDir, CgroupDriver: f.Cgroup.Driver,
 		UnprivilegedPorts: f.Sandbox.UnprivilegedPorts, UnprivilegedICMP: f.Sandbox.UnprivilegedICMP}
-	for key, path := range map[string]string{"root": f.Root, "state": f.State, "address": f.Address} {
-		if !filepath.IsAbs(path) || filepath.Clean(path) == "/" {
-			return c, fmt.Errorf("config: %s = %q is not an absolute path", key, path)
-		}
+	if err := f.resolvePaths(&c); err != nil {
+		return c, err
 	}
-	c.Root, c.State = filepath.Clean(f.Root), filepath.Clean(f.State)
 	for _, dir := range filepath.SplitList(f.Registry.ConfigDir) {
 		if !filepath.IsAbs(dir) {
 			return c, fmt.Errorf("config: registry.config_dir = %q: %q is not an absolute path", f.Registry.ConfigDir, dir)
@@ -216,6 +214,55 @@ func (f file) resolve(logLevel string) (daemon.Config, error) {
 	}
 	c.Pause, err = findBinary("holdfast-pause")
 	return c, err
+}
+
+// resolvePaths gives root, state and address without links: mounts, and other
+// processes, are found by these paths, and the OCI runtime takes no links.
+func (f file) resolvePaths(c *daemon.Config) (err error) {
+	for _, p := range []struct {
+		key, path string
+		to        *string
+	}{
+		{"root", f.Root, &c.Root},
+		{"state", f.State, &c.State},
+		{"address", f.Address, &c.Address},
+	} {
+		if !filepath.IsAbs(p.path) || filepath.Clean(p.path) == "/" {
+			return fmt.Errorf("config: %s = %q is not an absolute path", p.key, p.path)
+		}
+		dir, name := filepath.Clean(p.path), ""
+		if p.key == "address" {
+			dir, name = filepath.Split(dir) // what the socket itself is, listen looks at
+		}
+		if dir, err = withoutLinks(filepath.Clean(dir)); err != nil {
+			return fmt.Errorf("config: %s = %q: %w", p.key, p.path, err)
+		}
+		if p.key != "address" && slices.Contains(systemDirs, dir) {
+			return fmt.Errorf("config: %s = %q: it has to be a folder of its own, as other users are kept out of it",
+				p.key, p.path)
+		}
+		*p.to = filepath.Join(dir, name)
+	}
+	return nil
+}
+
+// systemDirs are folders that others need.
+var systemDirs = []string{
+	"/dev", "/dev/shm", "/etc", "/home", "/media", "/mnt", "/opt", "/proc", "/root", "/run", "/run/lock", "/srv", "/sys",
+	"/tmp", "/usr", "/usr/local", "/usr/local/lib", "/var", "/var/cache", "/var/lib", "/var/local", "/var/log", "/var/tmp",
+}
+
+// withoutLinks resolves the links in a path, whose end may not exist yet.
+func withoutLinks(path string) (string, error) {
+	real, err := filepath.EvalSymlinks(path)
+	if !errors.Is(err, fs.ErrNotExist) {
+		return real, err
+	}
+	if to, err := os.Readlink(path); err == nil {
+		return "", fmt.Errorf("%s is a link to %s, which does not exist: mount its disk, or remove the link", path, to)
+	}
+	dir, err := withoutLinks(filepath.Dir(path))
+	return filepath.Join(dir, filepath.Base(path)), err
 }
 
 // findBinary finds a program beside this one, then on the PATH.

@@ -39,3 +39,38 @@ func TestConfigMistakes(t *testing.T) {
 		}
 	}
 }
+
+// Links in paths are followed once, at the start.
+func TestConfigLinks(t *testing.T) {
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for link, to := range map[string]string{"link": ".", "dangling": "nowhere"} {
+		if err := os.Symlink(to, filepath.Join(dir, link)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink("cri", filepath.Join(dir, "socket")); err != nil {
+		t.Fatal(err)
+	}
+	f := defaults()
+	f.Root, f.State, f.Address = dir+"/link/link/new/root/", dir+"/link/state", dir+"/link/socket"
+	c, _ := f.resolve("info") // the binaries may be missing here
+	if c.Root != dir+"/new/root" || c.State != dir+"/state" || c.Address != dir+"/socket" {
+		t.Errorf("%s, %s, %s", c.Root, c.State, c.Address)
+	}
+	for want, change := range map[string]func(f *file){
+		`dangling is a link to nowhere, which does not exist`: func(f *file) { f.Root = dir + "/dangling" },
+		`which does not exist: mount its disk`:                func(f *file) { f.Address = dir + "/dangling/cri.sock" },
+		"root and state are both":                             func(f *file) { f.State = dir + "/new/root" },
+		`state = "/run": it has to be a folder of its own`:    func(f *file) { f.State = "/run" },
+		`root = "/var/lib/": it has to be`:                    func(f *file) { f.Root = "/var/lib/" },
+	} {
+		f := f
+		change(&f)
+		if _, err := f.resolve("info"); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", want, err)
+		}
+	}
+}

@@ -7,12 +7,10 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"runtime/debug"
 	"syscall"
 	"time"
@@ -48,6 +46,9 @@ func run() error {
 		showVer  = flag.Bool("version", false, "print the version and stop")
 	)
 	flag.Parse()
+	// What this process and its children make is as open as it is said to be,
+	// whatever the umask of whoever started it.
+	syscall.Umask(0o022)
 	if flag.NArg() > 0 {
 		return fmt.Errorf("unexpected argument %q; see holdfastd -h", flag.Arg(0))
 	}
@@ -94,7 +95,7 @@ func run() error {
 			return errors.Join(err, shutdown(d, nil, nil))
 		}
 	}
-	l, err := listen(f.Address)
+	l, err := listen(cfg.Address)
 	if err != nil {
 		return errors.Join(err, shutdown(d, nil, scraped))
 	}
@@ -104,7 +105,7 @@ func run() error {
 	if err := notify(notifySocket, "READY=1"); err != nil {
 		log.Warn("cannot tell the service manager that the daemon is ready", "error", err)
 	}
-	log.Info("serving", "address", f.Address, "version", version, "pid", os.Getpid())
+	log.Info("serving", "address", cfg.Address, "version", version, "pid", os.Getpid())
 
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
@@ -135,29 +136,6 @@ func shutdown(d *daemon.Daemon, server *grpc.Server, scraped *metricsServer) err
 	ctx, cancel = context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	return d.Close(ctx)
-}
-
-// listen takes the socket over from an earlier daemon. Root is locked by now, so
-// no daemon with the same root is listening.
-func listen(address string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(address), 0o711); err != nil {
-		return nil, fmt.Errorf("cannot listen on %s: %w", address, err)
-	}
-	if st, err := os.Lstat(address); err == nil && st.Mode().Type() != fs.ModeSocket {
-		return nil, fmt.Errorf("cannot listen on %s: something else is there (%s)", address, st.Mode())
-	}
-	if err := os.Remove(address); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("cannot listen on %s: %w", address, err)
-	}
-	l, err := net.Listen("unix", address)
-	if err != nil {
-		return nil, fmt.Errorf("cannot listen on %s: %w", address, err)
-	}
-	if err := os.Chmod(address, 0o600); err != nil {
-		l.Close()
-		return nil, fmt.Errorf("cannot listen on %s: %w", address, err)
-	}
-	return l, nil
 }
 
 // notify speaks to systemd's socket, if there is one (sd_notify(3)).
