@@ -164,7 +164,7 @@ func (d *Daemon) openPods() error {
 		Runtimes: d.Runtimes,
 		Host:     host,
 		Images:   d.Images,
-		Roots:    roots{d.layers},
+		Roots:    roots{d.layers, d.ways()},
 		Shims: &shims.Launcher{
 			Binary:   cfg.Shim,
 			LogLevel: cfg.LogLevel,
@@ -173,6 +173,7 @@ func (d *Daemon) openPods() error {
 		},
 		Cgroups:            cgroups{d.cgroups},
 		RejectAbsentMounts: cfg.RejectAbsentMounts,
+		OwnPaths:           []string{cfg.Root, cfg.State, string(d.ways()), cfg.Address, cfg.Address + LockSuffix},
 		Go:                 d.background,
 		Log:                d.log,
 	})
@@ -260,24 +261,12 @@ func (d *Daemon) probeUserns() error {
 	if err := d.layers.CheckMapped(ns); err != nil {
 		return err
 	}
-	return othersMayPass(d.cfg.State)
+	return d.ways().Make()
 }
 
-// othersMayPass says whether somebody without rights comes to a directory: the OCI
-// runtime walks to a container's root as root of the user namespace.
-func othersMayPass(dir string) error {
-	for ; dir != "/"; dir = filepath.Dir(dir) {
-		st, err := os.Stat(dir)
-		if err != nil {
-			return err
-		}
-		if st.Mode()&0o001 == 0 {
-			return fmt.Errorf("cannot reach root file systems from a user namespace: the mode of %s is %#o (chmod o+x %s)",
-				dir, st.Mode().Perm(), dir)
-		}
-	}
-	return nil
-}
+// ways is where roots are while the OCI runtime creates containers in user
+// namespaces. That cannot be in STATE, which is closed.
+func (d *Daemon) ways() rootfs.Ways { return rootfs.Ways(d.cfg.State + "-userns") }
 
 // inHostMountNamespace refuses to run where mounts would be seen by nobody: the
 // shims and the OCI runtime live in the host's mount namespace.

@@ -23,7 +23,10 @@ import (
 func (d *Daemon) inUse(layer digest.Digest) bool { return d.Containers.InUse(layer) }
 
 // roots is containers.Roots.
-type roots struct{ layers *rootfs.Store }
+type roots struct {
+	layers *rootfs.Store
+	ways   rootfs.Ways
+}
 
 func (r roots) Mount(ctx context.Context, layers []digest.Digest, dir, target string, pod *records.Pod) error {
 	var m *rootfs.IDMap
@@ -42,6 +45,18 @@ func (r roots) Mount(ctx context.Context, layers []digest.Digest, dir, target st
 func (r roots) Unmount(target string) error { return rootfs.Unmount(target) }
 
 func (r roots) UnmountBelow(dir string) error { return rootfs.UnmountBelow(dir) }
+
+func (r roots) OpenWay(id, root string, owner records.Owner) (string, error) {
+	return r.ways.Open(id, root, owner.GID)
+}
+
+func (r roots) CloseWay(id string) error { return r.ways.Close(id) }
+
+func (r roots) RemoveWay(id string) error { return r.ways.Remove(id) }
+
+func (r roots) Tmpfs(path, options string) error { return rootfs.Tmpfs(path, options) }
+
+func (r roots) Disarm(target string) error { return rootfs.Disarm(target) }
 
 func (r roots) Bind(root, name, at string) error { return rootfs.Bind(root, name, at) }
 

@@ -91,7 +91,7 @@ func (p *presence) appear() error {
 
 // reappear is for a run directory that somebody has damaged or emptied.
 func (p *presence) reappear() {
-	err := os.MkdirAll(string(p.dir), 0o711)
+	err := os.MkdirAll(string(p.dir), 0o700)
 	if err == nil {
 		err = p.appear()
 	}

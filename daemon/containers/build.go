@@ -1,6 +1,7 @@
 package containers
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -93,7 +94,7 @@ func (b *builder) checkSources() error {
 				continue
 			}
 			if _, err := os.Stat(m.GetHostPath()); errors.Is(err, fs.ErrNotExist) {
-				if err := os.MkdirAll(m.GetHostPath(), 0o755); err != nil {
+				if err := b.m.makeHostDir(m.GetHostPath()); err != nil {
 					return kind.Errorf(kind.Invalid, "config.mounts[%d].host_path: %w", i, err)
 				}
 			}
@@ -139,9 +140,10 @@ func (b *builder) pinTarget(id string) (string, error) {
 // podFiles are the files of the pod that the container sees below /etc and /dev.
 func (b *builder) podFiles(_ context.Context, in *spec.Input) error {
 	dir := b.m.State.RunDir(state.Pods, b.pod.ID)
-	in.Hosts = filepath.Join(dir, "hosts")
-	in.Hostname = filepath.Join(dir, "hostname")
-	in.ResolvConf = filepath.Join(dir, "resolv.conf")
+	files := cmp.Or(b.pod.FilesDir, dir)
+	in.Hosts = filepath.Join(files, "hosts")
+	in.Hostname = filepath.Join(files, "hostname")
+	in.ResolvConf = filepath.Join(files, "resolv.conf")
 	in.Shm = "/dev/shm"
 	if b.pod.Namespaces.IPC != "" {
 		in.Shm = filepath.Join(dir, "shm")
@@ -204,7 +206,7 @@ func (b *builder) mountImage(ctx context.Context, i int, m *runtimeapi.Mount) (s
 	// Only the spec makes it read-only: the writable layer below stays empty.
 	rw := filepath.Join(b.m.State.Dir(state.Containers, b.rec.ID), imagesName, strconv.Itoa(i))
 	for _, dir := range []string{target, rw} {
-		if err := os.MkdirAll(dir, 0o711); err != nil {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return "", kind.As(kind.Unavailable, err)
 		}
 	}

@@ -73,6 +73,20 @@ type Roots interface {
 		use func(dst string) (wanted, mounted bool)) (map[string]string, error)
 	// Bind mounts what name means inside a mounted root on at.
 	Bind(root, name, at string) error
+	// OpenWay mounts the root of a container a second time, and gives the path:
+	// where the root of a user namespace, whom owner says, gets to, and no other
+	// user of the host.
+	OpenWay(id, root string, owner records.Owner) (path string, err error)
+	// CloseWay ends that. The path stays, empty: the OCI runtime works there.
+	CloseWay(id string) error
+	// RemoveWay removes the path too, whether or not there was one.
+	RemoveWay(id string) error
+	// Tmpfs mounts a file system with these options of tmpfs(5), of which no
+	// program runs.
+	Tmpfs(path, options string) error
+	// Disarm makes setuid bits and devices below a directory mean nothing on the
+	// host. Where no mount is yet, that makes one, which Unmount ends.
+	Disarm(target string) error
 	// UnmountBelow is Unmount for each entry of a directory, if there is one.
 	UnmountBelow(dir string) error
 	// PinPID binds the pid namespace of a process to a path; Unmount undoes it.
@@ -127,6 +141,9 @@ type Options struct {
 	// RejectAbsentMounts makes a mount source that does not exist an error.
 	// Otherwise it is made, as pods with an untyped hostPath rely on.
 	RejectAbsentMounts bool
+	// OwnPaths are those of the runtime itself: nothing is made there or below, as
+	// what a pod mounts.
+	OwnPaths []string
 	// Go runs f in the background, unless the daemon is closing. It ends with ctx.
 	Go  func(f func(ctx context.Context))
 	Log *slog.Logger

@@ -3,7 +3,9 @@ package containers
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -153,7 +155,7 @@ func (m *Manager) Launch(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 	if err := c.save(func(*records.Container) {}); err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(c.dir.Path(rundir.RootfsName), 0o711); err != nil {
+	if err := c.makeRunDir(); err != nil {
 		return nil, kind.As(kind.Unavailable, fmt.Errorf("cannot make the run directory: %w", err))
 	}
 	if err := cl.Reach(step.ContainerRecord); err != nil {
@@ -168,7 +170,7 @@ func (m *Manager) Launch(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 	}
 	created := *c.Record()
 	created.Phase, created.User.M, created.ImageMounts = records.ContainerCreated, built.User, built.ImageMounts
-	if err := c.createInShim(ctx, &created, built.Spec); err != nil {
+	if err := c.createOnWay(ctx, &created, built.Spec); err != nil {
 		return nil, err
 	}
 	if err := cl.Reach(step.ContainerRuntime); err != nil {
@@ -209,6 +211,19 @@ func (c *Container) Give(ctx context.Context) error {
 	return step.Reach(step.ContainerCreated)
 }
 
+// makeRunDir makes the run directory and in it a place for the root. Where nothing is
+// mounted there, it is itself the root, for whichever user of the container.
+func (c *Container) makeRunDir() error {
+	if err := os.MkdirAll(string(c.dir), 0o700); err != nil {
+		return err
+	}
+	root := c.dir.Path(rundir.RootfsName)
+	if err := os.Mkdir(root, 0o711); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return os.Chmod(root, 0o711) // whatever the umask
+}
+
 // prepare starts the shim while the root is mounted and the spec built.
 func (c *Container) prepare(ctx context.Context, cl *claims.Claim, build Build) (*Built, error) {
 	launched := make(chan error, 1)
@@ -230,6 +245,49 @@ func (c *Container) prepare(ctx context.Context, cl *claims.Claim, build Build) 
 		err = cl.Reach(step.ContainerShim)
 	}
 	return built, err
+}
+
+// createOnWay has the container created. In a user namespace the OCI runtime walks
+// to the root as somebody without rights, whom STATE does not let in: the root is on
+// a way of its own meanwhile.
+func (c *Container) createOnWay(ctx context.Context, rec *records.Container, s *specs.Spec) (err error) {
+	pod := c.pod.Record()
+	if pod.Userns() != nil {
+		if s.Root.Path, err = c.m.Roots.OpenWay(c.ID(), s.Root.Path, pod.Root()); err != nil {
+			return kind.As(kind.Unavailable, err)
+		}
+	}
+	if err := c.createInShim(ctx, rec, s); err != nil {
+		return err
+	}
+	if pod.Userns() != nil {
+		err = c.m.Roots.CloseWay(c.ID())
+	}
+	if !rec.Init {
+		err = errors.Join(err, c.disarm())
+	}
+	return kind.As(kind.Unavailable, err)
+}
+
+// disarm takes what a program with a setuid bit could give to a user of the host
+// from all of the container that the host sees. The container itself has mounts of
+// its own by now. That the directories are closed is the first line.
+func (c *Container) disarm() error {
+	paths := []string{c.dir.Path(rundir.RootfsName), c.upper()}
+	for _, name := range []string{imagesName, volumesName} {
+		below, _ := filepath.Glob(c.dir.Path(name) + "/*")
+		paths = append(paths, below...)
+	}
+	var errs []error
+	for _, path := range paths {
+		errs = append(errs, c.m.Roots.Disarm(path))
+	}
+	return errors.Join(errs...)
+}
+
+// upper is the writable layer of the container.
+func (c *Container) upper() string {
+	return filepath.Join(c.m.State.Dir(state.Containers, c.ID()), "upper")
 }
 
 // createInShim hands everything over. From here on a daemon that lost its own
@@ -264,7 +322,7 @@ func (c *Container) createInShim(ctx context.Context, rec *records.Container, s 
 	if rec.LogPath != "" {
 		launch.LogDirectory, launch.LogPath = pr.Config.M.GetLogDirectory(), rec.Config.M.GetLogPath()
 		// The kubelet makes it; people with crictl expect it to be made.
-		if err := os.MkdirAll(launch.LogDirectory, 0o755); err != nil {
+		if err := c.m.makeHostDir(launch.LogDirectory); err != nil {
 			return kind.As(kind.Unavailable, fmt.Errorf("cannot make config.log_directory: %w", err))
 		}
 	}

@@ -103,6 +103,23 @@ func (r *Roots) Volumes(string, []string, records.Owner, string, func(string) (b
 	return nil, r.Mounting.try()
 }
 
+// OpenWay is the path itself.
+func (r *Roots) OpenWay(_, root string, _ records.Owner) (string, error) {
+	return root, r.Mounting.try()
+}
+
+// CloseWay unmounts nothing.
+func (r *Roots) CloseWay(string) error { return r.Unmounting.try() }
+
+// RemoveWay is CloseWay.
+func (r *Roots) RemoveWay(id string) error { return r.CloseWay(id) }
+
+// Tmpfs mounts nothing.
+func (r *Roots) Tmpfs(string, string) error { return r.Mounting.try() }
+
+// Disarm does nothing.
+func (r *Roots) Disarm(string) error { return nil }
+
 // PinPID makes a file.
 func (r *Roots) PinPID(p rundir.Process, path string) error {
 	if !p.Alive() {

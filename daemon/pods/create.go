@@ -180,7 +180,7 @@ func (p *Pod) makeRecord(context.Context) error {
 	if err := p.m.State.Create(state.Pods, p.ID()); err != nil {
 		return kind.As(kind.Unavailable, err)
 	}
-	if err := os.MkdirAll(p.dir(), 0o711); err != nil {
+	if err := os.MkdirAll(p.dir(), 0o700); err != nil {
 		return kind.As(kind.Unavailable, fmt.Errorf("cannot make the directory of the pod: %w", err))
 	}
 	return p.save(false, func(*records.Pod) {})
@@ -194,7 +194,7 @@ func (p *Pod) makeNamespaces(want records.Want) error {
 	if err := p.makeFiles(want); err != nil {
 		return kind.As(kind.Unavailable, err)
 	}
-	return p.save(false, func(r *records.Pod) { r.Namespaces = ns })
+	return p.save(false, func(r *records.Pod) { r.Namespaces, r.FilesDir = ns, p.filesDir() })
 }
 
 // attach runs ADD between its two records, and writes /etc/hosts, which has the

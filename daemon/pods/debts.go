@@ -52,7 +52,7 @@ func (p *Pod) pay(ctx context.Context, d records.Debt) error {
 	case records.DebtNamespaces:
 		return p.m.Network.RemoveNamespaces(rec.ID)
 	case records.DebtMounts:
-		for _, name := range []string{shmName, pidName} {
+		for _, name := range []string{shmName, filesName, pidName} {
 			if err := p.m.Containers.Roots.Unmount(filepath.Join(p.dir(), name)); err != nil {
 				return err
 			}

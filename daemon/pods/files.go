@@ -8,8 +8,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/kind"
@@ -17,16 +15,38 @@ import (
 
 // Names in the directory of a pod in STATE.
 const (
-	shmName = "shm" // /dev/shm of its containers
-	pidName = "pid" // the pin of the pid namespace of its init
+	shmName   = "shm" // /dev/shm of its containers
+	filesName = "etc" // what they see below /etc
+	pidName   = "pid" // the pin of the pid namespace of its init
+)
+
+// Containers can write these two file systems. Each has a bound of its own, also
+// on what costs no page: they must not fill the one that the node runs on.
+const (
+	shmSize    = 64 << 20
+	shmInodes  = 1 << 16
+	filesSize  = 1 << 20 // and as much as the files of the host that are copied
+	filesNodes = 16
 )
 
 // dir is the directory of the pod in STATE.
 func (p *Pod) dir() string { return p.m.State.RunDir(state.Pods, p.ID()) }
 
+// filesDir is where the files lie that containers see below /etc.
+func (p *Pod) filesDir() string { return filepath.Join(p.dir(), filesName) }
+
 // makeFiles writes the files that containers see below /etc unless the kubelet
 // mounts its own, and mounts /dev/shm.
 func (p *Pod) makeFiles(want records.Want) error {
+	size := filesSize
+	for _, path := range []string{hostHosts, hostResolvConf} {
+		if st, err := os.Stat(path); err == nil {
+			size += int(st.Size())
+		}
+	}
+	if err := p.mountTmpfs(p.filesDir(), fmt.Sprintf("mode=0700,size=%d,nr_inodes=%d", size, filesNodes)); err != nil {
+		return err
+	}
 	if err := p.write("hostname", want.Hostname+"\n"); err != nil {
 		return err
 	}
@@ -40,16 +60,19 @@ func (p *Pod) makeFiles(want records.Want) error {
 	if !want.IPC {
 		return nil
 	}
-	return mountShm(filepath.Join(p.dir(), shmName), p.Record().Root())
+	root := p.Record().Root()
+	return p.mountTmpfs(filepath.Join(p.dir(), shmName),
+		fmt.Sprintf("mode=1777,size=%d,nr_inodes=%d,uid=%d,gid=%d", shmSize, shmInodes, root.UID, root.GID))
 }
 
-// write writes a file of the pod, which belongs to its root.
+// write writes a file of the pod, which belongs to its root. All may read it,
+// whatever the umask.
 func (p *Pod) write(name, content string) error {
-	path := filepath.Join(p.dir(), name)
+	path := filepath.Join(p.filesDir(), name)
 	if err := os.WriteFile(path, []byte(content), 0o644); err != nil {
 		return err
 	}
-	return p.own(path)
+	return errors.Join(p.own(path), os.Chmod(path, 0o644))
 }
 
 // own gives a file to root of the pod. Without a user namespace that is who made it.
@@ -76,8 +99,14 @@ func (p *Pod) resolvConf() (string, error) {
 	if b.Len() > 0 {
 		return b.String(), nil
 	}
-	return hostFile("/etc/resolv.conf")
+	return hostFile(hostResolvConf)
 }
+
+// What pods get of the host where they bring nothing of their own.
+const (
+	hostHosts      = "/etc/hosts"
+	hostResolvConf = "/etc/resolv.conf"
+)
 
 // hostFile reads a file of the host; one that is missing is empty.
 func hostFile(path string) (string, error) {
@@ -97,7 +126,7 @@ func (p *Pod) hostsFile(hostname string) error {
 	}
 	if len(ips) == 0 {
 		var err error
-		if content, err = hostFile("/etc/hosts"); err != nil {
+		if content, err = hostFile(hostHosts); err != nil {
 			return kind.As(kind.Unavailable, err)
 		}
 		if p.Record().Namespaces.UTS != "" { // it has a name that the node does not know
@@ -107,14 +136,10 @@ func (p *Pod) hostsFile(hostname string) error {
 	return kind.As(kind.Unavailable, p.write("hosts", content))
 }
 
-// mountShm makes the /dev/shm that the containers of a pod share.
-func mountShm(path string, root records.Owner) error {
+// mountTmpfs mounts a file system that containers can write, bounded by options.
+func (p *Pod) mountTmpfs(path, options string) error {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return err
 	}
-	options := fmt.Sprintf("mode=1777,size=67108864,uid=%d,gid=%d", root.UID, root.GID)
-	if err := unix.Mount("shm", path, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, options); err != nil {
-		return fmt.Errorf("cannot mount a tmpfs on %s: %w", path, err)
-	}
-	return nil
+	return p.m.Containers.Roots.Tmpfs(path, options)
 }

@@ -79,7 +79,7 @@ func TestLife(t *testing.T) {
 	if s := b.PodStatus(t, id); s.State != ready || s.Network.Ip != "10.0.0.7" {
 		t.Errorf("after run: %v", s)
 	}
-	hosts, err := os.ReadFile(filepath.Join(b.Store.RunDir(state.Pods, id), "hosts"))
+	hosts, err := os.ReadFile(filepath.Join(b.Store.RunDir(state.Pods, id), "etc", "hosts"))
 	if err != nil || !strings.Contains(string(hosts), "10.0.0.7\thost\n") {
 		t.Errorf("/etc/hosts: %q, %v", hosts, err)
 	}

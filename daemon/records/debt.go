@@ -16,7 +16,7 @@ const (
 	DebtInit       Debt = "init"       // the container that is its init
 	DebtNetwork    Debt = "network"    // addresses and rules: DEL
 	DebtNamespaces Debt = "namespaces" // the pins
-	DebtMounts     Debt = "mounts"     // /dev/shm, and the pin of the pid namespace
+	DebtMounts     Debt = "mounts"     // /dev/shm, the files below /etc, the pin of the pid namespace
 	DebtCgroup     Debt = "cgroup"     // of the pod
 	DebtFiles      Debt = "files"      // its directory in STATE
 )

@@ -73,6 +73,9 @@ type Pod struct {
 	Phase       PodPhase                              `json:"phase"`
 	Namespaces  Namespaces                            `json:"namespaces"`
 	Network     *Network                              `json:"network,omitempty"` // nil: the host's
+	// FilesDir has hosts, hostname and resolv.conf. Empty is a record of a version
+	// that had them in the pod's directory in STATE.
+	FilesDir string `json:"filesDir,omitempty"`
 	// Init says that the pod has, or may have, an init process of its own, a
 	// container with the pod's id. PIDNamespace is where its namespace is pinned.
 	Init         bool   `json:"init,omitempty"`

@@ -6,7 +6,8 @@
 //	ROOT/containers/ID/record.json   a container    STATE/containers/ID/         its run directory (package rundir)
 //	ROOT/quarantine/                 what was damaged, under the time it was found
 //
-// One daemon uses a tree: it holds a flock(2) of ROOT and of STATE.
+// One daemon uses a tree: it holds a flock(2) of ROOT and of STATE. Both are closed
+// to other users of the host, with all that is below them.
 //
 // A record is renamed into place, so a killed daemon loses nothing. It is synced
 // only where the caller says so: a power cut also ends what the record speaks of.
@@ -58,9 +59,12 @@ type Store struct {
 // Open makes the trees where they are missing and takes them for this process.
 func Open(root, state string, log *slog.Logger) (*Store, error) {
 	s := &Store{root: root, state: state, log: log}
-	for _, k := range []Kind{Pods, Containers} {
-		for _, tree := range []string{root, state} {
-			if err := os.MkdirAll(filepath.Join(tree, string(k)), 0o711); err != nil {
+	for _, tree := range []string{root, state} {
+		if err := os.MkdirAll(filepath.Dir(tree), 0o755); err != nil {
+			return nil, fmt.Errorf("cannot use %s: %w", tree, err)
+		}
+		for _, name := range []string{"", string(Pods), string(Containers)} {
+			if err := s.makeClosed(filepath.Join(tree, name)); err != nil {
 				return nil, fmt.Errorf("cannot use %s: %w", tree, err)
 			}
 		}
@@ -74,6 +78,33 @@ func Open(root, state string, log *slog.Logger) (*Store, error) {
 		s.locks = append(s.locks, f)
 	}
 	return s, nil
+}
+
+// makeClosed makes a directory that only its owner, who runs the daemon, may enter. One
+// that is there is closed: an earlier version, or an administrator, left it open,
+// and a setuid program of a container must not be reached by a user of the host.
+func (s *Store) makeClosed(dir string) error {
+	if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	st, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	if !st.IsDir() {
+		return &fs.PathError{Op: "open", Path: dir, Err: syscall.ENOTDIR}
+	}
+	if owner := int(st.Sys().(*syscall.Stat_t).Uid); owner != os.Geteuid() {
+		s.log.Warn("taking a directory from another user", "path", dir, "uid", owner)
+		if err := os.Chown(dir, os.Geteuid(), os.Getegid()); err != nil {
+			return err
+		}
+	}
+	if st.Mode().Perm() == 0o700 {
+		return nil
+	}
+	s.log.Warn("closing a directory to other users", "path", dir, "mode", st.Mode())
+	return os.Chmod(dir, 0o700)
 }
 
 // lockPatience is how long a lock may stay after its daemon was killed: a child
@@ -127,7 +158,7 @@ func (s *Store) HasRunDir(k Kind, id string) bool {
 
 // Create makes the durable directory of an object.
 func (s *Store) Create(k Kind, id string) error {
-	if err := os.MkdirAll(s.Dir(k, id), 0o711); err != nil {
+	if err := os.MkdirAll(s.Dir(k, id), 0o700); err != nil {
 		return fmt.Errorf("cannot make a directory for %s: %w", id, err)
 	}
 	return nil

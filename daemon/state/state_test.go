@@ -38,6 +38,29 @@ func TestOpenOnce(t *testing.T) {
 	open(t, root, state)
 }
 
+// Nobody but the owner enters a tree, whoever made it and whatever the umask.
+func TestOpenClosed(t *testing.T) {
+	for umask, wide := range map[int]fs.FileMode{0: 0o777, 0o077: 0o711, 0o027: 0o500} {
+		t.Run(fs.FileMode(umask).String(), func(t *testing.T) {
+			dir := t.TempDir()
+			root, state := filepath.Join(dir, "root"), filepath.Join(dir, "state")
+			if err := errors.Join(os.Mkdir(state, 0o700), os.Chmod(state, wide)); err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Umask(unix.Umask(umask))
+			s := open(t, root, state)
+			if err := s.Create(Pods, "a"); err != nil {
+				t.Fatal(err)
+			}
+			for _, d := range []string{root, state, root + "/pods", state + "/containers", root + "/pods/a"} {
+				if st, err := os.Stat(d); err != nil || st.Mode() != fs.ModeDir|0o700 {
+					t.Errorf("%s: %v, %v", d, st.Mode(), err)
+				}
+			}
+		})
+	}
+}
+
 // What is mounted below a run directory is not ours to delete.
 func TestRemoveRunDirWithMount(t *testing.T) {
 	if os.Geteuid() != 0 {

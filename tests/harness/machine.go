@@ -56,7 +56,7 @@ func look(n *shared) machine {
 			}
 		}
 	}
-	for _, tree := range []string{n.Root, n.State} {
+	for _, tree := range []string{n.Root, n.State, n.State + "-userns"} {
 		filepath.WalkDir(tree, func(path string, d fs.DirEntry, err error) error {
 			switch {
 			case err != nil:

@@ -1,0 +1,67 @@
+package containers
+
+import (
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// What a pod mounts and is not there is made, but never where the runtime has its
+// own files, whichever way leads there.
+func TestMakeHostDir(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0o077))
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	state, address := filepath.Join(dir, "run", "state"), filepath.Join(dir, "run", "cri.sock")
+	m := &Manager{Options: Options{OwnPaths: []string{state, address}}}
+	if err := os.MkdirAll(state, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for name, to := range map[string]string{"to-run": "run", "to-socket": address, "to-state": state, "dangling": "made/by/link"} {
+		if err := os.Symlink(to, filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for path, made := range map[string]string{
+		"a/b/c":                  "a/b/c",
+		"a/../d/./e/":            "d/e",
+		"run/state2":             "run/state2",
+		"run/cri.sock2/x":        "run/cri.sock2/x",
+		"to-run/other":           "run/other",
+		"dangling/x":             "made/by/link/x",
+		"run/cri.sock":           "",
+		"run/cri.sock/x":         "",
+		"run/state/x":            "",
+		"to-run/cri.sock":        "",
+		"to-run/../run/cri.sock": "",
+		"to-socket":              "",
+		"to-socket/x":            "",
+		"to-state/x/y":           "",
+	} {
+		err := m.makeHostDir(dir + "/" + path)
+		if made == "" {
+			if err == nil || !strings.Contains(err.Error(), "is the runtime's own") {
+				t.Errorf("%s: %v", path, err)
+			}
+			continue
+		}
+		st, serr := os.Lstat(filepath.Join(dir, made))
+		if err != nil || serr != nil || st.Mode() != fs.ModeDir|0o755 {
+			t.Errorf("%s: %v, %v", path, err, st)
+		}
+	}
+	if err := m.makeHostDir(state); err != nil {
+		t.Errorf("one that is there: %v", err)
+	}
+	if _, err := os.Lstat(address); !os.IsNotExist(err) {
+		t.Errorf("something is in the place of the socket: %v", err)
+	}
+	if entries, err := os.ReadDir(state); err != nil || len(entries) > 0 {
+		t.Errorf("%v, %v", entries, err)
+	}
+}
