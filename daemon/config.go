@@ -24,6 +24,9 @@ type Config struct {
 	CNIBinDirs     []string
 	DefaultNetwork bool
 	Subnet         string
+	// CNIGC has plugins give back, at the start, what belongs to no pod of this
+	// daemon.
+	CNIGC bool
 
 	RegistryConfigDir string
 	PinnedImages      []string // references

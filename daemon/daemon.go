@@ -73,10 +73,20 @@ func Open(cfg Config, log *slog.Logger) (_ *Daemon, err error) {
 			return nil, err
 		}
 	}
+	finishGC := d.net.HoldForGC()
 	found, err := d.recover()
 	if err != nil {
 		return nil, err
 	}
+	d.background(func(ctx context.Context) {
+		collect := cfg.CNIGC && found.complete()
+		if cfg.CNIGC && !collect {
+			log.Warn("no garbage collection of networks (CNI GC): not everything could be read")
+		}
+		if err := finishGC(ctx, found.podIDs, collect); err != nil {
+			log.Warn("garbage collection of networks failed; the next start tries again", "error", err)
+		}
+	})
 	log.Info("recovered",
 		"pods", found.pods,
 		"containers", found.containers,

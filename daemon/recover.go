@@ -27,6 +27,9 @@ type recovery struct {
 	*Daemon
 	pods, containers, running, rebuilt, undone, quarantined int // for its one line of log
 
+	unread bool     // there is something of which nothing is concluded
+	podIDs []string // of all pods that hold something, or may
+
 	byPod   map[string]*pods.Pod
 	kept    map[string]*records.Pod       // pods as shims keep them
 	orphans map[string]*records.Container // one container of each pod that has any
@@ -68,6 +71,7 @@ func (d *Daemon) recover() (*recovery, error) {
 			podIDs = append(podIDs, id)
 		}
 	}
+	r.podIDs = podIDs
 	undoPods := r.loadPods(podIDs)
 	r.actOnContainers(list)
 	r.behind = append(r.behind, undoPods...) // after their containers
@@ -81,6 +85,10 @@ func (d *Daemon) recover() (*recovery, error) {
 	})
 	return r, nil
 }
+
+// complete says whether podIDs are all pods of this node: nothing was damaged or
+// could not be read.
+func (r *recovery) complete() bool { return r.quarantined == 0 && !r.unread }
 
 // loadContainer reads the record of a container, or makes one from what its shim
 // keeps, and decides what the container is.
@@ -107,6 +115,7 @@ func (r *recovery) loadContainer(id string) loaded {
 	l := loaded{id: id, rec: rec, Verdict: records.Decide(rec, files, kernel)}
 	if kerr != nil {
 		// The kernel could not be asked: nothing is concluded, and it is asked again.
+		r.unread = true
 		r.log.Error("cannot ask what is left of a container", "container", id, "error", kerr)
 		switch l.Do {
 		case records.Bury:
@@ -357,7 +366,8 @@ func (r *recovery) actOnInit(l loaded) {
 // actOnUnknown deals with a container of which no record can be read.
 func (r *recovery) actOnUnknown(l loaded) {
 	if l.Do == records.Leave {
-		// Its layers stay while this daemon lives.
+		// Its layers stay while this daemon lives. Nobody knows its pod.
+		r.unread = true
 		root := rundir.Dir(r.state.RunDir(state.Containers, l.id)).Path(rundir.RootfsName)
 		r.Images.Library.Hold(rootfs.LayersAt(root))
 		r.log.Error("a live shim has no readable record of its container; it is left alone", "container", l.id)

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -265,7 +266,9 @@ func TestRecoverUnknown(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 2 {
-		b.open()
+		if r := b.open(); r.complete() {
+			t.Error("all pods of the node are known, whatever the container's is")
+		}
 		b.joint.work.Wait() // all that is done behind the daemon
 		if _, err := b.Containers.Find(id); !errors.Is(err, kind.NotFound) || !b.Lives(t, pod, id) {
 			t.Errorf("found: %v, lives: %t", err, b.Lives(t, pod, id))
@@ -400,7 +403,9 @@ func TestRecoverDebts(t *testing.T) {
 			}
 			for range 2 {
 				b.close()
-				b.open()
+				if r := b.open(); !r.complete() || !slices.Contains(r.podIDs, pod) {
+					t.Errorf("complete: %t, pods %q; its address is still owed", r.complete(), r.podIDs)
+				}
 				var rec records.Pod
 				if err := b.Store.Get(state.Pods, pod, &rec); err != nil || !rec.Owes(records.DebtNetwork) {
 					t.Fatalf("on record: %v, %v", rec.Debts, err)
@@ -473,8 +478,8 @@ func TestRecoverOneNameTwice(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r := b.open(); r.quarantined != 1 {
-		t.Errorf("%d objects were put aside", r.quarantined)
+	if r := b.open(); r.quarantined != 1 || r.complete() {
+		t.Errorf("%d objects were put aside, complete: %t", r.quarantined, r.complete())
 	}
 	if again := b.Create(t, pod, fake.ContainerConfig("c")); again != id || !b.Lives(t, pod, id) {
 		t.Errorf("the name is that of %s", again)

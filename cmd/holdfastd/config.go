@@ -35,6 +35,7 @@ type file struct {
 		BinDirs        []string `toml:"bin_dirs"`
 		DefaultNetwork bool     `toml:"default_network"`
 		Subnet         string   `toml:"subnet"`
+		GC             bool     `toml:"gc"`
 	} `toml:"cni"`
 	Registry struct {
 		ConfigDir string `toml:"config_dir"`
@@ -141,7 +142,7 @@ func (f file) warn(log *slog.Logger) {
 // resolve checks the values and finds the binaries.
 func (f file) resolve(logLevel string) (daemon.Config, error) {
 	c := daemon.Config{Root: f.Root, State: f.State, DefaultRuntime: f.DefaultRuntime, Runtimes: map[string]string{}, LogLevel: logLevel,
-		CNIConfDir: f.CNI.ConfDir, CNIBinDirs: f.CNI.BinDirs, DefaultNetwork: f.CNI.DefaultNetwork, Subnet: f.CNI.Subnet,
+		CNIConfDir: f.CNI.ConfDir, CNIBinDirs: f.CNI.BinDirs, DefaultNetwork: f.CNI.DefaultNetwork, Subnet: f.CNI.Subnet, CNIGC: f.CNI.GC,
 		RegistryConfigDir: f.Registry.ConfigDir, PinnedImages: f.Images.Pinned, DropLayerBlobs: !f.Images.KeepBlobs,
 		ImageVerifierDir: f.Images.VerifierDir, CgroupDriver: f.Cgroup.Driver,
 		UnprivilegedPorts: f.Sandbox.UnprivilegedPorts, UnprivilegedICMP: f.Sandbox.UnprivilegedICMP}

@@ -370,10 +370,11 @@ func (w *world) ask(path, addr string) (string, error) {
 	return b.String(), err
 }
 
-// helper is a daemon of its own, to be killed while it adds a pod.
+// helper is a daemon of its own, to be killed while its plugins run.
 type helper struct {
 	Options    Options
 	Attachment Attachment
+	GC         bool // it collects instead
 }
 
 // startDaemon runs one with the options of w. The test kills it.
@@ -400,7 +401,11 @@ func addInHelper(spec string) int {
 		return 2
 	}
 	n, err := New(h.Options)
-	if err == nil {
+	switch {
+	case err != nil:
+	case h.GC:
+		err = n.HoldForGC()(context.Background(), nil, true)
+	default:
 		_, err = n.Add(context.Background(), h.Attachment)
 	}
 	if err != nil {

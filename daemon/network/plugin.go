@@ -42,7 +42,7 @@ const (
 	lockTick    = 5 * time.Millisecond
 )
 
-// run is one ADD or DEL of one pod, and runs its plugins for libcni. One without
+// run is one ADD or DEL of one pod, or one GC, and runs its plugins for libcni. One without
 // a lock only asks, and leaves nothing that would have to be waited for.
 //
 // It holds a lock that the plugins inherit. If the daemon is killed meanwhile,
