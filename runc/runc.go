@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -45,6 +46,19 @@ func (e *Error) Error() string {
 }
 
 func (e *Error) Unwrap() error { return e.Err }
+
+// unrunnable is how runtimes say that a container's program or its working directory
+// is not there, is none, or may not be used. There is nothing but their texts to tell
+// it by: those of runc (libcontainer's init: LookPath, MkdirAll of cwd, chdir, and its
+// check of where that led) and of crun. They are looked for at the beginning alone, as
+// names that a user chose may follow.
+var unrunnable = regexp.MustCompile("^(runc create failed: )?unable to start container process: " +
+	`(error during container init: )?(exec: "|chdir to cwd \(|mkdir |current working directory )` +
+	"|^(crun: )?(executable file `|open executable|cannot find `|chdir )")
+
+// Unrunnable says that a container could not be created because of what its image is
+// or what it was told to run. Any other error is the machine's, or the caller's.
+func (e *Error) Unrunnable() bool { return e.Verb == "create" && unrunnable.MatchString(e.Message) }
 
 // IO is what the container's process gets as its standard files. They stay the
 // caller's to close. A nil one is /dev/null.
@@ -179,6 +193,10 @@ func environ() []string {
 	})
 }
 
+// maxMessage bounds what is kept of a runtime's words, in characters: they repeat
+// arguments, of which one may have 128 KiB.
+const maxMessage = 2000
+
 // lastError is the last error that the runtime logged after offset.
 func lastError(path string, offset int64) (msg string) {
 	f, err := os.Open(path)
@@ -194,7 +212,7 @@ func lastError(path string, offset int64) (msg string) {
 	for sc.Scan() {
 		var line struct{ Level, Msg string }
 		if json.Unmarshal(sc.Bytes(), &line) == nil && (line.Level == "error" || line.Level == "fatal") && line.Msg != "" {
-			msg = line.Msg
+			msg = fmt.Sprintf("%.*s", maxMessage, line.Msg)
 		}
 	}
 	return msg

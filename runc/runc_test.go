@@ -33,6 +33,38 @@ func TestErrorIsTheRuntimes(t *testing.T) {
 	}
 }
 
+// Only what an image or a command is makes a container that cannot run, and nothing
+// that a user named makes another error look like that.
+func TestUnrunnable(t *testing.T) {
+	const runc = "runc create failed: unable to start container process: "
+	for text, want := range map[string]bool{
+		runc + `error during container init: exec: "nope": executable file not found in $PATH`:                 true,
+		runc + `error during container init: exec: "/nope": stat /nope: no such file or directory`:             true,
+		runc + `error during container init: exec: "/etc": is a directory`:                                     true,
+		runc + `error during container init: exec: "/etc/passwd": permission denied`:                           true,
+		runc + `error during container init: mkdir /etc/passwd: not a directory`:                               true,
+		runc + `error during container init: chdir to cwd ("/x") set in config.json failed: permission denied`: true,
+		runc + `exec: "nope": executable file not found in $PATH`:                                              true,
+		"executable file `nope` not found in $PATH: No such file or directory":                                 true,
+		"open executable: Permission denied":                                                                   true,
+		runc + `error during container init: error mounting "/x" to rootfs at "/exec: \"y": no such file`:      false,
+		runc + `error during container init: error mounting "exec: \"nope\": not found" to rootfs`:             false,
+		runc + `unable to apply cgroup configuration: mkdir /sys/fs/cgroup/x: no space left on device`:         false,
+		runc + `error during container init: unable to init seccomp: error loading seccomp filter`:             false,
+		runc + `error during container init: unable to apply apparmor profile: apparmor failed to apply`:       false,
+		`runc create failed: invalid rootfs: stat /x: no such file or directory`:                               false,
+		`runc create failed: unable to get cgroup PIDs: exec: "x": no such file or directory`:                  false,
+		"": false,
+	} {
+		if got := (&Error{Verb: "create", Message: text}).Unrunnable(); got != want {
+			t.Errorf("%v for %s", got, text)
+		}
+	}
+	if (&Error{Verb: "delete", Message: "executable file `nope` not found"}).Unrunnable() {
+		t.Error("a container that cannot be deleted is taken for one that cannot run")
+	}
+}
+
 func TestErrorWithoutWords(t *testing.T) {
 	err := script(t, "exit 3").Start(t.Context(), "box")
 	if err == nil || !strings.Contains(err.Error(), "exit status 3") {

@@ -171,11 +171,15 @@ func (t *task) create(ctx context.Context, launch rundir.Launch, spec *spec) {
 	}
 	t.log.Error("container not created", "err", err)
 	m.undo()
+	reason := rundir.ReasonNeverRan
+	if e, ok := errors.AsType[*runc.Error](err); ok && e.Unrunnable() && ctx.Err() == nil {
+		reason = rundir.ReasonStartError
+	}
 	durable := t.conclude(m.c, rundir.Exit{
 		Code:     codeNeverRan,
 		ExitedAt: time.Now(),
 		Source:   rundir.SourceInferred,
-		Reason:   rundir.ReasonNeverRan,
+		Reason:   reason,
 		Message:  err.Error(),
 	})
 	t.mu.Lock()

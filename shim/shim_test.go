@@ -278,15 +278,47 @@ func TestCreateFails(t *testing.T) {
 	for name, c := range map[string]struct {
 		change func(*specs.Spec)
 		says   string
+		reason string
 	}{
-		"no such command": {func(s *specs.Spec) { s.Process.Args = []string{"/no/such"} }, "/no/such"},
-		"no such rootfs":  {func(s *specs.Spec) { s.Root.Path = "/no/such/rootfs" }, "/no/such/rootfs"},
-		"hook fails": {func(s *specs.Spec) {
-			s.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/bin/false", Args: []string{"false"}}}}
-		}, "hook"},
+		"no such command": {
+			func(s *specs.Spec) { s.Process.Args = []string{"/no/such"} },
+			"/no/such", rundir.ReasonStartError,
+		},
+		"no such command on the PATH": {
+			func(s *specs.Spec) { s.Process.Args = []string{"nosuch"} },
+			"nosuch", rundir.ReasonStartError,
+		},
+		"a directory": {
+			func(s *specs.Spec) { s.Process.Args = []string{"/bin"} },
+			"/bin", rundir.ReasonStartError,
+		},
+		"not executable": {
+			func(s *specs.Spec) { s.Process.Args = []string{"/proc/version"} },
+			"permission denied", rundir.ReasonStartError,
+		},
+		"a file as working directory": {
+			func(s *specs.Spec) { s.Process.Cwd = "/bin/sh" },
+			"not a directory", rundir.ReasonStartError,
+		},
+		"below a file": {
+			func(s *specs.Spec) { s.Process.Cwd = "/bin/sh/x" },
+			"not a directory", rundir.ReasonStartError,
+		},
 		"with a terminal": {func(s *specs.Spec) {
 			s.Process.Terminal, s.Process.Args = true, []string{"/no/such"}
-		}, "/no/such"},
+		}, "/no/such", rundir.ReasonStartError},
+		"no such rootfs": {
+			func(s *specs.Spec) { s.Root.Path = "/no/such/rootfs" },
+			"/no/such/rootfs", rundir.ReasonNeverRan,
+		},
+		"no such mount, of a misleading name": {func(s *specs.Spec) {
+			s.Mounts = append(s.Mounts, specs.Mount{
+				Destination: "/mnt", Type: "bind", Source: `/no/such: exec: "x": not found`, Options: []string{"bind"},
+			})
+		}, "/no/such", rundir.ReasonNeverRan},
+		"hook fails": {func(s *specs.Spec) {
+			s.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{Path: "/bin/false", Args: []string{"false"}}}}
+		}, "hook", rundir.ReasonNeverRan},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBox(t)
@@ -301,7 +333,7 @@ func TestCreateFails(t *testing.T) {
 			for _, dir := range []string{string(b.dir), b.durable} {
 				r, err := rundir.ReadExitIn(dir)
 				says := strings.Contains(r.Message, c.says)
-				if err != nil || r.Reason != rundir.ReasonNeverRan || r.Code == 0 || !says {
+				if err != nil || r.Reason != c.reason || r.Code != 128 || r.ExitedAt.IsZero() || !says {
 					t.Errorf("%s: %+v, %v", dir, r, err)
 				}
 			}

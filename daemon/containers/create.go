@@ -70,7 +70,7 @@ func (m *Manager) Create(ctx context.Context, pod Pod, cfg *runtimeapi.Container
 	if err != nil {
 		return "", err
 	}
-	if c, err := m.Find(id); err != nil || c.Seen().Exit != nil {
+	if c, err := m.Find(id); err != nil || c.Seen().Exit != nil && !c.unrunnable() {
 		return "", kind.Errorf(kind.Exists,
 			"config.metadata: %s exists already, as %s, and has ended: remove it, or ask for another attempt", name.Name, id)
 	}
@@ -326,8 +326,21 @@ func (c *Container) createInShim(ctx context.Context, rec *records.Container, s 
 			return kind.As(kind.Unavailable, fmt.Errorf("cannot make config.log_directory: %w", err))
 		}
 	}
-	_, err = c.client.Create(ctx, launch, s)
+	if _, err = c.client.Create(ctx, launch, s); err == nil {
+		return nil
+	}
+	// One that cannot run for reasons of its own is a container that has ended. A pod
+	// without its init would be none.
+	if c.readExit() && c.unrunnable() && !rec.Init {
+		return nil
+	}
 	return err
+}
+
+// unrunnable says that the container has ended because nothing can run what it is.
+func (c *Container) unrunnable() bool {
+	exit := c.Seen().Exit
+	return exit != nil && exit.Reason == rundir.ReasonStartError
 }
 
 // undo undoes a creation. What cannot be undone now is said, and the

@@ -41,6 +41,8 @@ func (c *Container) Start(ctx context.Context) error {
 	switch s := c.Seen(); {
 	case c.Record().Phase == records.ContainerRemoving:
 		return kind.Errorf(kind.State, "container_id: %s is being removed", c)
+	case c.unrunnable():
+		return kind.Errorf(kind.State, "container_id: %s cannot run: %s", c, s.Exit.Message)
 	case s.Exit != nil:
 		return kind.Errorf(kind.State, "container_id: %s has ended (%s) and cannot be started again", c, s.Exit.Reason)
 	}

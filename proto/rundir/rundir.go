@@ -214,6 +214,7 @@ const (
 	ReasonOOMKilled  = "OOMKilled"
 	ReasonShimDied   = "ShimDied"           // the shim was killed, the container with it
 	ReasonNeverRan   = "ContainerCannotRun" // create or start failed, or it was deleted before
+	ReasonStartError = "StartError"         // what the image or the command is cannot be run
 	ReasonUnknown    = "Unknown"            // the machine went down and no record was durable
 	CodeUnknown      = 255                  // with SourceInferred
 	CodeSignalOffset = 128

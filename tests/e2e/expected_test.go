@@ -21,6 +21,7 @@ func TestExpected(t *testing.T) {
 		"ports and ping without rights": unprivileged,
 		"the image that the user named": userSpecifiedImage,
 		"process and spec of a pod":     podInfo,
+		"a container that cannot run":   cannotRun,
 		"hostname in the host's network": func(t *testing.T, n *harness.Node) {
 			pod := n.RunPod("named", hostNetwork)
 			c := pod.Run("c", []string{"sleep", "1000"})
@@ -155,5 +156,50 @@ func podInfo(t *testing.T, n *harness.Node) {
 	shared.Run("c", []string{"sleep", "1000"})
 	if s := info(shared); s.PID == 0 || !strings.Contains(s.PIDOf, "init") || len(s.RuntimeSpec.Linux.Namespaces) == 0 {
 		t.Errorf("a pod with an init has %+v", s)
+	}
+}
+
+// What the image or the command is at fault for is the container's end, so that a Job
+// fails. The same request gets the same container, and a restart changes nothing.
+func cannotRun(t *testing.T, n *harness.Node) {
+	pod := n.RunPod("cannotrun")
+	check := func(t *testing.T, c *harness.Container, says string) {
+		t.Helper()
+		s := c.Status()
+		if s.State != cri.ContainerState_CONTAINER_EXITED || s.ExitCode != 128 || s.Reason != "StartError" ||
+			s.FinishedAt == 0 || !strings.Contains(s.Message, says) {
+			t.Errorf("the container is %s, %d, %q, at %d, %q", s.State, s.ExitCode, s.Reason, s.FinishedAt, s.Message)
+		}
+	}
+	all := map[*harness.Container]string{}
+	for name, c := range map[string]struct {
+		command []string
+		cwd     string
+		says    string
+	}{
+		"missing":       {command: []string{"/no/such/program"}, says: "no such file or directory"},
+		"not-on-path":   {command: []string{"nosuch"}, says: "executable file not found"},
+		"directory":     {command: []string{"/tmp"}, says: "is a directory"},
+		"no-program":    {command: []string{"/etc/hosts"}, says: "permission denied"},
+		"cwd-is-a-file": {command: []string{"true"}, cwd: "/etc/hosts", says: "not a directory"},
+	} {
+		edit := func(config *cri.ContainerConfig) { config.WorkingDir = c.cwd }
+		box := pod.Create(name, c.command, edit)
+		if again := pod.Create(name, c.command, edit); again.ID != box.ID {
+			t.Errorf("%s: the same request got another container", name)
+		}
+		ctx, cancel := harness.Deadline()
+		defer cancel()
+		_, err := n.Runtime.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: box.ID})
+		if err == nil || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: the start says %v, want the words %q", name, err, c.says)
+		}
+		check(t, box, c.says)
+		all[box] = c.says
+	}
+	n.Restart()
+	for c, says := range all {
+		check(t, c, says)
+		c.Remove()
 	}
 }
