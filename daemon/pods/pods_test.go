@@ -354,6 +354,7 @@ func TestRemoveDuringCreate(t *testing.T) {
 	select {
 	case err := <-removed:
 		t.Errorf("removed under a creation: %v", err)
+		removed <- err
 	default:
 	}
 	close(proceed)
