@@ -22,6 +22,12 @@ fail() {
 	exit 1
 }
 
+# new_enough VERSION takes what `go version` prints.
+new_enough() {
+	version=$(echo "$1" | sed 's/.*go\([0-9][0-9.]*\).*/\1/')
+	[ -n "$version" ] && printf '%s\n' "$want" "$version" | sort -VC
+}
+
 # download ARCH fetches the toolchain to $tmp/mod and prints what is known of it.
 # The settings are those under which all versions of Go since 1.16 do the same.
 download() {
@@ -60,14 +66,16 @@ case ${1:-} in
 esac
 
 command -v go >/dev/null || fail "cannot build without Go. Install Go $want or later"
-# Since 1.21, Go itself may switch to a toolchain that it downloaded earlier.
-have=$(GOPROXY=off go version 2>/dev/null | sed 's/.*go\([0-9][0-9.]*\).*/\1/')
-[ -n "$have" ] && printf '%s\n' "$want" "$have" | sort -VC && exit 0
-
 old=$(GOTOOLCHAIN=local go version)
+new_enough "$old" && exit 0
 arch=$(GOTOOLCHAIN=local go env GOHOSTARCH)
+# Since 1.21, Go itself may switch to a toolchain, which it has downloaded then.
+[ -d "$(GOTOOLCHAIN=local go env GOMODCACHE)/$module@v0.0.1-go$want.linux-$arch" ] &&
+	new_enough "$(GOPROXY=off go version 2>/dev/null)" && exit 0
+
 sum=$(sed -n "s|^$module v0.0.1-go$want.linux-$arch \(h1:.*\)|\1|p" $pins)
-[ -n "$sum" ] || fail "$old is too old, and $pins has no checksum of Go $want for linux/$arch. Install Go $want or later"
+[ -n "$sum" ] ||
+	fail "$old is too old, and $pins has no checksum of Go $want for linux/$arch. Install Go $want or later"
 echo "downloading Go $want to .cache/go, as this one is older: $old"
 make_tmp
 export GONOSUMDB=$module
