@@ -302,7 +302,7 @@ func (c *Container) observe(change func(*records.Seen)) {
 	if was.Exit != nil {
 		now.Exit = was.Exit
 	}
-	if was.Phase == rundir.PhaseRunning && now.Phase != rundir.PhaseExited {
+	if was.Phase == rundir.PhaseRunning && !was.Guessed && now.Phase != rundir.PhaseExited {
 		now.Phase = rundir.PhaseRunning
 	}
 	c.seen.Store(&now)

@@ -50,6 +50,21 @@ func TestObserveGoesForward(t *testing.T) {
 	}
 }
 
+// A phase that was only guessed gives way to what the shim says.
+func TestObserveGuess(t *testing.T) {
+	guess := records.Seen{Phase: rundir.PhaseRunning, Guessed: true}
+	c := newManager(t).Adopt(&records.Container{ID: "c"}, nil, guess)
+	c.take(client.Event{Seq: 1, Type: client.Created})
+	if got := c.Seen(); got.State() != runtimeapi.ContainerState_CONTAINER_CREATED {
+		t.Errorf("after Created: %+v", got)
+	}
+	c.take(client.Event{Seq: 2, Type: client.Started})
+	c.take(client.Event{Seq: 1, Type: client.Created})
+	if got := c.Seen(); got.State() != runtimeapi.ContainerState_CONTAINER_RUNNING || got.Guessed {
+		t.Errorf("after a late Created: %+v", got)
+	}
+}
+
 func TestShare(t *testing.T) {
 	const half = maxExecOutput / 2
 	for _, c := range []struct{ out, err, wantOut, wantErr int64 }{

@@ -57,9 +57,22 @@ func (c *Container) buryLocked(ctx context.Context, why string) error {
 	if err := step.Reach(step.ContainerBuried); err != nil {
 		return err
 	}
-	if files.Exit != nil || rec.Phase == records.ContainerCreating {
+	if rec.Phase == records.ContainerCreating {
 		return nil
 	}
+	exit := files.Exit
+	if exit == nil {
+		exit = c.infer(files, k, why)
+	}
+	c.observe(func(s *records.Seen) { s.Phase, s.Exit = rundir.PhaseExited, exit })
+	return nil
+}
+
+// infer makes the exit record that the shim could not write. Where no disk takes it,
+// it holds all the same: what the container has is to be given back, and the next
+// start infers it once more.
+func (c *Container) infer(files records.Files, k records.Kernel, why string) *rundir.Exit {
+	rec := c.Record()
 	exit := records.Infer(files, k, why)
 	c.m.Log.Warn("buried a container",
 		"container", rec.ID,
@@ -68,11 +81,9 @@ func (c *Container) buryLocked(ctx context.Context, why string) error {
 		"reason", exit.Reason,
 		"message", exit.Message)
 	if err := c.m.WriteExit(rec.ID, exit); err != nil {
-		// A removal goes on without, or a full disk would keep what it has to
-		// give back. Others miss the record and try again.
 		c.m.Log.Warn("cannot write an inferred exit record", "container", rec.ID, "error", err)
 	}
-	return nil
+	return &exit
 }
 
 // killRest kills all processes of a container that has no shim, and has the OCI

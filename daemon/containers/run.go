@@ -65,7 +65,7 @@ func (c *Container) Start(ctx context.Context) error {
 		return err
 	}
 	c.observe(func(s *records.Seen) {
-		s.Phase, s.Init, s.StartedAt = rundir.PhaseRunning, init, at
+		s.Phase, s.Guessed, s.Init, s.StartedAt = rundir.PhaseRunning, false, init, at
 	})
 	c.m.Log.Info("container started",
 		"container", c.ID(),
@@ -132,7 +132,7 @@ func (c *Container) Kill(ctx context.Context) error {
 	if err := c.end(ctx, "its shim did not answer and was killed"); err != nil {
 		return err
 	}
-	if !c.readExit() {
+	if c.Seen().Exit == nil {
 		return err
 	}
 	return nil

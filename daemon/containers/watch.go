@@ -19,6 +19,7 @@ func (m *Manager) Follow(c *Container) { m.Go(c.watch) }
 func (c *Container) watch(ctx context.Context) {
 	const first, last = 50 * time.Millisecond, 5 * time.Second
 	for wait := first; ; wait = min(2*wait, last) {
+		c.askPhase(ctx)
 		err := c.client.Watch(ctx, 0, func(e client.Event) {
 			wait = first
 			c.take(e)
@@ -50,6 +51,23 @@ func (c *Container) watch(ctx context.Context) {
 	}
 }
 
+// askPhase asks the shim for a phase that was guessed. Its events would tell it, too,
+// but one after the other, and a container that runs would look created in between.
+func (c *Container) askPhase(ctx context.Context) {
+	if !c.Seen().Guessed {
+		return
+	}
+	now, err := c.client.State(ctx)
+	if err != nil || now.Status.Phase == rundir.PhaseExited { // the events tell how
+		return
+	}
+	c.observe(func(s *records.Seen) {
+		if s.Guessed { // nobody was faster
+			s.Phase, s.Guessed, s.Init, s.StartedAt = now.Status.Phase, false, now.Status.Init, now.Status.StartedAt
+		}
+	})
+}
+
 // take takes an event of the shim in.
 func (c *Container) take(e client.Event) {
 	c.observe(func(s *records.Seen) {
@@ -60,7 +78,7 @@ func (c *Container) take(e client.Event) {
 		case client.Created:
 			s.Phase = rundir.PhaseCreated
 		case client.Started:
-			s.Phase = rundir.PhaseRunning
+			s.Phase, s.Guessed = rundir.PhaseRunning, false
 			if s.StartedAt.IsZero() {
 				s.StartedAt = e.At
 			}
@@ -89,5 +107,5 @@ func (c *Container) concludeWithout(ctx context.Context) bool {
 		c.m.Log.Error("cannot clean up after a dead shim; trying again", "container", c.ID(), "error", err)
 		return false
 	}
-	return c.readExit()
+	return c.Seen().Exit != nil
 }

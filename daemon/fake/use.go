@@ -13,6 +13,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -152,13 +153,15 @@ func (n *Node) StopShim(t *testing.T, id string) {
 	}
 }
 
-// KillShim kills the shim of a container, and returns when it is gone.
+// KillShim kills the shim of a container, and returns when it is gone: the last of its
+// threads has let go of the lock.
 func (n *Node) KillShim(t *testing.T, id string) {
 	t.Helper()
 	n.Signal(t, id, syscall.SIGKILL)
 	Until(t, "the end of a shim", func() bool {
 		_, err := shims.Find(n.Dir(id))
-		return errors.Is(err, rundir.ErrNoProcess)
+		held, _ := n.Dir(id).Held()
+		return errors.Is(err, rundir.ErrNoProcess) && !held
 	})
 }
 
@@ -238,6 +241,26 @@ func RunDirDamages() map[string]func(dir string) error {
 		rundir.LaunchName, rundir.SpecName, rundir.StatusName)
 	all["nothing"] = func(string) error { return nil }
 	all["no directory"] = os.RemoveAll
+	for name, r := range map[string]any{
+		rundir.StatusName: rundir.Status{
+			Phase:     rundir.PhaseRunning,
+			BootID:    rundir.BootID(),
+			StartedAt: time.Unix(1000, 0),
+		},
+		rundir.ExitName: rundir.Exit{Source: rundir.SourceWaited, Reason: rundir.ReasonCompleted},
+	} {
+		all[name+" is another container's"] = func(dir string) error {
+			return record.WriteOf(filepath.Join(dir, name), "another", r, false)
+		}
+	}
+	all["shim.json is another container's, no lock, no socket"] = func(dir string) error {
+		ended := rundir.Identity{Shim: rundir.Process{PID: 1 << 22, StartTime: 1}, BootID: rundir.BootID()}
+		return errors.Join(
+			record.WriteOf(filepath.Join(dir, rundir.IdentityName), "another", ended, false),
+			os.RemoveAll(filepath.Join(dir, rundir.LockName)),
+			os.RemoveAll(filepath.Join(dir, rundir.SocketName)),
+		)
+	}
 	return all
 }
 

@@ -16,6 +16,7 @@ import (
 // earlier phase, and its first end stays.
 type Seen struct {
 	Phase     rundir.Phase
+	Guessed   bool // nothing tells the phase: it is what does the least harm until the shim says it
 	Init      rundir.Process
 	StartedAt time.Time    // zero: not started, or not known
 	Exit      *rundir.Exit // nil: it has not ended
@@ -112,7 +113,7 @@ func see(f Files, k Kernel) Seen {
 	case k.Unstarted:
 		s.Phase = rundir.PhaseCreated
 	default:
-		s.Phase = rundir.PhaseRunning
+		s.Phase, s.Guessed = rundir.PhaseRunning, true
 	}
 	if s.Phase == rundir.PhaseExited { // told before the exit record is read: it is on its way
 		s.Phase = rundir.PhaseRunning

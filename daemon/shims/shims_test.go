@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/holdfast-cri/holdfast/proto/client"
+	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -126,6 +127,14 @@ var damages = map[string]func(rundir.Dir) error{
 	"another process in shim.json": func(d rundir.Dir) error {
 		self, err := rundir.FindProcess(os.Getpid())
 		return errors.Join(err, d.WriteIdentity(rundir.Identity{Shim: self, BootID: rundir.BootID()}))
+	},
+	"the shim.json of another container, no lock, no socket": func(d rundir.Dir) error {
+		ended := rundir.Identity{Shim: rundir.Process{PID: 1 << 22, StartTime: 1}, BootID: rundir.BootID()}
+		return errors.Join(
+			record.WriteOf(d.Path(rundir.IdentityName), "another", ended, false),
+			os.Remove(d.Path(rundir.LockName)),
+			os.Remove(d.Path(rundir.SocketName)),
+		)
 	},
 	"an ended process in shim.json": func(d rundir.Dir) error {
 		return d.WriteIdentity(rundir.Identity{Shim: rundir.Process{PID: 1 << 22, StartTime: 1}, BootID: rundir.BootID()})

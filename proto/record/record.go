@@ -8,9 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 )
 
 // ErrDamaged is wrapped by every error about a record that is there but cannot
@@ -23,7 +25,8 @@ const Format = 1
 
 type envelope struct {
 	Version  int             `json:"version"`
-	Checksum string          `json:"checksum"` // crc32c of body, as it stands in the file
+	ID       string          `json:"id,omitempty"` // of the object that the record is about
+	Checksum string          `json:"checksum"`     // crc32c of body, as it stands in the file
 	Body     json.RawMessage `json:"body"`
 }
 
@@ -34,12 +37,15 @@ func checksum(body []byte) string {
 }
 
 // Encode turns v into a record: JSON with a version and a checksum, one line.
-func Encode(v any) ([]byte, error) {
+func Encode(v any) ([]byte, error) { return EncodeOf("", v) }
+
+// EncodeOf is Encode for the record of the object that has the id.
+func EncodeOf(id string, v any) ([]byte, error) {
 	body, err := json.Marshal(v)
 	if err != nil {
 		return nil, fmt.Errorf("cannot encode %T: %w", v, err)
 	}
-	b, err := json.Marshal(envelope{Version: Format, Checksum: checksum(body), Body: body})
+	b, err := json.Marshal(envelope{Version: Format, ID: id, Checksum: checksum(body), Body: body})
 	if err != nil {
 		return nil, fmt.Errorf("cannot encode %T: %w", v, err)
 	}
@@ -47,13 +53,21 @@ func Encode(v any) ([]byte, error) {
 }
 
 // Decode reads a record into v. Every failure wraps ErrDamaged.
-func Decode(b []byte, v any) error {
+func Decode(b []byte, v any) error { return DecodeOf(b, "", v) }
+
+// DecodeOf is Decode for the record of the object that has the id. The record of
+// another one, which somebody has copied, is damaged. One that names no object, as
+// older ones do, is taken for its own.
+func DecodeOf(b []byte, id string, v any) error {
 	var e envelope
 	if err := json.Unmarshal(b, &e); err != nil {
 		return fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	if e.Version != Format {
 		return fmt.Errorf("%w: version %d, want %d", ErrDamaged, e.Version, Format)
+	}
+	if id != "" && e.ID != "" && e.ID != id {
+		return fmt.Errorf("%w: it is the record of %q", ErrDamaged, e.ID)
 	}
 	body := bytes.TrimSpace(e.Body)
 	if got := checksum(body); got != e.Checksum {
@@ -67,8 +81,11 @@ func Decode(b []byte, v any) error {
 
 // Write replaces the record at path, as ReplaceFile does. Mode 0600:
 // environments hold secrets.
-func Write(path string, v any, sync bool) error {
-	b, err := Encode(v)
+func Write(path string, v any, sync bool) error { return WriteOf(path, "", v, sync) }
+
+// WriteOf is Write for the record of the object that has the id.
+func WriteOf(path, id string, v any, sync bool) error {
+	b, err := EncodeOf(id, v)
 	if err != nil {
 		return err
 	}
@@ -112,25 +129,38 @@ const maxRecord = 64 << 20
 
 // Read reads the record at path into v. A missing file is fs.ErrNotExist;
 // a file that is there and cannot be used, for whatever reason, is ErrDamaged.
-func Read(path string, v any) error {
-	st, err := os.Lstat(path)
-	if errors.Is(err, fs.ErrNotExist) {
+func Read(path string, v any) error { return ReadOf(path, "", v) }
+
+// ReadOf is Read for the record of the object that has the id; see DecodeOf.
+func ReadOf(path, id string, v any) error {
+	b, err := readFile(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("cannot read %s: %w", path, err)
-	}
-	if err == nil && (!st.Mode().IsRegular() || st.Size() > maxRecord) {
-		err = fmt.Errorf("mode %s, size %d", st.Mode(), st.Size())
-	}
-	var b []byte
-	if err == nil {
-		b, err = os.ReadFile(path)
-	}
-	if err != nil {
+	case err != nil:
 		return fmt.Errorf("cannot read %s: %w: %w", path, ErrDamaged, err)
 	}
-	if err := Decode(b, v); err != nil {
+	if err := DecodeOf(b, id, v); err != nil {
 		return fmt.Errorf("cannot read %s: %w", path, err)
 	}
 	return nil
+}
+
+// readFile reads a regular file. It does not block, whatever has the name.
+func readFile(path string) ([]byte, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !st.Mode().IsRegular() || st.Size() > maxRecord {
+		return nil, fmt.Errorf("mode %s, size %d", st.Mode(), st.Size())
+	}
+	return io.ReadAll(io.LimitReader(f, maxRecord))
 }
 
 // SyncDir makes the names in a directory durable.

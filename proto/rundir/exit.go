@@ -72,7 +72,7 @@ func (e *ExitFile) Commit(r Exit) error {
 	if len(r.Message) > keep {
 		r.Message = r.Message[:keep]
 	}
-	b, err := record.Encode(r)
+	b, err := record.EncodeOf(filepath.Base(e.dir), r)
 	if err == nil {
 		_, err = e.f.WriteAt(b, 0)
 	}
@@ -85,7 +85,7 @@ func (e *ExitFile) Commit(r Exit) error {
 	path := filepath.Join(e.dir, ExitName)
 	if err == nil {
 		// A link fails where a rename would replace: write-once by the kernel.
-		if err = os.Link(e.f.Name(), path); errors.Is(err, fs.ErrExist) {
+		if err = e.link(path); errors.Is(err, fs.ErrExist) {
 			err = ErrExists
 		}
 	}
@@ -104,6 +104,22 @@ func (e *ExitFile) Commit(r Exit) error {
 		return fmt.Errorf("cannot write %s: %w", path, err)
 	}
 	return nil
+}
+
+// link gives the record its name. What has it already stays, unless that is no exit
+// record of this container.
+func (e *ExitFile) link(path string) error {
+	err := os.Link(e.f.Name(), path)
+	if !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	if _, rerr := ReadExitIn(e.dir); !errors.Is(rerr, record.ErrDamaged) {
+		return err
+	}
+	if err := os.RemoveAll(path); err != nil {
+		return err
+	}
+	return os.Link(e.f.Name(), path)
 }
 
 // Close gives the room back if Commit was not called. It may be called twice.

@@ -16,7 +16,8 @@
 //	exec/ID.json Exec, one for each exec, as long as anything of it lives
 //	rootfs       where the daemon mounts the container's root
 //
-// Every .json but config.json is a record (package record). To a reader a missing
+// Every .json but config.json is a record (package record) that names its
+// container. To a reader a missing
 // file means "not yet" and a damaged one "unknown"; neither is a reason to kill.
 // After a reboot none of them means anything; the shim puts a synced copy of
 // exit.json into the durable directory that Create names.
@@ -333,20 +334,20 @@ func (d Dir) Dial(ctx context.Context) (net.Conn, error) {
 }
 
 // ReadIdentity, ReadLaunch, ReadStatus and ReadExit read one record each. Errors
-// are those of record.Read: fs.ErrNotExist, record.ErrDamaged.
-func (d Dir) ReadIdentity() (r Identity, err error) {
-	err = record.Read(d.Path(IdentityName), &r)
-	return
-}
-func (d Dir) ReadLaunch() (r Launch, err error) { err = record.Read(d.Path(LaunchName), &r); return }
-func (d Dir) ReadStatus() (r Status, err error) { err = record.Read(d.Path(StatusName), &r); return }
-func (d Dir) ReadExit() (r Exit, err error)     { return ReadExitIn(string(d)) }
+// are those of record.ReadOf: fs.ErrNotExist, record.ErrDamaged. The record of
+// another container, copied there, is damaged.
+func (d Dir) ReadIdentity() (r Identity, err error) { err = d.read(IdentityName, &r); return }
+func (d Dir) ReadLaunch() (r Launch, err error)     { err = d.read(LaunchName, &r); return }
+func (d Dir) ReadStatus() (r Status, err error)     { err = d.read(StatusName, &r); return }
+func (d Dir) ReadExit() (r Exit, err error)         { err = d.read(ExitName, &r); return }
 
-// ReadExitIn reads the exit record in any directory, such as the durable one.
-func ReadExitIn(dir string) (r Exit, err error) {
-	err = record.Read(filepath.Join(dir, ExitName), &r)
-	return
-}
+// ReadExitIn reads the exit record in any directory that is named after the
+// container, such as the durable one.
+func ReadExitIn(dir string) (Exit, error) { return Dir(dir).ReadExit() }
+
+func (d Dir) read(name string, r any) error { return record.ReadOf(d.Path(name), d.ID(), r) }
+
+func (d Dir) write(name string, r any) error { return record.WriteOf(d.Path(name), d.ID(), r, false) }
 
 // maxSpec bounds what ReadSpec takes in: more than a message to the shim holds.
 const maxSpec = 16 << 20
@@ -371,6 +372,6 @@ func (d Dir) ReadSpec() ([]byte, error) {
 
 // WriteIdentity, WriteLaunch and WriteStatus replace one record each. Only the
 // shim calls them. None is synced: after a power cut they mean nothing.
-func (d Dir) WriteIdentity(r Identity) error { return record.Write(d.Path(IdentityName), r, false) }
-func (d Dir) WriteLaunch(r Launch) error     { return record.Write(d.Path(LaunchName), r, false) }
-func (d Dir) WriteStatus(r Status) error     { return record.Write(d.Path(StatusName), r, false) }
+func (d Dir) WriteIdentity(r Identity) error { return d.write(IdentityName, r) }
+func (d Dir) WriteLaunch(r Launch) error     { return d.write(LaunchName, r) }
+func (d Dir) WriteStatus(r Status) error     { return d.write(StatusName, r) }

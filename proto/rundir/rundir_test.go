@@ -40,6 +40,31 @@ func TestExitIsWrittenOnce(t *testing.T) {
 	}
 }
 
+// What is no exit record of the container is not taken for one, and gives way to it.
+func TestExitInThePlaceOfAnother(t *testing.T) {
+	for name, put := range map[string]func(path string) error{
+		"of another container": func(path string) error { return record.WriteOf(path, "another", Exit{}, false) },
+		"damaged":              func(path string) error { return os.WriteFile(path, []byte("x"), 0o600) },
+		"a FIFO":               func(path string) error { return syscall.Mkfifo(path, 0o600) },
+		"a directory":          func(path string) error { return os.MkdirAll(filepath.Join(path, "x"), 0o700) },
+	} {
+		dir := t.TempDir()
+		if err := put(filepath.Join(dir, ExitName)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := ReadExitIn(dir); !errors.Is(err, record.ErrDamaged) {
+			t.Errorf("%s: read: %v", name, err)
+		}
+		e, err := PrepareExit(dir, false)
+		if err == nil {
+			err = e.Commit(Exit{Code: 3})
+		}
+		if got, rerr := ReadExitIn(dir); err != nil || rerr != nil || got.Code != 3 {
+			t.Errorf("%s: %v; %+v, %v", name, err, got, rerr)
+		}
+	}
+}
+
 // The room for the record is taken beforehand, so a file system that fills up
 // while the container runs does not lose its end.
 func TestExitOnAFullFileSystem(t *testing.T) {
