@@ -14,6 +14,8 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/invoke"
+
+	"github.com/holdfast-cri/holdfast/daemon/beneath"
 )
 
 // conf is one network as it will be handed to plugins.
@@ -132,7 +134,7 @@ func (n *Network) chooseLocked(files []confFile) (conf, error) {
 			continue // belongs to a list in the directory above
 		}
 		tried++
-		list, err := parseConf(f)
+		list, err := parseConf(f, files)
 		if err == nil {
 			delete(n.skipped, f.path)
 			return conf{source: f.path, list: list}, nil
@@ -153,6 +155,9 @@ func (n *Network) chooseLocked(files []confFile) (conf, error) {
 		ErrNoNetwork, n.opts.ConfDir)
 }
 
+// maxConf bounds a config file, in bytes.
+const maxConf = 1 << 20
+
 // readConfDir returns what matters in dir, ordered by name: files that may be
 // configs, and the *.conf files one level below, which a list may refer to. A
 // missing directory is an empty one.
@@ -166,12 +171,12 @@ func readConfDir(dir string) ([]confFile, error) {
 	}
 	var files []confFile
 	add := func(path string) {
-		data, err := os.ReadFile(path)
+		data, err := readConf(path)
 		files = append(files, confFile{path: path, data: data, err: err})
 	}
 	for _, e := range entries {
 		path := filepath.Join(dir, e.Name())
-		if e.IsDir() {
+		if st, err := os.Stat(path); err == nil && st.IsDir() {
 			below, _ := filepath.Glob(filepath.Join(escapeGlob(path), "*.conf"))
 			for _, p := range below {
 				add(p)
@@ -183,13 +188,22 @@ func readConfDir(dir string) ([]confFile, error) {
 	return files, nil
 }
 
+func readConf(path string) ([]byte, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	return beneath.ReadFile("/", path, maxConf)
+}
+
 func escapeGlob(path string) string {
 	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(path)
 }
 
 // parseConf reads a list, or makes one of a single plugin's config. What tells
-// them apart is the content: only a plugin's config has a type.
-func parseConf(f confFile) (*libcni.NetworkConfigList, error) {
+// them apart is the content: only a plugin's config has a type. all are those of the
+// directory, and the plugins' configs beside them.
+func parseConf(f confFile, all []confFile) (*libcni.NetworkConfigList, error) {
 	if f.err != nil {
 		return nil, f.err
 	}
@@ -211,7 +225,7 @@ func parseConf(f confFile) (*libcni.NetworkConfigList, error) {
 		return nil, err
 	}
 	if !list.LoadOnlyInlinedPlugins {
-		more, err := libcni.NetworkPluginConfsFromFiles(filepath.Dir(f.path), list.Name)
+		more, err := pluginsBeside(f, list.Name, all)
 		if err != nil {
 			return nil, err
 		}
@@ -225,6 +239,25 @@ func parseConf(f confFile) (*libcni.NetworkConfigList, error) {
 		return nil, errors.New("no plugins in it")
 	}
 	return list, nil
+}
+
+// pluginsBeside gives the plugins' configs in the directory that has a list's name.
+func pluginsBeside(list confFile, name string, all []confFile) ([]*libcni.PluginConfig, error) {
+	var plugins []*libcni.PluginConfig
+	for _, f := range all {
+		if filepath.Dir(f.path) != filepath.Join(filepath.Dir(list.path), name) {
+			continue
+		}
+		if f.err != nil {
+			return nil, f.err
+		}
+		p, err := libcni.NetworkPluginConfFromBytes(f.data)
+		if err != nil {
+			return nil, fmt.Errorf("cannot use %s: %w", f.path, err)
+		}
+		plugins = append(plugins, p)
+	}
+	return plugins, nil
 }
 
 // listOfOne wraps a single plugin's config, the form before CNI 0.3.0.

@@ -103,6 +103,40 @@ func TestConfigFollowsTheDirectory(t *testing.T) {
 	w.wantNetwork("back")
 }
 
+// What is no file, or is no size for a config, neither blocks nor hides the others.
+func TestConfigIsNoFile(t *testing.T) {
+	w := newWorld(t)
+	w.write("50-b.conflist", list("b"))
+	for _, name := range []string{"00-fifo.conflist", "01-large.conflist", "02-directory.conflist"} {
+		path := filepath.Join(w.opts.ConfDir, name)
+		var err error
+		switch name[:4] {
+		case "00-f":
+			err = unix.Mkfifo(path, 0o600)
+		case "01-l":
+			if err = os.WriteFile(path, nil, 0o600); err == nil {
+				err = os.Truncate(path, 1<<40)
+			}
+		case "02-d":
+			err = os.Mkdir(path, 0o700)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.wantNetwork("b")
+	}
+	if err := os.Mkdir(filepath.Join(w.opts.ConfDir, "b"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mkfifo(filepath.Join(w.opts.ConfDir, "b", "10-fifo.conf"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	w.wantNone("can be used") // nor is a network used without a plugin that it names
+	if !strings.Contains(w.log.String(), "10-fifo.conf") {
+		t.Errorf("not in the log:\n%s", w.log)
+	}
+}
+
 func TestConfigNamesMissingPlugins(t *testing.T) {
 	w := newWorld(t)
 	w.write("10.conflist", `{"cniVersion": "1.0.0", "name": "n", "plugins": [{"type": "loopback"}, {"type": "late", "ipam": {"type": "late-ipam"}}]}`)

@@ -136,7 +136,7 @@ var ofTheModule = map[string][]string{
 	"daemon/image":          {"daemon/dirs", "daemon/records", "daemon/image/registry", "proto/kind", "proto/record", "proto/rundir", "reaper/group"},
 	"daemon/image/registry": {"proto/kind"},
 	"daemon/network": {
-		"daemon/network/...", "daemon/records", "daemon/dirs", "proto/kind", "proto/record", "proto/rundir",
+		"daemon/network/...", "daemon/records", "daemon/beneath", "daemon/dirs", "proto/kind", "proto/record", "proto/rundir",
 		"reaper/group", "reaper/pidfd",
 	},
 	"daemon/network/netns": {},
