@@ -36,7 +36,7 @@ func withShim(ctx context.Context, dir rundir.Dir, f func(*client.Client) error)
 	}
 	if exit, xerr := dir.ReadExit(); xerr == nil {
 		err = fmt.Errorf("%w: exit code %s, %s", errEnded, exitText(&exit), timeText(exit.ExitedAt))
-	} else if held, herr := dir.Held(); errors.Is(err, client.ErrUnreachable) && herr == nil && !held {
+	} else if alive, herr := dir.Alive(); errors.Is(err, client.ErrUnreachable) && herr == nil && !alive {
 		err = client.ErrNoRecord
 	}
 	return about(dir, err)

@@ -574,6 +574,39 @@ func TestStopWaits(t *testing.T) {
 	}
 }
 
+// A lock that is not there, or is none, says nothing about a shim that answers.
+func TestWithoutLock(t *testing.T) {
+	for name, put := range map[string]func(path string) error{
+		"removed":     func(string) error { return nil },
+		"empty":       func(path string) error { return os.WriteFile(path, nil, 0o600) },
+		"a FIFO":      func(path string) error { return syscall.Mkfifo(path, 0o600) },
+		"a directory": func(path string) error { return os.Mkdir(path, 0o700) },
+	} {
+		state := newState(t)
+		f := startFake(t, &fakeShim{dir: newDir(t, state, "live")})
+		check(t, os.Remove(f.dir.Path(rundir.LockName)))
+		check(t, put(f.dir.Path(rundir.LockName)))
+		var v view
+		check(t, json.Unmarshal([]byte(ctl(t, "--state", state, "--json", "state", "live").stdout), &v))
+		if v.Source != client.FromShim || v.State != "running" || v.Note != "" {
+			t.Errorf("%s: %+v", name, v)
+		}
+		if r := ctl(t, "--state", state, "events", "live"); r.code != 0 {
+			t.Errorf("%s: events: %+v", name, r)
+		}
+		out, _, wait := ctlStart(t.Context(), nil, "--state", state, "stop", "live")
+		eventually(t, "the stop", func() bool {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			return len(f.stops) == 1
+		})
+		f.end(t, 3)
+		if code := wait(); code != 0 || !strings.Contains(out.String(), "exit code 3 Error") {
+			t.Errorf("%s: stop: code %d, %q", name, code, out)
+		}
+	}
+}
+
 // A shim that is stopped by a signal costs the list a moment, not its life.
 func TestStoppedShim(t *testing.T) {
 	state := newState(t)

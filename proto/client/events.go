@@ -89,11 +89,11 @@ func (c *Client) Watch(ctx context.Context, after uint64, f func(Event)) error {
 // Past gives what has happened so far. A shim that has ended has taken its events
 // along; the exit record stands for them, as an event without a number.
 func (c *Client) Past(ctx context.Context) ([]Event, error) {
-	held, err := c.dir.Held()
+	alive, err := c.dir.Alive()
 	if err != nil {
 		return nil, err
 	}
-	if held {
+	if alive {
 		ctx, cancel := c.Impatient(ctx)
 		defer cancel()
 		return c.Events(ctx, 0, 0)
@@ -117,7 +117,7 @@ func (c *Client) Follow(ctx context.Context, after uint64, f func(Event)) {
 		if err == nil {
 			return
 		}
-		if held, herr := c.dir.Held(); herr == nil && !held {
+		if alive, herr := c.dir.Alive(); herr == nil && !alive {
 			if exit, xerr := c.dir.ReadExit(); xerr == nil {
 				f(c.exited(exit))
 				return

@@ -118,7 +118,7 @@ func (l *Log) Read(f func(Record) error) error {
 func (l *Log) Follow(ctx context.Context, f func(Record) error) error {
 	const period = 200 * time.Millisecond // rotations are seconds apart at the least
 	for rotated := false; ctx.Err() == nil; {
-		held, err := l.dir.Held()
+		alive, err := l.dir.Alive()
 		if err == nil {
 			err = l.Read(f)
 		}
@@ -127,7 +127,7 @@ func (l *Log) Follow(ctx context.Context, f func(Record) error) error {
 		}
 		next := l.successor()
 		switch {
-		case next != nil && (rotated || !held):
+		case next != nil && (rotated || !alive):
 			if err := l.take(next, f); err != nil {
 				return err
 			}
@@ -136,7 +136,7 @@ func (l *Log) Follow(ctx context.Context, f func(Record) error) error {
 		case next != nil:
 			next.Close()
 			rotated = true
-		case !held:
+		case !alive:
 			return nil
 		}
 		pause(ctx, period)

@@ -87,10 +87,10 @@ func (v *View) status(s rundir.Status) {
 // last word.
 func (c *Client) Look(ctx context.Context) View {
 	// Before the files: a shim that lets go of its lock has written its exit record.
-	held, err := c.dir.Held()
-	v := c.lookAtFiles(held)
+	alive, err := c.dir.Alive()
+	v := c.lookAtFiles(alive)
 	v.note(err)
-	if !held || v.Exit != nil {
+	if !alive || v.Exit != nil {
 		return v
 	}
 	ctx, cancel := c.Impatient(ctx)
@@ -109,12 +109,12 @@ func (c *Client) Look(ctx context.Context) View {
 	return v
 }
 
-// lookAtFiles is what the run directory says. held is whether the shim lives.
-func (c *Client) lookAtFiles(held bool) View {
+// lookAtFiles is what the run directory says. alive is whether the shim lives.
+func (c *Client) lookAtFiles(alive bool) View {
 	v := View{ID: c.dir.ID(), Source: FromFiles, State: string(rundir.PhaseEmpty), Dir: string(c.dir)}
 	identity, err := c.dir.ReadIdentity()
 	v.note(err)
-	if v.Version = identity.Version; held {
+	if v.Version = identity.Version; alive {
 		v.Shim = identity.Shim
 	}
 	status, err := c.dir.ReadStatus()
@@ -135,13 +135,13 @@ func (c *Client) lookAtFiles(held bool) View {
 	switch {
 	case err == nil:
 		v.State, v.Exit = string(rundir.PhaseExited), &exit
-	case !held && status.Phase != "":
+	case !alive && status.Phase != "":
 		v.State = Lost
 		v.note(ErrNoRecord)
 		if v.Init.PID != 0 {
 			v.note(fmt.Errorf("the container's process %d still runs", v.Init.PID))
 		}
-	case !held:
+	case !alive:
 		v.note(errors.New("no shim: it died before Create, or was never started"))
 	}
 	return v
@@ -163,15 +163,15 @@ func (c *Client) Impatient(ctx context.Context) (context.Context, context.Cancel
 func (c *Client) Await(ctx context.Context, silent func(error)) (rundir.Exit, error) {
 	const poll = 20 * time.Second // bounds how late the end of a shim shows that was stopped, then killed
 	for ctx.Err() == nil {
-		held, err := c.dir.Held() // first: a shim that lets go has written the record
+		alive, err := c.dir.Alive() // first: a shim that lets go has written the record
 		if err != nil {
 			return rundir.Exit{}, err
 		}
 		exit, xerr := c.dir.ReadExit()
 		switch {
-		case !held && xerr == nil:
+		case !alive && xerr == nil:
 			return exit, nil
-		case !held:
+		case !alive:
 			return rundir.Exit{}, ErrNoRecord
 		}
 		quick, cancel := c.Impatient(ctx)
