@@ -22,6 +22,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -469,6 +470,19 @@ func TestBrokenHostsToml(t *testing.T) {
 		}
 	}
 	os.Remove(filepath.Dir(file))
+	// Nor is anything waited for that is no file.
+	for _, name := range []string{"hosts.toml", "ca.crt", "client.cert", "client.key"} {
+		hostsToml(t, certs, "registry.example", "server = \""+h.URL+"\"\n")
+		fifo := filepath.Join(filepath.Dir(file), name)
+		if err := errors.Join(os.RemoveAll(fifo), syscall.Mkfifo(fifo, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		_, err := pullOnce(t, certs, "registry.example/team/app:1", nil)
+		if err == nil || !strings.Contains(err.Error(), fifo) {
+			t.Errorf("%s: %v", fifo, err)
+		}
+		os.RemoveAll(filepath.Dir(file))
+	}
 	// It is read anew by each pull, and what is not known is only said.
 	var logged bytes.Buffer
 	hostsToml(

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -43,7 +44,9 @@ func (c Config) hosts(ctx context.Context, domain string) ([]host, error) {
 	o := config.HostOptions{
 		HostDir: func(string) (d string, err error) {
 			if dir, err = hostDir(c.Dir, domain); err == nil && dir != "" {
-				_, err = present(filepath.Join(dir, "hosts.toml")) // without one, certificates alone
+				if _, err = present(filepath.Join(dir, "hosts.toml")); err == nil { // without one, certificates alone
+					err = checkFiles(dir)
+				}
 			}
 			return dir, err
 		},
@@ -129,6 +132,29 @@ func present(path string) (bool, error) {
 		return false, fmt.Errorf("%s is a link to %s, which is not there", path, to)
 	}
 	return false, nil
+}
+
+// maxHostFile bounds hosts.toml and each certificate beside it, in bytes.
+const maxHostFile = 1 << 20
+
+// checkFiles looks at what the library will read whole: to open a FIFO blocks.
+func checkFiles(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if e.IsDir() || !slices.Contains([]string{".toml", ".crt", ".cert", ".key"}, filepath.Ext(e.Name())) {
+			continue
+		}
+		path := filepath.Join(dir, e.Name())
+		if st, err := os.Stat(path); err != nil {
+			return err
+		} else if !st.Mode().IsRegular() || st.Size() > maxHostFile {
+			return fmt.Errorf("cannot use %s: it is no file of at most %d bytes", path, maxHostFile)
+		}
+	}
+	return nil
 }
 
 // decodeErrors catches what the library only writes to its log, to go on as if
