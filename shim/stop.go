@@ -53,7 +53,7 @@ func (t *task) Stop(sig unix.Signal, grace time.Duration) (time.Duration, error)
 	if err := t.stopTimer.set(stop.KillAt); err != nil {
 		return 0, err
 	}
-	if !sent && !known { // a known one is pending
+	if !sent && t.pending != sig {
 		err = t.deliverLocked(c, sig)
 	}
 	return stop.KillAt, err
@@ -95,6 +95,7 @@ const (
 // does.
 func (t *task) deliverLocked(c *container, sig unix.Signal) error {
 	if c.ignores(sig) {
+		t.pending = sig
 		go t.deliverLater(c, sig)
 		return nil
 	}
@@ -125,6 +126,7 @@ func (t *task) deliverLater(c *container, sig unix.Signal) {
 		if over || t.status.StopSent || stop.Signal != int(sig) {
 			return
 		}
+		t.pending = 0
 		if err := t.deliverLocked(c, sig); err != nil {
 			t.log.Error("stop signal not sent", "err", err)
 		}

@@ -50,7 +50,8 @@ type task struct {
 	createErr    error
 	container    *container // from created on
 	exit         *rundir.Exit
-	stopTimer    *deadline // from the first Stop on
+	stopTimer    *deadline   // from the first Stop on
+	pending      unix.Signal // that deliverLater is at
 	execs        map[string]*exec
 	execSerial   int
 	leftovers    []*process.Process // ended execs of which something lives on
