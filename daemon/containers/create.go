@@ -343,13 +343,19 @@ func (c *Container) unrunnable() bool {
 	return exit != nil && exit.Reason == rundir.ReasonStartError
 }
 
-// undo undoes a creation. What cannot be undone now is said, and the
-// next start tries again: the record still says creating.
+// undo undoes a creation. What cannot be undone now is tried again in the
+// background, and by the next start: the record still says creating. Not so for the
+// init of a pod: the next one has the same id.
 func undo(ctx context.Context, c *Container, err error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), eraseTimeout)
 	defer cancel()
-	if uerr := c.Erase(ctx); uerr != nil {
-		c.m.Log.Error("cannot undo a container; the next start tries again", "container", c.ID(), "error", uerr)
+	uerr := c.Erase(ctx)
+	switch {
+	case uerr == nil:
+	case c.Record().Init:
+		c.m.Log.Error("cannot undo the init of a pod; the next start tries again", "pod", c.ID(), "error", uerr)
+	default:
+		c.m.owe(c, uerr)
 	}
 	return err
 }

@@ -108,7 +108,8 @@ func (c *Container) unmount() error {
 }
 
 // owe keeps a container of which something could not be given back, and tries
-// again until it can. Its record says removing: the next start goes on with it.
+// again until it can. Its record says removing, or still creating: the next start
+// goes on with it.
 func (m *Manager) owe(c *Container, err error) {
 	m.mu.Lock()
 	m.owed[c.ID()] = c
@@ -123,7 +124,7 @@ func (m *Manager) owe(c *Container, err error) {
 				return
 			}
 			ctx, cancel := context.WithTimeout(ctx, eraseTimeout)
-			err := c.giveBack(ctx)
+			err := c.Erase(ctx)
 			cancel()
 			if err == nil {
 				break
