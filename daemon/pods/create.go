@@ -145,7 +145,6 @@ func (p *Pod) make(ctx context.Context, cl *claims.Claim, want records.Want) err
 		{step.PodRecord, p.makeRecord},
 		{step.PodNamespaces, func(context.Context) error { return p.makeNamespaces(want) }},
 		{step.PodAttached, func(ctx context.Context) error { return p.attach(ctx, cl, want) }},
-		{step.PodInit, p.makeInitAlways},
 	} {
 		if err := s.do(ctx); err != nil {
 			return err
@@ -154,7 +153,10 @@ func (p *Pod) make(ctx context.Context, cl *claims.Claim, want records.Want) err
 			return err
 		}
 	}
-	return nil
+	if !p.m.AlwaysInit {
+		return nil
+	}
+	return p.startInitLocked(ctx) // nobody else knows the pod yet
 }
 
 // give makes a pod known: it is listed, takes containers, and a restart keeps it.

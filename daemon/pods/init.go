@@ -15,6 +15,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/step"
 )
 
 // A pod whose containers share a pid namespace needs a process 1 in it: a
@@ -36,14 +37,6 @@ func (p *Pod) PIDNamespace(ctx context.Context) (string, error) {
 		return "", err
 	}
 	return p.Record().PIDNamespace, nil
-}
-
-// makeInitAlways is the step of a creation where every pod has an init.
-func (p *Pod) makeInitAlways(ctx context.Context) error {
-	if !p.m.AlwaysInit {
-		return nil
-	}
-	return p.startInitLocked(ctx) // nobody else knows the pod yet
 }
 
 // startInitLocked starts the init. The caller holds op.
@@ -77,9 +70,15 @@ func (p *Pod) startInitLocked(ctx context.Context) error {
 	if err := c.Start(ctx); err != nil {
 		return err
 	}
+	if err := step.Reach(step.PodInit); err != nil {
+		return err
+	}
 	pin := filepath.Join(p.dir(), pidName)
 	if err := p.m.Containers.Roots.PinPID(c.Seen().Init, pin); err != nil {
 		return kind.As(kind.Unavailable, err)
+	}
+	if err := step.Reach(step.PodPinned); err != nil {
+		return err
 	}
 	return p.save(false, func(r *records.Pod) { r.PIDNamespace = pin })
 }

@@ -17,6 +17,7 @@ const (
 	PodNetwork    Step = "pod-network"    // ADD has run, its result is not on record
 	PodAttached   Step = "pod-attached"   // the result is on record
 	PodInit       Step = "pod-init"       // its init runs, and is not pinned
+	PodPinned     Step = "pod-pinned"     // its init's pid namespace is pinned, which is not on record
 	PodReady      Step = "pod-ready"      // its record says ready, no answer was given
 	PodStopping   Step = "pod-stopping"   // its record says stopping
 	PodKilled     Step = "pod-killed"     // its containers have ended
@@ -58,5 +59,3 @@ const (
 	ShimExitAnnounced Step = "shim-exit-announced" // state.json says exited, nothing is removed
 	ShimCleaned       Step = "shim-cleaned"        // what the OCI runtime kept and the cgroups are removed
 )
-
-func (s Step) String() string { return string(s) }
