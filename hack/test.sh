@@ -53,12 +53,15 @@ step() {
 		bad=$(gofmt -l $(find . -name '*.go' -not -path './.*'))
 		[ -z "$bad" ] || { echo "gofmt -w is due for: $bad"; return 1; }
 		;;
-	vet) hack/go.sh --check && go vet ./... ;;
+	vet) hack/go.sh --check && go vet ./... && go vet -tags=failpoint ./proto/step ;;
 	proto) hack/proto.sh --check ;;
 	unit)
 		local packages
 		packages=$(go list ./...) || return
-		gotest -race $(grep -v /tests/ <<<"$packages")
+		local failed=0
+		gotest -race $(grep -v /tests/ <<<"$packages") || failed=1
+		gotest -race -tags=failpoint ./proto/step || failed=1
+		return $failed
 		;;
 	layers) gotest ./tests/layers ;;
 	footprint) gotest ./tests/footprint ;; # measures the shim as it is shipped

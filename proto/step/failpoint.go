@@ -3,30 +3,27 @@
 package step
 
 import (
+	"bytes"
 	"fmt"
+	"io"
 	"os"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
 // Variable names the file of failpoints. It is read each time a step is reached,
-// so that it may change while a process runs. A line is
+// so that it may be replaced while a process runs. A line is
 //
 //	STEP ACTION [N]
 //
 // ACTION is kill (SIGKILL), stop (SIGSTOP), fail, or a duration that the step is
-// delayed by; N is which time it happens, counted in each process, 0: each time.
-// The steps that were reached are appended to FILE.reached, as "PID STEP".
+// delayed by. N is which time it happens, 0 or nothing: each time. What was
+// reached is appended to FILE.reached, as "PID STEP"; N counts the step's lines
+// there, whichever process wrote them, so that a restart does not begin anew.
 const Variable = "HOLDFAST_FAILPOINTS"
-
-var (
-	mu    sync.Mutex
-	count = map[Step]int{}
-)
 
 // Environ is what a child needs in its environment to have the same failpoints.
 func Environ() []string {
@@ -42,17 +39,13 @@ func Reach(s Step) error {
 	if file == "" {
 		return nil
 	}
-	mu.Lock()
-	count[s]++
-	n := count[s]
-	mu.Unlock()
-	if f, err := os.OpenFile(file+".reached", os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600); err == nil {
-		fmt.Fprintf(f, "%d %s\n", os.Getpid(), s)
-		f.Close()
+	n, err := note(file+".reached", s)
+	if err != nil {
+		return fmt.Errorf("failpoint %s: %w", s, err)
 	}
 	lines, err := os.ReadFile(file)
 	if err != nil {
-		return nil
+		return fmt.Errorf("failpoint %s: %w", s, err)
 	}
 	for line := range strings.Lines(string(lines)) {
 		f := strings.Fields(line)
@@ -67,6 +60,28 @@ func Reach(s Step) error {
 		}
 	}
 	return nil
+}
+
+// note appends a step to the file of those that were reached, and gives which time
+// it is. Others may append at the same time.
+func note(path string, s Step) (int, error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0o600)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	if _, err := fmt.Fprintf(f, "%d %s\n", os.Getpid(), s); err != nil {
+		return 0, err
+	}
+	end, err := f.Seek(0, io.SeekCurrent) // of our own line: the kernel appends it whole
+	if err != nil {
+		return 0, err
+	}
+	b := make([]byte, end)
+	if _, err := f.ReadAt(b, 0); err != nil {
+		return 0, err
+	}
+	return bytes.Count(b, []byte(" "+string(s)+"\n")), nil
 }
 
 func act(s Step, action string) error {

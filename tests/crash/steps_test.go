@@ -42,17 +42,17 @@ func removeAllImages(t *testing.T, n *harness.Node) {
 	}
 }
 
-// step is one call of a scenario.
-type step struct {
+// storeCall is one call of a scenario.
+type storeCall struct {
 	remove bool
 	name   string // of a pull: a reference; of a removal: anything it takes
 }
 
 // scenario has pulls that share layers, removals by tag, digest and id, and a
 // second pull of what was removed. It begins and ends with an empty store.
-func scenario(d *depot) []step {
+func scenario(d *depot) []storeCall {
 	indexed, other, small := d.of(depotHost+"/multi:1"), d.of(depotHost+"/other:1"), d.of(depotHost+"/small:1")
-	return []step{
+	return []storeCall{
 		{false, indexed.refs[0]},
 		{false, other.refs[0]}, // shares two layers
 		{false, indexed.refs[2]},
@@ -66,7 +66,7 @@ func scenario(d *depot) []step {
 }
 
 // play plays a scenario up to the first call that fails, and gives its number.
-func play(n *harness.Node, steps []step) (int, error) {
+func play(n *harness.Node, steps []storeCall) (int, error) {
 	ctx, cancel := harness.Deadline()
 	defer cancel()
 	for i, s := range steps {
@@ -95,7 +95,7 @@ func some(n, sample int) (l []int) {
 
 // supervisedStore is a node with an empty store, its daemon supervised, and the
 // calls of the scenario when all goes well.
-func supervisedStore(t *testing.T, config string) (*harness.Node, *depot, *supervisor, []step, int) {
+func supervisedStore(t *testing.T, config string) (*harness.Node, *depot, *supervisor, []storeCall, int) {
 	n := harness.New(t, harness.Options{Config: config})
 	d := openDepot(t, n)
 	removeAllImages(t, n)
@@ -145,7 +145,7 @@ func nth(calls []string, n int) string {
 	return calls[n-1]
 }
 
-func killAtStep(t *testing.T, n *harness.Node, d *depot, s *supervisor, steps []step, at int) {
+func killAtStep(t *testing.T, n *harness.Node, d *depot, s *supervisor, steps []storeCall, at int) {
 	t.Helper()
 	s.expect(at, die)
 	killed, err := play(n, steps)
@@ -208,7 +208,7 @@ func killAtStep(t *testing.T, n *harness.Node, d *depot, s *supervisor, steps []
 }
 
 // refsAfter are the references that there have to be after some steps.
-func refsAfter(d *depot, steps []step) map[string]bool {
+func refsAfter(d *depot, steps []storeCall) map[string]bool {
 	refs := map[string]bool{}
 	for _, s := range steps {
 		p := d.of(s.name)
@@ -296,7 +296,7 @@ func TestEveryStepFailsOnce(t *testing.T) {
 }
 
 // checkUnseen: a pull that failed has left no name that was not there before.
-func checkUnseen(t *testing.T, n *harness.Node, d *depot, steps []step, failed int, about string) {
+func checkUnseen(t *testing.T, n *harness.Node, d *depot, steps []storeCall, failed int, about string) {
 	t.Helper()
 	before := refsAfter(d, steps[:failed])
 	for ref := range take(n).refs {

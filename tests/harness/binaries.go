@@ -34,6 +34,14 @@ var Binaries = sync.OnceValues(func() (string, error) {
 	if dir := os.Getenv("HOLDFAST_BIN"); dir != "" {
 		return dir, nil
 	}
+	return buildAll()
+})
+
+// failpointBinaries is Binaries, built from the source with the tag failpoint.
+var failpointBinaries = sync.OnceValues(func() (string, error) { return buildAll("-tags=failpoint") })
+
+// buildAll fills a directory with all programs.
+func buildAll(flags ...string) (string, error) {
 	root, err := Root()
 	if err != nil {
 		return "", err
@@ -42,7 +50,7 @@ var Binaries = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	built = dir
+	built = append(built, dir)
 	for _, name := range []string{"runc", "cni"} {
 		path := filepath.Join(root, "bin", name)
 		if _, err := os.Stat(path); err != nil {
@@ -54,21 +62,21 @@ var Binaries = sync.OnceValues(func() (string, error) {
 	}
 	plain := []string{"./cmd/holdfast-shim", "./cmd/holdfastctl", "./cmd/holdfast-pause"}
 	if raceEnabled {
-		if err := goBuild(root, dir, "1", "-race", "./cmd/holdfastd"); err != nil {
+		if err := goBuild(root, dir, "1", append(flags, "-race", "./cmd/holdfastd")...); err != nil {
 			return "", err
 		}
 	} else {
 		plain = append(plain, "./cmd/holdfastd")
 	}
-	return dir, goBuild(root, dir, "0", plain...)
-})
+	return dir, goBuild(root, dir, "0", append(flags, plain...)...)
+}
 
-var built string
+var built []string // directories
 
 // RemoveBinaries is to be called at the end of a test binary (TestMain).
 func RemoveBinaries() {
-	if built != "" {
-		os.RemoveAll(built)
+	for _, dir := range built {
+		os.RemoveAll(dir)
 	}
 }
 

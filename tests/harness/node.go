@@ -80,6 +80,7 @@ type shared struct {
 	*ids
 
 	service      string // see Options
+	failpoints   string // a file; empty: the programs have no failpoints
 	mu           sync.Mutex
 	cmd          *exec.Cmd     // of the daemon, nil while it is down
 	ended        chan struct{} // closed when cmd has ended and was reaped
@@ -95,6 +96,8 @@ type Options struct {
 	State   string            // the same for state
 	Names   string            // ends the names of root and state
 	Service string            // an installed systemd unit that runs the daemon, instead of a child of the test
+	// Failpoints has programs that Arm can kill, stop, delay or have fail at a step.
+	Failpoints bool
 }
 
 // New starts a registry and a daemon, with Image pulled. All of it ends with t,
@@ -111,7 +114,11 @@ func New(t T, opts ...Options) *Node {
 	if len(opts) > 0 {
 		o = opts[0]
 	}
-	bin, err := Binaries()
+	binaries := Binaries
+	if o.Failpoints {
+		binaries = failpointBinaries
+	}
+	bin, err := binaries()
 	if err != nil {
 		t.Fatalf("%v", err)
 	}
@@ -141,6 +148,10 @@ func New(t T, opts ...Options) *Node {
 		service:      o.Service,
 	}}
 	n.Root, n.State = cmp.Or(o.Root, n.Root), cmp.Or(o.State, n.State)
+	if o.Failpoints {
+		n.failpoints = n.Path("failpoints")
+		n.Arm()
+	}
 	t.Cleanup(n.cleanup)
 	n.Registry = StartRegistry(t)
 	if err := n.configure(o); err != nil {
@@ -252,6 +263,9 @@ func (n *Node) launch() error {
 	args = append(slices.Clone(n.Launcher), args...)
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = log, log
+	if n.failpoints != "" {
+		cmd.Env = append(os.Environ(), "HOLDFAST_FAILPOINTS="+n.failpoints)
+	}
 	// A group of its own, as under a service manager: Ctrl-C is not for it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	n.mu.Lock()

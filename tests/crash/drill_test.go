@@ -1,0 +1,562 @@
+package crash
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/proto/step"
+	"github.com/holdfast-cri/holdfast/tests/harness"
+)
+
+// disaster is one step, and the life of a pod that reaches it.
+type disaster struct {
+	at   step.Step
+	nth  int // which time it is reached; 0: the first
+	life life
+	// then is a step of the recovery, or of the undoing, at which it happens again.
+	then step.Step
+	// ofShim says that it is a shim that reaches it, lost what becomes of the
+	// container if that shim is killed there.
+	ofShim bool
+	lost   loss
+}
+
+// loss is what nobody can know any more of a container whose shim was killed.
+type loss int
+
+const (
+	nothing loss = iota
+	output       // that the shim had not read
+	ending       // how the container ended, and its output
+)
+
+// limit bounds what a kubelet tries, and what goes away by itself.
+const limit = 30 * time.Second
+
+// life is what is special about a pod.
+type life int
+
+const (
+	plain    life = iota
+	withInit      // its containers share a pid namespace
+	deadShim      // the shim of the container that stays is killed
+	stopped       // the container that stays is stopped with a grace
+	reopened      // its log is opened anew
+	visited       // a command is executed in it
+)
+
+func (l life) String() string {
+	return [...]string{"plain", "with init", "dead shim", "stopped", "reopened", "visited"}[l]
+}
+
+func (d disaster) String() string {
+	name := fmt.Sprintf("%s %d", d.at, max(d.nth, 1))
+	if d.life != plain {
+		name += " " + d.life.String()
+	}
+	if d.then != "" {
+		name += " then " + string(d.then)
+	}
+	return name
+}
+
+// Every step of the daemon and of a shim. The first container of a pod with an init is its init;
+// the first one that is removed is so by RemoveContainer, and the second one, or
+// the init, with its pod.
+var disasters = []disaster{
+	{at: step.PodRecord},
+	{at: step.PodNamespaces},
+	{at: step.PodIntent},
+	{at: step.PodNetwork},
+	{at: step.PodNetwork, then: step.PodDetached},
+	{at: step.PodNetwork, then: step.PodErased},
+	{at: step.PodAttached},
+	{at: step.PodInit, life: withInit},
+	{at: step.PodPinned, life: withInit},
+	{at: step.PodReady},
+	{at: step.PodStopping},
+	{at: step.PodKilled},
+	{at: step.PodKilled, life: withInit},
+	{at: step.PodDetached},
+	{at: step.PodDetached, life: withInit},
+	{at: step.PodStopped},
+	{at: step.PodErased},
+
+	{at: step.ContainerImage},
+	{at: step.ContainerRecord},
+	{at: step.ContainerRecord, life: withInit},
+	{at: step.ContainerRoot},
+	{at: step.ContainerRoot, life: withInit},
+	{at: step.ContainerShim},
+	{at: step.ContainerShim, life: withInit},
+	{at: step.ContainerRuntime},
+	{at: step.ContainerRuntime, life: withInit},
+	{at: step.ContainerRuntime, then: step.ContainerBuried},
+	{at: step.ContainerRuntime, then: step.ContainerEnded},
+	{at: step.ContainerRuntime, then: step.ContainerErased},
+	{at: step.ContainerCreated},
+	{at: step.ContainerCreated, life: withInit},
+	{at: step.ContainerStarted},
+	{at: step.ContainerStarted, life: withInit},
+	{at: step.ContainerRemoving},
+	{at: step.ContainerRemoving, nth: 2},
+	{at: step.ContainerRemoving, life: withInit},
+	{at: step.ContainerBuried},
+	{at: step.ContainerBuried, life: deadShim},
+	{at: step.ContainerEnded},
+	{at: step.ContainerEnded, nth: 2},
+	{at: step.ContainerEnded, life: withInit},
+	{at: step.ContainerErased},
+	{at: step.ContainerErased, nth: 2},
+	{at: step.ContainerErased, life: withInit},
+
+	{ofShim: true, at: step.ShimCreating},
+	{ofShim: true, at: step.ShimCreating, life: withInit},
+	{ofShim: true, at: step.ShimRuntime},
+	{ofShim: true, at: step.ShimRuntime, life: withInit},
+	{ofShim: true, at: step.ShimCreated},
+	{ofShim: true, at: step.ShimReleased, lost: ending},
+	{ofShim: true, at: step.ShimStarted, lost: ending},
+	{ofShim: true, at: step.ShimStopping, life: stopped, lost: ending},
+	{ofShim: true, at: step.ShimSignalled, life: stopped, lost: ending},
+	{ofShim: true, at: step.ShimReopened, life: reopened, lost: ending},
+	{ofShim: true, at: step.ShimExecRecord, life: visited, lost: ending},
+	{ofShim: true, at: step.ShimExecStarted, life: visited, lost: ending},
+	{ofShim: true, at: step.ShimExitSeen, lost: ending},
+	{ofShim: true, at: step.ShimExitRecorded, lost: output},
+	{ofShim: true, at: step.ShimReaped, lost: output},
+	{ofShim: true, at: step.ShimExitAnnounced},
+	{ofShim: true, at: step.ShimCleaned},
+}
+
+// The daemon is killed at each step in the life of a pod and of its containers. It
+// is started again, and the kubelet repeats its request until that succeeds.
+// Whatever the step: there is one of each thing while the pod lives, every exit
+// code is the scripted one, no line of a log is lost or doubled, and in the end
+// nothing is left on the machine. A shim that is killed is not started again: its
+// container is undone, or ends with it, and no success is invented.
+func TestKilledAtEachStep(t *testing.T) { eachStep(t, "kill") }
+
+// Each step fails once. The daemon lives on and has to undo by itself.
+func TestFailsAtEachStep(t *testing.T) { eachStep(t, "fail") }
+
+// Each step takes its time, or the daemon is stopped there and goes on later.
+func TestHeldAtEachStep(t *testing.T) {
+	if !drill {
+		t.Skip("only HOLDFAST_DRILL=1 takes the time for it")
+	}
+	for _, action := range []string{"stop", "1500ms"} {
+		t.Run(action, func(t *testing.T) { eachStep(t, action) })
+	}
+}
+
+// eachStep has an action happen at each step. Several nodes share the work: most
+// of it is waiting for other processes.
+func eachStep(t *testing.T, action string) {
+	const nodes = 4
+	rounds := 1
+	if drill {
+		rounds = 5
+	}
+	lists := make([][]disaster, nodes)
+	for i, d := range chosen(action) {
+		lists[i%nodes] = append(lists[i%nodes], d)
+	}
+	for i, list := range lists {
+		t.Run(fmt.Sprintf("node %d", i), func(t *testing.T) {
+			t.Parallel()
+			n := harness.New(t, harness.Options{Failpoints: true})
+			for round := range rounds {
+				for i, d := range list {
+					t.Run(d.String(), func(t *testing.T) {
+						k := &kubelet{disaster: d, n: n.With(t), t: t, action: action}
+						k.live(fmt.Sprintf("pod%d-%d", round, i))
+					})
+				}
+			}
+		})
+	}
+}
+
+// chosen are the disasters of an action. What the kubelet sees of a step that fails
+// is much the same in each life, so that one of them does but for a drill.
+func chosen(action string) (list []disaster) {
+	seen := map[step.Step]bool{}
+	for _, d := range disasters {
+		// A container whose undoing fails is undone in the background. A pod stays,
+		// for the kubelet to remove.
+		again := action == "kill" || action == "fail" && d.at == step.ContainerRuntime
+		if d.then != "" && !again || action != "kill" && !drill && d.then == "" && seen[d.at] {
+			continue
+		}
+		seen[d.at] = true
+		list = append(list, d)
+	}
+	return list
+}
+
+// kubelet does what one does for a pod: it repeats what has no answer.
+type kubelet struct {
+	disaster
+	n      *harness.Node
+	t      *testing.T
+	action string
+	killed int // times that the daemon was found dead
+	failed int // calls that failed otherwise
+}
+
+// live takes a pod with two containers from nothing to nothing while a disaster
+// happens.
+func (k *kubelet) live(name string) {
+	defer k.leave()
+	k.arm()
+	pod := k.runPod(name)
+	ends, stays := k.runContainers(pod)
+	k.awaitExit(ends)
+	k.checkLiving(pod, ends, stays)
+	k.disturb(stays)
+	k.do("StopPodSandbox", func(ctx context.Context) error {
+		_, err := k.n.Runtime.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: pod.ID})
+		return err
+	})
+	k.checkEnds(ends, stays)
+	// The other container is removed with the pod.
+	k.do("RemoveContainer", func(ctx context.Context) error {
+		_, err := k.n.Runtime.RemoveContainer(ctx, &cri.RemoveContainerRequest{ContainerId: ends.ID})
+		return err
+	})
+	k.do("RemovePodSandbox", func(ctx context.Context) error {
+		_, err := k.n.Runtime.RemovePodSandbox(ctx, &cri.RemovePodSandboxRequest{PodSandboxId: pod.ID})
+		return err
+	})
+	k.checkHappened()
+	k.n.CheckClean()
+}
+
+// disturb does what is special about a life to the container that stays.
+func (k *kubelet) disturb(c *harness.Container) {
+	k.t.Helper()
+	switch k.life {
+	case deadShim:
+		k.killShim(c)
+	case stopped:
+		k.do("StopContainer", func(ctx context.Context) error {
+			_, err := k.n.Runtime.StopContainer(ctx, &cri.StopContainerRequest{ContainerId: c.ID, Timeout: 30})
+			return err
+		})
+	case reopened:
+		k.do("ReopenContainerLog", func(ctx context.Context) error {
+			_, err := k.n.Runtime.ReopenContainerLog(ctx, &cri.ReopenContainerLogRequest{ContainerId: c.ID})
+			return k.unlessLost(ctx, c, err)
+		})
+	case visited:
+		k.do("ExecSync", func(ctx context.Context) error {
+			r, err := c.Exec(30, "echo", "hello")
+			if err == nil && (r.ExitCode != 0 || string(r.Stdout) != "hello\n") {
+				k.t.Errorf("a command exited with %d and said %q, %q", r.ExitCode, r.Stdout, r.Stderr)
+			}
+			return k.unlessLost(ctx, c, err)
+		})
+	}
+}
+
+// unlessLost forgives the error of a call to a container that ended with its shim.
+func (k *kubelet) unlessLost(ctx context.Context, c *harness.Container, err error) error {
+	if err == nil || k.action != "kill" || k.lost != ending {
+		return err
+	}
+	if s, serr := k.status(ctx, c); serr == nil && s.State == cri.ContainerState_CONTAINER_EXITED {
+		return nil
+	}
+	return err
+}
+
+// arm sets the failpoints of a disaster.
+func (k *kubelet) arm() {
+	lines := []string{fmt.Sprintf("%s %s %d", k.at, k.action, max(k.nth, 1))}
+	if k.then != "" {
+		lines = append(lines, fmt.Sprintf("%s %s 1", k.then, k.action))
+	}
+	k.n.Arm(lines...)
+}
+
+// leave leaves the node to the next disaster as it should be.
+func (k *kubelet) leave() {
+	k.n.Arm()
+	if !k.t.Failed() {
+		return
+	}
+	k.revive()
+	k.n.RemoveAllPods()
+	k.n.Mark()
+}
+
+// revive starts the daemon again if it is dead, as often as that takes, and has it
+// go on if it is stopped.
+func (k *kubelet) revive() {
+	for k.n.Ended() {
+		k.killed++
+		if err := k.n.Bounce(); err == nil || k.killed > 5 {
+			return
+		}
+	}
+	if k.action == "stop" && k.n.PID() != 0 {
+		unix.Kill(k.n.PID(), unix.SIGCONT)
+	}
+}
+
+// do repeats a call until it succeeds.
+func (k *kubelet) do(what string, call func(context.Context) error) {
+	k.t.Helper()
+	for deadline := time.Now().Add(limit * slow); ; time.Sleep(harness.Tick) {
+		ctx, cancel := harness.Deadline()
+		stop := k.goOn()
+		err := call(ctx)
+		stop()
+		cancel()
+		if err == nil {
+			return
+		}
+		k.revive()
+		switch {
+		case time.Now().After(deadline):
+			k.t.Fatalf("%s still fails: %v", what, err)
+		case k.action == "fail" && strings.Contains(err.Error(), "failpoint"):
+			k.failed++
+		case status.Code(err) != codes.Unavailable || k.action == "fail":
+			k.t.Fatalf("%s: %v", what, err)
+		}
+	}
+}
+
+// goOn has a daemon that is stopped go on after a while, until stop is called.
+func (k *kubelet) goOn() (stop func()) {
+	if k.action != "stop" {
+		return func() {}
+	}
+	done := make(chan struct{})
+	over := make(chan struct{})
+	go func() {
+		defer close(over)
+		for {
+			select {
+			case <-done:
+				return
+			case <-time.After(300 * time.Millisecond):
+				unix.Kill(k.n.PID(), unix.SIGCONT)
+			}
+		}
+	}()
+	return func() { close(done); <-over }
+}
+
+func (k *kubelet) runPod(name string) *harness.Pod {
+	k.t.Helper()
+	pod := &harness.Pod{N: k.n, Config: k.n.PodConfig(name)}
+	if k.life == withInit {
+		pod.Config.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{
+			NamespaceOptions: &cri.NamespaceOption{Pid: cri.NamespaceMode_POD},
+		}
+	}
+	k.do("RunPodSandbox", func(ctx context.Context) error {
+		r, err := k.n.Runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: pod.Config})
+		pod.ID = r.GetPodSandboxId()
+		return err
+	})
+	return pod
+}
+
+// runContainers runs a container that ends by itself and one that does not.
+func (k *kubelet) runContainers(pod *harness.Pod) (ends, stays *harness.Container) {
+	k.t.Helper()
+	withMode := func(c *cri.ContainerConfig) {
+		c.Linux.SecurityContext.NamespaceOptions = pod.Config.Linux.GetSecurityContext().GetNamespaceOptions()
+	}
+	leave := []string{"sh", "-c", "echo leaving; exit 17"}
+	ends = &harness.Container{Config: harness.ContainerConfig("ends", leave, withMode)}
+	stays = &harness.Container{Config: harness.ContainerConfig("stays", []string{"testbox", "print"}, withMode)}
+	for _, c := range []*harness.Container{ends, stays} {
+		c.N, c.Pod = k.n, pod
+		k.do("CreateContainer", func(ctx context.Context) error {
+			r, err := k.n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{
+				PodSandboxId:  pod.ID,
+				Config:        c.Config,
+				SandboxConfig: pod.Config,
+			})
+			c.ID = r.GetContainerId()
+			return err
+		})
+		k.do("StartContainer", func(ctx context.Context) error {
+			_, err := k.n.Runtime.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: c.ID})
+			// The answer to an earlier try may have been lost.
+			if s, serr := k.status(ctx, c); err != nil && serr == nil && s.StartedAt != 0 {
+				return nil
+			}
+			return k.unlessLost(ctx, c, err)
+		})
+	}
+	k.eventually("a container prints", func() bool { return len(stays.Log()) > 2 })
+	return ends, stays
+}
+
+func (k *kubelet) status(ctx context.Context, c *harness.Container) (*cri.ContainerStatus, error) {
+	r, err := k.n.Runtime.ContainerStatus(ctx, &cri.ContainerStatusRequest{ContainerId: c.ID})
+	return r.GetStatus(), err
+}
+
+// awaitExit waits for the end of a container. What is done meanwhile may kill the
+// daemon.
+func (k *kubelet) awaitExit(c *harness.Container) (s *cri.ContainerStatus) {
+	k.t.Helper()
+	k.eventually(c.Config.Metadata.Name+" has ended", func() bool {
+		k.do("ContainerStatus", func(ctx context.Context) (err error) {
+			s, err = k.status(ctx, c)
+			return err
+		})
+		return s.State == cri.ContainerState_CONTAINER_EXITED
+	})
+	return s
+}
+
+func (k *kubelet) eventually(what string, f func() bool) {
+	k.t.Helper()
+	harness.Eventually(k.t, limit*slow, what, f)
+}
+
+// killShim kills the shim of a container, which the daemon has to bury.
+func (k *kubelet) killShim(c *harness.Container) {
+	k.t.Helper()
+	pid := k.n.ShimPIDs()[c.ID]
+	if pid == 0 {
+		k.t.Fatal("cannot find the shim")
+	}
+	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+		k.t.Fatal(err)
+	}
+	k.awaitExit(c)
+}
+
+// checkLiving compares what CRI tells, and the machine, with what there has to be:
+// one pod, its containers, their shims, and one of each thing of the pod.
+func (k *kubelet) checkLiving(pod *harness.Pod, ends, stays *harness.Container) {
+	k.t.Helper()
+	k.do("lists", func(ctx context.Context) error {
+		pods, err := k.n.Runtime.ListPodSandbox(ctx, &cri.ListPodSandboxRequest{})
+		if err != nil {
+			return err
+		}
+		containers, err := k.n.Runtime.ListContainers(ctx, &cri.ListContainersRequest{})
+		if err != nil {
+			return err
+		}
+		if len(pods.Items) != 1 || pods.Items[0].Id != pod.ID || pods.Items[0].State != cri.PodSandboxState_SANDBOX_READY {
+			k.t.Errorf("the pods are %v, want %s, ready", pods.Items, pod.ID)
+		}
+		var ids []string
+		for _, c := range containers.Containers {
+			ids = append(ids, c.Id)
+		}
+		if want := sorted(ends.ID, stays.ID); !slices.Equal(sorted(ids...), want) {
+			k.t.Errorf("the containers are %v, want %v", ids, want)
+		}
+		return nil
+	})
+	shims := []string{stays.ID}
+	if k.life == withInit {
+		shims = append(shims, pod.ID)
+	}
+	var living []string
+	k.eventually("each container that runs has a shim", func() bool {
+		living = nil
+		for id := range k.n.ShimPIDs() {
+			living = append(living, id)
+		}
+		return slices.Equal(sorted(living...), sorted(shims...))
+	})
+	// An undone attempt may take a moment to go.
+	var count map[string]int
+	k.eventually("the pod has one network", func() bool {
+		count = map[string]int{}
+		for _, thing := range k.n.Leftovers() {
+			count[strings.Fields(thing)[0]]++
+		}
+		return count["netns"] == 1 && count["lease"] == 1 && count["veth"] == 1
+	})
+}
+
+func sorted(s ...string) []string { return slices.Sorted(slices.Values(s)) }
+
+// checkEnds checks exit codes and logs of a pod that was stopped.
+func (k *kubelet) checkEnds(ends, stays *harness.Container) {
+	k.t.Helper()
+	lostEnds, lostStays := nothing, nothing
+	switch {
+	case k.life == deadShim:
+		lostStays = ending
+	case k.action == "kill" && k.life == plain:
+		lostEnds = k.lost
+	case k.action == "kill":
+		lostStays = k.lost
+	}
+	code := int32(137)
+	if k.life == stopped {
+		code = 0 // it ends so on SIGTERM
+	}
+	k.checkExit(ends, 17, lostEnds)
+	k.checkExit(stays, code, lostStays)
+	log := ends.Log()
+	if len(log) > 1 || len(log) == 1 && log[0].Text != "leaving" || len(log) == 0 && lostEnds == nothing {
+		k.t.Errorf("the log of a container is %v, want one line", log)
+	}
+	if count, err := harness.Numbered("line", stays.Log()); err != nil {
+		k.t.Errorf("the log of a container after %d good lines: %v", count, err)
+	}
+}
+
+// checkExit checks how a container ended. Where that is not known, it says so.
+func (k *kubelet) checkExit(c *harness.Container, code int32, l loss) {
+	k.t.Helper()
+	const killed, unknown = 137, 255
+	s := k.awaitExit(c)
+	reason := "Error"
+	if code == 0 {
+		reason = "Completed"
+	}
+	good := s.ExitCode == code && s.Reason == reason
+	if l == ending {
+		good = (s.ExitCode == killed || s.ExitCode == unknown) && s.Reason == "ShimDied"
+	}
+	if !good {
+		k.t.Errorf("%s exited with %d, %s, %q", c.Config.Metadata.Name, s.ExitCode, s.Reason, s.Message)
+	}
+}
+
+// checkHappened: the steps were reached, and what was to happen there did.
+func (k *kubelet) checkHappened() {
+	k.t.Helper()
+	reached := k.n.Reached()
+	want := 0
+	for s, times := range map[step.Step]int{k.at: max(k.nth, 1), k.then: 1} {
+		switch {
+		case s == "":
+			continue
+		case reached[string(s)] < times:
+			k.t.Errorf("%s was reached %d times: %v", s, reached[string(s)], reached)
+		}
+		if k.action == "kill" && !k.ofShim {
+			want++
+		}
+	}
+	if k.killed != want {
+		k.t.Errorf("the daemon was killed %d times, want %d", k.killed, want)
+	}
+}
