@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -267,6 +268,8 @@ func TestStoppedPodPaysLater(t *testing.T) {
 // and goes with the pod.
 func TestInit(t *testing.T) {
 	b := newBed(t)
+	var warnings strings.Builder
+	b.Containers.Log = slog.New(slog.NewTextHandler(&warnings, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	id := b.RunPod(t, "pod")
 	p, err := b.Pods.Find(id)
 	if err != nil {
@@ -290,6 +293,9 @@ func TestInit(t *testing.T) {
 	}
 	b.remove(id)
 	b.clean()
+	if w := warnings.String(); w != "" {
+		t.Errorf("it was not removed once: %s", w)
+	}
 }
 
 // A pod whose init has ended is not ready: nothing can join it.

@@ -112,10 +112,8 @@ func (m *Manager) Remove(ctx context.Context, id string) error {
 			return err
 		}
 	}
-	if init := p.Init(); init != nil && p.Record().Owes(records.DebtInit) {
-		if err := init.Remove(ctx); err != nil {
-			return err
-		}
+	if err := p.payLocked(ctx, []records.Debt{records.DebtInit}); err != nil {
+		return err
 	}
 	p.note(func(r *records.Pod) { r.Phase = records.PodRemoved })
 	if err := p.erase(ctx); err != nil {
