@@ -124,6 +124,7 @@ func (r *recovery) loadContainer(id string) loaded {
 			l.Do = records.Leave
 		}
 	}
+	r.unread = r.unread || l.Do == records.Leave
 	return l
 }
 
@@ -180,6 +181,10 @@ func (r *recovery) loadPods(ids []string) (behind []func(context.Context)) {
 			r.byPod[id] = r.Pods.Adopt(rec)
 			r.byPod[id].Owe()
 		case records.Erase:
+			if r.unread { // it may be the pod of a container that lives, which has no record either
+				r.log.Error("a pod has no readable record, and a container that lives neither; it is left alone", "pod", id)
+				continue
+			}
 			p := r.Pods.Adopt(r.unknownPod(id))
 			r.byPod[id] = p
 			behind = append(behind, func(ctx context.Context) {
@@ -367,7 +372,6 @@ func (r *recovery) actOnInit(l loaded) {
 func (r *recovery) actOnUnknown(l loaded) {
 	if l.Do == records.Leave {
 		// Its layers stay while this daemon lives. Nobody knows its pod.
-		r.unread = true
 		root := rundir.Dir(r.state.RunDir(state.Containers, l.id)).Path(rundir.RootfsName)
 		r.Images.Library.Hold(rootfs.LayersAt(root))
 		r.log.Error("a live shim has no readable record of its container; it is left alone", "container", l.id)
@@ -375,7 +379,7 @@ func (r *recovery) actOnUnknown(l loaded) {
 	}
 	rec := &records.Container{ID: l.id, BootID: rundir.BootID(), Phase: records.ContainerRemoving}
 	c := r.Containers.Adopt(rec, r.pod(""), l.Seen)
-	r.background(r.erasing(c)) // nobody else looks at its directory: it is not known
+	r.behind = append(r.behind, r.erasing(c)) // before its pod
 }
 
 func (r *recovery) erasing(c *containers.Container) func(context.Context) {

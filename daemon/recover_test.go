@@ -288,6 +288,37 @@ func TestRecoverUnknown(t *testing.T) {
 	b.removeAll(pod)
 }
 
+// A pod of which no record reads is left alone for as long as a container lives of
+// which none reads either: its network may be that one's.
+func TestRecoverUnknownPod(t *testing.T) {
+	b := newBed(t)
+	pod := b.RunPod(t, "pod")
+	id := b.Run(t, pod, fake.ContainerConfig("c"))
+	b.close()
+	err := errors.Join(
+		os.Remove(filepath.Join(b.Durable(state.Containers, id), "record.json")),
+		os.Remove(b.Dir(id).Path(rundir.LaunchName)),
+		os.Remove(filepath.Join(b.Durable(state.Pods, pod), "record.json")),
+		os.Remove(filepath.Join(b.State, "pods", pod, "record.json")),
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.open()
+	b.joint.work.Wait()
+	if n := b.Network.Deleted(pod); n != 0 || b.Network.Pinned(pod) == (records.Namespaces{}) || !b.Lives(t, pod, id) {
+		t.Errorf("its network was deleted %d times; it lives: %t", n, b.Lives(t, pod, id))
+	}
+	b.close()
+	b.KillShim(t, id)
+	path, _ := b.Cgroups.ContainerPath("", pod, id)
+	if err := b.Cgroups.Of(path).Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.open() // both go
+	fake.Until(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
+}
+
 // put changes the record of a container while no daemon runs.
 func (b *bed) put(id string, change func(*records.Container)) {
 	b.t.Helper()
