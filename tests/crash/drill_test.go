@@ -3,6 +3,7 @@ package crash
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -165,7 +166,7 @@ func eachStep(t *testing.T, action string) {
 	const nodes = 4
 	rounds := 1
 	if drill {
-		rounds = 5
+		rounds = 3
 	}
 	lists := make([][]disaster, nodes)
 	for i, d := range chosen(action) {
@@ -218,6 +219,7 @@ type kubelet struct {
 // happens.
 func (k *kubelet) live(name string) {
 	defer k.leave()
+	defer k.goOn()()
 	k.arm()
 	pod := k.runPod(name)
 	ends, stays := k.runContainers(pod)
@@ -300,17 +302,13 @@ func (k *kubelet) leave() {
 	k.n.Mark()
 }
 
-// revive starts the daemon again if it is dead, as often as that takes, and has it
-// go on if it is stopped.
+// revive starts the daemon again if it is dead, as often as that takes.
 func (k *kubelet) revive() {
 	for k.n.Ended() {
 		k.killed++
 		if err := k.n.Bounce(); err == nil || k.killed > 5 {
 			return
 		}
-	}
-	if k.action == "stop" && k.n.PID() != 0 {
-		unix.Kill(k.n.PID(), unix.SIGCONT)
 	}
 }
 
@@ -319,9 +317,7 @@ func (k *kubelet) do(what string, call func(context.Context) error) {
 	k.t.Helper()
 	for deadline := time.Now().Add(limit * slow); ; time.Sleep(harness.Tick) {
 		ctx, cancel := harness.Deadline()
-		stop := k.goOn()
 		err := call(ctx)
-		stop()
 		cancel()
 		if err == nil {
 			return
@@ -338,13 +334,12 @@ func (k *kubelet) do(what string, call func(context.Context) error) {
 	}
 }
 
-// goOn has a daemon that is stopped go on after a while, until stop is called.
+// goOn has processes that are stopped go on after a while, until stop is called.
 func (k *kubelet) goOn() (stop func()) {
 	if k.action != "stop" {
 		return func() {}
 	}
-	done := make(chan struct{})
-	over := make(chan struct{})
+	done, over := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(over)
 		for {
@@ -352,7 +347,9 @@ func (k *kubelet) goOn() (stop func()) {
 			case <-done:
 				return
 			case <-time.After(300 * time.Millisecond):
-				unix.Kill(k.n.PID(), unix.SIGCONT)
+			}
+			for _, pid := range append(slices.Collect(maps.Values(k.n.ShimPIDs())), k.n.PID()) {
+				unix.Kill(pid, unix.SIGCONT)
 			}
 		}
 	}()
