@@ -91,8 +91,10 @@ type Store struct {
 	dir string
 	log *slog.Logger
 
-	background sync.WaitGroup // deletions and syncs; Close waits
-	disk       *os.File       // dir, open for syncs; closed by Close
+	background sync.WaitGroup  // deletions and syncs; Close waits
+	closing    context.Context // ends with Close: no deletion is tried again
+	close      context.CancelFunc
+	disk       *os.File // dir, open for syncs; closed by Close
 	discarded  atomic.Uint64
 
 	mu       sync.Mutex
@@ -117,6 +119,7 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 		layers: map[digest.Digest]*layerRecord{},
 		held:   map[digest.Digest]chan struct{}{},
 	}
+	s.closing, s.close = context.WithCancel(context.Background())
 	err := s.load()
 	if err == nil {
 		s.disk, err = os.Open(dir)
@@ -249,6 +252,7 @@ func (s *Store) loadLayer(d digest.Digest) error {
 // Close waits for the work in the background: syncs and deletions. What it
 // does not see through, the next Open does.
 func (s *Store) Close() error {
+	s.close()
 	s.background.Wait()
 	s.disk.Close()
 	return nil
@@ -490,11 +494,22 @@ func (s *Store) setAside(dir string) (string, error) {
 	return trash, os.Rename(dir, trash)
 }
 
-// deleteLater deletes what is in tmp. What remains is for the next Open.
+// deleteLater deletes what is in tmp. What the disk refuses is tried again, less and
+// less often; what remains at Close is for the next Open.
 func (s *Store) deleteLater(path string) {
 	s.background.Go(func() {
-		if err := os.RemoveAll(path); err != nil {
-			s.log.Warn("cannot delete, the next start tries again", "path", path, "error", err)
+		const first, longest = 100 * time.Millisecond, 10 * time.Minute
+		for wait := first; ; wait = min(2*wait, longest) {
+			err := os.RemoveAll(path)
+			if err == nil {
+				return
+			}
+			s.log.Warn("cannot delete, trying again", "path", path, "in", wait, "error", err)
+			select {
+			case <-time.After(wait):
+			case <-s.closing.Done():
+				return
+			}
 		}
 	})
 }
