@@ -2,6 +2,7 @@ package process
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -21,11 +22,7 @@ func (h *Host) SaveProcess(process json.RawMessage) error {
 // Complete fills what p leaves empty from the container's own process. An empty user
 // is the container's, unless setUser says that root is meant.
 func (h *Host) Complete(p *specs.Process, setUser bool) (*specs.Process, error) {
-	q := new(specs.Process)
-	b, err := readFile(h.Dir.Path(rundir.ProcessName), maxProcess)
-	if err == nil {
-		err = record.Decode(b, q)
-	}
+	q, err := h.ownProcess()
 	if err != nil {
 		return nil, fmt.Errorf("cannot exec: cannot learn the container's own process: %w", err)
 	}
@@ -67,4 +64,26 @@ func (h *Host) Complete(p *specs.Process, setUser bool) (*specs.Process, error) 
 	}
 	q.NoNewPrivileges = q.NoNewPrivileges || p.NoNewPrivileges
 	return q, nil
+}
+
+// ownProcess is the process of the container's spec: as it was saved, or else as the
+// whole spec has it.
+func (h *Host) ownProcess() (*specs.Process, error) {
+	q := new(specs.Process)
+	b, err := readFile(h.Dir.Path(rundir.ProcessName), maxProcess)
+	if err == nil {
+		err = record.Decode(b, q)
+	}
+	if err == nil {
+		return q, nil
+	}
+	spec, serr := readFile(h.Dir.Path(rundir.SpecName), maxProcess)
+	whole := struct{ Process *specs.Process }{}
+	if serr == nil {
+		serr = json.Unmarshal(spec, &whole)
+	}
+	if serr != nil || whole.Process == nil {
+		return nil, errors.Join(err, serr)
+	}
+	return whole.Process, nil
 }
