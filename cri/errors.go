@@ -21,9 +21,9 @@ func toStatus(method string, err error) error {
 	given := errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 	switch {
 	case method == pullImage && errors.Is(err, kind.Rejected):
-		return status.Errorf(codes.Unknown, "%v: %v", crierrors.ErrSignatureValidationFailed, err)
+		return status.Errorf(codes.Unknown, "%v: %v", crierrors.ErrSignatureValidationFailed, kind.Shorten(err.Error()))
 	case method == pullImage && errors.Is(err, kind.Unavailable) && !given:
-		return status.Errorf(codes.Unknown, "%v: %v", crierrors.ErrRegistryUnavailable, err)
+		return status.Errorf(codes.Unknown, "%v: %v", crierrors.ErrRegistryUnavailable, kind.Shorten(err.Error()))
 	}
 	return kind.ToStatus(err)
 }

@@ -3,6 +3,8 @@
 package proto
 
 import (
+	"bytes"
+	"encoding/json"
 	"fmt"
 
 	"github.com/containerd/typeurl/v2"
@@ -28,11 +30,17 @@ func init() {
 
 // MarshalAny wraps an OCI Spec or Process for the wire: JSON under a type URL.
 func MarshalAny[T specs.Spec | specs.Process](v *T) (*anypb.Any, error) {
-	a, err := typeurl.MarshalAny(v)
+	url, err := typeurl.TypeURL(v)
 	if err != nil {
 		return nil, fmt.Errorf("cannot encode %T: %w", v, err)
 	}
-	return &anypb.Any{TypeUrl: a.GetTypeUrl(), Value: a.GetValue()}, nil
+	var b bytes.Buffer
+	e := json.NewEncoder(&b)
+	e.SetEscapeHTML(false) // six bytes for one, which nobody needs here
+	if err := e.Encode(v); err != nil {
+		return nil, fmt.Errorf("cannot encode %T: %w", v, err)
+	}
+	return &anypb.Any{TypeUrl: url, Value: bytes.TrimSuffix(b.Bytes(), []byte("\n"))}, nil
 }
 
 // UnmarshalAny is the reverse of MarshalAny. An Any of another type is an error.

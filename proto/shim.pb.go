@@ -483,8 +483,12 @@ type CreateRequest struct {
 	// a daemon that lost its own copy takes them from there.
 	ContainerRecord *anypb.Any `protobuf:"bytes,9,opt,name=container_record,json=containerRecord,proto3" json:"container_record,omitempty"`
 	SandboxRecord   *anypb.Any `protobuf:"bytes,10,opt,name=sandbox_record,json=sandboxRecord,proto3" json:"sandbox_record,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// A request that is too large for a message: a file of the caller, as
+	// /proc/PID/fd/N, that holds it, encoded. All other fields but id are empty. A
+	// shim that knows the field has the capability "payload".
+	PayloadPath   string `protobuf:"bytes,11,opt,name=payload_path,json=payloadPath,proto3" json:"payload_path,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CreateRequest) Reset() {
@@ -585,6 +589,13 @@ func (x *CreateRequest) GetSandboxRecord() *anypb.Any {
 		return x.SandboxRecord
 	}
 	return nil
+}
+
+func (x *CreateRequest) GetPayloadPath() string {
+	if x != nil {
+		return x.PayloadPath
+	}
+	return ""
 }
 
 type CreateResponse struct {
@@ -1461,7 +1472,8 @@ type ExecSyncRequest struct {
 	// process.user is to be used as it is. Without it, a user that is zero in every
 	// field stands for the container's own user, and not for root. A shim that knows
 	// the field has the capability "exec-user".
-	SetUser       bool `protobuf:"varint,8,opt,name=set_user,json=setUser,proto3" json:"set_user,omitempty"`
+	SetUser       bool   `protobuf:"varint,8,opt,name=set_user,json=setUser,proto3" json:"set_user,omitempty"`
+	PayloadPath   string `protobuf:"bytes,9,opt,name=payload_path,json=payloadPath,proto3" json:"payload_path,omitempty"` // see CreateRequest
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1550,6 +1562,13 @@ func (x *ExecSyncRequest) GetSetUser() bool {
 		return x.SetUser
 	}
 	return false
+}
+
+func (x *ExecSyncRequest) GetPayloadPath() string {
+	if x != nil {
+		return x.PayloadPath
+	}
+	return ""
 }
 
 type ExecSyncResponse struct {
@@ -2203,7 +2222,7 @@ const file_shim_proto_rawDesc = "" +
 	"\x0esystemd_cgroup\x18\x03 \x01(\bR\rsystemdCgroup\"7\n" +
 	"\x03Log\x12\x1c\n" +
 	"\tdirectory\x18\x01 \x01(\tR\tdirectory\x12\x12\n" +
-	"\x04path\x18\x02 \x01(\tR\x04path\"\x9a\x03\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\"\xbd\x03\n" +
 	"\rCreateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -2218,7 +2237,8 @@ const file_shim_proto_rawDesc = "" +
 	"durableDir\x12?\n" +
 	"\x10container_record\x18\t \x01(\v2\x14.google.protobuf.AnyR\x0fcontainerRecord\x12;\n" +
 	"\x0esandbox_record\x18\n" +
-	" \x01(\v2\x14.google.protobuf.AnyR\rsandboxRecord\"?\n" +
+	" \x01(\v2\x14.google.protobuf.AnyR\rsandboxRecord\x12!\n" +
+	"\fpayload_path\x18\v \x01(\tR\vpayloadPath\"?\n" +
 	"\x0eCreateResponse\x12-\n" +
 	"\x04init\x18\x01 \x01(\v2\x19.holdfast.shim.v1.ProcessR\x04init\"\x1e\n" +
 	"\fStartRequest\x12\x0e\n" +
@@ -2287,7 +2307,7 @@ const file_shim_proto_rawDesc = "" +
 	"\x06signal\x18\x02 \x01(\rR\x06signal\x12\x19\n" +
 	"\bgrace_ms\x18\x03 \x01(\x04R\agraceMs\"C\n" +
 	"\fStopResponse\x123\n" +
-	"\akill_at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x06killAt\"\x8f\x02\n" +
+	"\akill_at\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x06killAt\"\xb2\x02\n" +
 	"\x0fExecSyncRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\aprocess\x18\x02 \x01(\v2\x14.google.protobuf.AnyR\aprocess\x12\x1d\n" +
@@ -2300,7 +2320,8 @@ const file_shim_proto_rawDesc = "" +
 	"\vstderr_path\x18\x06 \x01(\tR\n" +
 	"stderrPath\x12!\n" +
 	"\foutput_limit\x18\a \x01(\x04R\voutputLimit\x12\x19\n" +
-	"\bset_user\x18\b \x01(\bR\asetUser\"\xb7\x01\n" +
+	"\bset_user\x18\b \x01(\bR\asetUser\x12!\n" +
+	"\fpayload_path\x18\t \x01(\tR\vpayloadPath\"\xb7\x01\n" +
 	"\x10ExecSyncResponse\x12\x1b\n" +
 	"\texit_code\x18\x01 \x01(\rR\bexitCode\x12\x1b\n" +
 	"\ttimed_out\x18\x02 \x01(\bR\btimedOut\x12!\n" +

@@ -18,7 +18,7 @@ import (
 )
 
 // Capabilities tell a daemon what this build can do beyond the protocol's version.
-var Capabilities = []string{"pty", "exec-sync", "exec-cgroup", "exec-user", "oom", "stop-deadline", "events"}
+var Capabilities = []string{"pty", "exec-sync", "exec-cgroup", "exec-user", "payload", "oom", "stop-deadline", "events"}
 
 // longPoll is the longest that Wait and Events keep a caller, whatever it asked
 // for. A client's own deadline should be longer.
@@ -69,6 +69,9 @@ func (s *service) Hello(_ context.Context, req *pb.HelloRequest) (*pb.HelloRespo
 }
 
 func (s *service) Create(ctx context.Context, req *pb.CreateRequest) (*pb.CreateResponse, error) {
+	if err := pb.Unpack(req.PayloadPath, req); err != nil {
+		return nil, kind.As(kind.Invalid, err)
+	}
 	if err := s.check(req.Id); err != nil {
 		return nil, err
 	}
@@ -218,6 +221,9 @@ func milliseconds(n uint64) time.Duration {
 }
 
 func (s *service) ExecSync(ctx context.Context, req *pb.ExecSyncRequest) (*pb.ExecSyncResponse, error) {
+	if err := pb.Unpack(req.PayloadPath, req); err != nil {
+		return nil, kind.As(kind.Invalid, err)
+	}
 	if err := s.check(req.Id); err != nil {
 		return nil, err
 	}

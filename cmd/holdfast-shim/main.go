@@ -24,6 +24,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/shim"
 )
@@ -83,7 +84,7 @@ func run(launcher *os.File, dir, level string, createTimeout time.Duration) (err
 		Dir:           rundir.Dir(dir),
 		CreateTimeout: createTimeout,
 		Version:       version,
-		Log:           slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l})),
+		Log:           slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l, ReplaceAttr: kind.ShortenAttr})),
 		Stop:          stop,
 		Reappear:      reappear,
 		Ready: func() {

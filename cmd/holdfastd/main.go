@@ -19,6 +19,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/cri"
 	"github.com/holdfast-cri/holdfast/daemon"
+	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
 // version is set by the build.
@@ -60,7 +61,7 @@ func run() error {
 	if err := level.UnmarshalText([]byte(*logLevel)); err != nil {
 		return fmt.Errorf("cannot use --log-level %q: debug, info, warn and error are known", *logLevel)
 	}
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level}))
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level, ReplaceAttr: kind.ShortenAttr}))
 
 	f, err := readConfig(*config)
 	if err != nil {

@@ -21,6 +21,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/semaphore"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/claims"
@@ -156,11 +157,18 @@ type Manager struct {
 	mu   sync.Mutex
 	all  map[string]*Container
 	owed map[string]*Container // removed, and something of theirs is left
+
+	answers *semaphore.Weighted // bytes of memory for answers of ExecSync
 }
 
 // New makes a manager without containers.
 func New(o Options) *Manager {
-	return &Manager{Options: o, all: map[string]*Container{}, owed: map[string]*Container{}}
+	return &Manager{
+		Options: o,
+		all:     map[string]*Container{},
+		owed:    map[string]*Container{},
+		answers: semaphore.NewWeighted(maxAnswers),
+	}
 }
 
 // Container is what is wanted and what was last seen of it.

@@ -4,24 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/kind"
-)
-
-// Output of one ExecSync. The CRI asks for a cap at 16 MiB of each stream, but
-// the kubelet takes in no answer above 16 MiB: both have to fit together, with
-// room for the rest of the message.
-const (
-	maxExecStream = 16 << 20
-	maxExecOutput = 16<<20 - 64<<10
 )
 
 // ExecSync runs a command in a container and gives its output and exit code.
@@ -36,15 +25,8 @@ func (m *Manager) ExecSync(ctx context.Context, id string, cmd []string, timeout
 	if err := c.running(); err != nil {
 		return nil, err
 	}
-	stdout, err := newMemory("stdout")
-	if err != nil {
-		return nil, kind.As(kind.Unavailable, err)
-	}
+	stdout, stderr := c.newOutput(), c.newOutput()
 	defer stdout.Close()
-	stderr, err := newMemory("stderr")
-	if err != nil {
-		return nil, kind.As(kind.Unavailable, err)
-	}
 	defer stderr.Close()
 	command := client.Exec{
 		Process: &specs.Process{Args: cmd},
@@ -68,49 +50,40 @@ func (m *Manager) ExecSync(ctx context.Context, id string, cmd []string, timeout
 	if result.TimedOut {
 		return nil, kind.Errorf(kind.Timeout, "command %.100q in %s ran longer than %s and was killed", cmd[0], c, timeout)
 	}
-	outSize, errSize := share(result.StdoutBytes, result.StderrBytes)
-	answer := &runtimeapi.ExecSyncResponse{ExitCode: int32(result.Code)}
-	if answer.Stdout, err = readMemory(stdout, outSize); err != nil {
-		return nil, err
-	}
-	if answer.Stderr, err = readMemory(stderr, errSize); err != nil {
-		return nil, err
-	}
-	return answer, nil
+	return c.answer(ctx, result, stdout, stderr)
 }
 
-// share divides the room of an answer: a stream that needs less than half of it
-// leaves the rest to the other one.
-func share(out, err int64) (int64, int64) {
-	const half = maxExecOutput / 2
-	switch {
-	case out+err <= maxExecOutput:
-		return out, err
-	case err <= half:
-		return maxExecOutput - err, err
-	case out <= half:
-		return out, maxExecOutput - out
+// answer waits for room and takes the output of a command into memory.
+func (c *Container) answer(ctx context.Context, r client.ExecResult, stdout, stderr *output,
+) (*runtimeapi.ExecSyncResponse, error) {
+	outSize, errSize := share(r.StdoutBytes, r.StderrBytes)
+	if err := c.m.reserve(ctx, outSize+errSize); err != nil {
+		return nil, err
 	}
-	return half, half
-}
-
-// newMemory makes a file without a name, which the shim opens through /proc.
-func newMemory(name string) (*os.File, error) {
-	fd, err := unix.MemfdCreate("exec-"+name, unix.MFD_CLOEXEC)
+	out, err := stdout.bytes(outSize)
 	if err != nil {
-		return nil, fmt.Errorf("cannot make a buffer for %s: %w", name, err)
+		return nil, err
 	}
-	return os.NewFile(uintptr(fd), name), nil
+	errs, err := stderr.bytes(errSize)
+	if err != nil {
+		return nil, err
+	}
+	missing := r.StdoutBytes + r.StderrBytes + int64(r.DroppedBytes) - int64(len(out)+len(errs))
+	if missing > 0 {
+		c.m.Log.Warn("output of a command is missing in the answer",
+			"container", c.ID(),
+			"bytes", missing,
+			"error", errors.Join(stdout.err, stderr.err))
+		errs = tellMissing(errs, missing)
+	}
+	return &runtimeapi.ExecSyncResponse{ExitCode: int32(r.Code), Stdout: out, Stderr: errs}, nil
 }
 
-func readMemory(f *os.File, size int64) ([]byte, error) {
-	if size == 0 {
-		return nil, nil
+// tellMissing ends the error output of a command with what was dropped of its output.
+func tellMissing(stderr []byte, n int64) []byte {
+	var newline string
+	if len(stderr) > 0 && stderr[len(stderr)-1] != '\n' {
+		newline = "\n"
 	}
-	b := make([]byte, size)
-	n, err := f.ReadAt(b, 0)
-	if err != nil && !errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("cannot read the output of the command: %w", err)
-	}
-	return b[:n], nil
+	return fmt.Appendf(stderr, "%s%d bytes of output are missing here: an answer holds 16 MiB\n", newline, n)
 }

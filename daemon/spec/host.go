@@ -46,11 +46,29 @@ func ProbeHost() (Host, error) {
 	if h.NodeName, err = os.Hostname(); err != nil {
 		return h, fmt.Errorf("cannot learn the node's name: %w", err)
 	}
+	h.ExecLimit = execLimit()
 	enabled, _ := os.ReadFile("/sys/module/apparmor/parameters/enabled")
 	h.AppArmorEnabled = bytes.HasPrefix(enabled, []byte("Y")) && exists("/sys/kernel/security/apparmor")
 	h.SELinuxEnabled = exists("/sys/fs/selinux/enforce")
 	h.RecursiveReadOnly = kernelHasMountSetattr()
 	return h, nil
+}
+
+// The bounds of what execve(2) takes as arguments and environment: a quarter of the
+// stack, as containers inherit its limit, but not below ARG_MAX, nor above three
+// quarters of the usual stack.
+const (
+	execMin     = 128 << 10
+	execDefault = 2 << 20 // of the usual stack of 8 MiB
+	execMax     = 6 << 20
+)
+
+func execLimit() int {
+	var stack unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_STACK, &stack); err != nil {
+		return execDefault
+	}
+	return int(max(execMin, min(stack.Cur/4, execMax)))
 }
 
 func exists(p string) bool { _, err := os.Stat(p); return err == nil }

@@ -1,6 +1,7 @@
 package spec
 
 import (
+	"cmp"
 	"path"
 	"slices"
 	"strings"
@@ -16,6 +17,9 @@ func (b *builder) process() error {
 			"is empty, and so are config.args and the image's entrypoint and command: nothing to run")
 	}
 	p.Env = b.env()
+	if err := b.checkExec(); err != nil {
+		return err
+	}
 	p.Cwd = "/"
 	if dir := b.Container.GetWorkingDir(); dir != "" {
 		p.Cwd = path.Clean(dir)
@@ -24,6 +28,32 @@ func (b *builder) process() error {
 	}
 	adj := int(b.Container.GetLinux().GetResources().GetOomScoreAdj())
 	p.OOMScoreAdj = b.clampOOM(adj)
+	return nil
+}
+
+// execRest is more than the kernel takes for the rest of what it gives a program: the
+// path, and what the OCI runtime adds to the environment.
+const execRest = 8 << 10
+
+// checkExec refuses what execve(2) would: the container would be seen to start, and to
+// end with an error that names nothing. Strings count with their terminating zero and
+// a pointer each.
+func (b *builder) checkExec() error {
+	total := execRest
+	for _, l := range []struct {
+		field string
+		items []string
+	}{{"config.command", b.spec.Process.Args}, {"config.envs", b.spec.Process.Env}} {
+		for _, s := range l.items {
+			if len(s) >= maxString { // of the image: Validate has seen those of the config
+				return invalid(l.field, "one of the image's has %d bytes, and the kernel takes less than %d", len(s), maxString)
+			}
+			total += len(s) + 1 + 8
+		}
+	}
+	if limit := cmp.Or(b.ExecLimit, execDefault); total > limit {
+		return invalid("config.envs", "arguments and environment take %d bytes, and the kernel takes %d at most", total, limit)
+	}
 	return nil
 }
 

@@ -43,6 +43,8 @@ type Host struct {
 	RecursiveReadOnly bool
 	// MappedMounts says that the kernel and the OCI runtime know idmapped mounts.
 	MappedMounts bool
+	// ExecLimit bounds arguments and environment, in bytes; 0: what is usual.
+	ExecLimit int
 	// NodeName is HOSTNAME in containers of pods without a hostname.
 	NodeName string
 }

@@ -1145,3 +1145,42 @@ func TestImageVolumes(t *testing.T) {
 		t.Errorf("on a read-only root: %v", got)
 	}
 }
+
+// What the kernel takes is let through to the byte, and what it does not is told of
+// when the container is made: of the config and of the image.
+func TestExecLimit(t *testing.T) {
+	env := func(n int) (all []*runtimeapi.KeyValue) {
+		for i := range n {
+			all = append(all, &runtimeapi.KeyValue{Key: fmt.Sprintf("K%06d", i), Value: []byte(strings.Repeat("<", 1000))})
+		}
+		return all
+	}
+	const each = 7 + 1 + 1000 + 1 + 8
+	for name, c := range map[string]struct {
+		change func(in *Input)
+		field  string
+	}{
+		"as much as is usual": {change: func(in *Input) { in.Container.Envs = env((execDefault - 2*execRest) / each) }},
+		"more":                {func(in *Input) { in.Container.Envs = env(execDefault/each + 1) }, "config.envs"},
+		"a larger stack": {change: func(in *Input) {
+			in.ExecLimit = 2 * execDefault
+			in.Container.Envs = env(execDefault/each + 1)
+		}},
+		"of the image": {func(in *Input) { in.Image.Env = []string{"A=" + strings.Repeat("x", maxString)} }, "config.envs"},
+		"command of the image": {func(in *Input) {
+			in.Container.Command = nil
+			in.Container.Args = nil
+			in.Image.Cmd = []string{strings.Repeat("x", maxString)}
+		}, "config.command"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in := input()
+			c.change(&in)
+			if _, err := validateAndBuild(in); c.field != "" {
+				wantField(t, err, kind.Invalid, c.field)
+			} else if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}

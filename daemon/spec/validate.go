@@ -12,10 +12,13 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// maxConfig bounds one CRI config, in bytes. The config of a container, that of
-// its pod and the spec travel together in one message to the shim, which holds
-// 4 MiB, two of them with the growth of base64.
-const maxConfig = 1 << 20
+// maxConfig bounds the config of a pod, in bytes; maxContainer that of a container,
+// which has an environment of any size that the kernel takes. Both are kept in memory
+// and in several files.
+const (
+	maxConfig    = 1 << 20
+	maxContainer = 4 << 20
+)
 
 // maxString is the kernel's bound of one argument or environment variable
 // (MAX_ARG_STRLEN), its terminating zero included.
@@ -27,8 +30,8 @@ func Validate(c *runtimeapi.ContainerConfig, s *runtimeapi.PodSandboxConfig) err
 	if c == nil {
 		return invalid("config", "is missing")
 	}
-	if n := proto.Size(c); n > maxConfig {
-		return invalid("config", "has %d bytes, more than %d", n, maxConfig)
+	if n := proto.Size(c); n > maxContainer {
+		return invalid("config", "has %d bytes, more than %d", n, maxContainer)
 	}
 	if err := validateName("config.metadata.name", c.GetMetadata().GetName()); err != nil {
 		return err

@@ -56,7 +56,9 @@ var containerCases = []struct {
 	{"no image", func(c *runtimeapi.ContainerConfig) { c.Image = nil }, kind.Invalid, "config.image.image"},
 	{
 		"huge",
-		func(c *runtimeapi.ContainerConfig) { c.Labels = map[string]string{"a": strings.Repeat("x", maxConfig)} },
+		func(c *runtimeapi.ContainerConfig) {
+			c.Labels = map[string]string{"a": strings.Repeat("x", maxContainer)}
+		},
 		kind.Invalid,
 		"config",
 	},

@@ -9,6 +9,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -33,6 +34,14 @@ func (c *Client) Create(ctx context.Context, launch rundir.Launch, spec *specs.S
 	}
 	req := proto.LaunchOf(launch)
 	req.Id, req.Spec = c.dir.ID(), wire
+	payload, err := proto.Pack(req)
+	if err != nil {
+		return rundir.Process{}, kind.As(kind.Invalid, err)
+	}
+	if payload != nil {
+		defer payload.Close()
+		req = &proto.CreateRequest{Id: req.Id, PayloadPath: procPath(payload)}
+	}
 	resp, err := call(ctx, c, slow, proto.ShimService.Create, req)
 	return resp.GetInit().File(), err
 }
@@ -198,7 +207,15 @@ func (c *Client) Exec(ctx context.Context, e Exec) (ExecResult, error) {
 		OutputLimit: e.Limit,
 	}
 	var r *proto.ExecSyncResponse
-	err = e.attach(req, func() error {
+	err = e.attach(ctx, req, func() error {
+		payload, err := proto.Pack(req)
+		if err != nil {
+			return kind.As(kind.Invalid, err)
+		}
+		if payload != nil {
+			defer payload.Close()
+			req = &proto.ExecSyncRequest{Id: req.Id, PayloadPath: procPath(payload)}
+		}
 		return c.alone(ctx, func(shim proto.ShimService) (err error) {
 			r, err = shim.ExecSync(ctx, req)
 			return err

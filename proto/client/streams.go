@@ -1,6 +1,7 @@
 package client
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -31,7 +32,8 @@ func Process(dir rundir.Dir) (*specs.Process, error) {
 
 // attach gives the command its streams for as long as run takes. After an error
 // of run the rest of the output is dropped: the shim may keep its end open.
-func (e *Exec) attach(req *proto.ExecSyncRequest, run func() error) (err error) {
+// When ctx ends, what has come of the output by then is all.
+func (e *Exec) attach(ctx context.Context, req *proto.ExecSyncRequest, run func() error) (err error) {
 	var finish []func(error)
 	defer func() {
 		for _, f := range finish {
@@ -43,8 +45,8 @@ func (e *Exec) attach(req *proto.ExecSyncRequest, run func() error) (err error) 
 		open func() (*os.File, func(error), error)
 	}{
 		{&req.StdinPath, func() (*os.File, func(error), error) { return source(e.Stdin) }},
-		{&req.StdoutPath, func() (*os.File, func(error), error) { return sink(e.Stdout) }},
-		{&req.StderrPath, func() (*os.File, func(error), error) { return sink(e.Stderr) }},
+		{&req.StdoutPath, func() (*os.File, func(error), error) { return sink(ctx, e.Stdout) }},
+		{&req.StderrPath, func() (*os.File, func(error), error) { return sink(ctx, e.Stderr) }},
 	} {
 		file, done, err := s.open()
 		if err != nil {
@@ -84,7 +86,7 @@ func source(from io.Reader) (file *os.File, finish func(error), err error) {
 }
 
 // sink is the end of a pipe whose content goes to a writer.
-func sink(to io.Writer) (file *os.File, finish func(error), err error) {
+func sink(ctx context.Context, to io.Writer) (file *os.File, finish func(error), err error) {
 	if f, ok := to.(*os.File); ok || to == nil {
 		return f, nothing, nil
 	}
@@ -102,6 +104,7 @@ func sink(to io.Writer) (file *os.File, finish func(error), err error) {
 		if err != nil {
 			r.Close()
 		}
+		defer context.AfterFunc(ctx, func() { r.Close() })() // of a shim that does not close its end
 		<-copied
 		r.Close()
 	}, nil

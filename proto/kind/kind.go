@@ -7,6 +7,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"strings"
 	"syscall"
 
 	"google.golang.org/grpc/codes"
@@ -50,8 +52,8 @@ var table = []struct {
 	{Unavailable, codes.Unavailable},
 }
 
-// ToStatus gives err its gRPC code: Unknown if it is of no kind. An error that
-// is a status already stays as it is.
+// ToStatus gives err its gRPC code: Unknown if it is of no kind. Its text is bounded.
+// An error that is a status already stays as it is.
 func ToStatus(err error) error {
 	if err == nil {
 		return nil
@@ -61,10 +63,10 @@ func ToStatus(err error) error {
 	}
 	for _, k := range table {
 		if errors.Is(err, k.kind) {
-			return status.Error(k.code, err.Error())
+			return status.Error(k.code, Shorten(err.Error()))
 		}
 	}
-	return status.Error(codes.Unknown, err.Error())
+	return status.Error(codes.Unknown, Shorten(err.Error()))
 }
 
 // FromStatus gives an error that came over the wire its kind. The text stays
@@ -104,4 +106,29 @@ func As(kind, err error) error {
 // Errorf makes an error of a kind. The kind does not show in the text.
 func Errorf(kind error, format string, args ...any) error {
 	return &kindError{fmt.Errorf(format, args...), kind}
+}
+
+// maxText bounds what a text may have, in bytes: errors repeat what they were given,
+// and a name in an image may have a megabyte.
+const maxText = 4 << 10
+
+// Shorten leaves out the middle of a text that is longer than anybody reads.
+func Shorten(text string) string {
+	if len(text) <= maxText {
+		return text
+	}
+	const half = maxText / 2
+	return strings.ToValidUTF8(fmt.Sprintf("%s [%d bytes left out] %s",
+		text[:half], len(text)-2*half, text[len(text)-half:]), "")
+}
+
+// ShortenAttr is slog.HandlerOptions.ReplaceAttr for a log whose lines are bounded.
+func ShortenAttr(_ []string, a slog.Attr) slog.Attr {
+	if k := a.Value.Kind(); k != slog.KindString && k != slog.KindAny {
+		return a
+	}
+	if text := a.Value.String(); len(text) > maxText {
+		a.Value = slog.StringValue(Shorten(text))
+	}
+	return a
 }

@@ -1,11 +1,16 @@
 package kind
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"strings"
 	"syscall"
 	"testing"
+	"time"
+	"unicode/utf8"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -44,5 +49,25 @@ func TestThereAndBack(t *testing.T) {
 	}
 	if s := status.Error(codes.DataLoss, "x"); ToStatus(s) != s {
 		t.Error("a status was changed")
+	}
+}
+
+// Whoever gave a long name is not told it again in full, and the log is not filled
+// with it.
+func TestTextsAreBounded(t *testing.T) {
+	long := strings.Repeat("ä", 1<<20)
+	err := Errorf(Invalid, "beginning %s end", long)
+	s := ToStatus(err).Error()
+	if len(s) > 2*maxText || !strings.Contains(s, "beginning") || !strings.HasSuffix(s, "end") || !utf8.ValidString(s) {
+		t.Errorf("%d bytes: %.60q", len(s), s)
+	}
+	if s := ToStatus(Errorf(Invalid, "short")).Error(); !strings.HasSuffix(s, "short") {
+		t.Errorf("a short text became %q", s)
+	}
+	var b bytes.Buffer
+	log := slog.New(slog.NewTextHandler(&b, &slog.HandlerOptions{ReplaceAttr: ShortenAttr}))
+	log.Warn("failed", "error", err, "name", long, "took", time.Second)
+	if line := b.String(); len(line) > 4*maxText || !strings.Contains(line, "took=1s") || !strings.Contains(line, "level=WARN") {
+		t.Errorf("%d bytes of log: %.200s", len(line), line)
 	}
 }

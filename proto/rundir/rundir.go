@@ -365,8 +365,9 @@ func (d Dir) read(name string, r any) error { return record.ReadOf(d.Path(name),
 
 func (d Dir) write(name string, r any) error { return record.WriteOf(d.Path(name), d.ID(), r, false) }
 
-// maxSpec bounds what ReadSpec takes in: more than a message to the shim holds.
-const maxSpec = 16 << 20
+// maxSpec bounds what ReadSpec takes in. An environment has up to some MiB, of which
+// JSON makes at most six times as much.
+const maxSpec = 64 << 20
 
 // ReadSpec reads the OCI spec as it lies there: JSON, but no record.
 func (d Dir) ReadSpec() ([]byte, error) {

@@ -11,8 +11,9 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
-// maxProcess bounds process.json, in bytes. It came in a message of at most 4 MiB.
-const maxProcess = 5 << 20
+// maxProcess bounds process.json, in bytes. It has an environment of up to some MiB, of
+// which JSON makes at most six times as much.
+const maxProcess = 64 << 20
 
 // SaveProcess keeps the process of the container's spec for execs.
 func (h *Host) SaveProcess(process json.RawMessage) error {

@@ -23,7 +23,7 @@ var allowed = map[string][]string{
 	"proto": {
 		"github.com/containerd/ttrpc", "github.com/containerd/typeurl/v2",
 		"github.com/opencontainers/runtime-spec/specs-go",
-		"google.golang.org/protobuf/...", module + "proto/rundir",
+		"google.golang.org/protobuf/...", "golang.org/x/sys/unix", module + "proto/rundir",
 	},
 	"proto/client": {
 		module + "proto", module + "proto/kind", module + "proto/rundir", "github.com/containerd/ttrpc",

@@ -1,0 +1,94 @@
+package containers
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/holdfast-cri/holdfast/proto/kind"
+)
+
+// Output is kept as it was written, whatever its size, on a disk or without one.
+func TestOutput(t *testing.T) {
+	for name, dir := range map[string]string{"on a disk": t.TempDir(), "without a disk": "/no/such/directory"} {
+		for _, size := range []int{0, 1, execMemory - 1, execMemory, execMemory + 1, 5*execMemory + 7} {
+			want := make([]byte, size)
+			for i := range want {
+				want[i] = byte(i * 7)
+			}
+			o := &output{dir: dir}
+			for rest := want; len(rest) > 0; {
+				n := min(len(rest), 10000)
+				if m, err := o.Write(rest[:n]); m != n || err != nil {
+					t.Fatalf("%s: wrote %d of %d, %v", name, m, n, err)
+				}
+				rest = rest[n:]
+			}
+			if got, err := o.bytes(int64(size)); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("%s, %d bytes: %d came back, %v", name, size, len(got), err)
+			}
+			if got, err := o.bytes(int64(size / 2)); err != nil || !bytes.Equal(got, want[:size/2]) {
+				t.Errorf("%s, half of %d bytes: %d came back, %v", name, size, len(got), err)
+			}
+			if len(o.memory) > execMemory {
+				t.Errorf("%s: %d bytes in memory", name, len(o.memory))
+			}
+			o.Close()
+		}
+	}
+}
+
+// A disk that fails holds up no command: what is there is given, the rest dropped.
+func TestOutputLost(t *testing.T) {
+	closed, err := unnamed(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	closed.Close() // stands for a full disk
+	o := &output{file: closed}
+	for range 3 {
+		if n, err := o.Write(make([]byte, execMemory)); n != execMemory || err != nil {
+			t.Errorf("wrote %d, %v", n, err)
+		}
+	}
+	if o.err == nil {
+		t.Error("nothing tells of the loss")
+	}
+}
+
+func TestTellMissing(t *testing.T) {
+	for stderr, want := range map[string]string{
+		"":      "7 bytes of output are missing here",
+		"end\n": "end\n7 bytes of output are missing here",
+		"end":   "end\n7 bytes of output are missing here",
+	} {
+		if got := string(tellMissing([]byte(stderr), 7)); !strings.HasPrefix(got, want) || !strings.HasSuffix(got, "\n") {
+			t.Errorf("%q became %q", stderr, got)
+		}
+	}
+}
+
+// All answers together have a bound: one waits for the others, for as long as its
+// caller does.
+func TestAnswersHaveABound(t *testing.T) {
+	m := New(Options{})
+	one, endOne := context.WithCancel(t.Context())
+	for range maxAnswers / maxExecOutput {
+		if err := m.reserve(one, maxExecOutput); err != nil {
+			t.Fatal(err)
+		}
+	}
+	short, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := m.reserve(short, 1); !errors.Is(err, kind.Unavailable) {
+		t.Errorf("beyond the bound: %v", err)
+	}
+	waits := make(chan error)
+	go func() { waits <- m.reserve(t.Context(), maxExecOutput) }()
+	endOne() // the calls are over
+	if err := <-waits; err != nil {
+		t.Error(err)
+	}
+}
