@@ -103,6 +103,30 @@ func TestExecOwnProcess(t *testing.T) {
 	}
 }
 
+// Where process.json is gone, or is another container's, the spec has the process.
+func TestExecWithoutProcessFile(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	path := b.dir.Path(rundir.ProcessName)
+	for name, damage := range map[string]func() error{
+		"gone": func() error { return os.Remove(path) },
+		"another container's": func() error {
+			return records.WriteOf(path, "another", specs.Process{User: specs.User{UID: 7}, Cwd: "/"}, false)
+		},
+	} {
+		if err := damage(); err != nil {
+			t.Fatal(err)
+		}
+		stdout, out := memfd(t)
+		if _, err := b.exec(sh("id -u"), &pb.ExecSyncRequest{StdoutPath: out}); err != nil {
+			t.Fatal(name, err)
+		}
+		if s := contents(t, stdout); s != "0\n" {
+			t.Errorf("%s: got %q", name, s)
+		}
+	}
+}
+
 // Root in a container of another user has to be asked for.
 func TestExecUser(t *testing.T) {
 	b := newBox(t)

@@ -46,7 +46,7 @@ func (h *Host) NewExec(id string, container cgroup.Set) (p *Process, cgroupErr, 
 
 func (p *Process) save(ended bool) error {
 	r := rundir.Exec{Process: p.Process, Cgroups: p.Cgroups, Ended: ended}
-	return record.Write(p.path(".json"), r, false)
+	return record.WriteOf(p.path(".json"), p.host.Dir.ID(), r, false)
 }
 
 func (p *Process) path(ext string) string { return p.host.Dir.ExecPath(p.id, ext) }
@@ -126,7 +126,7 @@ func (h *Host) Execs() (alive, ended map[string]*Process, err error) {
 			continue
 		}
 		var r rundir.Exec
-		if rerr := record.Read(h.Dir.ExecPath(id, ".json"), &r); rerr != nil {
+		if rerr := record.ReadOf(h.Dir.ExecPath(id, ".json"), h.Dir.ID(), &r); rerr != nil {
 			err = errors.Join(err, rerr)
 			continue
 		}

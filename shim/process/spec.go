@@ -17,7 +17,7 @@ const maxProcess = 64 << 20
 
 // SaveProcess keeps the process of the container's spec for execs.
 func (h *Host) SaveProcess(process json.RawMessage) error {
-	return record.Write(h.Dir.Path(rundir.ProcessName), process, false)
+	return record.WriteOf(h.Dir.Path(rundir.ProcessName), h.Dir.ID(), process, false)
 }
 
 // Complete fills what p leaves empty from the container's own process. An empty user
@@ -73,7 +73,7 @@ func (h *Host) ownProcess() (*specs.Process, error) {
 	q := new(specs.Process)
 	b, err := readFile(h.Dir.Path(rundir.ProcessName), maxProcess)
 	if err == nil {
-		err = record.Decode(b, q)
+		err = record.DecodeOf(b, h.Dir.ID(), q)
 	}
 	if err == nil {
 		return q, nil
