@@ -105,11 +105,13 @@ func TestCheck(t *testing.T) {
 			"config.image.image",
 		},
 		"create with a long image": {
-			&runtimeapi.CreateContainerRequest{PodSandboxId: "p", Config: &runtimeapi.ContainerConfig{Image: image(maxRef + 1)}},
+			&runtimeapi.CreateContainerRequest{PodSandboxId: "p",
+				Config: &runtimeapi.ContainerConfig{Image: image(maxRef + 1)}},
 			"config.image.image",
 		},
 		"create": {
-			&runtimeapi.CreateContainerRequest{PodSandboxId: "p", Config: &runtimeapi.ContainerConfig{Image: image(maxRef)}},
+			&runtimeapi.CreateContainerRequest{PodSandboxId: "p",
+				Config: &runtimeapi.ContainerConfig{Image: image(maxRef)}},
 			"",
 		},
 		"exec without a container": {&runtimeapi.ExecSyncRequest{Cmd: []string{"x"}}, "container_id"},

@@ -182,7 +182,8 @@ func (r *recovery) loadPods(ids []string) (behind []func(context.Context)) {
 			r.byPod[id].Owe()
 		case records.Erase:
 			if r.unread { // it may be the pod of a container that lives, which has no record either
-				r.log.Error("a pod has no readable record, and a container that lives neither; it is left alone", "pod", id)
+				r.log.Error("a pod has no readable record, and a container that lives neither; it is left alone", "pod",
+					id)
 				continue
 			}
 			p := r.Pods.Adopt(r.unknownPod(id))
@@ -263,7 +264,8 @@ func (r *recovery) servePods(recs []*records.Pod) {
 			r.log.Error("two pods have one name", "name", name.Name, "pod", rec.ID)
 			if empty(rec) == 1 {
 				r.quarantined++
-				r.state.Quarantine(r.state.Dir(state.Pods, rec.ID), kind.Errorf(kind.Exists, "%s exists twice", name.Name))
+				r.state.Quarantine(r.state.Dir(state.Pods, rec.ID), kind.Errorf(kind.Exists, "%s exists twice",
+					name.Name))
 				continue
 			}
 			// Both are served: each holds what only its own id names.
@@ -327,7 +329,8 @@ func (r *recovery) serve(l loaded) {
 		r.log.Error("two containers have one name", "name", name.Name, "container", l.id, "live", l.Do == records.Watch)
 		if l.Do != records.Watch {
 			r.quarantined++
-			r.state.Quarantine(r.state.Dir(state.Containers, l.id), kind.Errorf(kind.Exists, "%s exists twice", name.Name))
+			r.state.Quarantine(r.state.Dir(state.Containers, l.id), kind.Errorf(kind.Exists, "%s exists twice",
+				name.Name))
 			r.behind = append(r.behind, r.erasing(c))
 			return
 		}

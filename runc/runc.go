@@ -211,7 +211,8 @@ func lastError(path string, offset int64) (msg string) {
 	sc.Buffer(make([]byte, 0, 4096), 1<<20)
 	for sc.Scan() {
 		var line struct{ Level, Msg string }
-		if json.Unmarshal(sc.Bytes(), &line) == nil && (line.Level == "error" || line.Level == "fatal") && line.Msg != "" {
+		if json.Unmarshal(sc.Bytes(), &line) == nil && line.Msg != "" &&
+			(line.Level == "error" || line.Level == "fatal") {
 			msg = fmt.Sprintf("%.*s", maxMessage, line.Msg)
 		}
 	}

@@ -84,9 +84,10 @@ func run(launcher *os.File, dir, level string, createTimeout time.Duration) (err
 		Dir:           rundir.Dir(dir),
 		CreateTimeout: createTimeout,
 		Version:       version,
-		Log:           slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l, ReplaceAttr: kind.ShortenAttr})),
-		Stop:          stop,
-		Reappear:      reappear,
+		Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l,
+			ReplaceAttr: kind.ShortenAttr})),
+		Stop:     stop,
+		Reappear: reappear,
 		Ready: func() {
 			ready = true
 			if launcher != nil {

@@ -124,7 +124,8 @@ func (n *node) run(t *testing.T, id, script string, terminal bool) rundir.Dir {
 		Mounts: []specs.Mount{
 			{Destination: "/proc", Type: "proc", Source: "proc"},
 			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs"},
-			{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"newinstance", "ptmxmode=0666"}},
+			{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"newinstance",
+				"ptmxmode=0666"}},
 		},
 		Process: &specs.Process{Terminal: terminal, Args: []string{"sh", "-c", script}, Cwd: "/",
 			Env:         []string{"PATH=/bin", "LANG=C"},

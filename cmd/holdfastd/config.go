@@ -74,7 +74,8 @@ func defaults() file {
 	var f file
 	f.Root, f.State, f.Address = "/var/lib/holdfast", "/run/holdfast", "/run/holdfast/holdfast.sock"
 	f.DefaultRuntime = "runc"
-	f.CNI.ConfDir, f.CNI.BinDirs, f.CNI.Subnet = "/etc/cni/net.d", []string{"/opt/cni/bin", "/usr/lib/cni"}, "10.244.0.0/16"
+	f.CNI.ConfDir, f.CNI.BinDirs = "/etc/cni/net.d", []string{"/opt/cni/bin", "/usr/lib/cni"}
+	f.CNI.Subnet = "10.244.0.0/16"
 	f.Registry.ConfigDir = "/etc/holdfast/certs.d"
 	f.Images.KeepBlobs, f.Images.VerifierTimeout = true, "10s"
 	f.Cgroup.Driver = "auto"
@@ -124,7 +125,8 @@ func decodeError(name string, e *toml.DecodeError) error {
 	if what, ok := strings.CutPrefix(text, "cannot decode TOML "); ok {
 		is, _, _ := strings.Cut(what, " into ")
 		kinds := map[string]string{"bool": "true or false", "string": "a string", "[]string": "a list of strings"}
-		text = fmt.Sprintf("is a TOML %s, and has to be %s", is, cmp.Or(kinds[what[strings.LastIndex(what, " ")+1:]], "a table"))
+		text = fmt.Sprintf("is a TOML %s, and has to be %s", is, cmp.Or(kinds[what[strings.LastIndex(what, " ")+1:]],
+			"a table"))
 	}
 	return fmt.Errorf("%s: %s: %s", where, key, text)
 }
@@ -134,68 +136,104 @@ func decodeError(name string, e *toml.DecodeError) error {
 func (f file) warn(log *slog.Logger) {
 	for _, dir := range filepath.SplitList(f.Registry.ConfigDir) {
 		if _, err := os.Stat(dir); err != nil && f.Registry.ConfigDir != defaults().Registry.ConfigDir {
-			log.Warn("a directory of registry.config_dir cannot be read; it counts once it is there", "path", dir, "error", err)
+			log.Warn("a directory of registry.config_dir cannot be read; it counts once it is there", "path", dir,
+				"error", err)
 		}
 	}
 }
 
 // resolve checks the values and finds the binaries.
 func (f file) resolve(logLevel string) (daemon.Config, error) {
-	c := daemon.Config{Root: f.Root, State: f.State, DefaultRuntime: f.DefaultRuntime, Runtimes: map[string]string{}, LogLevel: logLevel,
-		CNIConfDir: f.CNI.ConfDir, CNIBinDirs: f.CNI.BinDirs, DefaultNetwork: f.CNI.DefaultNetwork, Subnet: f.CNI.Subnet, CNIGC: f.CNI.GC,
-		RegistryConfigDir: f.Registry.ConfigDir, PinnedImages: f.Images.Pinned, DropLayerBlobs: !f.Images.KeepBlobs,
-		ImageVerifierDir: f.Images.VerifierDir, CgroupDriver: f.Cgroup.Driver,
-		UnprivilegedPorts: f.Sandbox.UnprivilegedPorts, UnprivilegedICMP: f.Sandbox.UnprivilegedICMP}
-	if err := f.resolvePaths(&c); err != nil {
-		return c, err
+	c := daemon.Config{
+		Root:              f.Root,
+		State:             f.State,
+		DefaultRuntime:    f.DefaultRuntime,
+		Runtimes:          map[string]string{},
+		LogLevel:          logLevel,
+		CNIConfDir:        f.CNI.ConfDir,
+		CNIBinDirs:        f.CNI.BinDirs,
+		DefaultNetwork:    f.CNI.DefaultNetwork,
+		Subnet:            f.CNI.Subnet,
+		CNIGC:             f.CNI.GC,
+		RegistryConfigDir: f.Registry.ConfigDir,
+		PinnedImages:      f.Images.Pinned,
+		DropLayerBlobs:    !f.Images.KeepBlobs,
+		ImageVerifierDir:  f.Images.VerifierDir,
+		CgroupDriver:      f.Cgroup.Driver,
+		UnprivilegedPorts: f.Sandbox.UnprivilegedPorts,
+		UnprivilegedICMP:  f.Sandbox.UnprivilegedICMP,
 	}
+	for _, step := range []func(*daemon.Config) error{
+		f.resolvePaths, f.resolveImages, f.resolveModes, f.resolveRuntimes,
+	} {
+		if err := step(&c); err != nil {
+			return c, err
+		}
+	}
+	return c, nil
+}
+
+// resolveImages checks what is said of images and registries.
+func (f file) resolveImages(c *daemon.Config) error {
 	for _, dir := range filepath.SplitList(f.Registry.ConfigDir) {
 		if !filepath.IsAbs(dir) {
-			return c, fmt.Errorf("config: registry.config_dir = %q: %q is not an absolute path", f.Registry.ConfigDir, dir)
+			return fmt.Errorf("config: registry.config_dir = %q: %q is not an absolute path", f.Registry.ConfigDir, dir)
 		}
 	}
 	for _, ref := range f.Images.Pinned {
 		if _, err := reference.ParseDockerRef(ref); err != nil {
-			return c, fmt.Errorf("config: images.pinned: %q is not the name of an image: %w", ref, err)
+			return fmt.Errorf("config: images.pinned: %q is not the name of an image: %w", ref, err)
 		}
 	}
 	if dir := f.Images.VerifierDir; dir != "" {
 		// A verifier that is not there would let everything in.
 		if st, err := os.Stat(dir); err != nil || !filepath.IsAbs(dir) || !st.IsDir() {
-			return c, fmt.Errorf("config: images.verifier_dir = %q is not the absolute path of a directory", dir)
+			return fmt.Errorf("config: images.verifier_dir = %q is not the absolute path of a directory", dir)
 		}
 	}
 	timeout, err := time.ParseDuration(f.Images.VerifierTimeout)
 	if err != nil || timeout <= 0 {
-		return c, fmt.Errorf("config: images.verifier_timeout = %q is not a time such as 10s", f.Images.VerifierTimeout)
+		return fmt.Errorf("config: images.verifier_timeout = %q is not a time such as 10s", f.Images.VerifierTimeout)
 	}
 	c.ImageVerifierTimeout = timeout
+	return nil
+}
+
+// resolveModes checks what is one of a few words, and the paths that exclude others.
+func (f file) resolveModes(c *daemon.Config) error {
 	if c.Root == c.State {
-		return c, fmt.Errorf("config: root and state are both %q: each needs a folder of its own", c.Root)
+		return fmt.Errorf("config: root and state are both %q: each needs a folder of its own", c.Root)
 	}
 	if strings.Contains(c.State, ",") { // where the namespaces of pods are pinned
-		return c, fmt.Errorf("config: state = %q has a comma, which the OCI runtime does not take in paths of namespaces", c.State)
+		return fmt.Errorf("config: state = %q has a comma, which the OCI runtime does not take in paths of namespaces",
+			c.State)
 	}
 	switch f.Sandbox.Mode {
 	case "namespaces":
 	case "pause":
 		c.PauseMode = true
 	default:
-		return c, fmt.Errorf("config: sandbox.mode = %q is neither namespaces nor pause", f.Sandbox.Mode)
+		return fmt.Errorf("config: sandbox.mode = %q is neither namespaces nor pause", f.Sandbox.Mode)
 	}
 	switch f.Containers.AbsentMountSource {
 	case "create":
 	case "reject":
 		c.RejectAbsentMounts = true
 	default:
-		return c, fmt.Errorf("config: containers.absent_mount_source = %q is neither create nor reject", f.Containers.AbsentMountSource)
+		return fmt.Errorf("config: containers.absent_mount_source = %q is neither create nor reject",
+			f.Containers.AbsentMountSource)
 	}
 	if address := f.Metrics.Address; address != "" {
 		if err := checkHostPort(address); err != nil {
-			return c, fmt.Errorf("config: metrics.address = %q is not host:port: %w", address, err)
+			return fmt.Errorf("config: metrics.address = %q is not host:port: %w", address, err)
 		}
 		c.Metrics = metrics.New(version)
 	}
+	return nil
+}
+
+// resolveRuntimes finds the programs. runc need not be named.
+func (f file) resolveRuntimes(c *daemon.Config) (err error) {
 	if _, ok := f.Runtimes["runc"]; !ok && f.DefaultRuntime == "runc" {
 		f.Runtimes = maps.Clone(f.Runtimes)
 		if f.Runtimes == nil {
@@ -206,15 +244,15 @@ func (f file) resolve(logLevel string) (daemon.Config, error) {
 	for name, r := range f.Runtimes {
 		path, err := findBinary(cmp.Or(r.Path, name))
 		if err != nil {
-			return c, fmt.Errorf("config: runtimes.%s.path: %w", name, err)
+			return fmt.Errorf("config: runtimes.%s.path: %w", name, err)
 		}
 		c.Runtimes[name] = path
 	}
 	if c.Shim, err = findBinary("holdfast-shim"); err != nil {
-		return c, err
+		return err
 	}
 	c.Pause, err = findBinary("holdfast-pause")
-	return c, err
+	return err
 }
 
 // resolvePaths gives root, state and address without links: mounts, and other
@@ -249,8 +287,9 @@ func (f file) resolvePaths(c *daemon.Config) (err error) {
 
 // systemDirs are folders that others need.
 var systemDirs = []string{
-	"/dev", "/dev/shm", "/etc", "/home", "/media", "/mnt", "/opt", "/proc", "/root", "/run", "/run/lock", "/srv", "/sys",
-	"/tmp", "/usr", "/usr/local", "/usr/local/lib", "/var", "/var/cache", "/var/lib", "/var/local", "/var/log", "/var/tmp",
+	"/dev", "/dev/shm", "/etc", "/home", "/media", "/mnt", "/opt", "/proc", "/root", "/run", "/run/lock",
+	"/srv", "/sys", "/tmp", "/usr", "/usr/local", "/usr/local/lib",
+	"/var", "/var/cache", "/var/lib", "/var/local", "/var/log", "/var/tmp",
 }
 
 // withoutLinks resolves the links in a path, whose end may not exist yet.

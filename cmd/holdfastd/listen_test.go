@@ -89,7 +89,8 @@ func TestListenInPlaceOf(t *testing.T) {
 			said := fmt.Sprint(err)
 			switch {
 			case c.want == "" && err == nil:
-			case c.want == "" || !strings.Contains(said, "cannot listen on "+address) || !strings.Contains(said, c.want):
+			case c.want == "" || !strings.Contains(said, "cannot listen on "+address) || !strings.Contains(said,
+				c.want):
 				t.Error(said)
 			}
 		})

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -32,47 +33,56 @@ func main() {
 	}
 }
 
+// options are the command line.
+type options struct {
+	config, root, state, address, logLevel string
+	version                                bool
+}
+
+func parse() (o options, err error) {
+	flag.StringVar(&o.config, "config", "", "config `file` (default "+defaultConfigFile+", which may be missing)")
+	flag.StringVar(&o.root, "root", "", "`folder` for what survives a reboot")
+	flag.StringVar(&o.state, "state", "", "`folder` for sockets, locks and pins, on a tmpfs")
+	flag.StringVar(&o.address, "address", "", "`socket` of the CRI")
+	flag.StringVar(&o.logLevel, "log-level", "info", "debug, info, warn or error")
+	flag.BoolVar(&o.version, "version", false, "print the version and stop")
+	flag.Parse()
+	if flag.NArg() > 0 {
+		err = fmt.Errorf("unexpected argument %q; see holdfastd -h", flag.Arg(0))
+	}
+	return o, err
+}
+
 func run() error {
 	if os.Getenv("GOGC") == "" {
 		// Little garbage is made, most of it by pulls: letting the heap grow by
 		// half instead of doubling it costs no time that can be measured.
 		debug.SetGCPercent(50)
 	}
-	var (
-		config   = flag.String("config", "", "config `file` (default "+defaultConfigFile+", which may be missing)")
-		root     = flag.String("root", "", "`folder` for what survives a reboot")
-		state    = flag.String("state", "", "`folder` for sockets, locks and pins, on a tmpfs")
-		address  = flag.String("address", "", "`socket` of the CRI")
-		logLevel = flag.String("log-level", "info", "debug, info, warn or error")
-		showVer  = flag.Bool("version", false, "print the version and stop")
-	)
-	flag.Parse()
 	// What this process and its children make is as open as it is said to be,
 	// whatever the umask of whoever started it.
 	syscall.Umask(0o022)
-	if flag.NArg() > 0 {
-		return fmt.Errorf("unexpected argument %q; see holdfastd -h", flag.Arg(0))
+	o, err := parse()
+	if err != nil {
+		return err
 	}
-	if *showVer {
+	if o.version {
 		fmt.Println("holdfastd", version)
 		return nil
 	}
 	var level slog.Level
-	if err := level.UnmarshalText([]byte(*logLevel)); err != nil {
-		return fmt.Errorf("cannot use --log-level %q: debug, info, warn and error are known", *logLevel)
+	if err := level.UnmarshalText([]byte(o.logLevel)); err != nil {
+		return fmt.Errorf("cannot use --log-level %q: debug, info, warn and error are known", o.logLevel)
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level, ReplaceAttr: kind.ShortenAttr}))
 
-	f, err := readConfig(*config)
+	f, err := readConfig(o.config)
 	if err != nil {
 		return err
 	}
-	for _, o := range []struct{ flag, key *string }{{root, &f.Root}, {state, &f.State}, {address, &f.Address}} {
-		if *o.flag != "" {
-			*o.key = *o.flag
-		}
-	}
-	cfg, err := f.resolve(*logLevel)
+	f.Root, f.State = cmp.Or(o.root, f.Root), cmp.Or(o.state, f.State)
+	f.Address = cmp.Or(o.address, f.Address)
+	cfg, err := f.resolve(o.logLevel)
 	if err != nil {
 		return err
 	}
@@ -80,7 +90,11 @@ func run() error {
 	if os.Geteuid() != 0 {
 		return errors.New("cannot run without root")
 	}
+	return serve(cfg, f.Metrics.Address, log)
+}
 
+// serve runs the daemon until it is told to end, or cannot go on.
+func serve(cfg daemon.Config, metricsAddress string, log *slog.Logger) error {
 	// The socket is for this process alone: children that see it would speak to
 	// the service manager too.
 	notifySocket := os.Getenv("NOTIFY_SOCKET")
@@ -92,7 +106,7 @@ func run() error {
 	}
 	var scraped *metricsServer // nil: off
 	if cfg.Metrics != nil {
-		if scraped, err = serveMetrics(f.Metrics.Address, cfg.Metrics.Gatherer(d.Snapshot), log); err != nil {
+		if scraped, err = serveMetrics(metricsAddress, cfg.Metrics.Gatherer(d.Snapshot), log); err != nil {
 			return errors.Join(err, shutdown(d, nil, nil))
 		}
 	}

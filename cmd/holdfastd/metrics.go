@@ -44,11 +44,23 @@ func serveMetrics(address string, g prometheus.Gatherer, log *slog.Logger) (*met
 	}
 	mux := http.NewServeMux()
 	// Not compressed: it is small, and stays on the node or in its network.
-	mux.Handle("GET /metrics", promhttp.HandlerFor(g, promhttp.HandlerOpts{MaxRequestsInFlight: scrapes, DisableCompression: true,
-		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn)}))
-	s := &metricsServer{ended: make(chan struct{}), http: &http.Server{Handler: mux, MaxHeaderBytes: 16 << 10,
-		ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second, IdleTimeout: 3 * time.Minute, // scrapes come once a minute or more often
-		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}} // what strangers get wrong is no event here
+	mux.Handle("GET /metrics", promhttp.HandlerFor(g, promhttp.HandlerOpts{
+		MaxRequestsInFlight: scrapes,
+		DisableCompression:  true,
+		ErrorLog:            slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}))
+	s := &metricsServer{
+		ended: make(chan struct{}),
+		http: &http.Server{
+			Handler:        mux,
+			MaxHeaderBytes: 16 << 10,
+			ReadTimeout:    10 * time.Second,
+			WriteTimeout:   30 * time.Second,
+			IdleTimeout:    3 * time.Minute, // scrapes come once a minute or more often
+			// What strangers get wrong is no event here.
+			ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		},
+	}
 	go func() {
 		defer close(s.ended)
 		if err := s.http.Serve(l); !errors.Is(err, http.ErrServerClosed) {

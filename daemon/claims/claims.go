@@ -143,7 +143,8 @@ func (t *Table) Once(ctx context.Context, n Name, making Creation) (string, erro
 		}
 		if c.Fingerprint != "" && c.Fingerprint != n.Fingerprint {
 			return "", kind.Errorf(kind.Exists,
-				"metadata: %s exists already, as %s, with another config: remove it, or ask for another attempt", n.Name, c.ID)
+				"metadata: %s exists already, as %s, with another config: remove it, or ask for another attempt",
+				n.Name, c.ID)
 		}
 		select {
 		case <-c.done:
@@ -156,7 +157,8 @@ func (t *Table) Once(ctx context.Context, n Name, making Creation) (string, erro
 			}
 			return c.ID, err
 		case <-ctx.Done():
-			return "", kind.Errorf(kind.Unavailable, "%s has been at %q for %s and goes on; ask again for its result: %w",
+			return "", kind.Errorf(kind.Unavailable,
+				"%s has been at %q for %s and goes on; ask again for its result: %w",
 				n.Name, c.reached(), time.Since(c.Since).Round(time.Millisecond), ctx.Err())
 		}
 	}

@@ -68,7 +68,10 @@ func TestOnce(t *testing.T) {
 	}
 	table.Release("x", a.id)
 	boom := errors.New("boom")
-	_, err = table.Once(ctx, Name{Name: "x", Fingerprint: "third"}, by(func(context.Context, *Claim) error { return boom }))
+	_, err = table.Once(ctx, Name{Name: "x", Fingerprint: "third"}, by(func(context.Context,
+		*Claim) error {
+		return boom
+	}))
 	if !errors.Is(err, boom) {
 		t.Errorf("failing attempt: %v", err)
 	}

@@ -251,7 +251,8 @@ func (m *Manager) Find(id string) (*Container, error) {
 			continue
 		}
 		if found != nil {
-			return nil, kind.Errorf(kind.Invalid, "container_id: more than one container has an id that begins with %q", id)
+			return nil, kind.Errorf(kind.Invalid, "container_id: more than one container has an id that begins with %q",
+				id)
 		}
 		found = c
 	}

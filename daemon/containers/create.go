@@ -72,7 +72,8 @@ func (m *Manager) Create(ctx context.Context, pod Pod, cfg *runtimeapi.Container
 	}
 	if c, err := m.Find(id); err != nil || c.Seen().Exit != nil && !c.unrunnable() {
 		return "", kind.Errorf(kind.Exists,
-			"config.metadata: %s exists already, as %s, and has ended: remove it, or ask for another attempt", name.Name, id)
+			"config.metadata: %s exists already, as %s, and has ended: remove it, or ask for another attempt",
+			name.Name, id)
 	}
 	return id, nil
 }

@@ -48,7 +48,8 @@ func (m *Manager) ExecSync(ctx context.Context, id string, cmd []string, timeout
 		return nil, err
 	}
 	if result.TimedOut {
-		return nil, kind.Errorf(kind.Timeout, "command %.100q in %s ran longer than %s and was killed", cmd[0], c, timeout)
+		return nil, kind.Errorf(kind.Timeout, "command %.100q in %s ran longer than %s and was killed", cmd[0], c,
+			timeout)
 	}
 	return c.answer(ctx, result, stdout, stderr)
 }

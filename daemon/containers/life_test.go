@@ -142,11 +142,13 @@ func TestEnds(t *testing.T) {
 		code    int32
 		reason  string
 	}{
-		"well":                       {command: []string{"true"}, reason: rundir.ReasonCompleted},
-		"badly":                      {command: []string{"sh", "-c", "exit 7"}, code: 7, reason: rundir.ReasonError},
-		"by a signal of its own":     {command: []string{"sh", "-c", "kill -KILL $$"}, code: 137, reason: rundir.ReasonError},
-		"when it is told to":         {command: fake.Sleeps, stop: time.Minute, code: 143, reason: rundir.ReasonError},
-		"when its time has run out":  {command: fake.Stubborn, stop: time.Millisecond, code: 137, reason: rundir.ReasonError},
+		"well":  {command: []string{"true"}, reason: rundir.ReasonCompleted},
+		"badly": {command: []string{"sh", "-c", "exit 7"}, code: 7, reason: rundir.ReasonError},
+		"by a signal of its own": {command: []string{"sh", "-c", "kill -KILL $$"}, code: 137,
+			reason: rundir.ReasonError},
+		"when it is told to": {command: fake.Sleeps, stop: time.Minute, code: 143, reason: rundir.ReasonError},
+		"when its time has run out": {command: fake.Stubborn, stop: time.Millisecond, code: 137,
+			reason: rundir.ReasonError},
 		"without a command to start": {command: []string{"/nonexistent"}, code: 127, reason: rundir.ReasonError},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -67,7 +67,8 @@ esac
 `
 	err := os.WriteFile(script, []byte(text), 0o700)
 	if err == nil {
-		n.runtimes, err = runtimes.Probe(map[string]string{"fake": script}, "fake", filepath.Join(dir, "runc"), false, quiet)
+		n.runtimes, err = runtimes.Probe(map[string]string{"fake": script}, "fake", filepath.Join(dir, "runc"), false,
+			quiet)
 	}
 	if err != nil {
 		t.Fatal(err)

@@ -259,7 +259,8 @@ func TestPluginsAreTold(t *testing.T) {
 	w.script("give", `
 [ "$CNI_COMMAND" = ADD ] || exit 0
 echo '{"cniVersion": "1.0.0",
- "interfaces": [{"name": "br9"}, {"name": "eth0", "sandbox": "/x", "mac": "02:00:00:00:00:01"}, {"name": "net1", "sandbox": "/x"}],
+ "interfaces": [{"name": "br9"}, {"name": "eth0", "sandbox": "/x", "mac": "02:00:00:00:00:01"}, {"name": "net1",
+	"sandbox": "/x"}],
  "ips": [{"address": "10.230.16.9/24", "interface": 0}, {"address": "fd00::9/64", "interface": 1},
          {"address": "10.230.16.8/24", "interface": 1}, {"address": "10.230.17.8/24", "interface": 2}]}'
 `)
@@ -348,7 +349,8 @@ func TestDelOfWhatAddRefuses(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)
 			before := w.traces()
-			w.conf("10.conflist", "hf-refuse", "10.230.23.0/24", `{"type": "note", "capabilities": {"bandwidth": true}}`)
+			w.conf("10.conflist", "hf-refuse", "10.230.23.0/24",
+				`{"type": "note", "capabilities": {"bandwidth": true}}`)
 			called := filepath.Join(w.dir, "called")
 			w.script("note", `echo "$CNI_ARGS" >>`+called+`.$CNI_COMMAND; cat | sed 's/.*"prevResult"://; s/}$//'`)
 			a := w.pod("a")

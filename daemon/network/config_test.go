@@ -139,7 +139,8 @@ func TestConfigIsNoFile(t *testing.T) {
 
 func TestConfigNamesMissingPlugins(t *testing.T) {
 	w := newWorld(t)
-	w.write("10.conflist", `{"cniVersion": "1.0.0", "name": "n", "plugins": [{"type": "loopback"}, {"type": "late", "ipam": {"type": "late-ipam"}}]}`)
+	w.write("10.conflist",
+		`{"cniVersion": "1.0.0", "name": "n", "plugins": [{"type": "loopback"}, {"type": "late", "ipam": {"type": "late-ipam"}}]}`)
 	w.wantNone("late", w.scripts, w.opts.BinDirs[1], "10.conflist")
 	w.script("late", "exit 0")
 	w.wantNone("late-ipam", w.scripts)

@@ -163,7 +163,8 @@ func (w *world) conf(file, bridge, subnet string, after ...string) {
 		"type": "bridge", "bridge": %q, "isGateway": true, "ipMasq": true, "hairpinMode": true,
 		"ipam": {"type": "host-local", "dataDir": %q, "ranges": [[{"subnet": %q}]], "routes": [{"dst": "0.0.0.0/0"}]}
 	}`, bridge, filepath.Join(w.dir, "leases"), subnet)}, after...)
-	w.write(file, fmt.Sprintf(`{"cniVersion": "1.0.0", "name": %q, "plugins": [%s]}`, "net-"+bridge, strings.Join(plugins, ",")))
+	w.write(file, fmt.Sprintf(`{"cniVersion": "1.0.0", "name": %q, "plugins": [%s]}`, "net-"+bridge,
+		strings.Join(plugins, ",")))
 	w.t.Cleanup(func() { ipLinkDel(w.t, bridge) })
 }
 

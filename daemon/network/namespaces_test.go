@@ -228,9 +228,11 @@ func TestNamespacesFailureLeavesNothing(t *testing.T) {
 	w := newWorld(t)
 	before := w.traces()
 	for name, want := range map[string]Want{
-		"sysctl of the node":           {Net: true, IPC: true, Sysctls: map[string]string{"vm.swappiness": "1"}},
-		"sysctl not there":             {Net: true, IPC: true, Sysctls: map[string]string{"net.ipv4.no_such_thing": "1"}},
-		"value refused":                {Net: true, IPC: true, Sysctls: map[string]string{"net.ipv4.ip_forward": "yes"}},
+		"sysctl of the node": {Net: true, IPC: true, Sysctls: map[string]string{"vm.swappiness": "1"}},
+		"sysctl not there": {Net: true, IPC: true,
+			Sysctls: map[string]string{"net.ipv4.no_such_thing": "1"}},
+		"value refused": {Net: true, IPC: true,
+			Sysctls: map[string]string{"net.ipv4.ip_forward": "yes"}},
 		"hostname longer than allowed": {Net: true, UTS: true, Hostname: strings.Repeat("x", 65)},
 	} {
 		ns, err := w.CreateNamespaces("p1", want)

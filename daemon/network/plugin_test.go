@@ -149,7 +149,8 @@ func TestDelEndsPluginsOfAKilledDaemon(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)
 			before := w.traces()
-			w.write("10.conflist", fmt.Sprintf(`{"cniVersion": "1.0.0", "name": "kill", "plugins": [`+stuck+`]}`, filepath.Join(w.dir, "leases")))
+			w.write("10.conflist", fmt.Sprintf(`{"cniVersion": "1.0.0", "name": "kill", "plugins": [`+stuck+`]}`,
+				filepath.Join(w.dir, "leases")))
 			defer ipLinkDel(t, "hf-kill")
 			pids := filepath.Join(w.dir, "pids")
 			w.script("stuck", fmt.Sprintf(hang, pids))

@@ -66,10 +66,12 @@ func resolveSysctls(w Want) ([]setting, error) {
 			rel == "kernel/sem", strings.HasPrefix(rel, "fs/mqueue/"):
 			own, kind = w.IPC, "IPC"
 		default:
-			return nil, fmt.Errorf("%w: %s is not namespaced, it would change the whole node; set it there", ErrSysctl, name)
+			return nil, fmt.Errorf("%w: %s is not namespaced, it would change the whole node; set it there", ErrSysctl,
+				name)
 		}
 		if !own {
-			return nil, fmt.Errorf("%w: %s belongs to the %s namespace, and this pod uses the node's", ErrSysctl, name, kind)
+			return nil, fmt.Errorf("%w: %s belongs to the %s namespace, and this pod uses the node's", ErrSysctl, name,
+				kind)
 		}
 		out = append(out, setting{
 			name:  name,

@@ -66,13 +66,15 @@ func TestUserNamespace(t *testing.T) {
 	needRoot(t)
 	w := newWorld(t, withKeeper(t))
 	before := w.traces()
-	sysctls := map[string]string{"net.ipv4.ip_forward": "1", "net.ipv4.ip_unprivileged_port_start": "81", "kernel.shmmni": "1234",
+	sysctls := map[string]string{"net.ipv4.ip_forward": "1", "net.ipv4.ip_unprivileged_port_start": "81",
+		"kernel.shmmni": "1234",
 		"kernel.msgmax": "4321", "kernel.sem": "250\t32000\t100\t128", "fs.mqueue.msg_max": "12"}
 	outside := map[string]string{}
 	for name := range sysctls {
 		outside[name] = readSysctl(t, name)
 	}
-	ns, err := w.CreateNamespaces("p1", Want{Net: true, IPC: true, UTS: true, User: someUserns, Hostname: "web-0", Sysctls: sysctls})
+	ns, err := w.CreateNamespaces("p1", Want{Net: true, IPC: true, UTS: true, User: someUserns, Hostname: "web-0",
+		Sysctls: sysctls})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -82,7 +84,8 @@ func TestUserNamespace(t *testing.T) {
 	if c := children(t); len(c) > 0 {
 		t.Errorf("processes are left: %v", c)
 	}
-	if got := strings.Fields(in(t, ns, "cat /proc/self/uid_map /proc/self/gid_map /proc/self/setgroups; hostname")); fmt.Sprint(got) !=
+	if got := strings.Fields(in(t, ns,
+		"cat /proc/self/uid_map /proc/self/gid_map /proc/self/setgroups; hostname")); fmt.Sprint(got) !=
 		"[0 100000 65536 0 300000 1000 allow web-0]" {
 		t.Errorf("inside: %v", got)
 	}
@@ -137,9 +140,11 @@ func TestUserNamespaceFailureLeavesNothing(t *testing.T) {
 	w := newWorld(t, withKeeper(t))
 	before := w.traces()
 	for name, want := range map[string]Want{
-		"a sysctl that is not there": {Net: true, IPC: true, User: someUserns, Sysctls: map[string]string{"net.ipv4.no_such_thing": "1"}},
-		"a value that is refused":    {Net: true, IPC: true, User: someUserns, Sysctls: map[string]string{"kernel.shmmni": "many"}},
-		"no ids":                     {Net: true, User: &Userns{}},
+		"a sysctl that is not there": {Net: true, IPC: true, User: someUserns,
+			Sysctls: map[string]string{"net.ipv4.no_such_thing": "1"}},
+		"a value that is refused": {Net: true, IPC: true, User: someUserns,
+			Sysctls: map[string]string{"kernel.shmmni": "many"}},
+		"no ids": {Net: true, User: &Userns{}},
 	} {
 		if ns, err := w.CreateNamespaces("p1", want); err == nil || ns != (Namespaces{}) {
 			t.Errorf("%s: %+v, %v", name, ns, err)

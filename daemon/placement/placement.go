@@ -75,7 +75,8 @@ func New(driver Driver) (*Manager, error) {
 		return nil, fmt.Errorf("cannot use the cgroup driver %q: want cgroupfs or systemd", driver)
 	}
 	if !cgroup.Probe().Mounted {
-		return nil, errors.New("cannot manage cgroups: no cgroup file system is mounted; mount cgroup2 on /sys/fs/cgroup")
+		return nil, errors.New(
+			"cannot manage cgroups: no cgroup file system is mounted; mount cgroup2 on /sys/fs/cgroup")
 	}
 	return &Manager{driver: driver}, nil
 }

@@ -34,7 +34,8 @@ func TestDetect(t *testing.T) {
 	} {
 		got, err := detect(c.setting, c.booted, c.unified)
 		if got != c.want || (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
-			t.Errorf("detect(%q, %v, %v) = %q, %v; want %q, %q", c.setting, c.booted, c.unified, got, err, c.want, c.err)
+			t.Errorf("detect(%q, %v, %v) = %q, %v; want %q, %q", c.setting, c.booted, c.unified, got, err, c.want,
+				c.err)
 		}
 	}
 }
@@ -55,7 +56,8 @@ func TestContainerPath(t *testing.T) {
 		{Cgroupfs, "/kubepods", "", "", "id"},
 		{Systemd, "", "c1", "system.slice:holdfast:c1", ""},
 		{Systemd, "-.slice", "c1", "-.slice:holdfast:c1", ""},
-		{Systemd, "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podX_1.slice", "c1", "kubepods-burstable-podX_1.slice:holdfast:c1", ""},
+		{Systemd, "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podX_1.slice", "c1",
+			"kubepods-burstable-podX_1.slice:holdfast:c1", ""},
 		{Systemd, "kubepods.slice/", "c1", "kubepods.slice:holdfast:c1", ""},
 		{Systemd, "/kubepods/burstable/podX", "c1", "", "cgroup driver here is systemd"},
 		{Systemd, "/x/../kubepods.slice", "c1", "", "cgroup_parent"},
@@ -68,7 +70,8 @@ func TestContainerPath(t *testing.T) {
 		m := &Manager{driver: c.driver}
 		got, err := m.ContainerPath(c.parent, "pod1", c.id)
 		if got != c.want || (err == nil) != (c.error == "") || err != nil && !strings.Contains(err.Error(), c.error) {
-			t.Errorf("%s: ContainerPath(%q, %q) = %q, %v; want %q, error %q", c.driver, c.parent, c.id, got, err, c.want, c.error)
+			t.Errorf("%s: ContainerPath(%q, %q) = %q, %v; want %q, error %q", c.driver, c.parent, c.id, got, err,
+				c.want, c.error)
 		}
 		if wrong := strings.Contains(c.error, "id"); err != nil && errors.Is(err, ErrParent) == wrong && c.error != "cgroup_parent" {
 			t.Errorf("%s: ContainerPath(%q, %q): %v: wraps ErrParent: %v", c.driver, c.parent, c.id, err, !wrong)

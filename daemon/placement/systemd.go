@@ -88,7 +88,8 @@ func placeScope(ctx context.Context, id string, pid int) error {
 
 func startScope(ctx context.Context, conn *dbus.Conn, id string, pid int) error {
 	done := make(chan string, 1) // the library sends once, maybe after we left
-	if _, err := conn.StartTransientUnitContext(ctx, scopeName(id), "fail", scopeProperties(id, pid), done); err != nil {
+	_, err := conn.StartTransientUnitContext(ctx, scopeName(id), "fail", scopeProperties(id, pid), done)
+	if err != nil {
 		return err
 	}
 	select {

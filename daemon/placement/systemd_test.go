@@ -41,7 +41,8 @@ func run(t *testing.T, name string, args ...string) string {
 func startService(t *testing.T, unit string) int {
 	t.Helper()
 	file := t.TempDir() + "/pid"
-	run(t, "systemd-run", "--unit="+unit, "--collect", "sh", "-c", "sleep 600 & echo $! >"+file+".new; mv "+file+".new "+file+"; wait")
+	run(t, "systemd-run", "--unit="+unit, "--collect", "sh", "-c",
+		"sleep 600 & echo $! >"+file+".new; mv "+file+".new "+file+"; wait")
 	t.Cleanup(func() { exec.Command("systemctl", "stop", unit).Run() })
 	deadline := time.Now().Add(2 * time.Minute)
 	for {

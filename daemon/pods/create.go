@@ -83,7 +83,8 @@ func (m *Manager) Run(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, han
 	}
 	if p, err := m.Find(id); err != nil || p.Ready() != nil {
 		return "", kind.Errorf(kind.Exists,
-			"metadata: %s exists already, as %s, and is not ready any more: remove it, or ask for another attempt", name.Name, id)
+			"metadata: %s exists already, as %s, and is not ready any more: remove it, or ask for another attempt",
+			name.Name, id)
 	}
 	return id, nil
 }

@@ -17,7 +17,8 @@ func mappings(length uint32) []*runtimeapi.IDMapping {
 // the pod says otherwise; and no group that the pod's user namespace does not have.
 func TestDefaultSysctls(t *testing.T) {
 	const port, ping = "net.ipv4.ip_unprivileged_port_start", "net.ipv4.ping_group_range"
-	userns := &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD, Uids: mappings(65536), Gids: mappings(65536)}
+	userns := &runtimeapi.UserNamespace{Mode: runtimeapi.NamespaceMode_POD, Uids: mappings(65536),
+		Gids: mappings(65536)}
 	for name, c := range map[string]struct {
 		options  *runtimeapi.NamespaceOption
 		sysctls  map[string]string

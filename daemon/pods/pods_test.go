@@ -301,7 +301,10 @@ func TestInit(t *testing.T) {
 // A pod whose init has ended is not ready: nothing can join it.
 func TestInitIsKilled(t *testing.T) {
 	for name, kill := range map[string]func(*bed, *records.Seen, string) error{
-		"init itself": func(_ *bed, s *records.Seen, _ string) error { return syscall.Kill(s.Init.PID, syscall.SIGKILL) },
+		"init itself": func(_ *bed, s *records.Seen, _ string) error {
+			return syscall.Kill(s.Init.PID,
+				syscall.SIGKILL)
+		},
 		"its shim": func(b *bed, _ *records.Seen, id string) error {
 			shim, err := shims.Find(b.Dir(id))
 			if err != nil {

@@ -47,28 +47,41 @@ func TestDecide(t *testing.T) {
 		do     Action
 	}{
 		{"6 container-record: nothing but the record", rec(ContainerCreating), Files{}, Kernel{}, running, Undo},
-		{"7 container-shim: a shim without a container", rec(ContainerCreating), Files{Status: status(rundir.PhaseEmpty)}, shim, created, Undo},
-		{"8 container-runtime: created, not on record", rec(ContainerCreating), Files{Status: status(rundir.PhaseCreated)}, both, created, Undo},
-		{"9 the shim died in the runtime's create", rec(ContainerCreating), Files{Status: status(rundir.PhaseCreating)}, fifo, created, Undo},
+		{"7 container-shim: a shim without a container", rec(ContainerCreating),
+			Files{Status: status(rundir.PhaseEmpty)}, shim, created, Undo},
+		{"8 container-runtime: created, not on record", rec(ContainerCreating),
+			Files{Status: status(rundir.PhaseCreated)}, both, created, Undo},
+		{"9 the shim died in the runtime's create", rec(ContainerCreating), Files{Status: status(rundir.PhaseCreating)},
+			fifo, created, Undo},
 		{"9 of another boot", otherCreating, Files{}, Kernel{}, running, Undo},
 		{"container-created: created, on record", rec(ContainerCreated), Files{Status: status(rundir.PhaseCreated)},
 			Kernel{Shim: true, Processes: true, Unstarted: true}, created, Watch},
-		{"10 container-started: started, no answer", rec(ContainerCreated), Files{Status: status(rundir.PhaseRunning)}, both, running, Watch},
-		{"11 started, not in state.json", rec(ContainerCreated), Files{Status: status(rundir.PhaseCreated)}, both, created, Watch},
+		{"10 container-started: started, no answer", rec(ContainerCreated), Files{Status: status(rundir.PhaseRunning)},
+			both, running, Watch},
+		{"11 started, not in state.json", rec(ContainerCreated), Files{Status: status(rundir.PhaseCreated)}, both,
+			created, Watch},
 		{"12 runs", rec(ContainerCreated), Files{Status: status(rundir.PhaseRunning)}, both, running, Watch},
-		{"13 the shim was killed, the container runs", rec(ContainerCreated), Files{Status: status(rundir.PhaseRunning)}, procs, running, Bury},
-		{"13 both were killed", rec(ContainerCreated), Files{Status: status(rundir.PhaseRunning)}, Kernel{}, running, Bury},
-		{"13 the shim was killed before the start", rec(ContainerCreated), Files{Status: status(rundir.PhaseCreated)}, fifo, created, Bury},
-		{"14 exit.json is there, the shim lives", rec(ContainerCreated), Files{Status: status(rundir.PhaseRunning), Exit: exit}, shim, exited, Serve},
-		{"14 exit.json is there, state.json says exited without", rec(ContainerCreated), Files{Status: status(rundir.PhaseExited)}, shim, running, Watch},
+		{"13 the shim was killed, the container runs", rec(ContainerCreated),
+			Files{Status: status(rundir.PhaseRunning)}, procs, running, Bury},
+		{"13 both were killed", rec(ContainerCreated), Files{Status: status(rundir.PhaseRunning)}, Kernel{}, running,
+			Bury},
+		{"13 the shim was killed before the start", rec(ContainerCreated), Files{Status: status(rundir.PhaseCreated)},
+			fifo, created, Bury},
+		{"14 exit.json is there, the shim lives", rec(ContainerCreated), Files{Status: status(rundir.PhaseRunning),
+			Exit: exit}, shim, exited, Serve},
+		{"14 exit.json is there, state.json says exited without", rec(ContainerCreated),
+			Files{Status: status(rundir.PhaseExited)}, shim, running, Watch},
 		{"14 exit.json is there, the shim was killed, others of the container live", rec(ContainerCreated),
 			Files{Status: status(rundir.PhaseRunning), Exit: exit}, procs, exited, Bury},
-		{"15 it ended while no daemon was there", rec(ContainerCreated), Files{Status: status(rundir.PhaseExited), Exit: exit}, Kernel{}, exited, Serve},
+		{"15 it ended while no daemon was there", rec(ContainerCreated), Files{Status: status(rundir.PhaseExited),
+			Exit: exit}, Kernel{}, exited, Serve},
 		{"17 container-removing", rec(ContainerRemoving), Files{Exit: exit}, Kernel{}, exited, Remove},
-		{"17 container-removing, it lives", rec(ContainerRemoving), Files{Status: status(rundir.PhaseRunning)}, both, running, Remove},
+		{"17 container-removing, it lives", rec(ContainerRemoving), Files{Status: status(rundir.PhaseRunning)}, both,
+			running, Remove},
 		{"22 another boot, no exit record", other, Files{}, Kernel{}, exited, Record},
 		{"22 another boot, an exit record", other, Files{Exit: exit}, Kernel{}, exited, Serve},
-		{"22 another boot, a status of then", other, Files{Status: status(rundir.PhaseRunning)}, Kernel{}, exited, Record},
+		{"22 another boot, a status of then", other, Files{Status: status(rundir.PhaseRunning)}, Kernel{}, exited,
+			Record},
 
 		{"no file, shim and container live", rec(ContainerCreated), Files{}, both, running, Watch},
 		{"no file, shim and container live, not started", rec(ContainerCreated), Files{},
@@ -105,14 +118,18 @@ func TestInfer(t *testing.T) {
 		code   int
 		reason string
 	}{
-		{"it waits to be started", Files{Status: createdStatus}, Kernel{Unstarted: true, Processes: true}, 255, rundir.ReasonNeverRan},
+		{"it waits to be started", Files{Status: createdStatus}, Kernel{Unstarted: true, Processes: true}, 255,
+			rundir.ReasonNeverRan},
 		{"the same without state.json", Files{}, Kernel{Unstarted: true, Processes: true}, 255, rundir.ReasonNeverRan},
-		{"its start was not written down", Files{Status: createdStatus}, Kernel{Processes: true}, 137, rundir.ReasonShimDied},
-		{"its start was not written down, and it has ended", Files{Status: createdStatus}, Kernel{}, 255, rundir.ReasonShimDied},
+		{"its start was not written down", Files{Status: createdStatus}, Kernel{Processes: true}, 137,
+			rundir.ReasonShimDied},
+		{"its start was not written down, and it has ended", Files{Status: createdStatus}, Kernel{}, 255,
+			rundir.ReasonShimDied},
 		{"it ran", Files{Status: runningStatus}, Kernel{Processes: true}, 137, rundir.ReasonShimDied},
 		{"it ran, and has ended", Files{Status: runningStatus}, Kernel{}, 255, rundir.ReasonShimDied},
 		{"nothing is known", Files{}, Kernel{}, 255, rundir.ReasonShimDied},
-		{"a FIFO that somebody made", Files{Status: runningStatus}, Kernel{Unstarted: true, Processes: true}, 137, rundir.ReasonShimDied},
+		{"a FIFO that somebody made", Files{Status: runningStatus}, Kernel{Unstarted: true, Processes: true}, 137,
+			rundir.ReasonShimDied},
 	} {
 		e := Infer(c.files, c.kernel, "why")
 		if e.Code != c.code || e.Reason != c.reason || e.Source != rundir.SourceInferred || !strings.HasPrefix(e.Message, "why; ") {
@@ -126,7 +143,8 @@ func TestDecidePod(t *testing.T) {
 		return &Pod{ID: "p", Phase: phase, BootID: rundir.BootID(), Namespaces: Namespaces{Net: "/run/netns/p"}}
 	}
 	labels := map[string]string{"io.kubernetes.pod.name": "web", "io.kubernetes.pod.uid": "u", "app": "x"}
-	of := &Container{ID: "c", PodID: "p", Config: Message[*runtimeapi.ContainerConfig]{M: &runtimeapi.ContainerConfig{Labels: labels}}}
+	of := &Container{ID: "c", PodID: "p",
+		Config: Message[*runtimeapi.ContainerConfig]{M: &runtimeapi.ContainerConfig{Labels: labels}}}
 	for _, c := range []struct {
 		name    string
 		files   PodFiles
@@ -139,7 +157,8 @@ func TestDecidePod(t *testing.T) {
 		{"stopping", PodFiles{Record: pod(PodStopping)}, PodStopping, Serve, false},
 		{"stopped", PodFiles{Record: pod(PodStopped), Kept: pod(PodCreating), Pinned: true}, PodStopped, Serve, false},
 		{"removed, with debts", PodFiles{Record: pod(PodRemoved)}, PodRemoved, Remove, false},
-		{"23 damaged, there is a copy", PodFiles{Copy: pod(PodStopping), Kept: pod(PodCreating)}, PodStopping, Serve, true},
+		{"23 damaged, there is a copy", PodFiles{Copy: pod(PodStopping), Kept: pod(PodCreating)}, PodStopping, Serve,
+			true},
 		{"23 both damaged, a shim keeps it", PodFiles{Kept: pod(PodCreating), Pinned: true}, PodReady, Serve, true},
 		{"23 both damaged, a shim keeps it, it was stopped", PodFiles{Kept: pod(PodReady)}, PodStopping, Serve, true},
 		{"23 all damaged, a container is known", PodFiles{Of: of}, PodStopping, Serve, true},

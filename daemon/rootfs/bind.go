@@ -74,7 +74,8 @@ func bind(f *os.File, at string) error {
 func Volumes(root string, names []string, uid, gid int, at string,
 	use func(dst string) (wanted, mounted bool)) (map[string]string, error) {
 	if len(names) > maxVolumes {
-		return nil, kind.Errorf(kind.Invalid, "the image declares %d volumes, and %d are possible", len(names), maxVolumes)
+		return nil, kind.Errorf(kind.Invalid, "the image declares %d volumes, and %d are possible", len(names),
+			maxVolumes)
 	}
 	sources := map[string]string{}
 	for i, name := range slices.Sorted(slices.Values(names)) {
@@ -122,7 +123,10 @@ func openVolume(root, name string, uid, gid int) (*os.File, error) {
 		return nil, err
 	}
 	defer unix.Close(dir)
-	err = beneath.MkdirAll(dir, name, func(parent int, base, _ string) error { return mkdirOwned(parent, base, uid, gid) })
+	err = beneath.MkdirAll(dir, name, func(parent int, base, _ string) error {
+		return mkdirOwned(parent, base, uid,
+			gid)
+	})
 	if err == nil {
 		f, err = beneath.Open(root, name, beneath.FileOrDirectory, 0)
 	}

@@ -123,8 +123,9 @@ func TestBombs(t *testing.T) {
 		"a size of 8 EiB": {pieces(
 			withPAX(paxRecord("size", fmt.Sprint(math.MaxInt64)), file),
 		), `entry "f": bad layer: more than`},
-		"a size beyond 64 bits": {pieces(withPAX(paxRecord("size", "9223372036854775808"), file)), "invalid tar header"},
-		"a negative size":       {pieces(withPAX(paxRecord("size", "-1"), file)), "invalid tar header"},
+		"a size beyond 64 bits": {pieces(withPAX(paxRecord("size", "9223372036854775808"), file)),
+			"invalid tar header"},
+		"a negative size": {pieces(withPAX(paxRecord("size", "-1"), file)), "invalid tar header"},
 		"a negative size, base 256": {pieces(header(tar.TypeReg, "f", 0, func(b []byte) {
 			copy(b[124:136], bytes.Repeat([]byte{0xff}, 12))
 		})), "invalid tar header"},
@@ -147,9 +148,11 @@ func TestBombs(t *testing.T) {
 				header(tar.TypeReg, "f", 512, nil),
 				"1\n9223372036854775807\n0\n"+strings.Repeat("\x00", 512-24)...,
 			))), `entry "hole": bad layer: more than`},
-		"a sparse map without end": {pieces(withPAX(paxRecord("GNU.sparse.major", "1")+paxRecord("GNU.sparse.minor", "0")+
+		"a sparse map without end": {pieces(withPAX(paxRecord("GNU.sparse.major", "1")+paxRecord("GNU.sparse.minor",
+			"0")+
 			paxRecord("GNU.sparse.name", "hole")+paxRecord("GNU.sparse.realsize", "1000"),
-			append(header(tar.TypeReg, "f", 1<<29, nil), strings.Repeat("99999999999999\n", 1000)...)), zeros), "bad layer"},
+			append(header(tar.TypeReg, "f", 1<<29, nil), strings.Repeat("99999999999999\n",
+				1000)...)), zeros), "bad layer"},
 		"PAX records of 1 GiB": {pieces(
 			header(tar.TypeXHeader, "pax", 1<<30, nil),
 			zeros,
@@ -162,7 +165,8 @@ func TestBombs(t *testing.T) {
 		), "header field too long"},
 		"100,000 attributes":     {pieces(withPAX(xattrs(100_000, 10), file)), "header field too long"},
 		"an attribute of 64 KiB": {pieces(withPAX(xattrs(1, 64<<10+1), file)), `entry "f"`},
-		"a name of 256 bytes":    {pieces(withPAX(paxRecord("path", strings.Repeat("n", 256)), file)), "file name too long"},
+		"a name of 256 bytes": {pieces(withPAX(paxRecord("path", strings.Repeat("n", 256)), file)),
+			"file name too long"},
 		"a name of 500 KiB": {pieces(
 			withPAX(paxRecord("path", strings.Repeat("n/", 250<<10)), file),
 		), "file name too long"},
@@ -171,7 +175,8 @@ func TestBombs(t *testing.T) {
 			"file name too long",
 		},
 		"54,000 deep, by links": {pieces(archiveOf(deep)), "file name too long"},
-		"the end of time":       {pieces(withPAX(paxRecord("mtime", fmt.Sprint(math.MaxInt64)), file), zeros[:1024]), ""},
+		"the end of time": {pieces(withPAX(paxRecord("mtime", fmt.Sprint(math.MaxInt64)), file), zeros[:1024]),
+			""},
 		"the year 1e20": {pieces(
 			withPAX(paxRecord("mtime", "31556952"+strings.Repeat("0", 20)), file),
 		), "invalid tar header"},
@@ -190,7 +195,8 @@ func TestBombs(t *testing.T) {
 	const remembered = "directories to remember"
 	if os.Getenv("HOLDFAST_DRILL") != "" {
 		bombs[remembered] = bomb{endless(1<<30, func(i int) []byte {
-			return withPAX(paxRecord("path", fmt.Sprint(strings.Repeat("d/", 1950), i)), header(tar.TypeDir, "d", 0, nil))
+			return withPAX(paxRecord("path", fmt.Sprint(strings.Repeat("d/", 1950), i)), header(tar.TypeDir, "d", 0,
+				nil))
 		}), "too many directories"}
 	}
 	for name, c := range bombs {

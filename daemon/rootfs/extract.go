@@ -641,7 +641,8 @@ func setXattr(path, name, value string) error {
 		return nil // it is set, or the file system has none of them
 	}
 	var st unix.Statfs_t
-	if errors.Is(err, unix.ENOSPC) && unix.Statfs(filepath.Dir(path), &st) == nil && st.Bavail*uint64(st.Bsize) > 1<<20 {
+	if errors.Is(err, unix.ENOSPC) && unix.Statfs(filepath.Dir(path), &st) == nil &&
+		st.Bavail*uint64(st.Bsize) > 1<<20 {
 		err = fmt.Errorf("%w: %v, and the disk is not full: it has no more room for attributes of one file",
 			ErrBadLayer, err)
 	}

@@ -112,7 +112,8 @@ func (c *choices) entry() entry {
 			"user.b":                 "",
 		}
 	case 9:
-		h.xattrs = map[string]string{"security.capability": "\x01\x00\x00\x02" + strings.Repeat("\x00", 16), "user.a": "2"}
+		h.xattrs = map[string]string{"security.capability": "\x01\x00\x00\x02" + strings.Repeat("\x00", 16),
+			"user.a": "2"}
 	case 8:
 		h.xattrs = pick(c, map[string]string{"security.capability": "bad"}, map[string]string{"user.": "x"})
 	case 7:
@@ -164,8 +165,9 @@ func archiveOf(entries []entry) []byte {
 			pax[key] = fmt.Sprint(v)
 			return 0
 		}
-		header := rawHeader{kind: h.kind, name: set("path", h.name, 100), link: set("linkpath", h.link, 100), mode: h.mode,
-			uid: number("uid", h.uid), gid: number("gid", h.gid), mtime: max(h.mtime, 0),
+		header := rawHeader{kind: h.kind, name: set("path", h.name, 100), link: set("linkpath", h.link, 100),
+			mode: h.mode,
+			uid:  number("uid", h.uid), gid: number("gid", h.gid), mtime: max(h.mtime, 0),
 			size: int64(len(body)), major: h.major, minor: h.minor}
 		if h.mtime < 0 {
 			pax["mtime"] = fmt.Sprint(h.mtime)
@@ -470,7 +472,8 @@ func TestFoundByFuzzing(t *testing.T) {
 		"a tree is replaced by a file":    {file("a/b/c"), file("a/b/d"), file("a")},
 		"a made-up name that is no UTF-8": {file("\xff/a")},
 		"opaque, in a directory of aufs":  {file("a/.wh..wh.plnk/.wh..wh..opq")},
-		"made up, in a setgid directory":  {{kind: tar.TypeDir, name: ".", mode: 0o2755, gid: 7, mtime: 1e9}, file("a/b")},
+		"made up, in a setgid directory": {{kind: tar.TypeDir, name: ".", mode: 0o2755, gid: 7, mtime: 1e9},
+			file("a/b")},
 		"another directory has the name": {dir("a/c", 0o700), {
 			kind:  tar.TypeDir,
 			name:  "c",
@@ -500,7 +503,8 @@ func TestFoundByFuzzing(t *testing.T) {
 			file("a/.wh..wh..opq"),
 			file("a/b/d"),
 		}},
-		"a file in between hides a directory": {{dir("a", 0o700), file("a/b")}, {file("a")}, {dir("a", 0o711), file("a/c")}},
+		"a file in between hides a directory": {{dir("a", 0o700), file("a/b")}, {file("a")}, {dir("a", 0o711),
+			file("a/c")}},
 	} {
 		t.Run(name, func(t *testing.T) { checkUnion(t, g, layers) })
 	}

@@ -103,7 +103,8 @@ func TestMappedOwners(t *testing.T) {
 		e{name: "null", typ: tar.TypeChar, mode: 0o666, dev: [2]int64{1, 3}},
 		e{name: "fifo", typ: tar.TypeFifo, uid: 7},
 		e{name: "link", typ: tar.TypeSymlink, link: "one", uid: 7},
-		e{name: "gone", body: "g"}, e{name: "dir/", typ: tar.TypeDir, uid: 7, mode: 0o1777}, e{name: "dir/gone", body: "g"},
+		e{name: "gone", body: "g"}, e{name: "dir/", typ: tar.TypeDir, uid: 7, mode: 0o1777}, e{name: "dir/gone",
+			body: "g"},
 		e{name: "opaque/", typ: tar.TypeDir}, e{name: "opaque/gone", body: "g"},
 	)
 	// dir is made up here, and has to look as below.

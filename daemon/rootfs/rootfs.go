@@ -539,7 +539,8 @@ func (s *Store) sync() {
 		if err := unix.Syncfs(int(s.disk.Fd())); err != nil {
 			// Not tried again: the kernel says once that something could not be
 			// written, and then takes it for written.
-			s.log.Error("cannot sync layers, they have to be unpacked again after a reboot", "layers", len(todo), "error", err)
+			s.log.Error("cannot sync layers, they have to be unpacked again after a reboot", "layers", len(todo),
+				"error", err)
 			continue
 		}
 		if err := s.mark(todo); err != nil {

@@ -260,7 +260,8 @@ func TestDefaultACL(t *testing.T) {
 		"\x04\x00\x00\x00\xff\xff\xff\xff" + "\x10\x00\x07\x00\xff\xff\xff\xff" + "\x20\x00\x00\x00\xff\xff\xff\xff"
 	diff := filepath.Join(s.layerDir(apply(t, s,
 		e{name: "d", typ: tar.TypeDir, pax: map[string]string{"SCHILY.xattr." + def: value}},
-		e{name: "d/file", body: "x", mode: 0o640}, e{name: "d/fifo", typ: tar.TypeFifo}, e{name: "d/sub", typ: tar.TypeDir},
+		e{name: "d/file", body: "x", mode: 0o640}, e{name: "d/fifo", typ: tar.TypeFifo}, e{name: "d/sub",
+			typ: tar.TypeDir},
 		e{name: "d/made/up", body: "x"},
 		e{name: "d/own", body: "x", pax: map[string]string{"SCHILY.xattr." + acl: value}},
 	)), diffName)
@@ -375,7 +376,8 @@ func TestMadeUpDirectoriesHaveAttributes(t *testing.T) {
 		if !maps.Equal(got, want) {
 			t.Errorf("%s has %q, want %q", name, got, want)
 		}
-		if st := lstat(t, root, name); st.Mtim.Sec != then.Unix() && name != "d/plain" { // that is as the layer made it up
+		if st := lstat(t, root,
+			name); st.Mtim.Sec != then.Unix() && name != "d/plain" { // that is as the layer made it up
 			t.Errorf("%s is of %d", name, st.Mtim.Sec)
 		}
 	}
@@ -834,7 +836,8 @@ func TestManyLayers(t *testing.T) {
 				s := open(t, filepath.Join(t.TempDir(), long))
 				var layers []digest.Digest
 				for i := range n {
-					layers = append(layers, apply(t, s, e{name: fmt.Sprint("only", i)}, e{name: "same", body: fmt.Sprint(i)}))
+					layers = append(layers, apply(t, s, e{name: fmt.Sprint("only", i)}, e{name: "same",
+						body: fmt.Sprint(i)}))
 				}
 				root := mount(t, s, layers...)
 				if got := read(t, root, "same"); got != fmt.Sprint(n-1) {

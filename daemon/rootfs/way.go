@@ -37,8 +37,8 @@ func (w Ways) Make() error {
 	}
 	for dir := filepath.Dir(string(w)); err == nil && dir != "/"; dir = filepath.Dir(dir) {
 		if st, err = os.Stat(dir); err == nil && st.Mode()&0o001 == 0 {
-			return fmt.Errorf("cannot reach root file systems from a user namespace: the mode of %s is %#o (chmod o+x %s)",
-				dir, st.Mode().Perm(), dir)
+			return fmt.Errorf("cannot reach root file systems from a user namespace: "+
+				"the mode of %s is %#o (chmod o+x %s)", dir, st.Mode().Perm(), dir)
 		}
 	}
 	return err

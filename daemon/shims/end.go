@@ -85,7 +85,8 @@ func end(ctx context.Context, dir rundir.Dir, c *client.Client, shim rundir.Proc
 		return nil
 	}
 	if ctx.Err() != nil {
-		return fmt.Errorf("the shim of %s (process %d) has not ended: %w", dir.ID(), shim.PID, errors.Join(ctx.Err(), err))
+		return fmt.Errorf("the shim of %s (process %d) has not ended: %w", dir.ID(), shim.PID, errors.Join(ctx.Err(),
+			err))
 	}
 	limited, cancel = context.WithTimeout(ctx, endTimeout)
 	defer cancel()

@@ -137,7 +137,8 @@ var damages = map[string]func(rundir.Dir) error{
 		)
 	},
 	"an ended process in shim.json": func(d rundir.Dir) error {
-		return d.WriteIdentity(rundir.Identity{Shim: rundir.Process{PID: 1 << 22, StartTime: 1}, BootID: rundir.BootID()})
+		return d.WriteIdentity(rundir.Identity{Shim: rundir.Process{PID: 1 << 22, StartTime: 1},
+			BootID: rundir.BootID()})
 	},
 }
 

@@ -56,9 +56,11 @@ func TestFindUser(t *testing.T) {
 		user          string
 		want          []uint32 // nil: kind.Invalid
 	}{
-		"no files":              {user: "7", want: []uint32{7, 0, 0}},
-		"plain":                 {passwd: passwd, group: group, user: "app", want: []uint32{1000, 1000, 10, 1000, 50000}},
-		"links inside the root": {passwd: "-> /real", group: "-> ../../../../real", user: "app", want: []uint32{5, 6, 6}},
+		"no files": {user: "7", want: []uint32{7, 0, 0}},
+		"plain": {passwd: passwd, group: group, user: "app", want: []uint32{1000, 1000, 10, 1000,
+			50000}},
+		"links inside the root": {passwd: "-> /real", group: "-> ../../../../real", user: "app", want: []uint32{5, 6,
+			6}},
 		"a link to the host":    {passwd: "-> /../../proc/self/environ", user: "app"},
 		"no file but a FIFO":    {passwd: "-> /fifo", user: "app"},
 		"no file but a folder":  {group: "-> /etc", user: "7"},

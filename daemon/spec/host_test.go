@@ -100,7 +100,8 @@ func TestHostDevices(t *testing.T) {
 func TestCheckMounts(t *testing.T) {
 	check := func(src string, p runtimeapi.MountPropagation) error {
 		return CheckMounts(
-			&runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{{HostPath: src, ContainerPath: "/x", Propagation: p}}},
+			&runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{{HostPath: src, ContainerPath: "/x",
+				Propagation: p}}},
 		)
 	}
 	const (

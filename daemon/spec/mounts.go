@@ -203,7 +203,8 @@ func (b *builder) criMounts() ([]specs.Mount, error) {
 		}
 		if len(m.GetUidMappings()) > 0 && m.GetImage() == nil { // images are mounted with mapped owners
 			if !b.MappedMounts {
-				return nil, unsupported(field+"uidMappings", "needs Linux 5.12 and an OCI runtime that knows idmapped mounts")
+				return nil, unsupported(field+"uidMappings",
+					"needs Linux 5.12 and an OCI runtime that knows idmapped mounts")
 			}
 			mount.UIDMappings, mount.GIDMappings = mappings(m.GetUidMappings()), mappings(m.GetGidMappings())
 		}

@@ -46,13 +46,15 @@ func (b *builder) checkExec() error {
 	}{{"config.command", b.spec.Process.Args}, {"config.envs", b.spec.Process.Env}} {
 		for _, s := range l.items {
 			if len(s) >= maxString { // of the image: Validate has seen those of the config
-				return invalid(l.field, "one of the image's has %d bytes, and the kernel takes less than %d", len(s), maxString)
+				return invalid(l.field, "one of the image's has %d bytes, and the kernel takes less than %d", len(s),
+					maxString)
 			}
 			total += len(s) + 1 + 8
 		}
 	}
 	if limit := cmp.Or(b.ExecLimit, execDefault); total > limit {
-		return invalid("config.envs", "arguments and environment take %d bytes, and the kernel takes %d at most", total, limit)
+		return invalid("config.envs", "arguments and environment take %d bytes, and the kernel takes %d at most", total,
+			limit)
 	}
 	return nil
 }

@@ -163,7 +163,8 @@ b ls /dev/shm /dev/pts/ptmx /dev/null
 echo pid $$
 b unshare -m b true 2>/dev/null || echo no new namespaces`)
 	in.Hosts = hosts
-	in.Container.Mounts = []*runtimeapi.Mount{{HostPath: data, ContainerPath: "/data", MountOptions: []string{"noexec"}}}
+	in.Container.Mounts = []*runtimeapi.Mount{{HostPath: data, ContainerPath: "/data",
+		MountOptions: []string{"noexec"}}}
 	in.Container.WorkingDir = "/made/here"
 	in.Container.Envs = []*runtimeapi.KeyValue{{Key: "A", Value: []byte("ä b")}}
 	in.Container.Linux.Resources = &runtimeapi.LinuxContainerResources{

@@ -145,7 +145,8 @@ func TestGolden(t *testing.T) {
 			in.Container.Annotations = map[string]string{"io.kubernetes.container.hash": "1"}
 			in.Container.Mounts = []*runtimeapi.Mount{
 				{HostPath: "/h/data/sub", ContainerPath: "/data/sub", Readonly: true, RecursiveReadOnly: true},
-				{HostPath: "/h/data", ContainerPath: "/data/", Propagation: runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL},
+				{HostPath: "/h/data", ContainerPath: "/data/",
+					Propagation: runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL},
 				{
 					HostPath:      "/h/slave",
 					ContainerPath: "/slave",
@@ -431,7 +432,8 @@ func TestUser(t *testing.T) {
 		{name: "username that is a number", sc: &sc{RunAsUsername: "1234"}, want: []int64{77, 78, 78}},
 		{name: "number that is no username", sc: &sc{RunAsUsername: "1000"}, field: fieldUsername},
 		{name: "unknown username", sc: &sc{RunAsUsername: "ghost"}, field: fieldUsername},
-		{name: "username and group", sc: &sc{RunAsUsername: "app", RunAsGroup: id(3)}, want: []int64{1000, 3, 3, 10, 50000}},
+		{name: "username and group", sc: &sc{RunAsUsername: "app", RunAsGroup: id(3)}, want: []int64{1000, 3, 3, 10,
+			50000}},
 		{name: "both", sc: &sc{RunAsUsername: "app", RunAsUser: id(1)}, field: fieldUsername},
 		{name: "group alone", sc: &sc{RunAsGroup: id(3)}, field: fieldContext + "run_as_group"},
 		{
@@ -457,7 +459,8 @@ func TestUser(t *testing.T) {
 			sc:    &sc{SupplementalGroups: []int64{1, -2}},
 			field: fieldContext + "supplemental_groups[1]",
 		},
-		{name: "unknown policy", sc: &sc{SupplementalGroupsPolicy: 9}, field: fieldContext + "supplemental_groups_policy"},
+		{name: "unknown policy", sc: &sc{SupplementalGroupsPolicy: 9},
+			field: fieldContext + "supplemental_groups_policy"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			in := input()
@@ -546,7 +549,8 @@ func TestCapabilities(t *testing.T) {
 			want: without(defaultCaps, "CAP_KILL"),
 		},
 		{name: "weak machine", known: few, want: []string{"CAP_CHOWN", "CAP_KILL"}},
-		{name: "weak machine, all", known: few, caps: &runtimeapi.Capability{AddCapabilities: []string{"ALL"}}, want: few},
+		{name: "weak machine, all", known: few, caps: &runtimeapi.Capability{AddCapabilities: []string{"ALL"}},
+			want: few},
 		{
 			name:  "weak machine, too much",
 			known: few,
@@ -746,8 +750,10 @@ func TestSeccomp(t *testing.T) {
 			kind:    kind.Invalid,
 			field:   refField,
 		},
-		{name: "path without localhost", profile: &profile{LocalhostRef: "/p.json"}, kind: kind.Invalid, field: refField},
-		{name: "unknown type", profile: &profile{ProfileType: 7}, kind: kind.Invalid, field: fieldSeccomp + ".profile_type"},
+		{name: "path without localhost", profile: &profile{LocalhostRef: "/p.json"}, kind: kind.Invalid,
+			field: refField},
+		{name: "unknown type", profile: &profile{ProfileType: 7}, kind: kind.Invalid,
+			field: fieldSeccomp + ".profile_type"},
 		{name: "old default", path: "runtime/default", want: specs.ActErrno},
 		{name: "old unconfined", path: "unconfined"},
 		{name: "old localhost", path: "localhost//p.json", body: localhost, want: specs.ActAllow},
@@ -1015,7 +1021,8 @@ func TestResources(t *testing.T) {
 			`{"cpu":{"shares":2,"quota":-1,"period":100000,"mems":"0"}}`,
 		},
 		{"memory", &res{MemoryLimitInBytes: 100}, host, `{"memory":{"limit":100,"swap":100}}`},
-		{"swap", &res{MemoryLimitInBytes: 100, MemorySwapLimitInBytes: 150}, host, `{"memory":{"limit":100,"swap":150}}`},
+		{"swap", &res{MemoryLimitInBytes: 100, MemorySwapLimitInBytes: 150}, host,
+			`{"memory":{"limit":100,"swap":150}}`},
 		{
 			"no swap controller",
 			&res{MemoryLimitInBytes: 100, MemorySwapLimitInBytes: 150},
@@ -1151,7 +1158,8 @@ func TestImageVolumes(t *testing.T) {
 func TestExecLimit(t *testing.T) {
 	env := func(n int) (all []*runtimeapi.KeyValue) {
 		for i := range n {
-			all = append(all, &runtimeapi.KeyValue{Key: fmt.Sprintf("K%06d", i), Value: []byte(strings.Repeat("<", 1000))})
+			all = append(all, &runtimeapi.KeyValue{Key: fmt.Sprintf("K%06d", i), Value: []byte(strings.Repeat("<",
+				1000))})
 		}
 		return all
 	}
@@ -1166,7 +1174,8 @@ func TestExecLimit(t *testing.T) {
 			in.ExecLimit = 2 * execDefault
 			in.Container.Envs = env(execDefault/each + 1)
 		}},
-		"of the image": {func(in *Input) { in.Image.Env = []string{"A=" + strings.Repeat("x", maxString)} }, "config.envs"},
+		"of the image": {func(in *Input) { in.Image.Env = []string{"A=" + strings.Repeat("x", maxString)} },
+			"config.envs"},
 		"command of the image": {func(in *Input) {
 			in.Container.Command = nil
 			in.Container.Args = nil

@@ -150,7 +150,8 @@ func (acc *account) findGroups(group io.Reader, memberships bool) (gids []uint32
 			gids = append(gids, uint32(n))
 		}
 		if len(gids) >= maxGroups {
-			return invalid("image /etc/group", "user %q is in %d groups, and the kernel takes no more", acc.name, maxGroups)
+			return invalid("image /etc/group", "user %q is in %d groups, and the kernel takes no more", acc.name,
+				maxGroups)
 		}
 		return nil
 	})

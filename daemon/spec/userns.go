@@ -57,7 +57,8 @@ func validateUserns(field string, u *runtimeapi.UserNamespace) error {
 			return err
 		}
 		if id := l.maps[0].GetContainerId(); id != 0 {
-			return invalid(field+l.name+"[0].container_id", "is %d, which leaves the id 0 of the containers unmapped", id)
+			return invalid(field+l.name+"[0].container_id", "is %d, which leaves the id 0 of the containers unmapped",
+				id)
 		}
 	}
 	return nil
@@ -161,7 +162,8 @@ func mapped(maps []*runtimeapi.IDMapping, id uint32) bool {
 func mappings(maps []*runtimeapi.IDMapping) []specs.LinuxIDMapping {
 	var list []specs.LinuxIDMapping
 	for _, m := range maps {
-		list = append(list, specs.LinuxIDMapping{ContainerID: m.GetContainerId(), HostID: m.GetHostId(), Size: m.GetLength()})
+		list = append(list, specs.LinuxIDMapping{ContainerID: m.GetContainerId(), HostID: m.GetHostId(),
+			Size: m.GetLength()})
 	}
 	return list
 }

@@ -19,7 +19,8 @@ func idMap(container, host, length uint32) []*runtimeapi.IDMapping {
 // userns puts the pod and the container into a user namespace, as a kubelet does.
 func (in *Input) userns(host, length uint32) {
 	o := &runtimeapi.NamespaceOption{Pid: modeContainer,
-		UsernsOptions: &runtimeapi.UserNamespace{Mode: modePod, Uids: idMap(0, host, length), Gids: idMap(0, host, length)}}
+		UsernsOptions: &runtimeapi.UserNamespace{Mode: modePod, Uids: idMap(0, host, length), Gids: idMap(0, host,
+			length)}}
 	in.pod().NamespaceOptions = o
 	in.security().NamespaceOptions = o
 	in.Namespaces.User = "/ns/user"
@@ -106,7 +107,8 @@ func TestContainerHasTheUsernsOfItsPod(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			s, ctr := sandbox(), container()
 			s.Linux.SecurityContext.NamespaceOptions.UsernsOptions = c.pod
-			ctr.Linux.SecurityContext.NamespaceOptions = &runtimeapi.NamespaceOption{Pid: modeContainer, UsernsOptions: c.own}
+			ctr.Linux.SecurityContext.NamespaceOptions = &runtimeapi.NamespaceOption{Pid: modeContainer,
+				UsernsOptions: c.own}
 			err := Validate(ctr, s)
 			if c.ok {
 				if err != nil {
@@ -146,8 +148,10 @@ func TestMappedMounts(t *testing.T) {
 	for field, m := range map[string]*runtimeapi.Mount{
 		"uidMappings":           {HostPath: "/v", UidMappings: maps},
 		"gidMappings[0].length": {HostPath: "/v", UidMappings: maps, GidMappings: idMap(0, 1, 0)},
-		"gidMappings[1].length": {HostPath: "/v", UidMappings: maps, GidMappings: append(idMap(0, 1, 5), idMap(10, 5, 1)...)},
-		"uidMappings[1].length": {HostPath: "/v", UidMappings: append(idMap(5, 1, 5), idMap(0, 50, 6)...), GidMappings: maps},
+		"gidMappings[1].length": {HostPath: "/v", UidMappings: maps, GidMappings: append(idMap(0, 1, 5), idMap(10, 5,
+			1)...)},
+		"uidMappings[1].length": {HostPath: "/v", UidMappings: append(idMap(5, 1, 5), idMap(0, 50, 6)...),
+			GidMappings: maps},
 	} {
 		m.ContainerPath = "/x"
 		in.Container.Mounts = []*runtimeapi.Mount{m}

@@ -90,7 +90,8 @@ func validateProcess(c *runtimeapi.ContainerConfig) error {
 		if !utf8.Valid(kv.GetValue()) {
 			// JSON would replace the bytes and the container would start with
 			// another value than it was given.
-			return unsupported(field+".value", "the value of %s is not UTF-8, which an OCI spec cannot hold", kv.GetKey())
+			return unsupported(field+".value", "the value of %s is not UTF-8, which an OCI spec cannot hold",
+				kv.GetKey())
 		}
 		if err := execString(field, kv.GetKey()+"="+string(kv.GetValue())); err != nil {
 			return err

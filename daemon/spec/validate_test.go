@@ -74,7 +74,8 @@ var containerCases = []struct {
 		kind.Unsupported,
 		"config.CDI_devices",
 	},
-	{"CDI annotation", func(c *runtimeapi.ContainerConfig) { c.Annotations = map[string]string{"cdi.k8s.io/d": "v/c=d"} },
+	{"CDI annotation",
+		func(c *runtimeapi.ContainerConfig) { c.Annotations = map[string]string{"cdi.k8s.io/d": "v/c=d"} },
 		kind.Unsupported, "config.annotations[cdi.k8s.io/d]"},
 	{"signal", func(c *runtimeapi.ContainerConfig) { c.StopSignal = 66 }, kind.Invalid, "config.stop_signal"},
 
@@ -102,14 +103,16 @@ var containerCases = []struct {
 	},
 
 	{"log path", func(c *runtimeapi.ContainerConfig) { c.LogPath = "c/0.log" }, nil, ""},
-	{"absolute log path", func(c *runtimeapi.ContainerConfig) { c.LogPath = "/c/0.log" }, kind.Invalid, "config.log_path"},
+	{"absolute log path", func(c *runtimeapi.ContainerConfig) { c.LogPath = "/c/0.log" }, kind.Invalid,
+		"config.log_path"},
 	{
 		"escaping log path",
 		func(c *runtimeapi.ContainerConfig) { c.LogPath = "c/../../0.log" },
 		kind.Invalid,
 		"config.log_path",
 	},
-	{"log path of a directory", func(c *runtimeapi.ContainerConfig) { c.LogPath = "./" }, kind.Invalid, "config.log_path"},
+	{"log path of a directory", func(c *runtimeapi.ContainerConfig) { c.LogPath = "./" }, kind.Invalid,
+		"config.log_path"},
 
 	{
 		"mount",
@@ -146,7 +149,8 @@ var containerCases = []struct {
 	{
 		"image and host path",
 		withMount(
-			&runtimeapi.Mount{HostPath: "/a", ContainerPath: "/b", Image: &runtimeapi.ImageSpec{Image: "i"}, Readonly: true},
+			&runtimeapi.Mount{HostPath: "/a", ContainerPath: "/b", Image: &runtimeapi.ImageSpec{Image: "i"},
+				Readonly: true},
 		),
 		kind.Invalid,
 		"config.mounts[0].host_path",
@@ -160,7 +164,8 @@ var containerCases = []struct {
 	{
 		"image with propagation",
 		withMount(
-			&runtimeapi.Mount{ContainerPath: "/b", Image: &runtimeapi.ImageSpec{Image: "i"}, Readonly: true, Propagation: slave},
+			&runtimeapi.Mount{ContainerPath: "/b", Image: &runtimeapi.ImageSpec{Image: "i"}, Readonly: true,
+				Propagation: slave},
 		),
 		kind.Invalid,
 		"config.mounts[0].propagation",
@@ -219,7 +224,8 @@ var containerCases = []struct {
 	{
 		"rro and slave",
 		withMount(
-			&runtimeapi.Mount{HostPath: "/a", ContainerPath: "/b", Readonly: true, RecursiveReadOnly: true, Propagation: slave},
+			&runtimeapi.Mount{HostPath: "/a", ContainerPath: "/b", Readonly: true, RecursiveReadOnly: true,
+				Propagation: slave},
 		),
 		kind.Invalid,
 		"config.mounts[0].recursive_read_only",
@@ -285,10 +291,12 @@ var containerCases = []struct {
 
 	{"target", inNamespaces(&runtimeapi.NamespaceOption{Pid: modeTarget, TargetId: "x"}), nil, ""},
 	{"no target", inNamespaces(&runtimeapi.NamespaceOption{Pid: modeTarget}), kind.Invalid, nsField + "target_id"},
-	{"network target", inNamespaces(&runtimeapi.NamespaceOption{Network: modeTarget}), kind.Invalid, nsField + "network"},
+	{"network target", inNamespaces(&runtimeapi.NamespaceOption{Network: modeTarget}), kind.Invalid,
+		nsField + "network"},
 	{"ipc container", inNamespaces(&runtimeapi.NamespaceOption{Ipc: modeContainer}), kind.Invalid, nsField + "ipc"},
 	{"unknown mode", inNamespaces(&runtimeapi.NamespaceOption{Pid: 4}), kind.Invalid, nsField + "pid"},
-	{"node in a pod that is not", inNamespaces(&runtimeapi.NamespaceOption{Pid: modeNode}), kind.Invalid, nsField + "pid"},
+	{"node in a pod that is not", inNamespaces(&runtimeapi.NamespaceOption{Pid: modeNode}), kind.Invalid,
+		nsField + "pid"},
 	{
 		"node network in a pod that is not",
 		inNamespaces(&runtimeapi.NamespaceOption{Network: modeNode}),
@@ -442,7 +450,8 @@ var podCases = []struct {
 	field  string
 }{
 	{name: "valid", change: func(*runtimeapi.PodSandboxConfig) {}},
-	{"minimal", func(s *runtimeapi.PodSandboxConfig) { *s = runtimeapi.PodSandboxConfig{Metadata: s.Metadata} }, nil, ""},
+	{"minimal", func(s *runtimeapi.PodSandboxConfig) { *s = runtimeapi.PodSandboxConfig{Metadata: s.Metadata} }, nil,
+		""},
 	{"no metadata", func(s *runtimeapi.PodSandboxConfig) { s.Metadata = nil }, kind.Invalid, "config.metadata.name"},
 	{
 		"long name",
@@ -526,7 +535,8 @@ var podCases = []struct {
 	{
 		"port",
 		withPort(
-			&runtimeapi.PortMapping{ContainerPort: 80, HostPort: 8080, HostIp: "::1", Protocol: runtimeapi.Protocol_SCTP},
+			&runtimeapi.PortMapping{ContainerPort: 80, HostPort: 8080, HostIp: "::1",
+				Protocol: runtimeapi.Protocol_SCTP},
 		),
 		nil,
 		"",

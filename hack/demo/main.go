@@ -115,7 +115,8 @@ func demo(r *report) {
 	count, err := harness.Numbered("line", lines)
 	check(r, err == nil && count > atKill, "no log line lost: 1 to %d, each exactly once", count)
 	end := leaver.Status()
-	check(r, end.State == cri.ContainerState_CONTAINER_EXITED && end.ExitCode == 42, "exit code %d, reason %s", end.ExitCode, end.Reason)
+	check(r, end.State == cri.ContainerState_CONTAINER_EXITED && end.ExitCode == 42, "exit code %d, reason %s",
+		end.ExitCode, end.Reason)
 	finished := time.Unix(0, end.FinishedAt)
 	check(r, finished.After(from) && finished.Before(to),
 		"the true time of exit: %s; the daemon came back at %s", clock(finished), clock(started))

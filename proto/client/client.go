@@ -182,7 +182,8 @@ func (c *Client) negotiate(ctx context.Context, conn *ttrpc.Client) (*Shim, erro
 	}
 	if r.GetProtocolMin() > proto.ProtocolMax || r.GetProtocolMax() < proto.ProtocolMin {
 		return nil, kind.Errorf(kind.Unsupported, "cannot talk to the shim of %s: "+
-			"it is of version %s and speaks protocol %d to %d, this program speaks %d to %d; use the programs of its version",
+			"it is of version %s and speaks protocol %d to %d, this program speaks %d to %d; "+
+			"use the programs of its version",
 			c.dir.ID(), r.GetVersion(), r.GetProtocolMin(), r.GetProtocolMax(), proto.ProtocolMin, proto.ProtocolMax)
 	}
 	return &Shim{

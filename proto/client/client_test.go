@@ -247,7 +247,8 @@ func TestWatch(t *testing.T) {
 	f := newFake(t)
 	at := time.Unix(1234567890, 0).UTC()
 	f.events = []*proto.Event{
-		{Seq: 1, Type: proto.EventType_EVENT_TYPE_CREATED, At: proto.TimeOf(at), Init: &proto.Process{Pid: 5, StartTime: 6}},
+		{Seq: 1, Type: proto.EventType_EVENT_TYPE_CREATED, At: proto.TimeOf(at), Init: &proto.Process{Pid: 5,
+			StartTime: 6}},
 		{Seq: 2, Type: proto.EventType_EVENT_TYPE_STARTED, At: proto.TimeOf(at)},
 		{Seq: 3, Type: proto.EventType_EVENT_TYPE_EXITED, At: proto.TimeOf(at), Exit: &proto.Exit{Code: 3}},
 	}

@@ -378,7 +378,8 @@ func (d Dir) ReadSpec() ([]byte, error) {
 	}
 	defer f.Close()
 	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() || st.Size() > maxSpec {
-		return nil, fmt.Errorf("cannot read %s: %w: it is no file of at most %d bytes", path, record.ErrDamaged, maxSpec)
+		return nil, fmt.Errorf("cannot read %s: %w: it is no file of at most %d bytes", path, record.ErrDamaged,
+			maxSpec)
 	}
 	b, err := io.ReadAll(io.LimitReader(f, maxSpec))
 	if err == nil && !json.Valid(b) {

@@ -254,7 +254,8 @@ func makeLayer(name, media string, large int, seed uint64, more map[string][]byt
 		dir(sub, 0o700|int64(i))
 		file(sub+"/setuid", 0o4755, random(10*i))
 		file(sub+"/file", 0o600|int64(i), random(300*i))
-		errs = append(errs, add(tar.Header{Typeflag: tar.TypeLink, Name: sub + "/hard", Linkname: sub + "/file", Mode: 0o600 | int64(i)}, nil),
+		errs = append(errs, add(tar.Header{Typeflag: tar.TypeLink, Name: sub + "/hard", Linkname: sub + "/file",
+			Mode: 0o600 | int64(i)}, nil),
 			add(tar.Header{Typeflag: tar.TypeSymlink, Name: sub + "/soft", Linkname: "file", Mode: 0o777}, nil))
 	}
 	if err := w.Close(); err != nil {

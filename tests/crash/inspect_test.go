@@ -86,7 +86,8 @@ func take(n *harness.Node) *holdings {
 	for _, e := range h.list(layers, "sha256") {
 		h.layers[digest.Digest("sha256:"+e.Name())] = true
 	}
-	for _, dir := range []string{filepath.Join(images, "quarantine"), filepath.Join(layers, "tmp"), filepath.Join(layers, "empty"),
+	for _, dir := range []string{filepath.Join(images, "quarantine"), filepath.Join(layers, "tmp"),
+		filepath.Join(layers, "empty"),
 		filepath.Join(n.Root, "quarantine"), filepath.Join(n.State, "pulls")} {
 		for _, e := range h.list(dir) {
 			h.fault("%s is not empty: %s", dir, e.Name())
@@ -207,7 +208,8 @@ func (h *holdings) reference(n *harness.Node, d *depot, r reference, blobs, laye
 		return
 	}
 	if r.Target.Digest != p.target.Digest || r.Manifest.Digest != p.manifest.Digest {
-		h.fault("%s is %s and %s, want %s and %s", r.Ref, r.Target.Digest, r.Manifest.Digest, p.target.Digest, p.manifest.Digest)
+		h.fault("%s is %s and %s, want %s and %s", r.Ref, r.Target.Digest, r.Manifest.Digest, p.target.Digest,
+			p.manifest.Digest)
 	}
 	need := []digest.Digest{r.Target.Digest, r.Manifest.Digest, digest.Digest(p.id)}
 	for _, l := range p.layers {

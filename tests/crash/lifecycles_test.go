@@ -263,7 +263,8 @@ func awaitExit(ctx context.Context, n *harness.Node, id string, code int32) erro
 		case s.State == cri.ContainerState_CONTAINER_EXITED && s.ExitCode == code:
 			return nil
 		case s.State == cri.ContainerState_CONTAINER_EXITED:
-			return fmt.Errorf("the container exited with %d, reason %s, %q; want %d", s.ExitCode, s.Reason, s.Message, code)
+			return fmt.Errorf("the container exited with %d, reason %s, %q; want %d", s.ExitCode, s.Reason, s.Message,
+				code)
 		case s.State != cri.ContainerState_CONTAINER_RUNNING:
 			return fmt.Errorf("a started container is %s", s.State)
 		case ctx.Err() != nil:

@@ -79,7 +79,8 @@ func TestPowerCut(t *testing.T) {
 		}
 	}
 	settle(t, n, d)
-	fmt.Printf("power: whole, with %d references, %d interrupted pulls and %d partial downloads found\n", len(found.refs), len(found.pending), len(found.partial))
+	fmt.Printf("power: whole, with %d references, %d interrupted pulls and %d partial downloads found\n",
+		len(found.refs), len(found.pending), len(found.partial))
 	if t.Failed() || load == 0 {
 		return
 	}

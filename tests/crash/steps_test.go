@@ -154,7 +154,8 @@ func killAtStep(t *testing.T, n *harness.Node, d *depot, s *supervisor, steps []
 		// It was killed in the background, after the last answer, or is now.
 		n.Restart()
 		if h := settle(t, n, d); len(h.refs)+len(h.pending)+len(h.blobs)+len(h.layers) > 0 {
-			t.Fatalf("killed at %d, before %s, in the end: there are %v, %v, %v, %v", at, where, h.refs, h.pending, h.blobs, h.layers)
+			t.Fatalf("killed at %d, before %s, in the end: there are %v, %v, %v, %v", at, where, h.refs, h.pending,
+				h.blobs, h.layers)
 		}
 		return
 	}
@@ -244,7 +245,8 @@ func (d *depot) checkKept(t *testing.T, about string, before, after *holdings) {
 				}
 			}
 			if size := before.partial[b]; after.partial[b] < size {
-				t.Errorf("%s: the pull of %s had %d bytes of %s, and %d are left", about, p.Ref, size, b, after.partial[b])
+				t.Errorf("%s: the pull of %s had %d bytes of %s, and %d are left", about, p.Ref, size, b,
+					after.partial[b])
 			}
 		}
 	}
@@ -261,7 +263,8 @@ func (d *depot) checkResumed(t *testing.T, about string, before *holdings) {
 			t.Errorf("%s: %s was finished, and is fetched again", about, answer.blob)
 		}
 		if partial := before.partial[answer.blob]; answer.from < partial {
-			t.Errorf("%s: %d bytes of %s were here, and it is fetched from %d on", about, partial, answer.blob, answer.from)
+			t.Errorf("%s: %d bytes of %s were here, and it is fetched from %d on", about, partial, answer.blob,
+				answer.from)
 		}
 	}
 }
@@ -290,7 +293,8 @@ func TestEveryStepFailsOnce(t *testing.T) {
 		}
 		h := settle(t, n, d)
 		if len(h.refs)+len(h.blobs)+len(h.layers) > 0 {
-			t.Fatalf("%v once at %d, %s: after all is removed there are %v, %v, %v", errno, at, nth(s.allow(), at), h.refs, h.blobs, h.layers)
+			t.Fatalf("%v once at %d, %s: after all is removed there are %v, %v, %v", errno, at, nth(s.allow(), at),
+				h.refs, h.blobs, h.layers)
 		}
 	}
 }

@@ -188,7 +188,8 @@ func (s *storeDrill) container(ctx context.Context, ref string, chance *rand.Ran
 	config := harness.ContainerConfig(fmt.Sprintf("c%d", chance.Int64()), []string{"/bin/busybox", "sleep", "100000"}, func(c *cri.ContainerConfig) {
 		c.Image.Image = ref
 	})
-	r, err := s.n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: s.pod.ID, Config: config, SandboxConfig: s.pod.Config})
+	r, err := s.n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: s.pod.ID, Config: config,
+		SandboxConfig: s.pod.Config})
 	if status.Code(err) == codes.NotFound {
 		return nil // another worker has removed the image
 	}
@@ -336,5 +337,6 @@ func (s *storeDrill) end(t *testing.T) {
 		t.Errorf("after all containers are removed there are %v", h.layers)
 	}
 	s.n.CheckClean()
-	t.Logf("%d bytes were sent in interrupted lives; %d finished blobs were found again, %d partial ones went on", s.fetched, s.finished, s.resumed)
+	t.Logf("%d bytes were sent in interrupted lives; %d finished blobs were found again, %d partial ones went on",
+		s.fetched, s.finished, s.resumed)
 }

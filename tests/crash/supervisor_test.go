@@ -230,7 +230,8 @@ func readString(pid uint32, addr uint64) string {
 	b := make([]byte, unix.PathMax)
 	local := []unix.Iovec{{Base: &b[0], Len: uint64(len(b))}}
 	// Up to the end of a page, as the next one may not be there.
-	remote := []unix.RemoteIovec{{Base: uintptr(addr), Len: int(4096 - addr%4096)}, {Base: uintptr(addr + 4096 - addr%4096), Len: 4096}}
+	remote := []unix.RemoteIovec{{Base: uintptr(addr), Len: int(4096 - addr%4096)},
+		{Base: uintptr(addr + 4096 - addr%4096), Len: 4096}}
 	n, err := unix.ProcessVMReadv(int(pid), local, remote, 0)
 	if err != nil {
 		return ""
@@ -273,12 +274,14 @@ func launchSupervised(socket string, args []string) error {
 				{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
 			}
 		}
-		prog = append(prog, unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: uint32(call), Jf: uint8(len(n))})
+		prog = append(prog, unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: uint32(call),
+			Jf: uint8(len(n))})
 		prog = append(prog, n...)
 	}
 	prog = append(prog, unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW})
 	fprog := unix.SockFprog{Len: uint16(len(prog)), Filter: &prog[0]}
-	fd, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, superviseFlags, uintptr(unsafe.Pointer(&fprog)))
+	fd, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, superviseFlags,
+		uintptr(unsafe.Pointer(&fprog)))
 	if errno != 0 {
 		return fmt.Errorf("cannot set the filter: %w", errno)
 	}

@@ -190,7 +190,8 @@ func flood(t *testing.T, flooders []*seen) time.Duration {
 		base[f.ID] = size(f)
 	}
 	for _, f := range flooders {
-		harness.Eventually(t, patience, "a flooding log grows", func() bool { return size(f) > base[f.ID]+moreThanPipes })
+		harness.Eventually(t, patience, "a flooding log grows",
+			func() bool { return size(f) > base[f.ID]+moreThanPipes })
 	}
 	return time.Since(start).Round(time.Millisecond)
 }
@@ -233,7 +234,8 @@ func checkList(t *testing.T, n *harness.Node, all []*seen, ends map[string]end) 
 			want = cri.ContainerState_CONTAINER_EXITED
 		}
 		if got, listed := states[s.ID]; !listed || got != want {
-			t.Errorf("%s of %s is listed (%v) as %s, want %s", s.Config.Metadata.Name, s.Pod.Config.Metadata.Name, listed, got, want)
+			t.Errorf("%s of %s is listed (%v) as %s, want %s", s.Config.Metadata.Name, s.Pod.Config.Metadata.Name,
+				listed, got, want)
 		}
 	}
 }
@@ -282,7 +284,8 @@ func checkNumbers(t *testing.T, s *seen, prefix string) {
 	t.Helper()
 	count, err := harness.Numbered(prefix, s.Log())
 	if err != nil {
-		t.Errorf("the log of %s in %s after %d good lines: %v", s.Config.Metadata.Name, s.Pod.Config.Metadata.Name, count, err)
+		t.Errorf("the log of %s in %s after %d good lines: %v", s.Config.Metadata.Name, s.Pod.Config.Metadata.Name,
+			count, err)
 	}
 	if count == 0 {
 		t.Errorf("the log of %s is empty", s.Config.Metadata.Name)

@@ -32,17 +32,26 @@ func TestBadInput(t *testing.T) {
 		}{
 			{"no metadata", func(c *cri.PodSandboxConfig) { c.Metadata = nil }, codes.InvalidArgument, "metadata"},
 			{"no name", func(c *cri.PodSandboxConfig) { c.Metadata.Name = "" }, codes.InvalidArgument, "metadata.name"},
-			{"huge name", func(c *cri.PodSandboxConfig) { c.Metadata.Name = strings.Repeat("n", 100_000) }, codes.InvalidArgument, "metadata.name"},
-			{"huge config", func(c *cri.PodSandboxConfig) { c.Annotations = map[string]string{"a": strings.Repeat("a", 2<<20)} }, codes.InvalidArgument, "config"},
+			{"huge name", func(c *cri.PodSandboxConfig) { c.Metadata.Name = strings.Repeat("n", 100_000) },
+				codes.InvalidArgument, "metadata.name"},
+			{"huge config", func(c *cri.PodSandboxConfig) {
+				c.Annotations = map[string]string{"a": strings.Repeat("a",
+					2<<20)}
+			}, codes.InvalidArgument, "config"},
 			{"taken name", func(c *cri.PodSandboxConfig) {
 				c.Metadata = proto.CloneOf(pod.Config.Metadata)
 				c.Hostname = "another"
 			}, codes.AlreadyExists, "metadata"},
-			{"relative log directory", func(c *cri.PodSandboxConfig) { c.LogDirectory = "logs/here" }, codes.InvalidArgument, "log_directory"},
-			{"escaping log directory", func(c *cri.PodSandboxConfig) { c.LogDirectory = "/var/log/../../etc" }, codes.InvalidArgument, "log_directory"},
-			{"huge hostname", func(c *cri.PodSandboxConfig) { c.Hostname = strings.Repeat("h", 65) }, codes.InvalidArgument, "hostname"},
-			{"hostname with a slash", func(c *cri.PodSandboxConfig) { c.Hostname = "../etc" }, codes.InvalidArgument, "hostname"},
-			{"escaping cgroup parent", func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = "/a/../../b" }, codes.InvalidArgument, "cgroup_parent"},
+			{"relative log directory", func(c *cri.PodSandboxConfig) { c.LogDirectory = "logs/here" },
+				codes.InvalidArgument, "log_directory"},
+			{"escaping log directory", func(c *cri.PodSandboxConfig) { c.LogDirectory = "/var/log/../../etc" },
+				codes.InvalidArgument, "log_directory"},
+			{"huge hostname", func(c *cri.PodSandboxConfig) { c.Hostname = strings.Repeat("h", 65) },
+				codes.InvalidArgument, "hostname"},
+			{"hostname with a slash", func(c *cri.PodSandboxConfig) { c.Hostname = "../etc" }, codes.InvalidArgument,
+				"hostname"},
+			{"escaping cgroup parent", func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = "/a/../../b" },
+				codes.InvalidArgument, "cgroup_parent"},
 			{"host port out of range", func(c *cri.PodSandboxConfig) {
 				c.PortMappings = []*cri.PortMapping{{HostPort: 70000, ContainerPort: 80}}
 			}, codes.InvalidArgument, "host_port"},
@@ -86,7 +95,8 @@ func TestBadInput(t *testing.T) {
 		t.Run("unknown handler", func(t *testing.T) {
 			ctx, cancel := harness.Deadline()
 			defer cancel()
-			_, err := n.Runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: n.PodConfig("bad"), RuntimeHandler: "nobody"})
+			_, err := n.Runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: n.PodConfig("bad"),
+				RuntimeHandler: "nobody"})
 			wantError(t, err, codes.InvalidArgument, "runtime_handler")
 		})
 		n.With(t).CheckClean()
@@ -113,34 +123,52 @@ func TestBadInput(t *testing.T) {
 		}{
 			{"no metadata", func(c *cri.ContainerConfig) { c.Metadata = nil }, codes.InvalidArgument, "metadata"},
 			{"no name", func(c *cri.ContainerConfig) { c.Metadata.Name = "" }, codes.InvalidArgument, "metadata.name"},
-			{"taken name", func(c *cri.ContainerConfig) { c.Metadata.Name = "good"; c.WorkingDir = "/tmp" }, codes.AlreadyExists, "metadata"},
+			{"taken name", func(c *cri.ContainerConfig) { c.Metadata.Name = "good"; c.WorkingDir = "/tmp" },
+				codes.AlreadyExists, "metadata"},
 			{"no image", func(c *cri.ContainerConfig) { c.Image = nil }, codes.InvalidArgument, "image"},
-			{"unknown image", func(c *cri.ContainerConfig) { c.Image.Image = "registry.test/nothing:1" }, codes.NotFound, "image"},
-			{"escaping log path", func(c *cri.ContainerConfig) { c.LogPath = "../../evil.log" }, codes.InvalidArgument, "log_path"},
-			{"absolute log path", func(c *cri.ContainerConfig) { c.LogPath = "/etc/evil.log" }, codes.InvalidArgument, "log_path"},
-			{"relative working directory", func(c *cri.ContainerConfig) { c.WorkingDir = "home" }, codes.InvalidArgument, "working_dir"},
-			{"environment without a name", func(c *cri.ContainerConfig) { c.Envs = []*cri.KeyValue{{Value: []byte("v")}} }, codes.InvalidArgument, "envs"},
-			{"environment name with =", func(c *cri.ContainerConfig) { c.Envs = []*cri.KeyValue{{Key: "a=b"}} }, codes.InvalidArgument, "envs"},
+			{"unknown image", func(c *cri.ContainerConfig) { c.Image.Image = "registry.test/nothing:1" },
+				codes.NotFound, "image"},
+			{"escaping log path", func(c *cri.ContainerConfig) { c.LogPath = "../../evil.log" }, codes.InvalidArgument,
+				"log_path"},
+			{"absolute log path", func(c *cri.ContainerConfig) { c.LogPath = "/etc/evil.log" }, codes.InvalidArgument,
+				"log_path"},
+			{"relative working directory", func(c *cri.ContainerConfig) { c.WorkingDir = "home" },
+				codes.InvalidArgument, "working_dir"},
+			{"environment without a name",
+				func(c *cri.ContainerConfig) { c.Envs = []*cri.KeyValue{{Value: []byte("v")}} }, codes.InvalidArgument, "envs"},
+			{"environment name with =", func(c *cri.ContainerConfig) { c.Envs = []*cri.KeyValue{{Key: "a=b"}} },
+				codes.InvalidArgument, "envs"},
 			{"mount without a target", mount(&cri.Mount{HostPath: dir}), codes.InvalidArgument, "container_path"},
 			{"mount without a source", mount(&cri.Mount{ContainerPath: "/m"}), codes.InvalidArgument, "host_path"},
-			{"mount of a relative source", mount(&cri.Mount{HostPath: "m", ContainerPath: "/m"}), codes.InvalidArgument, "host_path"},
-			{"mount of two sources", mount(&cri.Mount{HostPath: dir, ContainerPath: "/m", Image: &cri.ImageSpec{Image: harness.Image}}), codes.InvalidArgument, "image"},
-			{"recursive without readonly", mount(&cri.Mount{HostPath: dir, ContainerPath: "/m", RecursiveReadOnly: true}), codes.InvalidArgument, "recursive_read_only"},
+			{"mount of a relative source", mount(&cri.Mount{HostPath: "m", ContainerPath: "/m"}), codes.InvalidArgument,
+				"host_path"},
+			{"mount of two sources", mount(&cri.Mount{HostPath: dir, ContainerPath: "/m",
+				Image: &cri.ImageSpec{Image: harness.Image}}), codes.InvalidArgument, "image"},
+			{"recursive without readonly", mount(&cri.Mount{HostPath: dir, ContainerPath: "/m",
+				RecursiveReadOnly: true}), codes.InvalidArgument, "recursive_read_only"},
 			{"device that is not there", func(c *cri.ContainerConfig) {
 				c.Devices = []*cri.Device{{HostPath: "/dev/nothing", ContainerPath: "/dev/x", Permissions: "rwm"}}
 			}, codes.InvalidArgument, "devices"},
 			{"device permissions", func(c *cri.ContainerConfig) {
 				c.Devices = []*cri.Device{{HostPath: "/dev/null", ContainerPath: "/dev/x", Permissions: "rx"}}
 			}, codes.InvalidArgument, "permissions"},
-			{"negative memory", resources(&cri.LinuxContainerResources{MemoryLimitInBytes: -1}), codes.InvalidArgument, "memory_limit_in_bytes"},
-			{"negative cpu shares", resources(&cri.LinuxContainerResources{CpuShares: -1}), codes.InvalidArgument, "cpu_shares"},
-			{"negative cpu period", resources(&cri.LinuxContainerResources{CpuPeriod: -1}), codes.InvalidArgument, "cpu_period"},
-			{"oom score", resources(&cri.LinuxContainerResources{OomScoreAdj: 1001}), codes.InvalidArgument, "oom_score_adj"},
-			{"group without user", security(func(s *cri.LinuxContainerSecurityContext) { s.RunAsGroup = &cri.Int64Value{Value: 7} }), codes.InvalidArgument, "run_as_group"},
-			{"negative user", security(func(s *cri.LinuxContainerSecurityContext) { s.RunAsUser = &cri.Int64Value{Value: -7} }), codes.InvalidArgument, "run_as_user"},
-			{"unknown user", security(func(s *cri.LinuxContainerSecurityContext) { s.RunAsUsername = "stranger" }), codes.InvalidArgument, "run_as_username"},
+			{"negative memory", resources(&cri.LinuxContainerResources{MemoryLimitInBytes: -1}), codes.InvalidArgument,
+				"memory_limit_in_bytes"},
+			{"negative cpu shares", resources(&cri.LinuxContainerResources{CpuShares: -1}), codes.InvalidArgument,
+				"cpu_shares"},
+			{"negative cpu period", resources(&cri.LinuxContainerResources{CpuPeriod: -1}), codes.InvalidArgument,
+				"cpu_period"},
+			{"oom score", resources(&cri.LinuxContainerResources{OomScoreAdj: 1001}), codes.InvalidArgument,
+				"oom_score_adj"},
+			{"group without user",
+				security(func(s *cri.LinuxContainerSecurityContext) { s.RunAsGroup = &cri.Int64Value{Value: 7} }), codes.InvalidArgument, "run_as_group"},
+			{"negative user",
+				security(func(s *cri.LinuxContainerSecurityContext) { s.RunAsUser = &cri.Int64Value{Value: -7} }), codes.InvalidArgument, "run_as_user"},
+			{"unknown user", security(func(s *cri.LinuxContainerSecurityContext) { s.RunAsUsername = "stranger" }),
+				codes.InvalidArgument, "run_as_username"},
 			{"seccomp profile that is not there", security(func(s *cri.LinuxContainerSecurityContext) {
-				s.Seccomp = &cri.SecurityProfile{ProfileType: cri.SecurityProfile_Localhost, LocalhostRef: "/nothing.json"}
+				s.Seccomp = &cri.SecurityProfile{ProfileType: cri.SecurityProfile_Localhost,
+					LocalhostRef: "/nothing.json"}
 			}), codes.InvalidArgument, "seccomp"},
 			{"target that is not there", security(func(s *cri.LinuxContainerSecurityContext) {
 				s.NamespaceOptions = &cri.NamespaceOption{Pid: cri.NamespaceMode_TARGET, TargetId: "nobody"}
@@ -151,7 +179,8 @@ func TestBadInput(t *testing.T) {
 				ctx, cancel := harness.Deadline()
 				defer cancel()
 				config := harness.ContainerConfig("bad", []string{"sleep", "1000"}, c.edit)
-				r, err := n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: pod.ID, Config: config, SandboxConfig: pod.Config})
+				r, err := n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: pod.ID,
+					Config: config, SandboxConfig: pod.Config})
 				if wantError(t, err, c.code, c.field); err == nil {
 					(&harness.Container{N: n, ID: r.ContainerId, Config: config}).Remove()
 				}
@@ -235,7 +264,10 @@ func TestBadInput(t *testing.T) {
 
 			{"Exec", func(x context.Context) (any, error) { return rt.Exec(x, &cri.ExecRequest{ContainerId: good.ID}) },
 				codes.Unimplemented, "Exec"},
-			{"Attach", func(x context.Context) (any, error) { return rt.Attach(x, &cri.AttachRequest{ContainerId: good.ID}) },
+			{"Attach", func(x context.Context) (any, error) {
+				return rt.Attach(x,
+					&cri.AttachRequest{ContainerId: good.ID})
+			},
 				codes.Unimplemented, "Attach"},
 			{"PortForward", func(x context.Context) (any, error) {
 				return rt.PortForward(x, &cri.PortForwardRequest{PodSandboxId: pod.ID})
@@ -274,7 +306,8 @@ func TestBadInput(t *testing.T) {
 				return n.Runtime.RemovePodSandbox(x, &cri.RemovePodSandboxRequest{PodSandboxId: gone})
 			},
 			"RemoveImage": func(x context.Context) (any, error) {
-				return n.Images.RemoveImage(x, &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: "registry.test/nothing:1"}})
+				return n.Images.RemoveImage(x,
+					&cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: "registry.test/nothing:1"}})
 			},
 		} {
 			ctx, cancel := harness.Deadline()

@@ -36,7 +36,8 @@ func TestLargeEnvironment(t *testing.T) {
 		text  string
 	}{"plain": {1_900_000, "x"}, "escaped": {1_900_000, "<"}, "control": {1_900_000, "\x01"}} {
 		box := pod.Run(name, []string{"sleep", "1000"}, envOf(c.bytes, c.text))
-		wantOutput(t, box, fmt.Sprintln(c.bytes), "sh", "-c", `tr '\0' '\n' </proc/1/environ | grep ^LONG | cut -d= -f2 | tr -d '\n' | wc -c`)
+		wantOutput(t, box, fmt.Sprintln(c.bytes), "sh", "-c",
+			`tr '\0' '\n' </proc/1/environ | grep ^LONG | cut -d= -f2 | tr -d '\n' | wc -c`)
 		n.Restart()
 		box.Info() // the whole spec fits the answer
 		r, err := box.Exec(10, "sh", "-c", "echo $#", strings.Repeat("<", 100_000), strings.Repeat("\x01", 100_000),

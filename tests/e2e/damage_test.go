@@ -52,7 +52,8 @@ func TestDamagedFiles(t *testing.T) {
 	created := pod.Create("created", []string{"sleep", "1000"})
 	before, pid := running.Status(), running.Info().PID
 	// The shim of what has ended ends as well, and writes nothing any more then.
-	harness.Eventually(t, patience, "the shim of the ended container ends", func() bool { return n.ShimPIDs()[ended.ID] == 0 })
+	harness.Eventually(t, patience, "the shim of the ended container ends",
+		func() bool { return n.ShimPIDs()[ended.ID] == 0 })
 
 	n.Kill()
 	files := stateFiles(t, n)

@@ -78,12 +78,14 @@ func TestExecSync(t *testing.T) {
 			failed <- err
 		}()
 		var pids []int
-		harness.Eventually(t, patience, "the command runs", func() bool { pids = find("sleep\x00" + seconds); return len(pids) > 0 })
+		harness.Eventually(t, patience, "the command runs",
+			func() bool { pids = find("sleep\x00" + seconds); return len(pids) > 0 })
 		n.Kill()
 		if err := <-failed; err == nil {
 			t.Error("an exec whose daemon was killed has succeeded")
 		}
-		harness.Eventually(t, patience, "the command has ended with its caller", func() bool { return len(find("sleep\x00"+seconds)) == 0 })
+		harness.Eventually(t, patience, "the command has ended with its caller",
+			func() bool { return len(find("sleep\x00"+seconds)) == 0 })
 		n.Start()
 		if out := c.Output("echo", "still here"); out != "still here\n" {
 			t.Errorf("exec after the restart says %q", out)

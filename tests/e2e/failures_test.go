@@ -51,7 +51,8 @@ esac
 	go func() {
 		ctx, cancel := harness.Deadline()
 		defer cancel()
-		n.Runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: n.PodConfig("hangs")}) // fails: its daemon is killed
+		n.Runtime.RunPodSandbox(ctx,
+			&cri.RunPodSandboxRequest{Config: n.PodConfig("hangs")}) // fails: its daemon is killed
 	}()
 	harness.Eventually(t, patience, "the plugin hangs", func() bool {
 		_, err := os.Stat(n.Path("plugins/hangs"))
@@ -114,7 +115,8 @@ func TestRuntimeFails(t *testing.T) {
 			Config: harness.ContainerConfig("refused", []string{"/no/such/program"}), SandboxConfig: pod.Config})
 		if err == nil {
 			_, err = n.Runtime.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: r.ContainerId})
-			(&harness.Container{N: n, Pod: pod, ID: r.ContainerId, Config: harness.ContainerConfig("refused", nil)}).Remove()
+			(&harness.Container{N: n, Pod: pod, ID: r.ContainerId, Config: harness.ContainerConfig("refused",
+				nil)}).Remove()
 		}
 		if err == nil || !strings.Contains(err.Error(), "/no/such/program") {
 			t.Errorf("the error is %v, want it to name the program", err)

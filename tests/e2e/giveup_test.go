@@ -121,7 +121,11 @@ func TestCallerGivesUp(t *testing.T) {
 		Config:        harness.ContainerConfig("c", []string{"sleep", "1000"}),
 		SandboxConfig: config,
 	}
-	creating.giveUp(t, func(ctx context.Context) error { _, err := n.Runtime.CreateContainer(ctx, request); return err })
+	creating.giveUp(t, func(ctx context.Context) error {
+		_, err := n.Runtime.CreateContainer(ctx,
+			request)
+		return err
+	})
 	logged("container created", 1)
 	list, err := n.Runtime.ListContainers(ctx, &cri.ListContainersRequest{})
 	if err != nil || len(list.Containers) != 0 {

@@ -56,7 +56,8 @@ func TestImages(t *testing.T) {
 	pod := n.RunPod("images")
 	c := pod.Run("box", []string{"sleep", "1000"})
 	if s := c.Status(); s.ImageId != box.Id || s.GetImage().GetImage() != harness.Image {
-		t.Errorf("the container says image %q, id %s; want %s, %s", s.GetImage().GetImage(), s.ImageId, harness.Image, box.Id)
+		t.Errorf("the container says image %q, id %s; want %s, %s", s.GetImage().GetImage(), s.ImageId, harness.Image,
+			box.Id)
 	}
 
 	r, err := n.Images.ImageFsInfo(ctx, &cri.ImageFsInfoRequest{})
@@ -126,7 +127,8 @@ func TestImageErrors(t *testing.T) {
 			t.Errorf("list of %s: %v %v", ref, r, err)
 		}
 	}
-	r, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: harness.Image}, Verbose: true})
+	r, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: harness.Image},
+		Verbose: true})
 	if err != nil {
 		t.Fatal(err)
 	}

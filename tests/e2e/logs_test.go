@@ -41,14 +41,16 @@ func TestLongLines(t *testing.T) {
 	n := harness.New(t)
 	pod := n.RunPod("long")
 	const length = 300_000
-	c := pod.Run("long", []string{"sh", "-c", fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x; echo; echo short; printf open", length)})
+	c := pod.Run("long", []string{"sh", "-c",
+		fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x; echo; echo short; printf open", length)})
 	c.WaitExited(patience)
 	lines := c.Log()
 	if len(lines) < 2 {
 		t.Fatalf("the log has %d lines, want at least 2", len(lines))
 	}
 	if lines[0].Text != strings.Repeat("x", length) || lines[0].Parts < 2 {
-		t.Errorf("the long line has %d bytes in %d parts, want %d in several", len(lines[0].Text), lines[0].Parts, length)
+		t.Errorf("the long line has %d bytes in %d parts, want %d in several", len(lines[0].Text), lines[0].Parts,
+			length)
 	}
 	if lines[1].Text != "short" || lines[1].Parts != 1 {
 		t.Errorf("the second line is %q in %d parts", lines[1].Text, lines[1].Parts)
@@ -138,7 +140,8 @@ func TestReopenLog(t *testing.T) {
 func TestTerminal(t *testing.T) {
 	n := harness.New(t)
 	pod := n.RunPod("tty")
-	c := pod.Run("tty", []string{"sh", "-c", "tty; echo err >&2; exit 5"}, func(c *cri.ContainerConfig) { c.Tty = true })
+	c := pod.Run("tty", []string{"sh", "-c", "tty; echo err >&2; exit 5"},
+		func(c *cri.ContainerConfig) { c.Tty = true })
 	if code := c.WaitExited(patience).ExitCode; code != 5 {
 		t.Errorf("exit code %d, want 5", code)
 	}

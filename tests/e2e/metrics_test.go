@@ -94,7 +94,8 @@ func TestMetricsOfPulls(t *testing.T) {
 	}
 	done := func() float64 { return scrape(t, address).value("holdfast_image_pull_done_bytes", "image", ref) }
 	pull := func(ctx context.Context, ended chan<- error) {
-		_, err := n.Images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}, SandboxConfig: n.PodConfig("waits")})
+		_, err := n.Images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref},
+			SandboxConfig: n.PodConfig("waits")})
 		ended <- err
 	}
 	ended := make(chan error, 2)
@@ -124,15 +125,22 @@ func TestMetricsOfPulls(t *testing.T) {
 		t.Error("a pull that was called off went well")
 	}
 	harness.Eventually(t, patience, "it is gone", func() bool { return done() == -1 })
-	harness.Eventually(t, patience, "one pull was called off", func() bool { return grown("holdfast_image_pulls_total", "result", "canceled") == 1 })
-	harness.Eventually(t, patience, "its downloads have ended", func() bool { return scrape(t, address).value("holdfast_image_downloads_running") == 0 })
+	harness.Eventually(t, patience, "one pull was called off", func() bool {
+		return grown("holdfast_image_pulls_total",
+			"result", "canceled") == 1
+	})
+	harness.Eventually(t, patience, "its downloads have ended", func() bool {
+		return scrape(t,
+			address).value("holdfast_image_downloads_running") == 0
+	})
 	kept := grown("holdfast_image_downloaded_bytes_total")
 
 	// Two want it; what has come is not fetched again, and nothing twice.
 	go pull(t.Context(), ended)
 	harness.Eventually(t, patience, "it goes on", func() bool { return done() == kept })
 	go pull(t.Context(), ended)
-	harness.Eventually(t, patience, "the other one joins", func() bool { return grown("holdfast_image_downloads_shared_total") == 2 })
+	harness.Eventually(t, patience, "the other one joins",
+		func() bool { return grown("holdfast_image_downloads_shared_total") == 2 })
 	s.hurry()
 	for range 2 {
 		if err := <-ended; err != nil {
@@ -161,7 +169,8 @@ func TestMetricsOfPulls(t *testing.T) {
 	}
 
 	removeImage(t, n, ref)
-	harness.Eventually(t, patience, "its blobs are gone", func() bool { return grown("holdfast_image_blob_bytes") == 0 })
+	harness.Eventually(t, patience, "its blobs are gone",
+		func() bool { return grown("holdfast_image_blob_bytes") == 0 })
 	if blobs, bytes := grown("holdfast_image_blobs_collected_total"), grown("holdfast_image_collected_bytes_total"); blobs != 4 || bytes <= total {
 		t.Errorf("%v blobs with %v bytes were collected", blobs, bytes)
 	}
@@ -188,8 +197,10 @@ func TestMetricsOfPods(t *testing.T) {
 		t.Helper()
 		harness.Eventually(t, patience, "all are counted", func() bool {
 			s := scrape(t, address)
-			return s.value("holdfast_pods", "state", "ready") == 1 && s.value("holdfast_pods", "state", "notready") == 0 &&
-				s.value("holdfast_containers", "state", "running") == 1 && s.value("holdfast_containers", "state", "created") == 1
+			return s.value("holdfast_pods", "state", "ready") == 1 && s.value("holdfast_pods", "state",
+				"notready") == 0 &&
+				s.value("holdfast_containers", "state", "running") == 1 && s.value("holdfast_containers", "state",
+				"created") == 1
 		})
 	}
 	check()
@@ -202,7 +213,8 @@ func TestMetricsOfPods(t *testing.T) {
 		t.Fatalf("somebody kept the port: %v", err)
 	}
 	// Somebody else's port is an error that names the key.
-	out, err := exec.Command(filepath.Join(n.Bin, "holdfastd"), "--config", n.Path("config.toml"), "--root", n.Root, "--state", n.State,
+	out, err := exec.Command(filepath.Join(n.Bin, "holdfastd"), "--config", n.Path("config.toml"), "--root", n.Root,
+		"--state", n.State,
 		"--address", n.Socket).CombinedOutput()
 	if err == nil || !strings.Contains(string(out), "metrics.address") || !strings.Contains(string(out), "in use") {
 		t.Errorf("it started on a port in use: %v\n%s", err, out)

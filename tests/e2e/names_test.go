@@ -18,7 +18,8 @@ func TestNamesOfDirectories(t *testing.T) {
 			pod := n.RunPod("names")
 			use := func(name string) *harness.Container {
 				c := pod.Run(name, []string{"sleep", "100000"}, func(c *cri.ContainerConfig) {
-					c.Mounts = []*cri.Mount{{ContainerPath: "/image", Readonly: true, Image: &cri.ImageSpec{Image: harness.Image}}}
+					c.Mounts = []*cri.Mount{{ContainerPath: "/image", Readonly: true,
+						Image: &cri.ImageSpec{Image: harness.Image}}}
 				})
 				if got, want := c.Output("cat", "/image/etc/group"), c.Output("cat", "/etc/group"); got != want || got == "" {
 					t.Errorf("the volume has %q, the root %q", got, want)

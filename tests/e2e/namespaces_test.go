@@ -106,7 +106,8 @@ func TestSharedPIDNamespace(t *testing.T) {
 
 func TestHostNamespaces(t *testing.T) {
 	n := harness.New(t)
-	opts := &cri.NamespaceOption{Network: cri.NamespaceMode_NODE, Pid: cri.NamespaceMode_NODE, Ipc: cri.NamespaceMode_NODE}
+	opts := &cri.NamespaceOption{Network: cri.NamespaceMode_NODE, Pid: cri.NamespaceMode_NODE,
+		Ipc: cri.NamespaceMode_NODE}
 	pod := n.RunPod("host", func(c *cri.PodSandboxConfig) {
 		c.Hostname = ""
 		c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{NamespaceOptions: opts}
@@ -128,7 +129,8 @@ func TestHostNamespaces(t *testing.T) {
 	n.Restart()
 	// Without a PID namespace the children would outlive their parent.
 	c.Stop(0)
-	harness.Eventually(t, patience, "the children of a stopped container are gone", func() bool { return len(find("sleep\x00"+seconds)) == 0 })
+	harness.Eventually(t, patience, "the children of a stopped container are gone",
+		func() bool { return len(find("sleep\x00"+seconds)) == 0 })
 	pod.Remove()
 	n.CheckClean()
 }

@@ -23,7 +23,8 @@ func TestPodNetwork(t *testing.T) {
 	port := harness.FreePort(t)
 	pod := n.RunPod("web", func(c *cri.PodSandboxConfig) {
 		c.PortMappings = []*cri.PortMapping{{Protocol: cri.Protocol_TCP, HostPort: int32(port), ContainerPort: 80}}
-		c.DnsConfig = &cri.DNSConfig{Servers: []string{"10.9.8.7"}, Searches: []string{"test.local"}, Options: []string{"ndots:5"}}
+		c.DnsConfig = &cri.DNSConfig{Servers: []string{"10.9.8.7"}, Searches: []string{"test.local"},
+			Options: []string{"ndots:5"}}
 		c.Linux.Sysctls = map[string]string{"net.ipv4.ip_local_port_range": "20000 30000"}
 	})
 	c := pod.Run("web", []string{"httpd", "-f", "-p", "80", "-h", "/etc"})
@@ -47,7 +48,8 @@ func TestPodNetwork(t *testing.T) {
 	harness.Eventually(t, patience, "the page is served on the pod's address", served(direct))
 	harness.Eventually(t, patience, "the page is served on the host's port", served(mapped))
 	n.Kill()
-	harness.Eventually(t, patience, "the page is served when the daemon is gone", func() bool { return served(direct)() && served(mapped)() })
+	harness.Eventually(t, patience, "the page is served when the daemon is gone",
+		func() bool { return served(direct)() && served(mapped)() })
 	n.Start()
 	if after := pod.Status().GetNetwork().GetIp(); after != ip {
 		t.Errorf("the pod had the address %s, and has %s after the restart", ip, after)

@@ -27,7 +27,8 @@ func TestPullCommand(t *testing.T) {
 	pull := func(ref string) (string, error) {
 		ctx, cancel := harness.Deadline()
 		defer cancel()
-		cmd := exec.CommandContext(ctx, filepath.Join(n.Bin, "holdfastctl"), "--state", n.State, "pull", "--address", n.Socket, ref)
+		cmd := exec.CommandContext(ctx, filepath.Join(n.Bin, "holdfastctl"), "--state", n.State, "pull", "--address",
+			n.Socket, ref)
 		out, err := cmd.CombinedOutput()
 		return strings.TrimSpace(string(out)), err
 	}
@@ -60,7 +61,8 @@ func TestPullCommand(t *testing.T) {
 	})
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	cmd := exec.CommandContext(ctx, filepath.Join(n.Bin, "holdfastctl"), "--state", n.State, "pull", "--address", n.Socket, "registry.test/tests/stuck:1")
+	cmd := exec.CommandContext(ctx, filepath.Join(n.Bin, "holdfastctl"), "--state", n.State, "pull", "--address",
+		n.Socket, "registry.test/tests/stuck:1")
 	said, err := os.Create(n.Path("said"))
 	if err != nil {
 		t.Fatal(err)
@@ -95,7 +97,8 @@ func TestPullInterrupted(t *testing.T) {
 		t.Fatal(err)
 	}
 	ctl := func(args ...string) *exec.Cmd {
-		return exec.CommandContext(t.Context(), filepath.Join(n.Bin, "holdfastctl"), append([]string{"--state", n.State}, args...)...)
+		return exec.CommandContext(t.Context(), filepath.Join(n.Bin, "holdfastctl"), append([]string{"--state",
+			n.State}, args...)...)
 	}
 	// pull gives what it said and its exit code, after something was done to it.
 	pull := func(then func(*exec.Cmd)) (string, int) {

@@ -86,7 +86,8 @@ func (s *slow) send(pieces int) {
 // a moment later, and the next piece would be lost to it.
 func (s *slow) idle(t *testing.T) {
 	t.Helper()
-	harness.Eventually(t, patience, "the registry knows that the pull has ended", func() bool { return s.waiting.Load() == 0 })
+	harness.Eventually(t, patience, "the registry knows that the pull has ended",
+		func() bool { return s.waiting.Load() == 0 })
 }
 
 // hurry lets all go from now on.

@@ -26,7 +26,8 @@ func TestStopOutlivesTheDaemon(t *testing.T) {
 	go func() {
 		ctx, cancel := harness.Deadline()
 		defer cancel()
-		n.Runtime.StopContainer(ctx, &cri.StopContainerRequest{ContainerId: c.ID, Timeout: grace}) // fails: its daemon dies
+		n.Runtime.StopContainer(ctx, &cri.StopContainerRequest{ContainerId: c.ID,
+			Timeout: grace}) // fails: its daemon dies
 	}()
 	run := rundir.Dir(filepath.Join(n.State, "containers", c.ID))
 	harness.Eventually(t, patience, "the shim has the stop on record", func() bool {
@@ -34,7 +35,8 @@ func TestStopOutlivesTheDaemon(t *testing.T) {
 		return err == nil && s.Stop != nil
 	})
 	n.Kill()
-	harness.Eventually(t, patience, "the container is killed at its deadline, without a daemon", func() bool { return !isProcess(pid) })
+	harness.Eventually(t, patience, "the container is killed at its deadline, without a daemon",
+		func() bool { return !isProcess(pid) })
 	n.Start()
 	s := c.WaitExited(patience) // its shim may still be at the log
 	if s.ExitCode != 137 {

@@ -157,8 +157,10 @@ func TestRemovalDuringCreation(t *testing.T) {
 			removed <- err
 		}()
 		ctx, cancel := harness.Deadline()
-		c := &harness.Container{N: n, Pod: pod, Config: harness.ContainerConfig(fmt.Sprintf("c%d", i), []string{"sleep", "100000"})}
-		r, err := n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: pod.ID, Config: c.Config, SandboxConfig: pod.Config})
+		c := &harness.Container{N: n, Pod: pod, Config: harness.ContainerConfig(fmt.Sprintf("c%d", i), []string{"sleep",
+			"100000"})}
+		r, err := n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: pod.ID, Config: c.Config,
+			SandboxConfig: pod.Config})
 		cancel()
 		if err := <-removed; err != nil {
 			t.Fatal(err)
@@ -293,7 +295,8 @@ func TestImageTooLarge(t *testing.T) {
 	push(t, n, "registry.test/tests/large:1", [2]string{"small", rand.Text()}, [2]string{"large", string(large)})
 	ctx, cancel := harness.Deadline()
 	defer cancel()
-	_, err := n.Images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: "registry.test/tests/large:1"}})
+	_, err := n.Images.PullImage(ctx,
+		&cri.PullImageRequest{Image: &cri.ImageSpec{Image: "registry.test/tests/large:1"}})
 	if status.Code(err) != codes.ResourceExhausted {
 		t.Errorf("the pull ends with %v", err)
 	}

@@ -118,8 +118,10 @@ func TestLostLayers(t *testing.T) {
 			n.Registry.Break(func(*http.Request) bool { return true })
 			ctx, cancel := harness.Deadline()
 			defer cancel()
-			_, err := n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: pod.ID, SandboxConfig: pod.Config,
-				Config: &cri.ContainerConfig{Metadata: &cri.ContainerMetadata{Name: "again"}, Image: &cri.ImageSpec{Image: harness.Image}, Command: []string{"true"}}})
+			_, err := n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: pod.ID,
+				SandboxConfig: pod.Config,
+				Config: &cri.ContainerConfig{Metadata: &cri.ContainerMetadata{Name: "again"},
+					Image: &cri.ImageSpec{Image: harness.Image}, Command: []string{"true"}}})
 			r, serr := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: harness.Image}})
 			if serr != nil {
 				t.Fatal(serr)
@@ -149,7 +151,8 @@ func TestVerifier(t *testing.T) {
 		}
 	}
 	verdict("exit 0")
-	n := harness.New(t, harness.Options{Config: "[images]\nverifier_dir = \"" + dir + "\"\nverifier_timeout = \"2m\"\n"})
+	n := harness.New(t,
+		harness.Options{Config: "[images]\nverifier_dir = \"" + dir + "\"\nverifier_timeout = \"2m\"\n"})
 	const ref = "registry.test/tests/unsigned:1"
 	push(t, n, ref, [2]string{"f", "x"})
 	verdict(`case "$2" in */unsigned:*) echo nobody signed it; exit 1;; esac`)

@@ -138,7 +138,8 @@ func TestStrangers(t *testing.T) {
 	wantClosed(t, n, programs)
 	for _, c := range containers {
 		c.Output("true")
-		c.Pod.Run("later", []string{"sleep", "1000"}, containerWith(c.Pod.Config.Linux.SecurityContext.NamespaceOptions))
+		c.Pod.Run("later", []string{"sleep", "1000"},
+			containerWith(c.Pod.Config.Linux.SecurityContext.NamespaceOptions))
 	}
 	n.RemoveAllPods()
 	n.CheckClean()

@@ -127,7 +127,8 @@ func TestUserNamespace(t *testing.T) {
 			wantOutput(t, c, "0:0\n", "stat", "-c", "%u:%g", file)
 		}
 		wantOutput(t, c, fmt.Sprintf("userns-%d\n", i), "hostname")
-		c.Output("sh", "-c", "echo new >/root/new; echo more >>/etc/passwd; chown 1000:2000 /etc/group; rm /bin/testbox; echo x >/dev/shm/x; echo >>/etc/hosts; echo out >/dev/stdout; test -d /sys/class/net/eth0")
+		c.Output("sh", "-c",
+			"echo new >/root/new; echo more >>/etc/passwd; chown 1000:2000 /etc/group; rm /bin/testbox; echo x >/dev/shm/x; echo >>/etc/hosts; echo out >/dev/stdout; test -d /sys/class/net/eth0")
 
 		upper := filepath.Join(n.Root, "containers", c.ID, "upper")
 		for file, want := range map[string][2]int{"root/new": {0, 0}, "etc/passwd": {0, 0}, "etc/group": {1000, 2000}, ".": {0, 0}} {
@@ -203,10 +204,12 @@ func TestUserNamespaceAnd(t *testing.T) {
 		"sysctls": func(t *testing.T, n *harness.Node) {
 			o := options(func(*cri.NamespaceOption) {})
 			pod := n.RunPod("sysctls", podWith(o), func(c *cri.PodSandboxConfig) {
-				c.Linux.Sysctls = map[string]string{"net.ipv4.ip_unprivileged_port_start": "81", "kernel.shmmni": "1234", "fs.mqueue.msg_max": "12"}
+				c.Linux.Sysctls = map[string]string{"net.ipv4.ip_unprivileged_port_start": "81",
+					"kernel.shmmni": "1234", "fs.mqueue.msg_max": "12"}
 			})
 			c := pod.Run("c", []string{"sleep", "1000"}, containerWith(o))
-			wantOutput(t, c, "81\n1234\n12\n", "cat", "/proc/sys/net/ipv4/ip_unprivileged_port_start", "/proc/sys/kernel/shmmni", "/proc/sys/fs/mqueue/msg_max")
+			wantOutput(t, c, "81\n1234\n12\n", "cat", "/proc/sys/net/ipv4/ip_unprivileged_port_start",
+				"/proc/sys/kernel/shmmni", "/proc/sys/fs/mqueue/msg_max")
 		},
 		"volumes": func(t *testing.T, n *harness.Node) {
 			o := options(func(*cri.NamespaceOption) {})
@@ -224,7 +227,8 @@ func TestUserNamespaceAnd(t *testing.T) {
 					{ContainerPath: "/mapped", HostPath: volume, UidMappings: maps, GidMappings: maps},
 					{ContainerPath: "/plain", HostPath: volume},
 					{ContainerPath: "/image", Image: &cri.ImageSpec{Image: harness.Image}, Readonly: true},
-					{ContainerPath: "/image2", Image: &cri.ImageSpec{Image: harness.Image}, ImageSubPath: "etc", Readonly: true, UidMappings: maps, GidMappings: maps},
+					{ContainerPath: "/image2", Image: &cri.ImageSpec{Image: harness.Image}, ImageSubPath: "etc",
+						Readonly: true, UidMappings: maps, GidMappings: maps},
 				}
 			})
 			wantOutput(t, c, "s", "cat", "/mapped/secret")
@@ -232,7 +236,8 @@ func TestUserNamespaceAnd(t *testing.T) {
 			if uid, gid := ownerOf(t, filepath.Join(volume, "new")); uid != 1000 || gid != 1000 {
 				t.Errorf("a file in the volume is of %d:%d on the disk, want 1000:1000", uid, gid)
 			}
-			wantOutput(t, c, "65534:65534\n0:0\n0:0\n0:0\n", "stat", "-c", "%u:%g", "/plain", "/image", "/image/bin/busybox", "/image2/passwd")
+			wantOutput(t, c, "65534:65534\n0:0\n0:0\n0:0\n", "stat", "-c", "%u:%g", "/plain", "/image",
+				"/image/bin/busybox", "/image2/passwd")
 			if r, err := c.Exec(60, "cat", "/plain/secret"); err != nil || r.ExitCode == 0 {
 				t.Errorf("a file of the host's root can be read: %v, %v", r, err)
 			}
@@ -240,7 +245,8 @@ func TestUserNamespaceAnd(t *testing.T) {
 		"terminal": func(t *testing.T, n *harness.Node) {
 			o := options(func(*cri.NamespaceOption) {})
 			pod := n.RunPod("tty", podWith(o))
-			c := pod.Run("c", []string{"sh", "-c", "tty && stat -c %u:%g $(tty) && echo again >/dev/tty && exec sleep 1000"}, containerWith(o),
+			c := pod.Run("c", []string{"sh", "-c",
+				"tty && stat -c %u:%g $(tty) && echo again >/dev/tty && exec sleep 1000"}, containerWith(o),
 				func(c *cri.ContainerConfig) { c.Tty, c.Stdin = true, true })
 			c.WaitLog(patience, "again")
 			lines := c.Log()
@@ -250,8 +256,10 @@ func TestUserNamespaceAnd(t *testing.T) {
 		},
 		"privileges": func(t *testing.T, n *harness.Node) {
 			o := options(func(*cri.NamespaceOption) {})
-			pod := n.RunPod("privileged", podWith(o), func(c *cri.PodSandboxConfig) { c.Linux.SecurityContext.Privileged = true })
-			c := pod.Run("c", []string{"sleep", "1000"}, containerWith(o), func(c *cri.ContainerConfig) { c.Linux.SecurityContext.Privileged = true })
+			pod := n.RunPod("privileged", podWith(o),
+				func(c *cri.PodSandboxConfig) { c.Linux.SecurityContext.Privileged = true })
+			c := pod.Run("c", []string{"sleep", "1000"}, containerWith(o),
+				func(c *cri.ContainerConfig) { c.Linux.SecurityContext.Privileged = true })
 			c.Output("sh", "-c", "mkdir /m && mount -t tmpfs none /m && ip addr add 10.1.2.3/32 dev lo")
 			for _, command := range []string{"mknod /n b 7 0", "echo 1 >/proc/sys/kernel/printk", "dd if=/dev/vda of=/dev/null count=1"} {
 				if r, err := c.Exec(60, "sh", "-c", command); err != nil || r.ExitCode == 0 {
@@ -263,7 +271,8 @@ func TestUserNamespaceAnd(t *testing.T) {
 			o := options(func(*cri.NamespaceOption) {})
 			pod := n.RunPod("devices", podWith(o))
 			c := pod.Run("c", []string{"sleep", "1000"}, containerWith(o), func(c *cri.ContainerConfig) {
-				c.Devices = []*cri.Device{{HostPath: "/dev/zero", ContainerPath: "/dev/moved", Permissions: "rw"}, {HostPath: "/dev/kmsg", Permissions: "r"}}
+				c.Devices = []*cri.Device{{HostPath: "/dev/zero", ContainerPath: "/dev/moved", Permissions: "rw"},
+					{HostPath: "/dev/kmsg", Permissions: "r"}}
 			})
 			wantOutput(t, c, "0000000\n", "sh", "-c", "head -c 4 /dev/moved | od -An -tx4 -v | tr -d ' ' | cut -c1-7")
 			c.Output("test", "-c", "/dev/kmsg")
@@ -293,7 +302,8 @@ func TestUserNamespaceAnd(t *testing.T) {
 				c.Image.Image = image
 				c.Linux.SecurityContext.ReadonlyRootfs = true
 			})
-			wantOutput(t, c, "0:0\n0:0\n0:0\n0:0\n", "/bin/busybox", "sh", "-c", "echo >/data/x && echo >/made/here/x && /bin/busybox stat -c %u:%g / /data /made /made/here")
+			wantOutput(t, c, "0:0\n0:0\n0:0\n0:0\n", "/bin/busybox", "sh", "-c",
+				"echo >/data/x && echo >/made/here/x && /bin/busybox stat -c %u:%g / /data /made /made/here")
 			if r, err := c.Exec(60, "/bin/busybox", "sh", "-c", "echo >/x"); err != nil || r.ExitCode == 0 {
 				t.Errorf("the root is writable: %v, %v", r, err)
 			}
@@ -306,7 +316,8 @@ func TestUserNamespaceAnd(t *testing.T) {
 	harness.Eventually(t, patience, "no image but the first is left", func() bool {
 		ctx, cancel := harness.Deadline()
 		defer cancel()
-		_, err := n.Images.RemoveImage(ctx, &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: "registry.test/tests/volume:1"}})
+		_, err := n.Images.RemoveImage(ctx,
+			&cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: "registry.test/tests/volume:1"}})
 		return err == nil
 	})
 	n.CheckClean()
@@ -319,7 +330,8 @@ func TestUserNamespaceWithPause(t *testing.T) {
 	for _, network := range []cri.NamespaceMode{cri.NamespaceMode_POD, cri.NamespaceMode_NODE} {
 		o := usernsOptions(500000)
 		o.Network = network
-		pod := n.RunPod("pause-"+strings.ToLower(network.String()), podWith(o), func(c *cri.PodSandboxConfig) { c.Hostname = "" })
+		pod := n.RunPod("pause-"+strings.ToLower(network.String()), podWith(o),
+			func(c *cri.PodSandboxConfig) { c.Hostname = "" })
 		n.Restart()
 		c := pod.Run("c", []string{"sleep", "1000"}, containerWith(o))
 		wantOutput(t, c, "0:0\n", "stat", "-c", "%u:%g", "/")
@@ -357,7 +369,8 @@ func TestUserNamespaceImpossible(t *testing.T) {
 	run := func(handler string, o *cri.NamespaceOption) error {
 		ctx, cancel := harness.Deadline()
 		defer cancel()
-		_, err := n.Runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{RuntimeHandler: handler, Config: n.PodConfig("impossible", podWith(o))})
+		_, err := n.Runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{RuntimeHandler: handler,
+			Config: n.PodConfig("impossible", podWith(o))})
 		return err
 	}
 	const field = "config.linux.security_context.namespace_options.userns_options"
@@ -378,8 +391,9 @@ func TestUserNamespaceImpossible(t *testing.T) {
 			c.Linux.SecurityContext.RunAsUser = &cri.Int64Value{Value: 65536}
 		},
 	} {
-		_, err := n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: pod.ID, SandboxConfig: pod.Config,
-			Config: harness.ContainerConfig("c", []string{"sleep", "1"}, edit)})
+		_, err := n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: pod.ID,
+			SandboxConfig: pod.Config,
+			Config:        harness.ContainerConfig("c", []string{"sleep", "1"}, edit)})
 		wantError(t, err, codes.InvalidArgument, want)
 	}
 	pod.Remove()

@@ -84,7 +84,8 @@ func TestIdleMemory(t *testing.T) {
 		}
 		m := smaps(t, pid)
 		private := m["Private_Clean"] + m["Private_Dirty"]
-		t.Logf("an idle shim: %d kB private, %d kB anonymous, Pss %d kB, Rss %d kB", private, m["Anonymous"], m["Pss"], m["Rss"])
+		t.Logf("an idle shim: %d kB private, %d kB anonymous, Pss %d kB, Rss %d kB", private, m["Anonymous"], m["Pss"],
+			m["Rss"])
 		if private > limit {
 			t.Errorf("an idle shim has %d kB of private memory, more than %d", private, limit)
 		}

@@ -162,7 +162,8 @@ func New(t T, opts ...Options) *Node {
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(16<<20)),
 		// A daemon is restarted within milliseconds; the usual pause is a second.
 		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5, MaxDelay: 200 * time.Millisecond},
+			Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.5,
+				MaxDelay: 200 * time.Millisecond},
 			MinConnectTimeout: 10 * time.Second,
 		}))
 	if err != nil {
@@ -185,8 +186,9 @@ func (n *Node) With(t T) *Node { return &Node{T: t, shared: n.shared} }
 
 func (n *Node) configure(o Options) error {
 	files := map[string]string{
-		"net.d/10-test.conflist":      n.conflist(slices.Sorted(maps.Keys(o.Plugins))),
-		"certs.d/_default/hosts.toml": fmt.Sprintf("server = %q\n[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n", "http://"+n.Registry.Host, "http://"+n.Registry.Host),
+		"net.d/10-test.conflist": n.conflist(slices.Sorted(maps.Keys(o.Plugins))),
+		"certs.d/_default/hosts.toml": fmt.Sprintf("server = %q\n[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n",
+			"http://"+n.Registry.Host, "http://"+n.Registry.Host),
 		"config.toml": fmt.Sprintf(`[cni]
 conf_dir = %q
 bin_dirs = [%q, %q]
@@ -229,7 +231,8 @@ func (n *Node) conflist(more []string) string {
 	for _, name := range more {
 		plugins = append(plugins, fmt.Sprintf(`{"type": %q}`, name))
 	}
-	return fmt.Sprintf("{\"cniVersion\": \"1.0.0\", \"name\": \"test\", \"plugins\": [\n%s\n]}\n", strings.Join(plugins, ",\n"))
+	return fmt.Sprintf("{\"cniVersion\": \"1.0.0\", \"name\": \"test\", \"plugins\": [\n%s\n]}\n", strings.Join(plugins,
+		",\n"))
 }
 
 // Path is a path in the scratch directory.

@@ -177,7 +177,8 @@ func (c *Container) verbose() (*cri.ContainerStatus, Info) {
 	}
 	var i Info
 	if err := json.Unmarshal([]byte(r.Info["info"]), &i); err != nil {
-		c.N.T.Fatalf("ContainerStatus %s: its info is no JSON object: %v: %q", c.Config.Metadata.Name, err, r.Info["info"])
+		c.N.T.Fatalf("ContainerStatus %s: its info is no JSON object: %v: %q", c.Config.Metadata.Name, err,
+			r.Info["info"])
 	}
 	return r.Status, i
 }

@@ -239,7 +239,8 @@ var boxLayer = sync.OnceValues(func() (Layer, error) {
 		}{
 			{"bin/busybox", 0o755, busybox},
 			{"bin/testbox", 0o755, box},
-			{"etc/passwd", 0o644, []byte("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\nbox:x:1000:1000:box:/home:/bin/sh\n")},
+			{"etc/passwd", 0o644,
+				[]byte("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\nbox:x:1000:1000:box:/home:/bin/sh\n")},
 			{"etc/group", 0o644, []byte("root:x:0:\nnogroup:x:65534:\nbox:x:1000:\nextra:x:2000:box\n")},
 		} {
 			h := &tar.Header{Name: f.name, Mode: f.mode, Typeflag: tar.TypeReg, Size: int64(len(f.content))}

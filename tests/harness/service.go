@@ -31,7 +31,8 @@ func (n *Node) startService(args []string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	dropIn := fmt.Sprintf("[Service]\nExecStart=\nExecStart=%s\nStandardError=append:%s\n", strings.Join(args, " "), n.DaemonLog())
+	dropIn := fmt.Sprintf("[Service]\nExecStart=\nExecStart=%s\nStandardError=append:%s\n", strings.Join(args, " "),
+		n.DaemonLog())
 	if err := os.WriteFile(filepath.Join(dir, "test.conf"), []byte(dropIn), 0o644); err != nil {
 		return err
 	}

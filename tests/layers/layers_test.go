@@ -82,18 +82,24 @@ type ban struct {
 }
 
 var bans = []ban{
-	{[]string{"shim/...", "cmd/holdfast-shim", "runc/...", "reaper/...", "pty", "proto/..."}, module + "daemon/...", true,
+	{[]string{"shim/...", "cmd/holdfast-shim", "runc/...", "reaper/...", "pty", "proto/..."}, module + "daemon/...",
+		true,
 		"the shim outlives the daemon; both know only proto"},
-	{[]string{"shim/...", "cmd/holdfast-shim", "runc/...", "reaper/...", "pty", "proto/...", "daemon/..."}, module + "cri/...", true,
+	{[]string{"shim/...", "cmd/holdfast-shim", "runc/...", "reaper/...", "pty", "proto/...", "daemon/..."},
+		module + "cri/...", true,
 		"CRI is the top: what is below serves other callers too"},
-	{[]string{"daemon/...", "cri/...", "runc", "reaper", "pty", "proto/...", "cmd/holdfastd", "cmd/holdfastctl"}, module + "shim/...", true,
+	{[]string{"daemon/...", "cri/...", "runc", "reaper", "pty", "proto/...", "cmd/holdfastd", "cmd/holdfastctl"},
+		module + "shim/...", true,
 		"the shim is a process of its own; whoever needs it speaks proto to it"},
 
 	{[]string{"shim/...", "cmd/holdfast-shim"}, "google.golang.org/grpc", true,
 		"a gRPC server doubles the memory of each container's shim (its codes and status are small)"},
-	{[]string{"shim/...", "cmd/holdfast-shim"}, "net/http", true, "HTTP costs each shim memory; streaming has a program of its own"},
-	{[]string{"shim/...", "cmd/holdfast-shim"}, "crypto/tls", true, "the shim is reached by a socket in a directory of root"},
-	{[]string{"shim/...", "cmd/holdfast-shim"}, "k8s.io/...", true, "the shim keeps CRI messages without looking inside"},
+	{[]string{"shim/...", "cmd/holdfast-shim"}, "net/http", true,
+		"HTTP costs each shim memory; streaming has a program of its own"},
+	{[]string{"shim/...", "cmd/holdfast-shim"}, "crypto/tls", true,
+		"the shim is reached by a socket in a directory of root"},
+	{[]string{"shim/...", "cmd/holdfast-shim"}, "k8s.io/...", true,
+		"the shim keeps CRI messages without looking inside"},
 	{[]string{"shim/...", "cmd/holdfast-shim", "runc"}, "github.com/opencontainers/runc/...", true,
 		"libcontainer needs cgo and 1 MB of each shim; the OCI runtime is a program"},
 
@@ -125,15 +131,16 @@ var ofTheModule = map[string][]string{
 		"proto/client", "proto/kind", "proto/record", "proto/rundir", "proto/step",
 	},
 
-	"daemon/claims":         {"proto/kind", "proto/step"},
-	"daemon/records":        {"proto/kind", "proto/record", "proto/rundir"},
-	"daemon/runtimes":       {"proto/kind", "runc"},
-	"daemon/state":          {"proto/record", "proto/rundir"},
-	"daemon/spec":           {"daemon/beneath", "proto/kind", "runc/cgroup"},
-	"daemon/placement":      {"runc/cgroup"},
-	"daemon/shims":          {"proto/client", "proto/rundir", "proto/step", "reaper/pidfd"},
-	"daemon/rootfs":         {"daemon/beneath", "daemon/dirs", "proto/kind", "proto/record", "proto/rundir"},
-	"daemon/image":          {"daemon/dirs", "daemon/records", "daemon/image/registry", "proto/kind", "proto/record", "proto/rundir", "reaper/group"},
+	"daemon/claims":    {"proto/kind", "proto/step"},
+	"daemon/records":   {"proto/kind", "proto/record", "proto/rundir"},
+	"daemon/runtimes":  {"proto/kind", "runc"},
+	"daemon/state":     {"proto/record", "proto/rundir"},
+	"daemon/spec":      {"daemon/beneath", "proto/kind", "runc/cgroup"},
+	"daemon/placement": {"runc/cgroup"},
+	"daemon/shims":     {"proto/client", "proto/rundir", "proto/step", "reaper/pidfd"},
+	"daemon/rootfs":    {"daemon/beneath", "daemon/dirs", "proto/kind", "proto/record", "proto/rundir"},
+	"daemon/image": {"daemon/dirs", "daemon/records", "daemon/image/registry", "proto/kind", "proto/record",
+		"proto/rundir", "reaper/group"},
 	"daemon/image/registry": {"proto/kind"},
 	"daemon/network": {
 		"daemon/network/...", "daemon/records", "daemon/beneath", "daemon/dirs", "proto/kind", "proto/record", "proto/rundir",
@@ -163,7 +170,8 @@ type pkg struct {
 func load(t *testing.T) map[string]pkg {
 	t.Helper()
 	// A path, as a pattern of names is looked for in every module there is.
-	cmd := exec.CommandContext(t.Context(), "go", "list", "-deps", "-json=ImportPath,Imports,Deps,Standard", "../../...")
+	cmd := exec.CommandContext(t.Context(), "go", "list", "-deps", "-json=ImportPath,Imports,Deps,Standard",
+		"../../...")
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()

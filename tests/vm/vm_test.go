@@ -48,7 +48,8 @@ var suites = []suite{
 	{"tests/vm/guest", "."},
 	// What is not here has nothing to do with cgroups or systemd, or needs a
 	// faster machine than an emulated one.
-	{"tests/e2e", "^(TestStop|TestStopOutlivesTheDaemon|TestKilledShim|TestSharedPIDNamespace|TestNamespaces|TestTerminal|TestPodNetwork|TestLostRecords|TestWedgedShim|TestUserNamespace|TestUserNamespaceAnd)$"},
+	{"tests/e2e",
+		"^(TestStop|TestStopOutlivesTheDaemon|TestKilledShim|TestSharedPIDNamespace|TestNamespaces|TestTerminal|TestPodNetwork|TestLostRecords|TestWedgedShim|TestUserNamespace|TestUserNamespaceAnd)$"},
 	{"tests/crash", "^TestRandomKills$"},
 }
 
@@ -76,7 +77,8 @@ func TestVM(t *testing.T) {
 	script.WriteString("status=0\n")
 	for _, s := range chosen {
 		addTest(t, share, s.name)
-		fmt.Fprintf(&script, "(cd %s && ./test -test.v -test.timeout=%s -test.run '%s') || status=1\n", s.name, limit, s.run)
+		fmt.Fprintf(&script, "(cd %s && ./test -test.v -test.timeout=%s -test.run '%s') || status=1\n", s.name, limit,
+			s.run)
 	}
 	script.WriteString("exit $status\n")
 	all, code := boot(t, runner, share, script.String())
@@ -106,8 +108,10 @@ func TestPowerCut(t *testing.T) {
 	before, disk := filepath.Join(share, "before"), filepath.Join(t.TempDir(), "disk")
 	live := func(load time.Duration, options ...string) int {
 		t.Helper()
-		out, code := boot(t, runner, share, fmt.Sprintf("export HOLDFAST_DISK=/dev/vdb HOLDFAST_BEFORE=/host/before HOLDFAST_LOAD=%s\n"+
-			"cd tests/crash && exec ./test -test.v -test.run '^TestPowerCut$'\n", load), append([]string{"-d", disk}, options...)...)
+		out, code := boot(t, runner, share,
+			fmt.Sprintf("export HOLDFAST_DISK=/dev/vdb HOLDFAST_BEFORE=/host/before HOLDFAST_LOAD=%s\n"+
+				"cd tests/crash && exec ./test -test.v -test.run '^TestPowerCut$'\n", load), append([]string{"-d",
+				disk}, options...)...)
 		f, err := os.OpenFile(before, os.O_APPEND|os.O_WRONLY, 0)
 		if err == nil {
 			_, err = f.WriteString(out)
@@ -174,7 +178,8 @@ func makeShare(t *testing.T) string {
 	t.Helper()
 	share := t.TempDir()
 	build(t, "make", "--no-print-directory", "install", "DESTDIR="+filepath.Join(share, "tree"), "PREFIX=/usr/local")
-	build(t, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(share, "tree", libexec, "testbox"), "./tests/harness/testbox")
+	build(t, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(share, "tree", libexec, "testbox"),
+		"./tests/harness/testbox")
 	return share
 }
 

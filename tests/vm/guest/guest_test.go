@@ -227,7 +227,8 @@ func TestCgroupfs(t *testing.T) {
 }
 
 func limits(c *cri.ContainerConfig) {
-	c.Linux.Resources = &cri.LinuxContainerResources{MemoryLimitInBytes: 64 << 20, CpuPeriod: 100000, CpuQuota: 50000, CpuShares: 512, OomScoreAdj: 321}
+	c.Linux.Resources = &cri.LinuxContainerResources{MemoryLimitInBytes: 64 << 20, CpuPeriod: 100000, CpuQuota: 50000,
+		CpuShares: 512, OomScoreAdj: 321}
 }
 
 // checkLimits looks at the files, whoever wrote them.
@@ -348,7 +349,8 @@ func TestService(t *testing.T) {
 		c, pod := c.With(t), pod.With(t)
 		s := c.Status()
 		if s.State != cri.ContainerState_CONTAINER_RUNNING || s.StartedAt != started || c.Info().PID != pid {
-			t.Errorf("the container is %s, started at %d as %d; want running, %d, %d", s.State, s.StartedAt, c.Info().PID, started, pid)
+			t.Errorf("the container is %s, started at %d as %d; want running, %d, %d", s.State, s.StartedAt,
+				c.Info().PID, started, pid)
 		}
 		if p := pod.Status(); p.State != cri.PodSandboxState_SANDBOX_READY || p.GetNetwork().GetIp() != address {
 			t.Errorf("the pod is %s with address %s, want ready with %s", p.State, p.GetNetwork().GetIp(), address)
@@ -378,14 +380,16 @@ func TestService(t *testing.T) {
 
 	t.Run("kill", func(t *testing.T) {
 		const grace = 5
-		stubborn := pod.With(t).Run("stubborn", []string{"sh", "-c", "trap '' TERM; echo deaf; while :; do sleep 1; done"})
+		stubborn := pod.With(t).Run("stubborn", []string{"sh", "-c",
+			"trap '' TERM; echo deaf; while :; do sleep 1; done"})
 		stubborn.WaitLog(patience, "deaf")
 		victim := stubborn.Info().PID
 		asked := time.Now()
 		go func() {
 			ctx, cancel := harness.Deadline()
 			defer cancel()
-			n.Runtime.StopContainer(ctx, &cri.StopContainerRequest{ContainerId: stubborn.ID, Timeout: grace}) // fails: its daemon dies
+			n.Runtime.StopContainer(ctx, &cri.StopContainerRequest{ContainerId: stubborn.ID,
+				Timeout: grace}) // fails: its daemon dies
 		}()
 		run := rundir.Dir(filepath.Join(n.State, "containers", stubborn.ID))
 		harness.Eventually(t, patience, "the shim has the stop on record", func() bool {
@@ -395,8 +399,10 @@ func TestService(t *testing.T) {
 		daemon := n.PID()
 		systemctl(t, "kill", "--signal=KILL", alias) // all processes of the unit
 		unharmed(t)
-		harness.Eventually(t, patience, "the container is killed at its deadline", func() bool { return !isProcess(victim) })
-		harness.Eventually(t, patience, "systemd has started another daemon", func() bool { p := n.PID(); return p != 0 && p != daemon })
+		harness.Eventually(t, patience, "the container is killed at its deadline",
+			func() bool { return !isProcess(victim) })
+		harness.Eventually(t, patience, "systemd has started another daemon",
+			func() bool { p := n.PID(); return p != 0 && p != daemon })
 		recovered(t)
 		s := stubborn.Status()
 		if s.State != cri.ContainerState_CONTAINER_EXITED || s.ExitCode != 137 {
@@ -425,9 +431,12 @@ func TestService(t *testing.T) {
 		unharmed(t)
 		before := len(c.Log())
 		release("stop", 43)
-		harness.Eventually(t, patience, "a container ends while the service is stopped", func() bool { return !isProcess(waiting) })
-		harness.Eventually(t, patience, "the log goes on while the service is stopped", func() bool { return len(c.Log()) > before })
-		harness.Eventually(t, patience, "the shim of the ended container ends too", func() bool { return !strings.Contains(units(t), w.ID) })
+		harness.Eventually(t, patience, "a container ends while the service is stopped",
+			func() bool { return !isProcess(waiting) })
+		harness.Eventually(t, patience, "the log goes on while the service is stopped",
+			func() bool { return len(c.Log()) > before })
+		harness.Eventually(t, patience, "the shim of the ended container ends too",
+			func() bool { return !strings.Contains(units(t), w.ID) })
 		systemctl(t, "start", unit)
 		recovered(t)
 		if s := w.Status(); s.State != cri.ContainerState_CONTAINER_EXITED || s.ExitCode != 43 || s.Reason != "Error" {
