@@ -2,6 +2,7 @@ package pods
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"path/filepath"
 	"slices"
@@ -50,6 +51,10 @@ func (p *Pod) pay(ctx context.Context, d records.Debt) error {
 	case records.DebtNetwork:
 		return p.detach(ctx)
 	case records.DebtNamespaces:
+		// A plugin that finds no namespace frees the address and leaves its rules.
+		if n := rec.Network; n != nil && n.Phase != records.NetworkGone && records.ThisBoot(rec.BootID) {
+			return errors.New("they are kept for the plugins, which have yet to detach the pod")
+		}
 		return p.m.Network.RemoveNamespaces(rec.ID)
 	case records.DebtMounts:
 		for _, name := range []string{shmName, filesName, pidName} {
