@@ -92,6 +92,9 @@ func (t *task) openContainer(l rundir.Launch, traits rundir.Container, files *Fi
 	if err := c.openLog(l, files); err != nil {
 		return c, err
 	}
+	if c.log != nil && traits.Terminal {
+		c.log.OfTerminal()
+	}
 	c.stdio = stdio.New(c.log, c.memory)
 	if files.Input != nil {
 		c.stdio.SetInput(files.Input, traits.Terminal, l.StdinOnce, t.inputClosed)

@@ -40,10 +40,10 @@ func (t *task) finish(c *container) {
 	t.over = true
 	t.starting.Unlock()
 	t.mu.Lock()
-	started, killed := t.status.StartedAt, t.status.Killed
+	started, killed, asked := t.status.StartedAt, t.status.Killed, t.status.Stop != nil
 	t.mu.Unlock()
 
-	record := judge(end, err, started, c.oom.killedBy(end, at, killed))
+	record := judge(end, err, started, c.oom.verdict(end, at, killed, asked))
 	record.ExitedAt = at
 	t.reach(step.ShimExitSeen)
 	durable := t.conclude(c, record)
@@ -89,10 +89,10 @@ func wait(done <-chan struct{}, limit <-chan time.Time) bool {
 }
 
 // judge turns the end of init into an exit record.
-func judge(end reaper.Status, err error, started time.Time, oom bool) rundir.Exit {
+func judge(end reaper.Status, err error, started time.Time, oom verdict) rundir.Exit {
 	e := rundir.Exit{
 		Code: end.Code, Signal: int(end.Signal), StartedAt: started,
-		OOMKilled: oom, Source: rundir.SourceWaited,
+		OOMKilled: oom.killed, Source: rundir.SourceWaited, Message: oom.says,
 	}
 	switch {
 	case err != nil:
@@ -100,7 +100,7 @@ func judge(end reaper.Status, err error, started time.Time, oom bool) rundir.Exi
 		e.Reason, e.Message = rundir.ReasonUnknown, err.Error()
 	case started.IsZero():
 		e.Reason, e.Message = rundir.ReasonNeverRan, "it was killed before it was started"
-	case oom:
+	case oom.killed:
 		e.Reason = rundir.ReasonOOMKilled
 	case e.Code == 0:
 		e.Reason = rundir.ReasonCompleted

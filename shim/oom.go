@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"fmt"
 	"log/slog"
 	"os"
 	"slices"
@@ -136,15 +137,52 @@ func (w *oomWatch) countLocked() uint64 {
 	return w.now - w.base
 }
 
-// killedBy says whether the OOM killer ended init: it died as of SIGKILL (a
-// shell that ran the victim says 137), a kill was counted just now, and the
-// SIGKILL was not this shim's. It reads the counter, so it comes before Reap.
-func (w *oomWatch) killedBy(end reaper.Status, at time.Time, ours bool) bool {
+// verdict is what the OOM killer had to do with the end of a container.
+type verdict struct {
+	killed bool   // it caused the end
+	says   string // which processes it killed, and when; empty: none
+}
+
+// verdict weighs the end of init, which came at a time, and the kills before. ours says
+// that the shim has sent SIGKILL, asked that the container was to stop. It reads the
+// counter, so it comes before Reap.
+//
+// Init itself was killed if it died of SIGKILL that was not the shim's. Another process
+// was if init then ended by itself with an error: most often it ran the victim, or could
+// not do without it, and whoever looks for the cause finds it in no other place. Beyond
+// oomFresh, or after success, a kill is worth a sentence and no more.
+func (w *oomWatch) verdict(end reaper.Status, at time.Time, ours, asked bool) verdict {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	n := w.countLocked()
 	w.final = true
-	return n > 0 && !ours && end.Code == rundir.CodeSignalOffset+int(unix.SIGKILL) && at.Sub(w.rise) < oomFresh
+	if n == 0 {
+		return verdict{}
+	}
+	before := max(0, at.Sub(w.rise)).Round(time.Millisecond)
+	fresh := !ours && before < oomFresh
+	switch {
+	case fresh && end.Signal == unix.SIGKILL:
+		return verdict{true, "the OOM killer killed the first process of the container: it, or a group that the " +
+			"container is in, has reached its memory limit"}
+	case fresh && (failedByItself(end) && !asked || end.Code == rundir.CodeSignalOffset+int(unix.SIGKILL)):
+		return verdict{true, fmt.Sprintf("the OOM killer killed a process of the container, and not the first one, "+
+			"%s before the first one ended by itself with code %d", before, end.Code)}
+	}
+	return verdict{false, fmt.Sprintf("the OOM killer killed processes of the container (%d in all), "+
+		"the last one %s before the end", n, before)}
+}
+
+// failedByItself says that a process has ended with an error and that nobody had
+// ended it.
+func failedByItself(end reaper.Status) bool {
+	switch end.Signal {
+	case 0:
+		return end.Code != 0
+	case unix.SIGABRT, unix.SIGSEGV, unix.SIGBUS:
+		return true
+	}
+	return false
 }
 
 func (w *oomWatch) close() {

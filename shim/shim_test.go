@@ -127,7 +127,7 @@ func TestTerminal(t *testing.T) {
 	if e := b.wait(); e.Code != 3 {
 		t.Errorf("exit %v", e)
 	}
-	if got := strings.ReplaceAll(b.output(), "\r", ""); got != "25 80\nready\n43 132\n" {
+	if got := b.output(); got != "25 80\nready\n43 132\n" {
 		t.Errorf("log %q", got)
 	}
 }
@@ -571,8 +571,28 @@ func TestOOM(t *testing.T) {
 	b.create(spec)
 	b.start()
 	e := b.wait()
-	if e.Signal != 9 || !e.OomKilled || e.Reason != rundir.ReasonOOMKilled {
+	if e.Signal != 9 || !e.OomKilled || e.Reason != rundir.ReasonOOMKilled ||
+		!strings.Contains(e.Message, "killed the first process") {
 		t.Errorf("exit %v", e)
+	}
+}
+
+// Who looks for the cause of an end learns of a child that was killed just before.
+func TestOOMEndsInit(t *testing.T) {
+	for script, want := range map[string]rundir.Exit{
+		eat + " || exit 3": {Code: 3, OOMKilled: true, Reason: rundir.ReasonOOMKilled, Message: "not the first one"},
+		eat + "; exit 0":   {Code: 0, Reason: rundir.ReasonCompleted, Message: "1 in all"},
+	} {
+		t.Run(script, func(t *testing.T) {
+			b := newBox(t)
+			b.create(b.oomSpec(script))
+			b.start()
+			e := b.wait()
+			if int(e.Code) != want.Code || e.OomKilled != want.OOMKilled || e.Reason != want.Reason ||
+				!strings.Contains(e.Message, want.Message) || e.Source != rundir.SourceWaited {
+				t.Errorf("exit %v, want %+v", e, want)
+			}
+		})
 	}
 }
 

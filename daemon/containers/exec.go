@@ -86,5 +86,5 @@ func tellMissing(stderr []byte, n int64) []byte {
 	if len(stderr) > 0 && stderr[len(stderr)-1] != '\n' {
 		newline = "\n"
 	}
-	return fmt.Appendf(stderr, "%s%d bytes of output are missing here: an answer holds 16 MiB\n", newline, n)
+	return fmt.Appendf(stderr, "%sholdfast: %d bytes of output are missing here: an answer holds 16 MiB\n", newline, n)
 }

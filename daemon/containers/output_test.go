@@ -60,9 +60,9 @@ func TestOutputLost(t *testing.T) {
 
 func TestTellMissing(t *testing.T) {
 	for stderr, want := range map[string]string{
-		"":      "7 bytes of output are missing here",
-		"end\n": "end\n7 bytes of output are missing here",
-		"end":   "end\n7 bytes of output are missing here",
+		"":      "holdfast: 7 bytes of output are missing here",
+		"end\n": "end\nholdfast: 7 bytes of output are missing here",
+		"end":   "end\nholdfast: 7 bytes of output are missing here",
 	} {
 		if got := string(tellMissing([]byte(stderr), 7)); !strings.HasPrefix(got, want) || !strings.HasSuffix(got, "\n") {
 			t.Errorf("%q became %q", stderr, got)

@@ -37,6 +37,7 @@ const trimSize = 4 << 10
 // File is a log. Its methods may be called from several goroutines.
 type File struct {
 	directory, path string
+	terminal        bool // see OfTerminal
 
 	// reopening orders calls of Reopen and Close, so that the file that was
 	// opened last is the one in use. It is taken before mu.
@@ -81,6 +82,10 @@ func Open(directory, path string) (*File, error) {
 func Resume(directory, path string, fd int, state *State) *File {
 	return &File{directory: directory, path: path, fd: fd, state: state}
 }
+
+// OfTerminal says that the output is that of a terminal, which makes "\r\n" of each
+// "\n": the log has lines without the "\r". It is called before the first Append.
+func (f *File) OfTerminal() { f.terminal = true }
 
 // KeepIn makes the File remember in s, which is overwritten, from now on. s has to
 // stay in place until the File is closed.
@@ -195,9 +200,14 @@ func (f *File) Append(s Stream, at time.Time, data []byte, end bool) (taken int)
 		rest := data[taken:]
 		i := bytes.IndexByte(rest[:min(len(rest), MaxLine+1)], '\n')
 		h, text, newline := &fullHeader, rest, 0
+		stripped := 0
 		switch {
 		case i >= 0:
 			text, newline = rest[:i], 1
+			if f.terminal {
+				text = bytes.TrimRight(text, "\r")
+				stripped = i - len(text)
+			}
 		case len(rest) > MaxLine:
 			h, text = &partialHeader, rest[:MaxLine]
 		case end && len(rest) > 0:
@@ -217,7 +227,7 @@ func (f *File) Append(s Stream, at time.Time, data []byte, end bool) (taken int)
 		r[n-1] = '\n'
 		f.outRecords++
 		f.outPartials += 1 - newline
-		taken += len(text) + newline
+		taken += len(text) + stripped + newline
 	}
 }
 

@@ -156,6 +156,44 @@ func TestRecordLooksLikeThis(t *testing.T) {
 	}
 }
 
+// The lines of a terminal are as the program wrote them: "\r" is the terminal's, at
+// the end of a line alone.
+func TestTerminalLines(t *testing.T) {
+	long := strings.Repeat("x", MaxLine-1)
+	for name, c := range map[string]struct {
+		terminal bool
+		output   string
+		want     []string
+	}{
+		"lines":                  {true, "one\r\ntwo\r\n\r\n", []string{"one", "two", ""}},
+		"several":                {true, "one\r\r\n", []string{"one"}},
+		"within a line":          {true, "50%\r100%\r\n", []string{"50%\r100%"}},
+		"without a newline":      {true, "prompt\r", []string{"prompt\r"}},
+		"at the end of a record": {true, long + "\r\nx\r\n", []string{long, "x"}},
+		"across two records":     {true, long + "x\r\n", []string{long + "x", ""}},
+		"no terminal":            {false, "one\r\n", []string{"one\r"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, path := newFile(t)
+			if c.terminal {
+				f.OfTerminal()
+			}
+			d := feeder{f: f}
+			for part := range slices.Chunk([]byte(c.output), 7000) {
+				d.feed(t, string(part))
+			}
+			d.end(t)
+			var got []string
+			for _, r := range parse(t, read(t, path)) {
+				got = append(got, r.text)
+			}
+			if !slices.Equal(got, c.want) {
+				t.Errorf("got %.200q", got)
+			}
+		})
+	}
+}
+
 func TestLongLines(t *testing.T) {
 	for _, n := range []int{0, 1, MaxLine - 1, MaxLine, MaxLine + 1, 2 * MaxLine, 2*MaxLine + 1, 100 * MaxLine} {
 		for _, end := range []string{"", "\n", "\nmore\n"} {

@@ -150,7 +150,7 @@ func TestTerminal(t *testing.T) {
 		if l.Stream != "stdout" {
 			t.Errorf("a terminal has one stream, the log has %s", l.Stream)
 		}
-		text = append(text, strings.TrimRight(l.Text, "\r"))
+		text = append(text, l.Text)
 	}
 	if len(text) != 2 || !strings.HasPrefix(text[0], "/dev/") || text[1] != "err" {
 		t.Errorf("the log is %q", text)
