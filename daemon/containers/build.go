@@ -93,7 +93,8 @@ func (b *builder) checkSources() error {
 			if m.GetHostPath() == "" || m.GetImage().GetImage() != "" {
 				continue
 			}
-			if _, err := os.Stat(m.GetHostPath()); errors.Is(err, fs.ErrNotExist) {
+			// A link that leads nowhere is for CheckMounts: whoever made it meant something.
+			if _, err := os.Lstat(filepath.Clean(m.GetHostPath())); errors.Is(err, fs.ErrNotExist) {
 				if err := b.m.makeHostDir(m.GetHostPath()); err != nil {
 					return kind.Errorf(kind.Invalid, "config.mounts[%d].host_path: %w", i, err)
 				}

@@ -114,6 +114,17 @@ func TestCheckMounts(t *testing.T) {
 		t.Error(err)
 	}
 	wantField(t, check(filepath.Join(dir, "none"), private), kind.Invalid, "config.mounts[0].host_path")
+	link := filepath.Join(dir, "link")
+	if err := os.Symlink("nowhere", link); err != nil {
+		t.Fatal(err)
+	}
+	for _, src := range []string{link, link + "/"} {
+		err := check(src, private)
+		wantField(t, err, kind.Invalid, "config.mounts[0].host_path")
+		if !strings.Contains(err.Error(), `link to "nowhere"`) {
+			t.Errorf("the error does not tell of the link: %v", err)
+		}
+	}
 
 	if os.Geteuid() != 0 {
 		t.Skip("the rest makes mounts")

@@ -31,6 +31,27 @@ func TestExpected(t *testing.T) {
 				t.Error("the host has the name of the pod")
 			}
 		},
+		"a mount source that leads nowhere": func(t *testing.T, n *harness.Node) {
+			pod, link := n.RunPod("link"), n.Path("link")
+			if err := os.Symlink(n.Path("nowhere"), link); err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := harness.Deadline()
+			defer cancel()
+			_, err := n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{
+				PodSandboxId:  pod.ID,
+				SandboxConfig: pod.Config,
+				Config: harness.ContainerConfig("c", []string{"true"}, func(c *cri.ContainerConfig) {
+					c.Mounts = []*cri.Mount{{HostPath: link, ContainerPath: "/link"}}
+				}),
+			})
+			if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "which leads nowhere") {
+				t.Errorf("the error is %v", err)
+			}
+			if _, err := os.Lstat(n.Path("nowhere")); err == nil {
+				t.Error("what the link leads to was made")
+			}
+		},
 		"cgroup parent of the other driver": func(t *testing.T, n *harness.Node) {
 			parent := "/kubepods/burstable"
 			if !strings.HasSuffix(n.PodConfig("").Linux.CgroupParent, ".slice") {
