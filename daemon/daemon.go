@@ -292,8 +292,8 @@ func inHostMountNamespace() error {
 	return nil
 }
 
-// Driver is the cgroup driver in force.
-func (d *Daemon) Driver() placement.Driver { return d.cgroups.Driver() }
+// SystemdCgroups says whether the cgroup driver in force is systemd.
+func (d *Daemon) SystemdCgroups() bool { return d.cgroups.Driver() == placement.Systemd }
 
 // NetworkReady says why no pod with a network of its own can be made; nil if one
 // can.

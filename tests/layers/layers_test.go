@@ -119,7 +119,7 @@ var bans = []ban{
 //
 //	daemon -> pods -> containers -> leaves and plain data
 var ofTheModule = map[string][]string{
-	"cri":    {"daemon", "daemon/metrics", "daemon/placement", "proto/kind"},
+	"cri":    {"daemon", "daemon/metrics", "proto/kind"},
 	"daemon": {"daemon/...", "proto/client", "proto/kind", "proto/record", "proto/rundir", "runc/cgroup"},
 
 	"daemon/pods": {
