@@ -7,8 +7,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -66,9 +64,12 @@ func setupExec(a *app, fs *flag.FlagSet) runFunc {
 		}
 		var r client.ExecResult
 		err := withShim(ctx, dir, func(c *client.Client) (err error) {
-			if err = change(p, dir, env, *user); err == nil {
-				r, err = c.Exec(ctx, e)
+			if err = client.Change(p, dir, env, *user); errors.Is(err, client.ErrUser) {
+				return usagef("exec: -u %q: %v", *user, err)
+			} else if err != nil {
+				return err
 			}
+			r, err = c.Exec(ctx, e)
 			return err
 		})
 		if err == nil && a.json {
@@ -86,37 +87,4 @@ func setupExec(a *app, fs *flag.FlagSet) runFunc {
 		}
 		return nil
 	}
-}
-
-// change sets environment and user of a process to those of the container, with
-// the changes that were asked for. Without any, the shim does.
-func change(p *specs.Process, dir rundir.Dir, env []string, user string) error {
-	if len(env) == 0 && user == "" {
-		return nil
-	}
-	own, err := client.Process(dir)
-	if err != nil {
-		return err
-	}
-	p.Env, p.User = own.Env, own.User
-	for _, e := range env {
-		key, _, _ := strings.Cut(e, "=")
-		p.Env = slices.DeleteFunc(p.Env, func(old string) bool { return strings.HasPrefix(old, key+"=") })
-		p.Env = append(p.Env, e)
-	}
-	if user == "" {
-		return nil
-	}
-	// Names are those of the container's files, which only the container should read.
-	uid, gid, both := strings.Cut(user, ":")
-	if !both {
-		gid = fmt.Sprint(p.User.GID)
-	}
-	u, errU := strconv.ParseUint(uid, 10, 32)
-	g, errG := strconv.ParseUint(gid, 10, 32)
-	if errU != nil || errG != nil {
-		return usagef("exec: -u %q: want numbers, UID or UID:GID", user)
-	}
-	p.User.UID, p.User.GID, p.User.AdditionalGids = uint32(u), uint32(g), []uint32{uint32(g)}
-	return nil
 }

@@ -15,7 +15,6 @@ import (
 	"runtime"
 	"slices"
 	"strings"
-	"sync"
 	"text/tabwriter"
 	"time"
 	"unicode"
@@ -74,21 +73,6 @@ func (a *app) dir(prefix string) (rundir.Dir, error) {
 	}
 }
 
-// atOnce calls f for many containers at the same time, so that a few silent shims
-// cost the time of one.
-func atOnce(dirs []rundir.Dir, f func(i int, dir rundir.Dir)) {
-	slots := make(chan struct{}, 32)
-	var wg sync.WaitGroup
-	for i, d := range dirs {
-		slots <- struct{}{}
-		wg.Go(func() {
-			f(i, d)
-			<-slots
-		})
-	}
-	wg.Wait()
-}
-
 // look is what can be seen of a container, with the names out of the records that
 // the shim keeps for the daemon. What does not read there, because another version
 // wrote it, stays empty.
@@ -141,7 +125,7 @@ func setupShims(a *app, _ *flag.FlagSet) runFunc {
 			return err
 		}
 		views := make([]view, len(dirs))
-		atOnce(dirs, func(i int, dir rundir.Dir) { views[i] = look(ctx, dir) })
+		client.AtOnce(dirs, func(i int, dir rundir.Dir) { views[i] = look(ctx, dir) })
 		views = slices.DeleteFunc(views, func(v view) bool { // the daemon has removed it meanwhile
 			_, err := os.Stat(v.Dir)
 			return errors.Is(err, fs.ErrNotExist)
