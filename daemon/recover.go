@@ -27,13 +27,13 @@ type recovery struct {
 	*Daemon
 	pods, containers, running, rebuilt, undone, quarantined int // for its one line of log
 
-	unread bool     // there is something of which nothing is concluded
-	podIDs []string // of all pods that hold something, or may
+	undecided bool     // some container could not be judged: nothing unknown may be erased now
+	podIDs    []string // of all pods that hold something, or may
 
-	byPod   map[string]*pods.Pod
-	kept    map[string]*records.Pod       // pods as shims keep them
-	orphans map[string]*records.Container // one container of each pod that has any
-	behind  []func(context.Context)       // to be done behind the daemon, in order
+	byPod        map[string]*pods.Pod
+	kept         map[string]*records.Pod       // pods as shims keep them
+	anyContainer map[string]*records.Container // one container of each pod that has any
+	later        []func(context.Context)       // done in the background, in order
 }
 
 // loaded is a container's record, and what was decided about it.
@@ -45,10 +45,10 @@ type loaded struct {
 
 func (d *Daemon) recover() (*recovery, error) {
 	r := &recovery{
-		Daemon:  d,
-		byPod:   map[string]*pods.Pod{},
-		kept:    map[string]*records.Pod{},
-		orphans: map[string]*records.Container{},
+		Daemon:       d,
+		byPod:        map[string]*pods.Pod{},
+		kept:         map[string]*records.Pod{},
+		anyContainer: map[string]*records.Container{},
 	}
 	podIDs, err := d.state.IDs(state.Pods)
 	if err != nil {
@@ -63,10 +63,10 @@ func (d *Daemon) recover() (*recovery, error) {
 		l := r.loadContainer(id)
 		list = append(list, l)
 		if l.rec != nil && l.Do != records.Undo {
-			r.orphans[l.rec.PodID] = l.rec
+			r.anyContainer[l.rec.PodID] = l.rec
 		}
 	}
-	for id := range r.orphans {
+	for id := range r.anyContainer {
 		if !slices.Contains(podIDs, id) {
 			podIDs = append(podIDs, id)
 		}
@@ -74,10 +74,10 @@ func (d *Daemon) recover() (*recovery, error) {
 	r.podIDs = podIDs
 	undoPods := r.loadPods(podIDs)
 	r.actOnContainers(list)
-	r.behind = append(r.behind, undoPods...) // after their containers
+	r.later = append(r.later, undoPods...) // after their containers
 	r.pods, r.containers = len(d.Pods.All()), len(d.Containers.All())
 	d.background(func(ctx context.Context) {
-		for _, f := range r.behind {
+		for _, f := range r.later {
 			f(ctx)
 		}
 		d.state.Sweep()
@@ -88,7 +88,7 @@ func (d *Daemon) recover() (*recovery, error) {
 
 // complete says whether podIDs are all pods of this node: nothing was damaged or
 // could not be read.
-func (r *recovery) complete() bool { return r.quarantined == 0 && !r.unread }
+func (r *recovery) complete() bool { return r.quarantined == 0 && !r.undecided }
 
 // loadContainer reads the record of a container, or makes one from what its shim
 // keeps, and decides what the container is.
@@ -115,16 +115,16 @@ func (r *recovery) loadContainer(id string) loaded {
 	l := loaded{id: id, rec: rec, Verdict: records.Decide(rec, files, kernel)}
 	if kerr != nil {
 		// The kernel could not be asked: nothing is concluded, and it is asked again.
-		r.unread = true
+		r.undecided = true
 		r.log.Error("cannot ask what is left of a container", "container", id, "error", kerr)
 		switch l.Do {
 		case records.Bury:
 			l.Do = records.Watch
 		case records.Erase:
-			l.Do = records.Leave
+			l.Do = records.LeaveAlone
 		}
 	}
-	r.unread = r.unread || l.Do == records.Leave
+	r.undecided = r.undecided || l.Do == records.LeaveAlone
 	return l
 }
 
@@ -164,7 +164,7 @@ func (r *recovery) restore(k state.Kind, id string, rec any) {
 
 // loadPods makes the pods known that there are, and returns what has to be done
 // about the others.
-func (r *recovery) loadPods(ids []string) (behind []func(context.Context)) {
+func (r *recovery) loadPods(ids []string) (later []func(context.Context)) {
 	var serve []*records.Pod
 	for _, id := range ids {
 		rec, do := r.loadPod(id)
@@ -176,19 +176,19 @@ func (r *recovery) loadPods(ids []string) (behind []func(context.Context)) {
 			p := r.Pods.Adopt(rec)
 			r.byPod[id] = p
 			undo := r.claims.Undo(pods.NameOf(rec), id, p.Erase)
-			behind = append(behind, r.undoing("pod", id, undo))
+			later = append(later, r.undoing("pod", id, undo))
 		case records.Remove:
 			r.byPod[id] = r.Pods.Adopt(rec)
 			r.byPod[id].Owe()
 		case records.Erase:
-			if r.unread { // it may be the pod of a container that lives, which has no record either
+			if r.undecided { // it may be the pod of a container that lives, which has no record either
 				r.log.Error("a pod has no readable record, and a container that lives neither; it is left alone", "pod",
 					id)
 				continue
 			}
 			p := r.Pods.Adopt(r.unknownPod(id))
 			r.byPod[id] = p
-			behind = append(behind, func(ctx context.Context) {
+			later = append(later, func(ctx context.Context) {
 				if err := p.Erase(ctx); err != nil {
 					r.log.Error("cannot remove what is left of a pod", "pod", id, "error", err)
 					return
@@ -198,7 +198,7 @@ func (r *recovery) loadPods(ids []string) (behind []func(context.Context)) {
 		}
 	}
 	r.servePods(serve)
-	return behind
+	return later
 }
 
 // loadPod reads the record of a pod, or what stands in for it.
@@ -221,7 +221,7 @@ func (r *recovery) loadPod(id string) (*records.Pod, records.Action) {
 		r.state.QuarantineRecord(state.Pods, id, err)
 	}
 	f.Copy, _ = read(r.state.GetCopy)
-	f.Of = r.orphans[id]
+	f.Of = r.anyContainer[id]
 	rec, do, rebuilt := records.DecidePod(f)
 	if rebuilt {
 		r.log.Warn("rebuilt a pod from a copy of its record", "pod", id, "kept_by_shim", f.Copy == nil)
@@ -277,7 +277,8 @@ func (r *recovery) servePods(recs []*records.Pod) {
 	}
 }
 
-// pod gives the pod of a container. One of which nothing is left takes nothing.
+// pod gives the pod of a container. For a pod that is not known it is a placeholder
+// that counts as removed, so that no container can be created in it.
 func (r *recovery) pod(id string) *pods.Pod {
 	if p := r.byPod[id]; p != nil {
 		return p
@@ -314,7 +315,7 @@ func (r *recovery) actOnContainers(list []loaded) {
 			r.undone++
 			c := r.Containers.Adopt(l.rec, r.pod(l.rec.PodID), l.Seen)
 			undo := r.claims.Undo(containers.NameOf(l.rec), l.id, c.Erase)
-			r.behind = append(r.behind, r.undoing("container", l.id, undo))
+			r.later = append(r.later, r.undoing("container", l.id, undo))
 		default:
 			r.serve(l)
 		}
@@ -331,7 +332,7 @@ func (r *recovery) serve(l loaded) {
 			r.quarantined++
 			r.state.Quarantine(r.state.Dir(state.Containers, l.id), kind.Errorf(kind.Exists, "%s exists twice",
 				name.Name))
-			r.behind = append(r.behind, r.erasing(c))
+			r.later = append(r.later, r.erasing(c))
 			return
 		}
 	}
@@ -345,12 +346,12 @@ func (r *recovery) act(c *containers.Container, do records.Action) {
 	case records.Watch, records.Bury:
 		r.running++
 		r.Containers.Follow(c) // buries one whose shim is gone
-	case records.Record:
+	case records.WriteExit:
 		if err := r.Containers.WriteExit(c.ID(), *c.Seen().Exit); err != nil {
 			r.log.Warn("cannot write an inferred exit record", "container", c.ID(), "error", err)
 		}
 	case records.Remove:
-		r.behind = append(r.behind, func(ctx context.Context) {
+		r.later = append(r.later, func(ctx context.Context) {
 			if err := c.Remove(ctx); err != nil {
 				r.log.Error("cannot finish a removal", "container", c.ID(), "error", err)
 			}
@@ -373,7 +374,7 @@ func (r *recovery) actOnInit(l loaded) {
 
 // actOnUnknown deals with a container of which no record can be read.
 func (r *recovery) actOnUnknown(l loaded) {
-	if l.Do == records.Leave {
+	if l.Do == records.LeaveAlone {
 		// Its layers stay while this daemon lives. Nobody knows its pod.
 		root := rundir.Dir(r.state.RunDir(state.Containers, l.id)).Path(rundir.RootfsName)
 		r.Images.Library.Hold(rootfs.LayersAt(root))
@@ -382,7 +383,7 @@ func (r *recovery) actOnUnknown(l loaded) {
 	}
 	rec := &records.Container{ID: l.id, BootID: rundir.BootID(), Phase: records.ContainerRemoving}
 	c := r.Containers.Adopt(rec, r.pod(""), l.Seen)
-	r.behind = append(r.behind, r.erasing(c)) // before its pod
+	r.later = append(r.later, r.erasing(c)) // before its pod
 }
 
 func (r *recovery) erasing(c *containers.Container) func(context.Context) {

@@ -73,7 +73,7 @@ func newTask(dir rundir.Dir, log *slog.Logger, r *reaper.Reaper) *task {
 	}
 }
 
-// noEvent is for changes of the status that are none.
+// noEvent says that the status changes and nobody is told: watchers do not wake up.
 const noEvent rundir.EventType = ""
 
 // updateLocked changes the status, writes it down and announces the event.

@@ -1,7 +1,7 @@
 // Package claims keeps the names that are taken, from the first request for one
 // until its object is gone. It makes creation idempotent: a repeated request
 // joins the first one or gets its result, so a kubelet that gave up waiting and
-// asks again never reads that the name is reserved (R21).
+// asks again never reads that the name is reserved.
 package claims
 
 import (

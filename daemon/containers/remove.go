@@ -67,9 +67,9 @@ func (c *Container) Erase(ctx context.Context) error {
 	return c.giveBack(ctx)
 }
 
-// giveBack gives back what a container holds that has ended, its record last. A
-// step that fails keeps none of the others from being tried, but for those that
-// would destroy what it still needs.
+// giveBack gives back what a container holds that has ended, its record last. All
+// steps are tried, also after one has failed; only the directories stay while
+// something is mounted in them.
 func (c *Container) giveBack(ctx context.Context) error {
 	if err := step.Reach(step.ContainerEnded); err != nil {
 		return err

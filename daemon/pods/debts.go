@@ -68,7 +68,7 @@ func (p *Pod) pay(ctx context.Context, d records.Debt) error {
 	case records.DebtFiles:
 		return p.m.State.RemoveRunDir(state.Pods, rec.ID)
 	}
-	return fmt.Errorf("there is no way to pay %q: it is of a later version", d)
+	return fmt.Errorf("no step pays the debt %q", d)
 }
 
 // detach runs DEL, unless it has run.

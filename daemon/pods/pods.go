@@ -186,8 +186,9 @@ func (p *Pod) save(sync bool, change func(*records.Pod)) error {
 	return nil
 }
 
-// note is save on the way down, where a full disk must keep nothing running: what
-// cannot be written is kept in memory, and is done again after a restart.
+// note is save for a stop and a removal, which a full disk must not keep from
+// happening: a change that cannot be written is kept in memory only, and what it
+// stands for is done again after a restart.
 func (p *Pod) note(change func(*records.Pod)) {
 	if err := p.save(false, change); err != nil {
 		rec := *p.Record()

@@ -155,6 +155,9 @@ func (p *Pod) erase(ctx context.Context) error {
 	if err := p.payLocked(ctx, records.AllDebts); err != nil {
 		return err
 	}
+	if left := p.Record().Debts; len(left) > 0 {
+		return fmt.Errorf("the pod still owes %v, which a later version took: start that one again", left)
+	}
 	if err := step.Reach(step.PodErased); err != nil {
 		return err
 	}

@@ -15,8 +15,10 @@ import (
 // files and the kernel say in its place. A container never goes back to an
 // earlier phase, and its first end stays.
 type Seen struct {
-	Phase     rundir.Phase
-	Guessed   bool // nothing tells the phase: it is what does the least harm until the shim says it
+	Phase rundir.Phase
+	// Guessed says that no file tells the phase. RUNNING is the safest guess; it
+	// holds until the shim answers.
+	Guessed   bool
 	Init      rundir.Process
 	StartedAt time.Time    // zero: not started, or not known
 	Exit      *rundir.Exit // nil: it has not ended
@@ -56,14 +58,14 @@ type Action string
 
 // What Decide can ask for.
 const (
-	Serve  Action = "serve"  // it has ended, and all of it is on record
-	Watch  Action = "watch"  // its shim lives: follow it
-	Bury   Action = "bury"   // its shim is gone: kill what is left, write the exit record
-	Record Action = "record" // it ended with the machine: write the exit record
-	Undo   Action = "undo"   // it was never acknowledged: remove it
-	Remove Action = "remove" // its removal was cut short: finish it
-	Erase  Action = "erase"  // nobody knows what it was, and nothing of it lives: remove it
-	Leave  Action = "leave"  // nobody knows what it is, and it lives: never killed on a guess
+	Serve      Action = "serve"       // it has ended, and all of it is on record
+	Watch      Action = "watch"       // its shim lives: follow it
+	Bury       Action = "bury"        // its shim is gone: kill what is left, write the exit record
+	WriteExit  Action = "write exit"  // it ended with the machine: write the exit record
+	Undo       Action = "undo"        // it was never acknowledged: remove it
+	Remove     Action = "remove"      // its removal was cut short: finish it
+	Erase      Action = "erase"       // nobody knows what it was, and nothing of it lives: remove it
+	LeaveAlone Action = "leave alone" // no record of it can be read, and it lives: never killed on a guess
 )
 
 // Verdict is what a container is, and what has to be done about it.
@@ -78,7 +80,7 @@ func Decide(rec *Container, f Files, k Kernel) Verdict {
 	seen := see(f, k)
 	switch {
 	case rec == nil && (k.Shim || k.Processes):
-		return Verdict{seen, Leave}
+		return Verdict{seen, LeaveAlone}
 	case rec == nil:
 		return Verdict{seen, Erase}
 	case rec.Phase == ContainerCreating:
@@ -91,7 +93,7 @@ func Decide(rec *Container, f Files, k Kernel) Verdict {
 		}
 		seen.Exit = rebooted(rec)
 		seen.Phase, seen.StartedAt = rundir.PhaseExited, seen.Exit.StartedAt
-		return Verdict{seen, Record}
+		return Verdict{seen, WriteExit}
 	case seen.Exit != nil && k.Processes && !k.Shim:
 		return Verdict{seen, Bury}
 	case seen.Exit != nil:

@@ -78,10 +78,10 @@ func TestDecide(t *testing.T) {
 		{"17 container-removing", rec(ContainerRemoving), Files{Exit: exit}, Kernel{}, exited, Remove},
 		{"17 container-removing, it lives", rec(ContainerRemoving), Files{Status: status(rundir.PhaseRunning)}, both,
 			running, Remove},
-		{"22 another boot, no exit record", other, Files{}, Kernel{}, exited, Record},
+		{"22 another boot, no exit record", other, Files{}, Kernel{}, exited, WriteExit},
 		{"22 another boot, an exit record", other, Files{Exit: exit}, Kernel{}, exited, Serve},
 		{"22 another boot, a status of then", other, Files{Status: status(rundir.PhaseRunning)}, Kernel{}, exited,
-			Record},
+			WriteExit},
 
 		{"no file, shim and container live", rec(ContainerCreated), Files{}, both, running, Watch},
 		{"no file, shim and container live, not started", rec(ContainerCreated), Files{},
@@ -89,8 +89,8 @@ func TestDecide(t *testing.T) {
 		{"no file, the shim lives", rec(ContainerCreated), Files{}, shim, running, Watch},
 		{"no file, the container lives", rec(ContainerCreated), Files{}, procs, running, Bury},
 		{"no file, nothing lives", rec(ContainerCreated), Files{}, Kernel{}, running, Bury},
-		{"no record, a shim lives", nil, Files{}, both, running, Leave},
-		{"no record, processes live", nil, Files{Status: status(rundir.PhaseRunning)}, procs, running, Leave},
+		{"no record, a shim lives", nil, Files{}, both, running, LeaveAlone},
+		{"no record, processes live", nil, Files{Status: status(rundir.PhaseRunning)}, procs, running, LeaveAlone},
 		{"no record, nothing lives", nil, Files{Status: status(rundir.PhaseRunning)}, Kernel{}, running, Erase},
 		{"no record, it has ended", nil, Files{Exit: exit}, Kernel{}, exited, Erase},
 	} {
@@ -98,7 +98,7 @@ func TestDecide(t *testing.T) {
 		if v.Seen.State() != c.state || v.Do != c.do {
 			t.Errorf("%s: %s, %s; want %s, %s", c.name, v.Seen.State(), v.Do, c.state, c.do)
 		}
-		if c.do == Record && (v.Seen.Exit.Reason != rundir.ReasonUnknown || v.Seen.Exit.Code != rundir.CodeUnknown) {
+		if c.do == WriteExit && (v.Seen.Exit.Reason != rundir.ReasonUnknown || v.Seen.Exit.Code != rundir.CodeUnknown) {
 			t.Errorf("%s: %+v", c.name, v.Seen.Exit)
 		}
 		if c.files.Exit != nil && v.Seen.Exit != exit {
