@@ -20,59 +20,89 @@ const maxPooled = 1 << 20
 // for as long as nobody asks for more.
 type codec struct {
 	encoding.CodecV2
-	large largeBuffers
+	// room hands over what is kept for the answer of a command until it is sent.
+	room func(*runtimeapi.ExecSyncResponse) (sent func())
+
+	large atomic.Int64 // large messages that are being sent
 }
 
-func newCodec() *codec { return &codec{CodecV2: encoding.GetCodecV2(grpcproto.Name)} }
+func newCodec(room func(*runtimeapi.ExecSyncResponse) (sent func())) *codec {
+	return &codec{CodecV2: encoding.GetCodecV2(grpcproto.Name), room: room}
+}
 
 // Marshal encodes a message.
 func (c *codec) Marshal(v any) (mem.BufferSlice, error) {
 	m, ok := v.(proto.Message)
-	if !ok || proto.Size(m) <= maxPooled {
+	if !ok {
 		return c.CodecV2.Marshal(v)
 	}
-	if r, ok := v.(*runtimeapi.ExecSyncResponse); ok {
-		return c.output(r), nil
+	sent := func() {}
+	r, output := v.(*runtimeapi.ExecSyncResponse)
+	if output {
+		sent = c.room(r)
 	}
-	b, err := proto.Marshal(m)
-	if err != nil {
-		return nil, err
+	if proto.Size(m) <= maxPooled {
+		sent()
+		return c.CodecV2.Marshal(v)
 	}
-	return mem.BufferSlice{c.buffer(b)}, nil
-}
-
-func (c *codec) buffer(b []byte) mem.Buffer {
-	if len(b) <= maxPooled {
-		return mem.SliceBuffer(b)
+	var parts [][]byte
+	if output {
+		parts = split(r)
+	} else {
+		b, err := proto.Marshal(m)
+		if err != nil {
+			return nil, err
+		}
+		parts = [][]byte{b}
 	}
 	c.large.Add(1)
-	return mem.NewBuffer(&b, &c.large)
+	return whenSent(parts, func() {
+		sent()
+		if c.large.Add(-1) == 0 {
+			go debug.FreeOSMemory() // takes a moment, and grpc waits for this
+		}
+	}), nil
 }
 
-// output encodes the answer with the output of a command without copying that.
-func (c *codec) output(r *runtimeapi.ExecSyncResponse) mem.BufferSlice {
-	var all mem.BufferSlice
-	for _, f := range []struct {
-		number protowire.Number
-		value  []byte
-	}{{1, r.GetStdout()}, {2, r.GetStderr()}} {
-		head := protowire.AppendTag(nil, f.number, protowire.BytesType)
-		head = protowire.AppendVarint(head, uint64(len(f.value)))
-		all = append(all, mem.SliceBuffer(head), c.buffer(f.value))
+// split encodes the answer with the output of a command without copying that.
+func split(r *runtimeapi.ExecSyncResponse) (parts [][]byte) {
+	for i, output := range [][]byte{r.GetStdout(), r.GetStderr()} {
+		head := protowire.AppendTag(nil, protowire.Number(i+1), protowire.BytesType)
+		parts = append(parts, protowire.AppendVarint(head, uint64(len(output))), output)
 	}
 	code := protowire.AppendTag(nil, 3, protowire.VarintType)
-	return append(all, mem.SliceBuffer(protowire.AppendVarint(code, uint64(r.GetExitCode()))))
+	return append(parts, protowire.AppendVarint(code, uint64(r.GetExitCode())))
 }
 
-// largeBuffers counts the buffers that are being sent.
-type largeBuffers struct{ atomic.Int64 }
+// whenSent makes buffers of a message, and calls f when none of them is needed any
+// more. Those that grpc does not count, as they are small, are not waited for.
+func whenSent(parts [][]byte, f func()) (all mem.BufferSlice) {
+	s := &sending{over: f}
+	s.left.Store(1)
+	for _, p := range parts {
+		if mem.IsBelowBufferPoolingThreshold(len(p)) {
+			all = append(all, mem.SliceBuffer(p))
+			continue
+		}
+		s.left.Add(1)
+		all = append(all, mem.NewBuffer(&p, s))
+	}
+	s.Put(nil)
+	return all
+}
+
+// sending is a message on its way.
+type sending struct {
+	left atomic.Int64
+	over func()
+}
 
 // Get is of mem.BufferPool. Nobody asks for a buffer here.
-func (*largeBuffers) Get(n int) *[]byte { b := make([]byte, n); return &b }
+func (*sending) Get(n int) *[]byte { b := make([]byte, n); return &b }
 
 // Put is called when a buffer has been sent, or never will be.
-func (l *largeBuffers) Put(*[]byte) {
-	if l.Add(-1) == 0 {
-		go debug.FreeOSMemory() // takes a moment, and grpc waits for this
+func (s *sending) Put(*[]byte) {
+	if s.left.Add(-1) == 0 {
+		s.over()
 	}
 }

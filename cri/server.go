@@ -37,7 +37,7 @@ func NewServer(d *daemon.Daemon, version string, log *slog.Logger) *grpc.Server 
 	s := &Server{d: d, version: version}
 	g := grpc.NewServer(
 		grpc.MaxRecvMsgSize(maxMessage),
-		grpc.ForceServerCodecV2(newCodec()),
+		grpc.ForceServerCodecV2(newCodec(d.Containers.Room)),
 		grpc.UnaryInterceptor(answer(log, d.Config().Metrics)),
 		grpc.StreamInterceptor(stream(log, d.Config().Metrics)))
 	runtimeapi.RegisterRuntimeServiceServer(g, s)

@@ -26,7 +26,8 @@ func TestSendParts(t *testing.T) {
 			parts := 0
 			err := sendParts(list, func(part []*runtimeapi.Container) error {
 				parts++
-				if size := proto.Size(&runtimeapi.StreamContainersResponse{Containers: part}); size > maxPart+1024 && len(part) != 1 {
+				size := proto.Size(&runtimeapi.StreamContainersResponse{Containers: part})
+				if size > maxPart+1024 && len(part) != 1 {
 					t.Errorf("a part of %d items has %d bytes", len(part), size)
 				}
 				got = append(got, part...)
@@ -38,7 +39,8 @@ func TestSendParts(t *testing.T) {
 		})
 	}
 	gone := errors.New("the client is gone")
-	if err := sendParts([]*runtimeapi.Container{item(1)}, func([]*runtimeapi.Container) error { return gone }); err != gone {
+	err := sendParts([]*runtimeapi.Container{item(1)}, func([]*runtimeapi.Container) error { return gone })
+	if err != gone {
 		t.Errorf("got %v", err)
 	}
 }

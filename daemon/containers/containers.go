@@ -159,6 +159,7 @@ type Manager struct {
 	owed map[string]*Container // removed, and something of theirs is left
 
 	answers *semaphore.Weighted // bytes of memory for answers of ExecSync
+	rooms   sync.Map            // of answers that are not being sent yet: see Room
 }
 
 // New makes a manager without containers.

@@ -58,15 +58,14 @@ func (m *Manager) ExecSync(ctx context.Context, id string, cmd []string, timeout
 func (c *Container) answer(ctx context.Context, r client.ExecResult, stdout, stderr *output,
 ) (*runtimeapi.ExecSyncResponse, error) {
 	outSize, errSize := share(r.StdoutBytes, r.StderrBytes)
-	if err := c.m.reserve(ctx, outSize+errSize); err != nil {
+	release, err := c.m.reserve(ctx, outSize+errSize)
+	if err != nil {
 		return nil, err
 	}
 	out, err := stdout.bytes(outSize)
-	if err != nil {
-		return nil, err
-	}
-	errs, err := stderr.bytes(errSize)
-	if err != nil {
+	errs, err2 := stderr.bytes(errSize)
+	if err = errors.Join(err, err2); err != nil {
+		release()
 		return nil, err
 	}
 	missing := r.StdoutBytes + r.StderrBytes + int64(r.DroppedBytes) - int64(len(out)+len(errs))
@@ -77,7 +76,9 @@ func (c *Container) answer(ctx context.Context, r client.ExecResult, stdout, std
 			"error", errors.Join(stdout.err, stderr.err))
 		errs = tellMissing(errs, missing)
 	}
-	return &runtimeapi.ExecSyncResponse{ExitCode: int32(r.Code), Stdout: out, Stderr: errs}, nil
+	answer := &runtimeapi.ExecSyncResponse{ExitCode: int32(r.Code), Stdout: out, Stderr: errs}
+	c.m.keepRoom(ctx, answer, release)
+	return answer, nil
 }
 
 // tellMissing ends the error output of a command with what was dropped of its output.

@@ -6,8 +6,11 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/kind"
@@ -23,20 +26,47 @@ const (
 
 // Of all ExecSync together. Any number of commands may run and write: each has its
 // first output in memory, and what is beyond in a file on the disk. When one has
-// ended, its output comes back into memory for the answer; answers wait for each
-// other when there are many large ones.
+// ended, its output comes back into memory for the answer. Large answers wait for each
+// other until they have been sent: grpc would queue all of them for a slow client.
 const (
-	execMemory = 64 << 10      // of each stream, while the command runs
-	maxAnswers = maxExecOutput // of all answers, until they are handed over
+	execMemory  = 64 << 10      // of each stream, while the command runs
+	smallAnswer = 256 << 10     // does not wait: a probe's never is larger
+	maxAnswers  = maxExecOutput // of all larger ones, until they have been sent
+	// sendLimit is for how long a client that does not read holds up the others.
+	sendLimit = 30 * time.Second
 )
 
-// reserve takes room for an answer. It is given back when the call is over.
-func (m *Manager) reserve(ctx context.Context, size int64) error {
-	if err := m.answers.Acquire(ctx, size); err != nil {
-		return kind.Errorf(kind.Unavailable, "the output of other commands takes all room for it: %w", err)
+// reserve takes room for an answer, which release gives back, once.
+func (m *Manager) reserve(ctx context.Context, size int64) (release func(), err error) {
+	if size <= smallAnswer {
+		return func() {}, nil
 	}
-	context.AfterFunc(ctx, func() { m.answers.Release(size) })
-	return nil
+	if err := m.answers.Acquire(ctx, size); err != nil {
+		return nil, kind.Errorf(kind.Unavailable, "the output of other commands takes all room for it: %w", err)
+	}
+	return sync.OnceFunc(func() { m.answers.Release(size) }), nil
+}
+
+// keepRoom keeps the room of an answer until it is sent (Room), or its call has ended
+// without that.
+func (m *Manager) keepRoom(ctx context.Context, r *runtimeapi.ExecSyncResponse, release func()) {
+	m.rooms.Store(r, release)
+	context.AfterFunc(ctx, func() { m.Room(r)() })
+}
+
+// Room hands over the room that an answer takes to whoever sends it. The function is
+// called when it has been sent.
+func (m *Manager) Room(r *runtimeapi.ExecSyncResponse) (sent func()) {
+	room, ok := m.rooms.LoadAndDelete(r)
+	if !ok {
+		return func() {}
+	}
+	release := room.(func())
+	overdue := time.AfterFunc(sendLimit, release)
+	return func() {
+		overdue.Stop()
+		release()
+	}
 }
 
 // output keeps what one stream of a command has written. It is written to by one

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
@@ -70,25 +72,50 @@ func TestTellMissing(t *testing.T) {
 	}
 }
 
-// All answers together have a bound: one waits for the others, for as long as its
-// caller does.
+// All large answers together have a bound: one waits until the others are sent, or
+// their calls are over, for as long as its caller does. Small ones wait for nobody.
 func TestAnswersHaveABound(t *testing.T) {
 	m := New(Options{})
-	one, endOne := context.WithCancel(t.Context())
-	for range maxAnswers / maxExecOutput {
-		if err := m.reserve(one, maxExecOutput); err != nil {
-			t.Fatal(err)
-		}
-	}
-	short, cancel := context.WithCancel(t.Context())
-	cancel()
-	if err := m.reserve(short, 1); !errors.Is(err, kind.Unavailable) {
-		t.Errorf("beyond the bound: %v", err)
-	}
-	waits := make(chan error)
-	go func() { waits <- m.reserve(t.Context(), maxExecOutput) }()
-	endOne() // the calls are over
-	if err := <-waits; err != nil {
-		t.Error(err)
+	for name, over := range map[string]func(r *runtimeapi.ExecSyncResponse, endCall func()){
+		"it was sent": func(r *runtimeapi.ExecSyncResponse, endCall func()) {
+			sent := m.Room(r)
+			endCall() // grpc may have it in a queue still
+			if m.answers.TryAcquire(1) {
+				t.Error("there is room before it was sent")
+			}
+			sent()
+			sent()
+		},
+		"it was never sent": func(_ *runtimeapi.ExecSyncResponse, endCall func()) { endCall() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx, endCall := context.WithCancel(t.Context())
+			release, err := m.reserve(ctx, maxAnswers)
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := &runtimeapi.ExecSyncResponse{}
+			m.keepRoom(ctx, r, release)
+			if _, err := m.reserve(t.Context(), smallAnswer); err != nil {
+				t.Errorf("a small one: %v", err)
+			}
+			short, cancel := context.WithCancel(t.Context())
+			cancel()
+			if _, err := m.reserve(short, smallAnswer+1); !errors.Is(err, kind.Unavailable) {
+				t.Errorf("beyond the bound: %v", err)
+			}
+			waits := make(chan error)
+			go func() {
+				release, err := m.reserve(t.Context(), maxAnswers)
+				if err == nil {
+					release()
+				}
+				waits <- err
+			}()
+			over(r, endCall)
+			if err := <-waits; err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }

@@ -160,7 +160,7 @@ func TestOutputOfManyCommands(t *testing.T) {
 	wg.Wait()
 	pid := n.PID()
 	t.Logf("at most %d MiB, now %d", memoryOf(t, pid, "VmHWM"), memoryOf(t, pid, "VmRSS"))
-	if most := memoryOf(t, pid, "VmHWM"); most > 256 {
+	if most := memoryOf(t, pid, "VmHWM"); most > 160 {
 		t.Errorf("the daemon took %d MiB", most)
 	}
 	harness.Eventually(t, patience, "the memory is given back", func() bool { return memoryOf(t, pid, "VmRSS") < 100 })
