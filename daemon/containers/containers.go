@@ -15,7 +15,6 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -243,24 +242,7 @@ func (m *Manager) known(c *Container) bool {
 func (m *Manager) Find(id string) (*Container, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if c := m.all[id]; c != nil {
-		return c, nil
-	}
-	var found *Container
-	for full, c := range m.all {
-		if id == "" || !strings.HasPrefix(full, id) {
-			continue
-		}
-		if found != nil {
-			return nil, kind.Errorf(kind.Invalid, "container_id: more than one container has an id that begins with %q",
-				id)
-		}
-		found = c
-	}
-	if found == nil {
-		return nil, kind.Errorf(kind.NotFound, "container_id: there is no container %q", id)
-	}
-	return found, nil
+	return records.Find(m.all, id, "container_id", "container")
 }
 
 // All gives all containers.

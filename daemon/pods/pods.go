@@ -13,7 +13,6 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -118,23 +117,7 @@ func (m *Manager) Add(p *Pod) {
 func (m *Manager) Find(id string) (*Pod, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if p := m.all[id]; p != nil {
-		return p, nil
-	}
-	var found *Pod
-	for full, p := range m.all {
-		if id == "" || !strings.HasPrefix(full, id) {
-			continue
-		}
-		if found != nil {
-			return nil, kind.Errorf(kind.Invalid, "pod_sandbox_id: more than one pod has an id that begins with %q", id)
-		}
-		found = p
-	}
-	if found == nil {
-		return nil, kind.Errorf(kind.NotFound, "pod_sandbox_id: there is no pod %q", id)
-	}
-	return found, nil
+	return records.Find(m.all, id, "pod_sandbox_id", "pod")
 }
 
 // All gives all pods.

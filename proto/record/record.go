@@ -36,10 +36,8 @@ func checksum(body []byte) string {
 	return fmt.Sprintf("crc32c:%08x", crc32.Checksum(body, castagnoli))
 }
 
-// Encode turns v into a record: JSON with a version and a checksum, one line.
-func Encode(v any) ([]byte, error) { return EncodeOf("", v) }
-
-// EncodeOf is Encode for the record of the object that has the id.
+// EncodeOf turns v into the record of the object that has the id, "" for none: JSON
+// with a version and a checksum, one line.
 func EncodeOf(id string, v any) ([]byte, error) {
 	body, err := json.Marshal(v)
 	if err != nil {
@@ -52,12 +50,9 @@ func EncodeOf(id string, v any) ([]byte, error) {
 	return append(b, '\n'), nil
 }
 
-// Decode reads a record into v. Every failure wraps ErrDamaged.
-func Decode(b []byte, v any) error { return DecodeOf(b, "", v) }
-
-// DecodeOf is Decode for the record of the object that has the id. The record of
-// another one, which somebody has copied, is damaged. One that names no object, as
-// older ones do, is taken for its own.
+// DecodeOf reads the record of the object that has the id, "" for any, into v. Every
+// failure wraps ErrDamaged. The record of another object, which somebody has copied,
+// is damaged. One that names no object, as older ones do, is taken for its own.
 func DecodeOf(b []byte, id string, v any) error {
 	var e envelope
 	if err := json.Unmarshal(b, &e); err != nil {
@@ -133,9 +128,9 @@ func Read(path string, v any) error { return ReadOf(path, "", v) }
 
 // ReadOf is Read for the record of the object that has the id; see DecodeOf.
 func ReadOf(path, id string, v any) error {
-	b, err := readFile(path)
+	b, err := ReadFile(path, maxRecord)
 	switch {
-	case errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, ErrDamaged):
 		return fmt.Errorf("cannot read %s: %w", path, err)
 	case err != nil:
 		return fmt.Errorf("cannot read %s: %w: %w", path, ErrDamaged, err)
@@ -146,8 +141,9 @@ func ReadOf(path, id string, v any) error {
 	return nil
 }
 
-// readFile reads a regular file. It does not block, whatever has the name.
-func readFile(path string) ([]byte, error) {
+// ReadFile reads a regular file of at most limit bytes. It does not block, whatever
+// has the name; what is no such file is ErrDamaged.
+func ReadFile(path string, limit int64) ([]byte, error) {
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, err
@@ -157,10 +153,11 @@ func readFile(path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !st.Mode().IsRegular() || st.Size() > maxRecord {
-		return nil, fmt.Errorf("mode %s, size %d", st.Mode(), st.Size())
+	if !st.Mode().IsRegular() || st.Size() > limit {
+		return nil, fmt.Errorf("%w: %s is no file of at most %d bytes: mode %s, size %d",
+			ErrDamaged, path, limit, st.Mode(), st.Size())
 	}
-	return io.ReadAll(io.LimitReader(f, maxRecord))
+	return io.ReadAll(io.LimitReader(f, limit))
 }
 
 // SyncDir makes the names in a directory durable.

@@ -28,7 +28,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net"
 	"os"
@@ -372,17 +371,11 @@ const maxSpec = 64 << 20
 // ReadSpec reads the OCI spec as it lies there: JSON, but no record.
 func (d Dir) ReadSpec() ([]byte, error) {
 	path := d.Path(SpecName)
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	b, err := record.ReadFile(path, maxSpec)
 	if err != nil {
 		return nil, fmt.Errorf("cannot read the spec: %w", err)
 	}
-	defer f.Close()
-	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() || st.Size() > maxSpec {
-		return nil, fmt.Errorf("cannot read %s: %w: it is no file of at most %d bytes", path, record.ErrDamaged,
-			maxSpec)
-	}
-	b, err := io.ReadAll(io.LimitReader(f, maxSpec))
-	if err == nil && !json.Valid(b) {
+	if !json.Valid(b) {
 		err = fmt.Errorf("cannot read %s: %w: it is not JSON", path, record.ErrDamaged)
 	}
 	return b, err

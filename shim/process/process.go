@@ -7,13 +7,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/reaper"
 	"github.com/holdfast-cri/holdfast/runc"
@@ -64,7 +63,7 @@ func (p *Process) adopt(pidfile string) error {
 const pidLength = 32
 
 func readPid(path string) (int, error) {
-	b, err := readFile(path, pidLength)
+	b, err := record.ReadFile(path, pidLength)
 	if err != nil {
 		return 0, fmt.Errorf("cannot learn the pid: %w", err)
 	}
@@ -73,24 +72,6 @@ func readPid(path string) (int, error) {
 		return 0, fmt.Errorf("cannot learn the pid: %s holds %q", path, b)
 	}
 	return pid, nil
-}
-
-// readFile reads a regular file of at most limit bytes. It does not block, whatever
-// has the name.
-func readFile(path string, limit int64) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if !st.Mode().IsRegular() || st.Size() > limit {
-		return nil, fmt.Errorf("%s is no file of at most %d bytes: mode %s, size %d", path, limit, st.Mode(), st.Size())
-	}
-	return io.ReadAll(io.LimitReader(f, limit))
 }
 
 // Started says whether there is a process, dead or alive. It may be asked of nil.

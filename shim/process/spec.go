@@ -71,14 +71,14 @@ func (h *Host) Complete(p *specs.Process, setUser bool) (*specs.Process, error) 
 // whole spec has it.
 func (h *Host) ownProcess() (*specs.Process, error) {
 	q := new(specs.Process)
-	b, err := readFile(h.Dir.Path(rundir.ProcessName), maxProcess)
+	b, err := record.ReadFile(h.Dir.Path(rundir.ProcessName), maxProcess)
 	if err == nil {
 		err = record.DecodeOf(b, h.Dir.ID(), q)
 	}
 	if err == nil {
 		return q, nil
 	}
-	spec, serr := readFile(h.Dir.Path(rundir.SpecName), maxProcess)
+	spec, serr := record.ReadFile(h.Dir.Path(rundir.SpecName), maxProcess)
 	whole := struct{ Process *specs.Process }{}
 	if serr == nil {
 		serr = json.Unmarshal(spec, &whole)
