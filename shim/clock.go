@@ -6,13 +6,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
-
-// bootNow is CLOCK_BOOTTIME: unlike Go's monotonic clock it counts while the
-// machine sleeps, and means the same to every process until the next boot.
-func bootNow() time.Duration { return rundir.BootTime() }
 
 // deadline is a timer on CLOCK_BOOTTIME that can be set again until it fires.
 type deadline struct{ timer *os.File }

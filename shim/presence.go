@@ -43,13 +43,11 @@ func (p *presence) takeLock() error {
 	if p.has(rundir.LockName) {
 		return nil
 	}
-	lock, err := p.dir.Lock()
-	if err != nil && !errors.Is(err, rundir.ErrLocked) && p.lock != nil {
-		// Something that is no lock stands in its place.
-		if err = os.RemoveAll(p.dir.Path(rundir.LockName)); err == nil {
-			lock, err = p.dir.Lock()
-		}
+	take := p.dir.Lock
+	if p.lock != nil {
+		take = p.dir.Relock
 	}
+	lock, err := take()
 	if err != nil {
 		return err
 	}

@@ -18,16 +18,16 @@ import (
 func (t *task) Stop(sig unix.Signal, grace time.Duration) (time.Duration, error) {
 	c, err := t.alive()
 	if c == nil {
-		return bootNow(), err
+		return rundir.BootTime(), err
 	}
-	at := bootNow() + grace
+	at := rundir.BootTime() + grace
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if c.init.Ended() { // and finish closes the timer, if it has not yet
-		return bootNow(), nil
+		return rundir.BootTime(), nil
 	}
 	if t.status.Phase == rundir.PhaseCreated {
-		at = bootNow() // nothing of the container's runs that could take the time
+		at = rundir.BootTime() // nothing of the container's runs that could take the time
 	}
 	stop := rundir.Stop{Signal: int(sig), RequestedAt: time.Now(), KillAt: at}
 	event := rundir.EventStopping // only the first is one
@@ -45,7 +45,7 @@ func (t *task) Stop(sig unix.Signal, grace time.Duration) (time.Duration, error)
 	sent := grace <= 0 || known && t.status.StopSent
 	if last == nil || stop != *last || sent != t.status.StopSent {
 		t.updateLocked(event, func(s *rundir.Status) { s.Stop, s.StopSent = &stop, sent })
-		t.log.Info("container stopping", "signal", int(sig), "grace", (stop.KillAt - bootNow()).String())
+		t.log.Info("container stopping", "signal", int(sig), "grace", (stop.KillAt - rundir.BootTime()).String())
 	}
 	if err := step.Reach(step.ShimStopping); err != nil {
 		return 0, err
@@ -122,7 +122,7 @@ func (t *task) deliverLater(c *container, sig unix.Signal) {
 		t.mu.Lock()
 		defer t.mu.Unlock()
 		stop := t.status.Stop
-		over := t.status.Phase == rundir.PhaseExited || c.init.Ended() || stop.KillAt <= bootNow()
+		over := t.status.Phase == rundir.PhaseExited || c.init.Ended() || stop.KillAt <= rundir.BootTime()
 		if over || t.status.StopSent || stop.Signal != int(sig) {
 			return
 		}

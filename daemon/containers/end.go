@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/state"
@@ -39,13 +38,7 @@ func (c *Container) buryLocked(ctx context.Context, why string) error {
 		return fmt.Errorf("its shim is alive: %w", rundir.ErrLocked)
 	}
 	if exists(string(c.dir)) {
-		lock, err := c.dir.Lock()
-		if err != nil && !errors.Is(err, rundir.ErrLocked) {
-			// Something that is no lock stands in its place.
-			if err = os.RemoveAll(c.dir.Path(rundir.LockName)); err == nil {
-				lock, err = c.dir.Lock()
-			}
-		}
+		lock, err := c.dir.Relock()
 		if err != nil {
 			return err
 		}

@@ -267,6 +267,19 @@ func (d Dir) Lock() (*os.File, error) {
 	return f, nil
 }
 
+// Relock is Lock for whoever knows that the run directory is its own: what is no lock
+// and stands in its place is removed.
+func (d Dir) Relock() (*os.File, error) {
+	lock, err := d.Lock()
+	if err == nil || errors.Is(err, ErrLocked) {
+		return lock, err
+	}
+	if err := os.RemoveAll(d.Path(LockName)); err != nil {
+		return nil, err
+	}
+	return d.Lock()
+}
+
 // Held says whether somebody holds the lock, without taking it. A missing lock
 // file is not held; that alone does not prove that the shim has ended, because
 // anybody may have removed it.
