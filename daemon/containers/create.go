@@ -93,9 +93,11 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 		return err
 	}
 	rec.ImageID, rec.ImageRef, rec.Layers = img.ID, img.Ref, img.Layers
-	if rec.Signal, rec.StopSignal, err = stopSignal(cfg, img); err != nil {
+	signal, name, err := spec.StopSignal(cfg, img.Config)
+	if err != nil {
 		return err
 	}
+	rec.Signal, rec.StopSignal = int(signal), name
 	if dir, path := pr.Config.M.GetLogDirectory(), cfg.GetLogPath(); dir != "" && path != "" {
 		rec.LogPath = filepath.Join(dir, path)
 	}
@@ -120,11 +122,6 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 	}
 	m.Follow(c)
 	return nil
-}
-
-func stopSignal(cfg *runtimeapi.ContainerConfig, img Image) (int, runtimeapi.Signal, error) {
-	signal, name, err := spec.StopSignal(cfg, img.Config)
-	return int(signal), name, err
 }
 
 // Built is the spec of a container and what was decided on the way to it.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/state"
@@ -37,7 +38,7 @@ func (c *Container) buryLocked(ctx context.Context, why string) error {
 	case k.Shim:
 		return fmt.Errorf("its shim is alive: %w", rundir.ErrLocked)
 	}
-	if exists(string(c.dir)) {
+	if c.m.State.HasRunDir(state.Containers, rec.ID) {
 		lock, err := c.dir.Relock()
 		if err != nil {
 			return err
@@ -108,16 +109,13 @@ func (m *Manager) WriteExit(id string, exit rundir.Exit) error {
 		{string(m.dir(id)), false},
 		{m.State.Dir(state.Containers, id), true},
 	} {
-		if !exists(at.dir) {
-			continue
-		}
 		f, err := rundir.PrepareExit(at.dir, at.sync)
 		if err == nil {
-			if err = f.Commit(exit); errors.Is(err, rundir.ErrExists) {
-				err = nil
-			}
+			err = f.Commit(exit)
 		}
-		errs = append(errs, err)
+		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, rundir.ErrExists) {
+			errs = append(errs, err)
+		}
 	}
 	return errors.Join(errs...)
 }

@@ -114,8 +114,3 @@ func PinPID(p rundir.Process, path string) error {
 	}
 	return nil
 }
-
-func exists(path string) bool {
-	_, err := os.Lstat(path)
-	return err == nil
-}

@@ -1,6 +1,7 @@
 package containers
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"syscall"
@@ -13,12 +14,9 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/step"
 )
 
-const (
-	defaultStopSignal = syscall.SIGTERM
-	// dyingTimeout is how long SIGKILL may take: an init can be in a call that
-	// cannot be interrupted.
-	dyingTimeout = 2 * time.Minute
-)
+// dyingTimeout is how long SIGKILL may take: an init can be in a call that
+// cannot be interrupted.
+const dyingTimeout = 2 * time.Minute
 
 // Start runs a created container. Repeating it after a lost answer is harmless.
 func (m *Manager) Start(ctx context.Context, id string) error {
@@ -99,10 +97,7 @@ func (c *Container) stop(ctx context.Context, grace time.Duration) error {
 	case s.Phase != rundir.PhaseRunning && grace > 0:
 		return nil // a created container that is stopped may still be started
 	}
-	signal := c.Record().Signal
-	if signal == 0 {
-		signal = int(defaultStopSignal)
-	}
+	signal := cmp.Or(c.Record().Signal, int(syscall.SIGTERM))
 	if err := c.call(ctx, func() error { return c.client.Stop(ctx, signal, grace) }); err != nil {
 		if c.readExit() {
 			return nil

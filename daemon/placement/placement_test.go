@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -13,6 +14,8 @@ import (
 	"time"
 
 	"github.com/moby/sys/mountinfo"
+
+	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
 
 func TestDetect(t *testing.T) {
@@ -157,7 +160,7 @@ func TestShim(t *testing.T) {
 	if n, all := strings.Count(of, ":/holdfast/shims/"+id+"\n"), len(hierarchies(t)); n != all {
 		t.Errorf("placed in %d of %d hierarchies:\n%s", n, all, of)
 	}
-	if dir, alive, err := m.ShimCgroups(id).Populated(); err != nil || !alive {
+	if dir, alive, err := cgroup.At(path.Join(shimsPath, id)).Populated(); err != nil || !alive {
 		t.Errorf("the shim is not seen in its cgroup: %q, %v, %v", dir, alive, err)
 	}
 
@@ -175,7 +178,7 @@ func TestShim(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if left := m.ShimCgroups(id); len(left) > 0 {
+	if left := cgroup.At(path.Join(shimsPath, id)); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
 }
@@ -207,7 +210,7 @@ func TestPlaceDeadProcess(t *testing.T) {
 	if err := m.RemoveShim(t.Context(), id); err != nil {
 		t.Error(err)
 	}
-	if left := m.ShimCgroups(id); len(left) > 0 {
+	if left := cgroup.At(path.Join(shimsPath, id)); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
 }

@@ -29,17 +29,6 @@ func (m *Manager) PlaceShim(ctx context.Context, id string, pid int) error {
 
 func shimCgroups(id string) cgroup.Set { return cgroup.Everywhere(path.Join(shimsPath, id)) }
 
-// ShimCgroups are those that exist now of the shim of a container.
-func (m *Manager) ShimCgroups(id string) cgroup.Set {
-	if checkID(id) != nil {
-		return nil
-	}
-	if m.driver == Systemd {
-		return cgroup.Find(systemSlice+":"+scopePrefix+":"+id, true)
-	}
-	return cgroup.At(path.Join(shimsPath, id))
-}
-
 // ContainerCgroups are those that exist now of a container, by what
 // ContainerPath gave for it.
 func (m *Manager) ContainerCgroups(cgroupsPath string) cgroup.Set {

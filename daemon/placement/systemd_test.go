@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
 
 // newSystemd gives a systemd manager, or skips the test where there is none.
@@ -80,7 +82,7 @@ func TestScope(t *testing.T) {
 	if got, want := cgroupsOf(t, pid), ":/system.slice/"+scopeName(id)+"\n"; !strings.Contains(got, want) {
 		t.Errorf("the shim is in %q, want %q", got, want)
 	}
-	if dir, alive, err := m.ShimCgroups(id).Populated(); err != nil || !alive {
+	if dir, alive, err := cgroup.Find(systemSlice+":"+scopePrefix+":"+id, true).Populated(); err != nil || !alive {
 		t.Errorf("the shim is not seen in its cgroup: %q, %v, %v", dir, alive, err)
 	}
 
@@ -106,7 +108,7 @@ func TestScope(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if left := m.ShimCgroups(id); len(left) > 0 {
+	if left := cgroup.Find(systemSlice+":"+scopePrefix+":"+id, true); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
 }

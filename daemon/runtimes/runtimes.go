@@ -6,7 +6,9 @@ package runtimes
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"os"
@@ -131,8 +133,10 @@ func (s *Set) List(userns bool) []*runtimeapi.RuntimeHandler {
 // has killed the processes.
 func (s *Set) Delete(ctx context.Context, handler, id string) error {
 	dir := (&runc.Runtime{Root: s.root}).StateDir(id)
-	if _, err := os.Lstat(dir); err != nil {
-		return ignoreMissing(err)
+	if _, err := os.Lstat(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
 	}
 	h, err := s.For(handler)
 	if err != nil {
@@ -141,13 +145,6 @@ func (s *Set) Delete(ctx context.Context, handler, id string) error {
 	ctx, cancel := context.WithTimeout(ctx, deleteTimeout)
 	defer cancel()
 	return s.runtime(h).Delete(ctx, id, true)
-}
-
-func ignoreMissing(err error) error {
-	if os.IsNotExist(err) {
-		return nil
-	}
-	return err
 }
 
 // Unstarted says whether a container certainly waits to be started: the runtime

@@ -3,7 +3,6 @@ package client
 import (
 	"context"
 	"io"
-	"slices"
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -22,9 +21,6 @@ func (c *Client) Hello(ctx context.Context) (Shim, error) {
 	}
 	return *l.shim, nil
 }
-
-// Can says whether the shim's build has a capability.
-func (s Shim) Can(capability string) bool { return slices.Contains(s.Capabilities, capability) }
 
 // Create has the shim create the container, and gives its init.
 func (c *Client) Create(ctx context.Context, launch rundir.Launch, spec *specs.Spec) (rundir.Process, error) {
