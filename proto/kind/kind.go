@@ -26,6 +26,7 @@ var (
 	Unsupported  = errors.New("not supported")
 	Unauthorized = errors.New("not authorized")
 	Rejected     = errors.New("rejected") // an image, by a verifier
+	Exhausted    = errors.New("no room")
 	Timeout      = errors.New("timed out")
 	Closing      = errors.New("shutting down")
 )
@@ -41,6 +42,7 @@ var table = []struct {
 	{Timeout, codes.DeadlineExceeded},
 	{syscall.ENOSPC, codes.ResourceExhausted},
 	{syscall.EDQUOT, codes.ResourceExhausted},
+	{Exhausted, codes.ResourceExhausted},
 	{Invalid, codes.InvalidArgument},
 	{NotFound, codes.NotFound},
 	{Exists, codes.AlreadyExists},

@@ -31,7 +31,8 @@ func TestThereAndBack(t *testing.T) {
 		{Errorf(Closing, "the daemon ends"), codes.Unavailable, Unavailable},
 		{Errorf(Exists, "another config"), codes.AlreadyExists, Exists},
 		{Errorf(Aborted, "deleted"), codes.Aborted, Aborted},
-		{As(Invalid, fmt.Errorf("cannot write: %w", syscall.ENOSPC)), codes.ResourceExhausted, nil},
+		{As(Invalid, fmt.Errorf("cannot write: %w", syscall.ENOSPC)), codes.ResourceExhausted, Exhausted},
+		{Errorf(Exhausted, "1000 wait"), codes.ResourceExhausted, Exhausted},
 		{errors.New("no kind"), codes.Unknown, nil},
 	} {
 		wire := ToStatus(c.err)
@@ -39,7 +40,10 @@ func TestThereAndBack(t *testing.T) {
 		if status.Code(wire) != c.code || back.Error() != c.err.Error() {
 			t.Errorf("%v is %v, want %s; back: %v", c.err, wire, c.code, back)
 		}
-		for _, k := range []error{Invalid, NotFound, State, Unavailable, Exists, Aborted, Closing, context.DeadlineExceeded, syscall.ENOSPC} {
+		for _, k := range []error{
+			Invalid, NotFound, State, Unavailable, Exists, Aborted, Exhausted, Closing,
+			context.DeadlineExceeded, syscall.ENOSPC,
+		} {
 			if errors.Is(back, k) != (k == c.back) {
 				t.Errorf("%v came back as %v", c.err, k)
 			}

@@ -28,7 +28,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -232,40 +231,8 @@ type Exit struct {
 	Message   string    `json:"message,omitempty"`
 }
 
-// ErrLocked says that another process holds the lock.
-var ErrLocked = errors.New("the lock is held")
-
-// openLock opens shim.lock. What somebody has put in its place is an error.
-func (d Dir) openLock(flags int) (*os.File, error) {
-	f, err := os.OpenFile(d.Path(LockName), os.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK|flags, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
-		f.Close()
-		return nil, errors.Join(err, fmt.Errorf("%s is not a regular file", d.Path(LockName)))
-	}
-	return f, nil
-}
-
-// Lock takes shim.lock for as long as the returned file is open. It is an open
-// file description lock (fcntl(2), F_OFD_SETLK): no child inherits it, because
-// the descriptor is close-on-exec, and a probe does not disturb it.
-func (d Dir) Lock() (*os.File, error) {
-	f, err := d.openLock(os.O_CREATE)
-	if err != nil {
-		return nil, fmt.Errorf("cannot lock %s: %w", d, err)
-	}
-	lk := unix.Flock_t{Type: unix.F_WRLCK}
-	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &lk); err != nil {
-		f.Close()
-		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
-			err = ErrLocked
-		}
-		return nil, fmt.Errorf("cannot lock %s: %w", d.Path(LockName), err)
-	}
-	return f, nil
-}
+// Lock takes shim.lock; see Lock, the function.
+func (d Dir) Lock() (*os.File, error) { return Lock(d.Path(LockName)) }
 
 // Relock is Lock for whoever knows that the run directory is its own: what is no lock
 // and stands in its place is removed.
@@ -280,24 +247,8 @@ func (d Dir) Relock() (*os.File, error) {
 	return d.Lock()
 }
 
-// Held says whether somebody holds the lock, without taking it. A missing lock
-// file is not held; that alone does not prove that the shim has ended, because
-// anybody may have removed it.
-func (d Dir) Held() (bool, error) {
-	f, err := d.openLock(0)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, fmt.Errorf("cannot probe the lock of %s: %w", d, err)
-	}
-	defer f.Close()
-	lk := unix.Flock_t{Type: unix.F_WRLCK}
-	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &lk); err != nil {
-		return false, fmt.Errorf("cannot probe %s: %w", d.Path(LockName), err)
-	}
-	return lk.Type != unix.F_UNLCK, nil
-}
+// Held says whether somebody holds shim.lock; see Held, the function.
+func (d Dir) Held() (bool, error) { return Held(d.Path(LockName)) }
 
 // Alive says whether the shim lives, as far as somebody can tell who may not look at
 // its processes: it holds the lock, or answers at its socket. A lock that is missing

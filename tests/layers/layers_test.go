@@ -33,6 +33,7 @@ var allowed = map[string][]string{
 	"proto/record": {},
 	"proto/step":   {"golang.org/x/sys/unix"},
 	"proto/rundir": {module + "proto/record", "golang.org/x/sys/unix"},
+	"proto/stream": {module + "proto/kind", module + "proto/record", module + "proto/rundir", "golang.org/x/sys/unix"},
 	"reaper":       {module + "reaper/pidfd", "golang.org/x/sys/unix"},
 	"reaper/group": {module + "reaper/pidfd", "golang.org/x/sys/unix"},
 	"reaper/pidfd": {"golang.org/x/sys/unix"},
