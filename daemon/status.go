@@ -42,25 +42,11 @@ func (d *Daemon) Info() (map[string]string, error) {
 // Snapshot is what there is to count. It comes from memory: no file is read and no
 // shim is asked.
 func (d *Daemon) Snapshot() metrics.Snapshot {
-	images, layers := d.Images.Stats(), d.layers.Usage()
+	layers := d.layers.Usage()
 	s := metrics.Snapshot{
-		Pods:       map[string]int{"ready": 0, "notready": 0},
-		Containers: map[string]int{"created": 0, "running": 0, "exited": 0},
-
-		Pulls:        images.Pulls,
-		Running:      images.Running,
-		Downloads:    images.Downloads,
-		Bytes:        images.Bytes,
-		ResumedBytes: images.ResumedBytes,
-		Retries:      images.Retries,
-		Shared:       images.Shared,
-		Unpacked:     images.Unpacked,
-
-		Images:      images.Images,
-		Blobs:       images.Usage.Inodes,
-		BlobBytes:   images.Usage.Bytes,
-		Collected:   images.Collected,
-		FreedBytes:  images.FreedBytes,
+		ImageStats:  d.Images.Stats(),
+		Pods:        map[string]int{"ready": 0, "notready": 0},
+		Containers:  map[string]int{"created": 0, "running": 0, "exited": 0},
 		Layers:      d.layers.Count(),
 		LayerBytes:  layers.Bytes,
 		LayerInodes: layers.Inodes,

@@ -5,12 +5,27 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
+
+// MakeAll makes directories below root as Make does, and says what it had to move.
+func MakeAll(log *slog.Logger, root string, names ...string) error {
+	for _, name := range names {
+		moved, err := Make(root, name)
+		if moved != "" {
+			log.Error("a file was in the place of a directory", "path", filepath.Join(root, name), "moved", moved)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 // Make makes the directory root/name, 0700, with its parents. A file in the
 // place of root, or of one below it, is renamed and never removed; moved is then
@@ -33,11 +48,7 @@ func Make(root, name string) (moved string, err error) {
 		}
 		if missing && at == root {
 			to, _ := os.Readlink(at)
-			return "", fmt.Errorf(
-				"%s is a link to %s, which does not exist: mount its disk, or remove the link",
-				at,
-				to,
-			)
+			return "", fmt.Errorf("%s is a link to %s, which does not exist: mount its disk, or remove the link", at, to)
 		}
 		moved = fmt.Sprintf("%s.damaged-%d", at, time.Now().UnixNano())
 		if err := os.Rename(at, moved); err != nil {

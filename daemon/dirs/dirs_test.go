@@ -28,10 +28,8 @@ func TestMake(t *testing.T) {
 				}
 				moved, err := Make(root, "a/b")
 				if name == "dangling link" && at == "" { // its disk may be yet to come
-					if _, there := os.Lstat(
-						root,
-					); there != nil || err == nil ||
-						!strings.Contains(err.Error(), "nowhere") {
+					_, there := os.Lstat(root)
+					if there != nil || err == nil || !strings.Contains(err.Error(), "nowhere") {
 						t.Errorf("got %v, %v", err, there)
 					}
 					return

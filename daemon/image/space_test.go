@@ -307,9 +307,7 @@ func TestProgress(t *testing.T) {
 		t.Errorf("left: %v", l)
 	}
 	if st := s.Stats(); st.Pulls["success"] != 1 || len(st.Running) != 0 || st.Bytes != uint64(total) ||
-		st.Unpacked != 2 ||
-		st.Images != 1 ||
-		st.Usage != s.Usage() {
+		st.Unpacked != 2 || st.Images != 1 || (Usage{st.BlobBytes, st.Blobs}) != s.Usage() {
 		t.Errorf("%+v", st)
 	}
 	if _, err := s.Pull(t.Context(), k.request(f.host+"/none:1")); err == nil || s.Stats().Pulls["not_found"] != 1 {

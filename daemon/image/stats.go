@@ -10,25 +10,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/records"
 )
 
-// Stats are what the store has, and what it did since Open.
-type Stats struct {
-	Pulls     map[string]uint64 // that ended, by result; all results are there
-	Running   []records.Pull    // the oldest first; without a Rate
-	Downloads int               // blobs on their way, or waiting for their turn
-
-	Bytes        uint64 // of layers that came from registries
-	ResumedBytes uint64 // of layers that an interrupted download had brought
-	Retries      uint64 // requests for layers that had to be repeated
-	Shared       uint64 // layers that a pull took from the download of another
-	Unpacked     uint64 // layers
-
-	Images     int
-	Usage      Usage // of the blobs
-	Collected  uint64
-	FreedBytes uint64 // of the blobs that were collected
-}
-
-// counters are behind Stats.
+// counters are behind records.ImageStats.
 type counters struct {
 	bytes, resumed, retries, shared, unpacked, collected, freed atomic.Uint64
 	records                                                     atomic.Uint64 // about running pulls, for their names
@@ -89,9 +71,9 @@ func (c *counters) pulled(err error) {
 }
 
 // Stats is cheap: nothing is computed, and no file is read.
-func (s *Store) Stats() Stats {
+func (s *Store) Stats() records.ImageStats {
 	c := &s.count
-	st := Stats{
+	st := records.ImageStats{
 		Pulls:        map[string]uint64{resultSuccess: 0, resultOther: 0},
 		Running:      s.running.list(),
 		Downloads:    int(c.downloads.Load()),
@@ -101,7 +83,8 @@ func (s *Store) Stats() Stats {
 		Shared:       c.shared.Load(),
 		Unpacked:     c.unpacked.Load(),
 		Images:       len(s.view.Load().images),
-		Usage:        c.usage(),
+		Blobs:        uint64(c.blobs.Load()),
+		BlobBytes:    uint64(c.blobBytes.Load()),
 		Collected:    c.collected.Load(),
 		FreedBytes:   c.freed.Load(),
 	}

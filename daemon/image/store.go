@@ -133,16 +133,7 @@ func Open(o Options) (*Store, error) {
 // makeDirs makes the directories that are missing.
 func (s *Store) makeDirs() error {
 	blobs := filepath.Join(blobsName, string(digest.Canonical))
-	for _, name := range []string{blobs, refsName, ingestName, pendingName, quarantineName} {
-		moved, err := dirs.Make(s.o.Root, name)
-		if moved != "" {
-			s.o.Log.Error("a file was in the place of a directory of the images", "directory", name, "moved", moved)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	return dirs.MakeAll(s.o.Log, s.o.Root, blobs, refsName, ingestName, pendingName, quarantineName)
 }
 
 // Close cancels what runs and waits for it.

@@ -57,16 +57,16 @@ func (s *Store) runVerifier(ctx context.Context, program, name string, d digest.
 	limit, cancel := context.WithTimeout(ctx, s.o.VerifierTimeout)
 	defer cancel()
 	cmd := exec.Command(program, "-name", name, "-digest", d.String(), "-stdin-media-type", ocispec.MediaTypeDescriptor)
-	var stdout, stderr head
+	stdout, stderr := group.Head{Max: maxVerdict}, group.Head{Max: maxVerdict}
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), &stdout, &stderr
 	cmd.WaitDelay = time.Second // for what has left its group and keeps its pipes
 	err := group.Run(limit, cmd, nil, group.Kill)
-	if stderr.Len() > 0 {
-		s.o.Log.Debug("image verifier", "verifier", program, "image", name, "stderr", stderr.String())
+	said, reasons := strings.TrimSpace(string(stdout.Bytes())), strings.TrimSpace(string(stderr.Bytes()))
+	if reasons != "" {
+		s.o.Log.Debug("image verifier", "verifier", program, "image", name, "stderr", reasons)
 	}
-	said := strings.TrimSpace(stdout.String())
 	if said == "" && err != nil {
-		said = strings.TrimSpace(stderr.String()) // a program that failed has its reasons there
+		said = reasons
 	}
 	exit, exited := errors.AsType[*exec.ExitError](err)
 	switch {
@@ -80,12 +80,4 @@ func (s *Store) runVerifier(ctx context.Context, program, name string, d digest.
 		return "", fmt.Errorf("%w: cannot run verifier %s: %w", ErrRejected, program, err)
 	}
 	return said, nil
-}
-
-// head keeps the beginning of what is written.
-type head struct{ bytes.Buffer }
-
-func (h *head) Write(p []byte) (int, error) {
-	h.Buffer.Write(p[:min(len(p), maxVerdict-h.Len())])
-	return len(p), nil
 }

@@ -21,24 +21,12 @@ import (
 // from memory for each scrape. The help texts in the table below say what each
 // number counts.
 type Snapshot struct {
+	records.ImageStats
 	Pods, Containers map[string]int // by state, all states
 
-	Pulls        map[string]uint64 // by result, all results
-	Running      []records.Pull
-	Downloads    int    // of layers that run or wait for their turn
-	Bytes        uint64 // of layers that came from registries
-	ResumedBytes uint64 // that an interrupted download had brought
-	Retries      uint64
-	Shared       uint64
-	Unpacked     uint64
-	Images       int
-	Blobs        uint64
-	BlobBytes    uint64
-	Collected    uint64
-	FreedBytes   uint64
-	Layers       int
-	LayerBytes   uint64
-	LayerInodes  uint64
+	Layers      int
+	LayerBytes  uint64
+	LayerInodes uint64
 }
 
 // Metrics collects the times of calls and pulls. A nil one collects nothing. Its

@@ -1,6 +1,7 @@
 package network
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -245,10 +246,7 @@ func portMappings(in []PortMapping) []PortMapping {
 		if p.HostPort <= 0 {
 			continue
 		}
-		p.Protocol = strings.ToLower(p.Protocol)
-		if p.Protocol == "" {
-			p.Protocol = "tcp"
-		}
+		p.Protocol = cmp.Or(strings.ToLower(p.Protocol), "tcp")
 		out = append(out, p)
 	}
 	return out

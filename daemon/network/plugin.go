@@ -161,7 +161,7 @@ func (r *run) FindInPath(plugin string, dirs []string) (string, error) {
 // plugin and all that it started, which libcni's own version would leave
 // running: bridge runs an IPAM plugin and iptables.
 func (r *run) ExecPlugin(ctx context.Context, path string, stdin []byte, env []string) ([]byte, error) {
-	var stdout, stderr limitedBuffer
+	stdout, stderr := group.Head{Max: maxOutput}, group.Head{Max: maxOutput}
 	c := exec.Command(path)
 	c.Env = env
 	c.Stdin = bytes.NewReader(stdin)
@@ -183,12 +183,12 @@ func (r *run) ExecPlugin(ctx context.Context, path string, stdin []byte, env []s
 		return nil, errors.Join(fmt.Errorf("CNI plugin %s killed: %w", name, context.Cause(ctx)), killErr)
 	}
 	if err != nil && !errors.Is(err, exec.ErrWaitDelay) {
-		return nil, pluginError(name, err, stdout.buf.Bytes(), stderr.buf.Bytes())
+		return nil, pluginError(name, err, stdout.Bytes(), stderr.Bytes())
 	}
-	if stderr.buf.Len() > 0 {
-		r.net.log.Debug("CNI plugin said", "plugin", name, "stderr", stderr.buf.String())
+	if said := stderr.Bytes(); len(said) > 0 {
+		r.net.log.Debug("CNI plugin said", "plugin", name, "stderr", string(said))
 	}
-	return stdout.buf.Bytes(), nil
+	return stdout.Bytes(), nil
 }
 
 // pluginError prefers the error object that the CNI specification has plugins
@@ -266,14 +266,4 @@ func lockHolders(path string) ([]*pidfd.Process, error) {
 func holds(pid int, path string) bool {
 	link, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", pid, lockFD))
 	return err == nil && link == path
-}
-
-// limitedBuffer keeps the first maxOutput bytes and drops the rest, so that a
-// plugin gone mad costs no memory. It does not embed the buffer, whose ReadFrom
-// would let io.Copy pass by the limit.
-type limitedBuffer struct{ buf bytes.Buffer }
-
-func (b *limitedBuffer) Write(p []byte) (int, error) {
-	b.buf.Write(p[:min(len(p), maxOutput-b.buf.Len())])
-	return len(p), nil
 }

@@ -261,13 +261,10 @@ func attachment(rec *records.Pod, conf []byte) records.Attachment {
 		a.DNS = &records.DNS{Servers: dns.GetServers(), Searches: dns.GetSearches(), Options: dns.GetOptions()}
 	}
 	for _, m := range cfg.GetPortMappings() {
-		if m.GetHostPort() <= 0 {
-			continue
-		}
 		a.PortMappings = append(a.PortMappings, records.PortMapping{
 			HostPort:      m.GetHostPort(),
 			ContainerPort: m.GetContainerPort(),
-			Protocol:      strings.ToLower(m.GetProtocol().String()),
+			Protocol:      m.GetProtocol().String(),
 			HostIP:        m.GetHostIp(),
 		})
 	}

@@ -168,3 +168,22 @@ func Size(n int64) string {
 	}
 	return fmt.Sprintf("%.3g %s", f, units[0])
 }
+
+// ImageStats are what the store of images has, and what it did since its start.
+type ImageStats struct {
+	Pulls     map[string]uint64 // that ended, by result; all results are there
+	Running   []Pull            // the oldest first; without a Rate
+	Downloads int               // of layers that run or wait for their turn
+
+	Bytes        uint64 // of layers that came from registries
+	ResumedBytes uint64 // of layers that an interrupted download had brought
+	Retries      uint64 // requests for layers that had to be repeated
+	Shared       uint64 // layers that a pull took from the download of another
+	Unpacked     uint64 // layers
+
+	Images     int
+	Blobs      uint64
+	BlobBytes  uint64
+	Collected  uint64
+	FreedBytes uint64 // of the blobs that were collected
+}

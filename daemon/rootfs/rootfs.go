@@ -134,16 +134,7 @@ func Open(dir string, log *slog.Logger) (*Store, error) {
 // makeDirs makes the directories that are missing. 0700: the path is of no use
 // to others; containers see the overlay.
 func (s *Store) makeDirs() error {
-	for _, name := range []string{tmpName, emptyName, string(digest.Canonical)} {
-		moved, err := dirs.Make(s.dir, name)
-		if moved != "" {
-			s.log.Error("a file was in the place of a directory of the layers", "directory", name, "moved", moved)
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
+	return dirs.MakeAll(s.log, s.dir, tmpName, emptyName, string(digest.Canonical))
 }
 
 var (

@@ -17,7 +17,7 @@ import (
 // Process is the container's own process, as its spec has it.
 func Process(dir rundir.Dir) (*specs.Process, error) {
 	var spec specs.Spec
-	b, err := os.ReadFile(dir.Path(rundir.SpecName))
+	b, err := dir.ReadSpec()
 	if err == nil {
 		err = json.Unmarshal(b, &spec)
 	}

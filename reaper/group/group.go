@@ -3,6 +3,7 @@
 package group
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"fmt"
@@ -75,3 +76,19 @@ func Run(ctx context.Context, cmd *exec.Cmd, r Runner, rest Leftovers) error {
 	}
 	return fmt.Errorf("killed after %w: %w", cmp.Or(ctx.Err(), context.DeadlineExceeded), err)
 }
+
+// Head keeps the first Max bytes of what is written to it and drops the rest, so that
+// a command gone mad costs no memory. It does not embed the buffer, whose ReadFrom
+// would let io.Copy pass by the limit.
+type Head struct {
+	Max int
+	buf bytes.Buffer
+}
+
+func (h *Head) Write(p []byte) (int, error) {
+	h.buf.Write(p[:min(len(p), h.Max-h.buf.Len())])
+	return len(p), nil
+}
+
+// Bytes is what was kept.
+func (h *Head) Bytes() []byte { return h.buf.Bytes() }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"os"
 	"os/exec"
 	"strings"
@@ -87,3 +88,20 @@ func TestRunNotAtAll(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+func TestOutputIsBounded(t *testing.T) {
+	h := Head{Max: 1 << 20}
+	size := 3 * int64(h.Max)
+	// By io.Copy, as os/exec does; a short write would end the command.
+	n, err := io.Copy(&h, io.LimitReader(zeros{}, size))
+	if n != size || err != nil {
+		t.Fatal(n, err)
+	}
+	if len(h.Bytes()) != h.Max {
+		t.Errorf("kept %d bytes, want %d", len(h.Bytes()), h.Max)
+	}
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }
