@@ -18,7 +18,6 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/image"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
-	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
@@ -163,7 +162,7 @@ func TestRecoverDamagedWithoutShims(t *testing.T) {
 			over := b.Run(t, pod, fake.ContainerConfig("over", "sh", "-c", "exit 3"))
 			b.Ended(t, over)
 			fake.Until(t, "the end of a shim", func() bool {
-				_, err := shims.Find(b.Dir(over))
+				_, err := b.Dir(over).FindShim()
 				return errors.Is(err, rundir.ErrNoProcess)
 			})
 			b.close()

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"strconv"
 	"strings"
@@ -36,10 +37,22 @@ func withShim(ctx context.Context, dir rundir.Dir, f func(*client.Client) error)
 	}
 	if exit, xerr := dir.ReadExit(); xerr == nil {
 		err = fmt.Errorf("%w: exit code %s, %s", errEnded, exitText(&exit), timeText(exit.ExitedAt))
-	} else if alive, herr := dir.Alive(); errors.Is(err, client.ErrUnreachable) && herr == nil && !alive {
-		err = client.ErrNoRecord
+	} else if errors.Is(err, client.ErrUnreachable) {
+		err = unreachable(dir, err)
 	}
 	return about(dir, err)
+}
+
+// unreachable says what has become of a shim that was called in vain.
+func unreachable(dir rundir.Dir, err error) error {
+	if alive, herr := dir.Alive(); herr == nil && !alive {
+		return client.ErrNoRecord
+	}
+	shim, serr := dir.FindShim()
+	if errors.Is(err, fs.ErrNotExist) && serr == nil {
+		err = fmt.Errorf("%w; it lives, and puts its socket back on kill -HUP %d", err, shim.PID)
+	}
+	return err
 }
 
 // about says which container an error is about.

@@ -268,6 +268,28 @@ func TestRealTerminal(t *testing.T) {
 	}
 }
 
+// A shim that lives is not lost, whatever has become of its files.
+func TestRealShimWithoutFiles(t *testing.T) {
+	n := newNode(t)
+	dir := n.run(t, "bare", "sleep 600", false)
+	shim, err := dir.FindShim()
+	check(t, err)
+	for _, name := range []string{rundir.SocketName, rundir.LockName, rundir.IdentityName} {
+		check(t, os.Remove(dir.Path(name)))
+		var v view
+		check(t, json.Unmarshal([]byte(n.ctl(t, "--json", "state", "bare").stdout), &v))
+		if v.State != "running" || v.Source != client.FromFiles || v.Shim != shim || v.Init.PID == 0 {
+			t.Errorf("without %s: %+v", name, v)
+		}
+		want := fmt.Sprintf("kill -HUP %d", shim.PID)
+		if r := n.ctl(t, "pids", "bare"); r.code != 1 || !strings.Contains(r.stderr, want) {
+			t.Errorf("without %s: pids: %+v", name, r)
+		}
+	}
+	check(t, syscall.Kill(shim.PID, rundir.SignalReappear))
+	eventually(t, "its files", func() bool { return n.ctl(t, "pids", "bare").code == 0 })
+}
+
 // A shim that was killed shows as such, without a daemon to bury it.
 func TestRealShimKilled(t *testing.T) {
 	n := newNode(t)

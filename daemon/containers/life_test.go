@@ -14,7 +14,6 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/containers"
 	"github.com/holdfast-cri/holdfast/daemon/fake"
-	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
@@ -244,7 +243,7 @@ func TestCreateFails(t *testing.T) {
 	broken := errors.New("broken")
 	kill := func(b *bed) { // the shim is killed as soon as it is ready
 		b.Shims.Launched = func(dir rundir.Dir) error {
-			p, err := shims.Find(dir)
+			p, err := dir.FindShim()
 			if err == nil {
 				err = syscall.Kill(p.PID, syscall.SIGKILL)
 			}
@@ -304,7 +303,7 @@ func TestCreateFails(t *testing.T) {
 					t.Errorf("left: %v, %v", left, err)
 				}
 			}
-			if all, err := shims.Running(b.State); err != nil || len(all) > 0 {
+			if all, err := rundir.Shims(b.State); err != nil || len(all) > 0 {
 				t.Errorf("shims are left: %v, %v", all, err)
 			}
 			if b.Images.Held() != 0 || len(b.Containers.All()) != 0 {
@@ -486,7 +485,7 @@ func TestDamageThenTheShimIsKilled(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := newBed(t)
 			ran := b.run("ran", fake.Sleeps...)
-			p, err := shims.Find(b.Dir(ran))
+			p, err := b.Dir(ran).FindShim()
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -16,6 +16,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
 // Node is the machine below a daemon: two trees, and what stands in for the kernel
@@ -45,7 +46,7 @@ func NewNode(t *testing.T) *Node {
 	quiet := slog.New(slog.DiscardHandler)
 	n.Shims = &Shims{Launcher: &shims.Launcher{Binary: binary, LogLevel: "debug", Log: quiet}}
 	t.Cleanup(func() {
-		running, err := shims.Running(n.State)
+		running, err := rundir.Shims(n.State)
 		if err != nil {
 			t.Error(err)
 		}

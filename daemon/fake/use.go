@@ -11,7 +11,6 @@ import (
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
@@ -130,7 +129,7 @@ func (d *Daemon) PodStatus(t *testing.T, id string) *runtimeapi.PodSandboxStatus
 // Signal sends a signal to the shim of a container.
 func (n *Node) Signal(t *testing.T, id string, sig syscall.Signal) {
 	t.Helper()
-	p, err := shims.Find(n.Dir(id))
+	p, err := n.Dir(id).FindShim()
 	if err == nil {
 		err = syscall.Kill(p.PID, sig)
 	}
@@ -144,7 +143,7 @@ func (n *Node) Signal(t *testing.T, id string, sig syscall.Signal) {
 func (n *Node) StopShim(t *testing.T, id string) {
 	t.Helper()
 	n.Signal(t, id, syscall.SIGSTOP)
-	p, err := shims.Find(n.Dir(id))
+	p, err := n.Dir(id).FindShim()
 	if err == nil {
 		err = unix.Waitid(unix.P_PID, p.PID, nil, unix.WSTOPPED, nil)
 	}
@@ -159,7 +158,7 @@ func (n *Node) KillShim(t *testing.T, id string) {
 	t.Helper()
 	n.Signal(t, id, syscall.SIGKILL)
 	Until(t, "the end of a shim", func() bool {
-		_, err := shims.Find(n.Dir(id))
+		_, err := n.Dir(id).FindShim()
 		held, _ := n.Dir(id).Held()
 		return errors.Is(err, rundir.ErrNoProcess) && !held
 	})
@@ -192,7 +191,7 @@ func (n *Node) Left(t *testing.T) []string {
 			left = append(left, names...)
 		}
 	}
-	all, err := shims.Running(n.State)
+	all, err := rundir.Shims(n.State)
 	if err != nil {
 		t.Fatal(err)
 	}

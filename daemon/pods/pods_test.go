@@ -17,7 +17,6 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/fake"
 	"github.com/holdfast-cri/holdfast/daemon/records"
-	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
@@ -306,7 +305,7 @@ func TestInitIsKilled(t *testing.T) {
 				syscall.SIGKILL)
 		},
 		"its shim": func(b *bed, _ *records.Seen, id string) error {
-			shim, err := shims.Find(b.Dir(id))
+			shim, err := b.Dir(id).FindShim()
 			if err != nil {
 				return err
 			}

@@ -45,7 +45,7 @@ func End(ctx context.Context, dir rundir.Dir, c *client.Client) error {
 // killed process is a zombie before its last thread has let go of the lock.
 func find(ctx context.Context, dir rundir.Dir) (rundir.Process, error) {
 	for wait := time.Millisecond; ; wait *= 2 {
-		shim, err := Find(dir)
+		shim, err := dir.FindShim()
 		if !errors.Is(err, rundir.ErrNoProcess) {
 			return shim, err
 		}
@@ -101,7 +101,7 @@ func end(ctx context.Context, dir rundir.Dir, c *client.Client, shim rundir.Proc
 // error is rundir.ErrNoProcess if there is no shim, or none any more, and
 // client.ErrUnreachable if it lives and says nothing for ten seconds.
 func Reach(ctx context.Context, dir rundir.Dir, c *client.Client) error {
-	shim, err := Find(dir)
+	shim, err := dir.FindShim()
 	if err != nil {
 		return err
 	}

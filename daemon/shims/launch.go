@@ -118,11 +118,11 @@ func (l *Launcher) handshake(ctx context.Context, id string, pid int, conn *os.F
 	return nil
 }
 
-// Alive is the function of this name.
-func (*Launcher) Alive(dir rundir.Dir) (bool, error) { return Alive(dir) }
+// Alive is the method of this name.
+func (*Launcher) Alive(dir rundir.Dir) (bool, error) { return dir.Alive() }
 
-// Find is the function of this name.
-func (*Launcher) Find(dir rundir.Dir) (rundir.Process, error) { return Find(dir) }
+// Find is dir.FindShim.
+func (*Launcher) Find(dir rundir.Dir) (rundir.Process, error) { return dir.FindShim() }
 
 // Reach is the function of this name.
 func (*Launcher) Reach(ctx context.Context, dir rundir.Dir, c *client.Client) error {

@@ -76,7 +76,7 @@ func newDir(t *testing.T) rundir.Dir {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if p, err := Find(dir); err == nil {
+		if p, err := dir.FindShim(); err == nil {
 			syscall.Kill(p.PID, syscall.SIGKILL)
 		}
 		os.RemoveAll(state)
@@ -154,7 +154,7 @@ func TestDamage(t *testing.T) {
 				if err := damage(dir); err != nil {
 					t.Fatal(err)
 				}
-				if got, err := Find(dir); err != nil || got != shim {
+				if got, err := dir.FindShim(); err != nil || got != shim {
 					t.Errorf("found %+v, %v, want %+v", got, err, shim)
 				}
 				if reach {
@@ -175,7 +175,7 @@ func TestDamage(t *testing.T) {
 				if got := ends.String(); got != "<nil>" {
 					t.Errorf("it did not end by itself: %s", got)
 				}
-				if got, err := Find(dir); !errors.Is(err, rundir.ErrNoProcess) {
+				if got, err := dir.FindShim(); !errors.Is(err, rundir.ErrNoProcess) {
 					t.Errorf("after the end: %+v, %v", got, err)
 				}
 				if held, err := dir.Held(); held || err != nil {
@@ -236,7 +236,7 @@ func TestRunning(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, path := range []string{state, link} {
-		got, err := Running(path)
+		got, err := rundir.Shims(path)
 		if err != nil || len(got) != 2 || got["c1"] != first || got["c2"] != other {
 			t.Errorf("%s: %v, %v", path, got, err)
 		}
@@ -246,7 +246,7 @@ func TestRunning(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if got, err := Running(state); err != nil || len(got) != 0 {
+	if got, err := rundir.Shims(state); err != nil || len(got) != 0 {
 		t.Errorf("after the end: %v, %v", got, err)
 	}
 }
@@ -310,7 +310,7 @@ func TestLaunchFails(t *testing.T) {
 		if err := l.Launch(t.Context(), dir); err == nil || !strings.Contains(err.Error(), "cannot start the shim of c1") {
 			t.Errorf("%s: %v", name, err)
 		}
-		if got, err := Find(dir); !errors.Is(err, rundir.ErrNoProcess) {
+		if got, err := dir.FindShim(); !errors.Is(err, rundir.ErrNoProcess) {
 			t.Errorf("%s: left %+v, %v", name, got, err)
 		}
 	}

@@ -115,7 +115,9 @@ func (c *Client) lookAtFiles(alive bool) View {
 	identity, err := c.dir.ReadIdentity()
 	v.note(err)
 	if v.Version = identity.Version; alive {
-		v.Shim = identity.Shim
+		if v.Shim = identity.Shim; !v.Shim.Alive() {
+			v.Shim, _ = c.dir.FindShim()
+		}
 	}
 	status, err := c.dir.ReadStatus()
 	v.note(err)

@@ -250,22 +250,6 @@ func (d Dir) Relock() (*os.File, error) {
 // Held says whether somebody holds shim.lock; see Held, the function.
 func (d Dir) Held() (bool, error) { return Held(d.Path(LockName)) }
 
-// Alive says whether the shim lives, as far as somebody can tell who may not look at
-// its processes: it holds the lock, or answers at its socket. A lock that is missing
-// or damaged is no answer. When it is false, the shim has written what it had to.
-func (d Dir) Alive() (bool, error) {
-	held, err := d.Held()
-	if held {
-		return true, nil
-	}
-	conn, derr := d.Dial(context.Background()) // at once: nobody listens, or the kernel answers
-	if derr != nil {
-		return false, err
-	}
-	conn.Close()
-	return true, nil
-}
-
 // throughFD calls f with a short path of the socket: the address of a Unix socket
 // holds 107 bytes, and a run directory may be longer. The path is valid during f.
 func (d Dir) throughFD(f func(path string) error) error {

@@ -1,7 +1,8 @@
-package shims
+package rundir
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -9,57 +10,61 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-
-	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
 // Whether a shim lives is for the kernel to say: files can be missing, damaged or
 // of another boot. The witness is the command line of a process, which names the
 // run directory.
 
-// Alive says whether the shim of a run directory lives. A lock that is held proves
-// it; one that is free, and the process that shim.json names gone, proves the
-// opposite. Where a file is missing the processes are looked through.
-func Alive(dir rundir.Dir) (bool, error) {
-	held, err := dir.Held()
+// Alive says whether the shim lives. A lock that is held proves it; one that is
+// free, and the process that shim.json names gone, proves the opposite. Where a file
+// is missing or damaged the processes are looked through, and for somebody who does
+// not see them the socket answers. When it is false, the shim has written what it
+// had to.
+func (d Dir) Alive() (bool, error) {
+	held, err := d.Held()
 	if err == nil && held {
 		return true, nil
 	}
-	if id, ierr := dir.ReadIdentity(); err == nil && ierr == nil && !id.Shim.Alive() {
+	if id, ierr := d.ReadIdentity(); err == nil && ierr == nil && !id.Shim.Alive() {
 		return false, nil
 	}
-	_, err = Find(dir)
-	if errors.Is(err, rundir.ErrNoProcess) {
+	if _, err = d.FindShim(); !errors.Is(err, ErrNoProcess) {
+		return err == nil, err
+	}
+	conn, err := d.Dial(context.Background()) // at once: nobody listens, or the kernel answers
+	if err != nil {
 		return false, nil
 	}
-	return err == nil, err
+	conn.Close()
+	return true, nil
 }
 
-// Find gives the shim of a run directory: rundir.ErrNoProcess if there is none.
-// It looks at the process that shim.json names first, then at all of them.
-func Find(dir rundir.Dir) (rundir.Process, error) {
-	if id, err := dir.ReadIdentity(); err == nil && id.Shim.Alive() && keeps(id.Shim.PID, dir) {
+// FindShim gives the process that is the shim: ErrNoProcess if there is none. It
+// looks at the one that shim.json names first, then at all of them.
+func (d Dir) FindShim() (Process, error) {
+	if id, err := d.ReadIdentity(); err == nil && id.Shim.Alive() && keeps(id.Shim.PID, d) {
 		return id.Shim, nil
 	}
-	all, err := Running(filepath.Dir(filepath.Dir(string(dir))))
+	all, err := Shims(filepath.Dir(filepath.Dir(string(d))))
 	if err != nil {
-		return rundir.Process{}, fmt.Errorf("cannot find the shim of %s: %w", dir.ID(), err)
+		return Process{}, fmt.Errorf("cannot find the shim of %s: %w", d.ID(), err)
 	}
-	p, ok := all[dir.ID()]
+	p, ok := all[d.ID()]
 	if !ok {
-		return p, fmt.Errorf("cannot find the shim of %s: no process keeps %s: %w", dir.ID(), dir, rundir.ErrNoProcess)
+		return p, fmt.Errorf("cannot find the shim of %s: no process keeps %s: %w", d.ID(), d, ErrNoProcess)
 	}
 	return p, nil
 }
 
-// Running gives all shims of a state directory by the ids of their containers.
-func Running(stateDir string) (map[string]rundir.Process, error) {
+// Shims gives all shims of a state directory by the ids of their containers.
+func Shims(stateDir string) (map[string]Process, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil, fmt.Errorf("cannot look for shims: %w", err)
 	}
-	containers := filepath.Join(stateDir, rundir.ContainersName)
-	all := map[string]rundir.Process{}
+	containers := filepath.Join(stateDir, ContainersName)
+	all := map[string]Process{}
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
 		if err != nil {
@@ -70,7 +75,7 @@ func Running(stateDir string) (map[string]rundir.Process, error) {
 			continue
 		}
 		// It is asked once more behind its identity: the pid may be another's by now.
-		if p, err := rundir.FindProcess(pid); err == nil && keeps(pid, dir) && p.Alive() {
+		if p, err := FindProcess(pid); err == nil && keeps(pid, dir) && p.Alive() {
 			all[dir.ID()] = p
 		}
 	}
@@ -78,7 +83,7 @@ func Running(stateDir string) (map[string]rundir.Process, error) {
 }
 
 // keeps says whether a process is the shim of a run directory.
-func keeps(pid int, dir rundir.Dir) bool {
+func keeps(pid int, dir Dir) bool {
 	d, ok := kept(pid)
 	return ok && d.ID() == dir.ID() && same(filepath.Dir(string(d)), filepath.Dir(string(dir)))
 }
@@ -87,7 +92,7 @@ func keeps(pid int, dir rundir.Dir) bool {
 //
 // Anybody can choose his command line, also in a container. A shim is a program
 // of that name that root runs in the daemon's mount namespace.
-func kept(pid int) (rundir.Dir, bool) {
+func kept(pid int) (Dir, bool) {
 	proc := filepath.Join("/proc", strconv.Itoa(pid))
 	cmdline, err := os.ReadFile(filepath.Join(proc, "cmdline"))
 	if err != nil {
@@ -113,7 +118,7 @@ func kept(pid int) (rundir.Dir, bool) {
 	if err != nil || !bytes.Contains(status, fmt.Appendf(nil, "\nUid:\t%d\t", os.Getuid())) {
 		return "", false
 	}
-	return rundir.Dir(args[i+1]), true
+	return Dir(args[i+1]), true
 }
 
 // same says whether two paths are one directory.
