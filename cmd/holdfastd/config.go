@@ -19,10 +19,14 @@ import (
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/holdfast-cri/holdfast/daemon"
+	"github.com/holdfast-cri/holdfast/daemon/beneath"
 	"github.com/holdfast-cri/holdfast/daemon/metrics"
 )
 
-const defaultConfigFile = "/etc/holdfast/config.toml"
+const (
+	defaultConfigFile = "/etc/holdfast/config.toml"
+	maxConfig         = 1 << 20 // bytes
+)
 
 // file is the config file. Keys are a contract: they are added, not renamed.
 type file struct {
@@ -90,7 +94,7 @@ func defaults() file {
 // default file, which may be missing. An unknown key is an error that names it.
 func readConfig(name string) (file, error) {
 	f := defaults()
-	b, err := os.ReadFile(cmp.Or(name, defaultConfigFile))
+	b, err := beneath.HostFile(cmp.Or(name, defaultConfigFile), maxConfig)
 	if name == "" && errors.Is(err, fs.ErrNotExist) {
 		return f, nil
 	}

@@ -1,9 +1,11 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -25,6 +27,17 @@ func TestConfigMistakes(t *testing.T) {
 		}
 		if _, err := readConfig(name); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", text, err)
+		}
+	}
+	for want, put := range map[string]func() error{
+		"not a regular file": func() error { return syscall.Mkfifo(name, 0o600) },
+		"larger than":        func() error { return os.WriteFile(name, make([]byte, maxConfig+1), 0o600) },
+	} {
+		if err := errors.Join(os.Remove(name), put()); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := readConfig(name); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", want, err)
 		}
 	}
 	for want, change := range map[string]func(f *file){

@@ -14,6 +14,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"path/filepath"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -134,6 +135,16 @@ func ReadFile(root, name string, max int64) ([]byte, error) {
 		return nil, fmt.Errorf("cannot read %.200q in %s: %w", name, root, err)
 	}
 	return b, nil
+}
+
+// HostFile reads a file of the host that a config or the host's administrator names,
+// of at most max bytes; see Open.
+func HostFile(name string, max int64) ([]byte, error) {
+	name, err := filepath.Abs(name)
+	if err != nil {
+		return nil, err
+	}
+	return ReadFile("/", name, max)
 }
 
 // MkdirAll walks along name, inside the directory dir, and calls mkdir for each

@@ -470,19 +470,6 @@ func TestBrokenHostsToml(t *testing.T) {
 		}
 	}
 	os.Remove(filepath.Dir(file))
-	// Nor is anything waited for that is no file.
-	for _, name := range []string{"hosts.toml", "ca.crt", "client.cert", "client.key"} {
-		hostsToml(t, certs, "registry.example", "server = \""+h.URL+"\"\n")
-		fifo := filepath.Join(filepath.Dir(file), name)
-		if err := errors.Join(os.RemoveAll(fifo), syscall.Mkfifo(fifo, 0o600)); err != nil {
-			t.Fatal(err)
-		}
-		_, err := pullOnce(t, certs, "registry.example/team/app:1", nil)
-		if err == nil || !strings.Contains(err.Error(), fifo) {
-			t.Errorf("%s: %v", fifo, err)
-		}
-		os.RemoveAll(filepath.Dir(file))
-	}
 	// It is read anew by each pull, and what is not known is only said.
 	var logged bytes.Buffer
 	hostsToml(
@@ -501,6 +488,38 @@ func TestBrokenHostsToml(t *testing.T) {
 	if l := logged.String(); strings.Count(l, "future") != 1 || !strings.Contains(l, "skip_verfy") ||
 		!strings.Contains(l, file) {
 		t.Errorf("logged: %s", l)
+	}
+}
+
+// Nothing is waited for that has the name of a file and is none, also where hosts.toml
+// names it.
+func TestHostFilesThatBlock(t *testing.T) {
+	t.Parallel()
+	h := newHub(t)
+	h.push(t, "team/app:1", someImage(t))
+	certs := t.TempDir()
+	dir := filepath.Join(certs, "registry.example")
+	for name, key := range map[string]string{
+		"hosts.toml":  "",
+		"ca.crt":      "",
+		"client.cert": "",
+		"client.key":  "",
+		"a":           `ca = "a"`,
+		"b":           `ca = ["` + dir + `/b"]`,
+		"c":           `client = "c"`,
+		"d":           `client = [["hosts.toml", "d"]]`,
+		"e":           "[host.\"" + h.URL + "\"]\nca = \"e\"",
+	} {
+		hostsToml(t, certs, "registry.example", "server = \""+h.URL+"\"\n"+key+"\n")
+		fifo := filepath.Join(dir, name)
+		if err := errors.Join(os.RemoveAll(fifo), syscall.Mkfifo(fifo, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		_, err := pullOnce(t, certs, "registry.example/team/app:1", nil)
+		if err == nil || !strings.Contains(err.Error(), fifo) {
+			t.Errorf("%s: %v", fifo, err)
+		}
+		os.RemoveAll(dir)
 	}
 }
 

@@ -171,7 +171,7 @@ func readConfDir(dir string) ([]confFile, error) {
 	}
 	var files []confFile
 	add := func(path string) {
-		data, err := readConf(path)
+		data, err := beneath.HostFile(path, maxConf)
 		files = append(files, confFile{path: path, data: data, err: err})
 	}
 	for _, e := range entries {
@@ -186,14 +186,6 @@ func readConfDir(dir string) ([]confFile, error) {
 		}
 	}
 	return files, nil
-}
-
-func readConf(path string) ([]byte, error) {
-	path, err := filepath.Abs(path)
-	if err != nil {
-		return nil, err
-	}
-	return beneath.ReadFile("/", path, maxConf)
 }
 
 func escapeGlob(path string) string {

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/holdfast-cri/holdfast/daemon/beneath"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/kind"
@@ -26,6 +27,7 @@ const (
 	shmSize    = 64 << 20
 	shmInodes  = 1 << 16
 	filesSize  = 1 << 20 // and as much as the files of the host that are copied
+	maxCopied  = 16 << 20
 	filesNodes = 16
 )
 
@@ -110,7 +112,7 @@ const (
 
 // hostFile reads a file of the host; one that is missing is empty.
 func hostFile(path string) (string, error) {
-	b, err := os.ReadFile(path)
+	b, err := beneath.HostFile(path, maxCopied)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = nil
 	}

@@ -122,8 +122,8 @@ var ofTheModule = map[string][]string{
 	"daemon": {"daemon/...", "proto/kind", "proto/record", "proto/rundir", "runc/cgroup"},
 
 	"daemon/pods": {
-		"daemon/claims", "daemon/containers", "daemon/records", "daemon/runtimes", "daemon/spec", "daemon/state",
-		"proto/kind", "proto/rundir", "proto/step",
+		"daemon/beneath", "daemon/claims", "daemon/containers", "daemon/records", "daemon/runtimes", "daemon/spec",
+		"daemon/state", "proto/kind", "proto/rundir", "proto/step",
 	},
 	"daemon/containers": {
 		"daemon/claims", "daemon/records", "daemon/runtimes", "daemon/spec", "daemon/state", "daemon/beneath",
@@ -140,7 +140,7 @@ var ofTheModule = map[string][]string{
 	"daemon/rootfs":    {"daemon/beneath", "daemon/dirs", "proto/kind", "proto/record", "proto/rundir"},
 	"daemon/image": {"daemon/dirs", "daemon/records", "daemon/image/registry", "proto/kind", "proto/record",
 		"proto/rundir", "reaper/group"},
-	"daemon/image/registry": {"proto/kind"},
+	"daemon/image/registry": {"daemon/beneath", "proto/kind"},
 	"daemon/network": {
 		"daemon/network/...", "daemon/records", "daemon/beneath", "proto/kind", "proto/record",
 		"reaper/group", "reaper/pidfd",

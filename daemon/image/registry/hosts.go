@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -18,6 +19,8 @@ import (
 	clog "github.com/containerd/log"
 	"github.com/pelletier/go-toml/v2"
 	"github.com/sirupsen/logrus"
+
+	"github.com/holdfast-cri/holdfast/daemon/beneath"
 )
 
 // maxHeader bounds the header of an answer, in bytes.
@@ -137,21 +140,47 @@ func present(path string) (bool, error) {
 // maxHostFile bounds hosts.toml and each certificate beside it, in bytes.
 const maxHostFile = 1 << 20
 
-// checkFiles looks at what the library will read whole: to open a FIFO blocks.
+// checkFiles looks at what the library will read whole, whatever it is: to open a
+// FIFO blocks.
 func checkFiles(dir string) error {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return err
 	}
+	var names []string
 	for _, e := range entries {
-		if e.IsDir() || !slices.Contains([]string{".toml", ".crt", ".cert", ".key"}, filepath.Ext(e.Name())) {
-			continue
+		if !e.IsDir() && slices.Contains([]string{".toml", ".crt", ".cert", ".key"}, filepath.Ext(e.Name())) {
+			names = append(names, e.Name())
 		}
-		path := filepath.Join(dir, e.Name())
-		if st, err := os.Stat(path); err != nil {
+	}
+	if err := checkEach(dir, names); err != nil {
+		return err
+	}
+	text, err := beneath.HostFile(filepath.Join(dir, "hosts.toml"), maxHostFile)
+	var f hostsFile
+	if err != nil || toml.Unmarshal(text, &f) != nil {
+		return nil // there is none, or the library says where it is wrong, and opens nothing that it names
+	}
+	named := f.files()
+	for _, h := range f.Host {
+		named = append(named, h.files()...)
+	}
+	return checkEach(dir, named)
+}
+
+// checkEach checks files by their names in a directory, or absolute ones. What is
+// missing is left to the library, which knows whether it needs it.
+func checkEach(dir string, names []string) error {
+	for _, path := range names {
+		if !filepath.IsAbs(path) {
+			path = filepath.Join(dir, path)
+		}
+		f, err := beneath.Open("/", path, beneath.File, maxHostFile)
+		switch {
+		case err == nil:
+			f.Close()
+		case !errors.Is(err, fs.ErrNotExist):
 			return err
-		} else if !st.Mode().IsRegular() || st.Size() > maxHostFile {
-			return fmt.Errorf("cannot use %s: it is no file of at most %d bytes", path, maxHostFile)
 		}
 	}
 	return nil
@@ -186,18 +215,32 @@ type hostKeys struct {
 	DialTimeout  any            `toml:"dial_timeout"`
 }
 
+// files are the names of the certificates and keys that these keys name.
+func (k hostKeys) files() []string { return append(texts(k.CA), texts(k.Client)...) }
+
+// texts are the strings in a value, and in the lists in it, but for empty ones.
+func texts(v any) (all []string) {
+	switch v := v.(type) {
+	case string:
+		if v != "" {
+			all = []string{v}
+		}
+	case []any:
+		for _, e := range v {
+			all = append(all, texts(e)...)
+		}
+	}
+	return all
+}
+
 var warned sync.Map // by file and keys: each warning is given once
 
 // warnUnknown says which keys of hosts.toml do nothing. They are no error, as
 // other programs read the file too.
 func warnUnknown(log *slog.Logger, file string) {
-	f, err := os.Open(file)
-	if errors.Is(err, fs.ErrNotExist) {
-		return // certificates alone, as Docker has it
-	}
-	if err == nil {
-		defer f.Close()
-		err = toml.NewDecoder(f).DisallowUnknownFields().Decode(&hostsFile{})
+	text, err := beneath.HostFile(file, maxHostFile)
+	if err == nil { // certificates alone, as Docker has it, are no error
+		err = toml.NewDecoder(bytes.NewReader(text)).DisallowUnknownFields().Decode(&hostsFile{})
 	}
 	if e, ok := errors.AsType[*toml.StrictMissingError](err); ok {
 		var keys []string
