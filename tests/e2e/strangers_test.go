@@ -12,9 +12,11 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -49,100 +51,297 @@ func asStranger(t *testing.T, f func()) {
 	}
 }
 
-// kindsOfPods are pods of which each has something of its own on the host.
-func kindsOfPods(n *harness.Node) map[string]struct {
+// A kind is a pod that has something of its own on the host.
+type kind struct {
 	options *cri.NamespaceOption
-	edit    func(c *cri.ContainerConfig)
-} {
-	type kind = struct {
-		options *cri.NamespaceOption
-		edit    func(c *cri.ContainerConfig)
-	}
-	with := func(edit func(o *cri.NamespaceOption)) *cri.NamespaceOption {
-		o := &cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER}
-		edit(o)
-		return o
-	}
-	readOnly := func(c *cri.ContainerConfig) { c.Linux.SecurityContext.ReadonlyRootfs = true }
-	images := func(c *cri.ContainerConfig) {
-		c.Mounts = []*cri.Mount{
-			{ContainerPath: "/image", Image: &cri.ImageSpec{Image: harness.Image}, Readonly: true},
-			{ContainerPath: "/sub", Image: &cri.ImageSpec{Image: harness.Image}, ImageSubPath: "bin", Readonly: true},
+	pod     func(*cri.PodSandboxConfig)
+	edit    func(*cri.ContainerConfig)
+	end     func(*testing.T, *harness.Container) // what is done to a created container, instead of its start
+}
+
+// plants is what a container leaves for users of the host, in files of any kind that
+// it has from its pod too.
+const plants = "cp /bin/busybox /planted; chmod 4755 /planted; mkdir -m 777 /open; cp -p /planted /open/sleep; " +
+	"echo >/dev/shm/x; chmod 666 /etc/hosts"
+
+// kindsOfPods are all of them.
+func kindsOfPods(t *testing.T, n *harness.Node) map[string]kind {
+	t.Helper()
+	kinds := map[string]kind{}
+	for _, table := range []map[string]kind{
+		kindsOfNamespaces(), kindsOfPodConfigs(t), kindsOfMounts(t, n), kindsOfProcesses(), kindsOfEnds(),
+	} {
+		for name, k := range table {
+			if k.options == nil {
+				k.options = &cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER}
+			}
+			kinds[name] = k
 		}
 	}
+	if len(kinds) < 20 {
+		t.Errorf("there are only %d kinds", len(kinds))
+	}
+	return kinds
+}
+
+func kindsOfNamespaces() map[string]kind {
+	const own, shared, host = cri.NamespaceMode_CONTAINER, cri.NamespaceMode_POD, cri.NamespaceMode_NODE
 	kinds := map[string]kind{
-		"plain":        {with(func(*cri.NamespaceOption) {}), nil},
-		"shared":       {with(func(o *cri.NamespaceOption) { o.Pid = cri.NamespaceMode_POD }), nil},
-		"host-network": {with(func(o *cri.NamespaceOption) { o.Network = cri.NamespaceMode_NODE }), nil},
-		"host-ipc":     {with(func(o *cri.NamespaceOption) { o.Ipc = cri.NamespaceMode_NODE }), nil},
-		"host-pid":     {with(func(o *cri.NamespaceOption) { o.Pid = cri.NamespaceMode_NODE }), nil},
-		"readonly":     {with(func(*cri.NamespaceOption) {}), readOnly},
-		"images":       {with(func(*cri.NamespaceOption) {}), images},
-		"terminal": {with(func(*cri.NamespaceOption) {}), func(c *cri.ContainerConfig) {
-			c.Tty, c.Stdin = true, true
-		}},
-		"user": {with(func(*cri.NamespaceOption) {}), func(c *cri.ContainerConfig) {
-			c.Linux.SecurityContext.RunAsUser = &cri.Int64Value{Value: 1000}
-		}},
+		"plain":        {},
+		"shared":       {options: &cri.NamespaceOption{Pid: shared}},
+		"host-network": {options: &cri.NamespaceOption{Pid: own, Network: host}},
+		"host-ipc":     {options: &cri.NamespaceOption{Pid: own, Ipc: host}},
+		"host-pid":     {options: &cri.NamespaceOption{Pid: host}},
+		"host-all": {
+			options: &cri.NamespaceOption{Pid: host, Network: host, Ipc: host},
+			pod:     privilegedPod,
+			edit:    privileged,
+		},
 	}
 	if _, older := harness.KernelBefore(6, 3); !older {
 		shared := usernsOptions(300000)
 		shared.Pid = cri.NamespaceMode_POD
-		kinds["userns"] = kind{usernsOptions(100000), nil}
-		kinds["userns-readonly"] = kind{usernsOptions(200000), readOnly}
-		kinds["userns-shared"] = kind{shared, nil}
-		kinds["userns-images"] = kind{usernsOptions(400000), images}
+		kinds["userns"] = kind{options: usernsOptions(100000)}
+		kinds["userns-readonly"] = kind{options: usernsOptions(200000), edit: readOnly}
+		kinds["userns-shared"] = kind{options: shared}
+		kinds["userns-images"] = kind{options: usernsOptions(400000), edit: withImages}
 	}
 	return kinds
+}
+
+func readOnly(c *cri.ContainerConfig) { c.Linux.SecurityContext.ReadonlyRootfs = true }
+
+func privileged(c *cri.ContainerConfig) { c.Linux.SecurityContext.Privileged = true }
+
+func privilegedPod(c *cri.PodSandboxConfig) { c.Linux.SecurityContext.Privileged = true }
+
+func withImages(c *cri.ContainerConfig) {
+	c.Mounts = []*cri.Mount{
+		{ContainerPath: "/image", Image: &cri.ImageSpec{Image: harness.Image}, Readonly: true},
+		{ContainerPath: "/sub", Image: &cri.ImageSpec{Image: harness.Image}, ImageSubPath: "bin", Readonly: true},
+	}
+}
+
+func kindsOfPodConfigs(t *testing.T) map[string]kind {
+	port := harness.FreePort(t)
+	return map[string]kind{
+		"privileged": {pod: privilegedPod, edit: privileged},
+		"host-port": {pod: func(c *cri.PodSandboxConfig) {
+			c.PortMappings = []*cri.PortMapping{{HostPort: int32(port), ContainerPort: 80}}
+		}},
+		"dns": {pod: func(c *cri.PodSandboxConfig) {
+			c.DnsConfig = &cri.DNSConfig{Servers: []string{"10.9.8.7"}}
+		}},
+		"sysctls": {pod: func(c *cri.PodSandboxConfig) {
+			c.Linux.Sysctls = map[string]string{"kernel.shm_rmid_forced": "1"}
+		}},
+	}
+}
+
+// volumesImage has volumes.
+const volumesImage = "registry.test/tests/strangers:1"
+
+// kindsOfMounts have what a kubelet mounts for a pod, and volumes of their image.
+func kindsOfMounts(t *testing.T, n *harness.Node) map[string]kind {
+	volume := n.Path("volume")
+	if err := errors.Join(os.MkdirAll(volume+"/sub", 0o755), os.WriteFile(volume+"/end", nil, 0o666)); err != nil {
+		t.Fatal(err)
+	}
+	layer, err := harness.BoxLayer()
+	if err == nil {
+		volumes := map[string]struct{}{"/etc": {}, "/absent": {}}
+		_, err = n.Registry.Push(volumesImage, ocispec.ImageConfig{Volumes: volumes}, layer)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Pull(volumesImage)
+	mount := func(at, source string) func(*cri.ContainerConfig) {
+		return func(c *cri.ContainerConfig) { c.Mounts = []*cri.Mount{{ContainerPath: at, HostPath: source}} }
+	}
+	return map[string]kind{
+		"readonly":    {edit: readOnly},
+		"images":      {edit: withImages},
+		"sub-path":    {edit: mount("/volume", volume+"/sub")},
+		"termination": {edit: mount("/dev/termination-log", volume+"/end")},
+		"volumes": {edit: func(c *cri.ContainerConfig) {
+			readOnly(c)
+			c.Image.Image = volumesImage
+		}},
+	}
+}
+
+func kindsOfProcesses() map[string]kind {
+	return map[string]kind{
+		"terminal": {edit: func(c *cri.ContainerConfig) { c.Tty, c.Stdin = true, true }},
+		"stdin":    {edit: func(c *cri.ContainerConfig) { c.Stdin, c.StdinOnce = true, true }},
+		"user": {edit: func(c *cri.ContainerConfig) {
+			c.Linux.SecurityContext.RunAsUser = &cri.Int64Value{Value: 1000}
+		}},
+		"limits": {edit: func(c *cri.ContainerConfig) {
+			c.Linux.Resources = &cri.LinuxContainerResources{
+				CpuShares:          512,
+				CpuQuota:           50000,
+				CpuPeriod:          100000,
+				MemoryLimitInBytes: 256 << 20,
+				HugepageLimits:     []*cri.HugepageLimit{{PageSize: "2MB", Limit: 2 << 20}},
+			}
+		}},
+		"device": {edit: func(c *cri.ContainerConfig) {
+			c.Devices = []*cri.Device{{HostPath: "/dev/zero", ContainerPath: "/dev/given", Permissions: "rw"}}
+		}},
+	}
+}
+
+// kindsOfEnds are containers of which none runs.
+func kindsOfEnds() map[string]kind {
+	command := func(words ...string) func(*cri.ContainerConfig) {
+		return func(c *cri.ContainerConfig) { c.Command = words }
+	}
+	return map[string]kind{
+		"created": {end: func(*testing.T, *harness.Container) {}},
+		"ended": {edit: command("sh", "-c", plants), end: func(_ *testing.T, c *harness.Container) {
+			c.Start()
+			c.WaitExited(patience)
+		}},
+		"unrunnable": {edit: command("/missing"), end: func(t *testing.T, c *harness.Container) {
+			ctx, cancel := harness.Deadline()
+			defer cancel()
+			_, err := c.N.Runtime.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: c.ID})
+			if err == nil {
+				t.Error("a container without its program was started")
+			}
+		}},
+		"stopped": {end: func(t *testing.T, c *harness.Container) {
+			c.Start()
+			c.Output("sh", "-c", plants)
+			ctx, cancel := harness.Deadline()
+			defer cancel()
+			_, err := c.N.Runtime.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: c.Pod.ID})
+			if err != nil {
+				t.Error(err)
+			}
+		}},
+	}
+}
+
+// strangersNode is a node with pods, of which a user of the host must not have anything.
+type strangersNode struct {
+	*harness.Node
+	mu       sync.Mutex
+	running  map[string]*harness.Container
+	programs []string // what containers have left to be run
+}
+
+// add makes a pod and has its container leave something.
+func (n *strangersNode) add(t *testing.T, name string, k kind) {
+	t.Helper()
+	pod := n.With(t).RunPod(name, podWith(k.options), func(c *cri.PodSandboxConfig) {
+		if k.options.Network == cri.NamespaceMode_NODE {
+			c.Hostname = ""
+		}
+		if k.pod != nil {
+			k.pod(c)
+		}
+	})
+	c := pod.Create("c", []string{"sleep", "1000"}, containerWith(k.options), func(c *cri.ContainerConfig) {
+		if k.edit != nil {
+			k.edit(c)
+		}
+	})
+	if k.end != nil {
+		k.end(t, c)
+	} else {
+		c.Start()
+		c.Exec(60, "sh", "-c", plants)
+	}
+	roots := []string{
+		filepath.Join(n.State, "containers", c.ID, "rootfs"),
+		filepath.Join(n.Root, "containers", c.ID, "upper"),
+	}
+	if k.options.UsernsOptions != nil {
+		roots = append(roots, filepath.Join(n.State+"-userns", c.ID, "root"))
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for _, root := range roots {
+		n.programs = append(n.programs, root+"/planted", root+"/bin/busybox")
+	}
+	if k.end == nil {
+		n.running[name] = c
+	}
 }
 
 // A user of the host finds nothing of the node and of its pods, whatever root of a
 // container has left there for him. So it is too after an earlier version, or
 // somebody, had opened the directories, with pods that go on.
 func TestStrangers(t *testing.T) {
-	n := harness.New(t)
-	var containers []*harness.Container
-	var programs []string
-	for name, k := range kindsOfPods(n) {
-		pod := n.RunPod(name, podWith(k.options), func(c *cri.PodSandboxConfig) {
-			if k.options.Network == cri.NamespaceMode_NODE {
-				c.Hostname = ""
-			}
-		})
-		edits := []func(*cri.ContainerConfig){containerWith(k.options)}
-		if k.edit != nil {
-			edits = append(edits, k.edit)
+	n := &strangersNode{Node: harness.New(t), running: map[string]*harness.Container{}}
+	t.Run("pods", func(t *testing.T) {
+		for name, k := range kindsOfPods(t, n.Node) {
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				n.add(t, name, k)
+			})
 		}
-		c := pod.Run("c", []string{"sleep", "1000"}, edits...)
-		containers = append(containers, c)
-		c.Exec(60, "sh", "-c", "cp /bin/busybox /planted; chmod 4755 /planted; mkdir -m 777 /open; echo >/dev/shm/x")
-		roots := []string{
-			filepath.Join(n.State, "containers", c.ID, "rootfs"),
-			filepath.Join(n.Root, "containers", c.ID, "upper"),
-		}
-		if k.options.UsernsOptions != nil {
-			roots = append(roots, filepath.Join(n.State+"-userns", c.ID, "root"))
-		}
-		for _, root := range roots {
-			programs = append(programs, root+"/planted", root+"/bin/busybox")
-		}
-	}
-	wantClosed(t, n, programs)
+	})
+	// A program with another user's rights runs while the node is tried.
+	busy := n.running["plain"]
+	ended := make(chan error, 1)
+	go func() {
+		_, err := busy.Exec(0, "sh", "-c", "echo >/busy; exec /open/sleep 1000")
+		ended <- err
+	}()
+	harness.Eventually(t, patience, "a command runs", func() bool {
+		r, err := busy.Exec(60, "test", "-e", "/busy")
+		return err == nil && r.ExitCode == 0
+	})
+	wantClosed(t, n.Node, n.programs)
 
 	for _, dir := range []string{n.Root, n.State, n.Root + "/containers", n.State + "/containers", n.State + "/pods"} {
 		if err := os.Chmod(dir, 0o711); err != nil {
 			t.Fatal(err)
 		}
 	}
-	n.Restart()
-	wantClosed(t, n, programs)
-	for _, c := range containers {
-		c.Output("true")
-		c.Pod.Run("later", []string{"sleep", "1000"},
-			containerWith(c.Pod.Config.Linux.SecurityContext.NamespaceOptions))
+	n.restartWithPause(t)
+	if err := <-ended; err == nil {
+		t.Error("the command has ended by itself")
 	}
+	n.add(t, "pause", kind{options: &cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER}})
+	wantClosed(t, n.Node, n.programs)
+	t.Run("later", func(t *testing.T) {
+		for name, c := range n.running {
+			t.Run(name, func(t *testing.T) {
+				t.Parallel()
+				c := c.With(t)
+				c.Output("true")
+				c.Pod.Run("later", []string{"sleep", "1000"},
+					containerWith(c.Pod.Config.Linux.SecurityContext.NamespaceOptions))
+			})
+		}
+	})
 	n.RemoveAllPods()
+	ctx, cancel := harness.Deadline()
+	defer cancel()
+	image := &cri.ImageSpec{Image: volumesImage}
+	if _, err := n.Images.RemoveImage(ctx, &cri.RemoveImageRequest{Image: image}); err != nil {
+		t.Error(err)
+	}
 	n.CheckClean()
+}
+
+// restartWithPause has pods get an init each from now on.
+func (n *strangersNode) restartWithPause(t *testing.T) {
+	t.Helper()
+	f, err := os.OpenFile(n.Path("config.toml"), os.O_WRONLY|os.O_APPEND, 0)
+	if err == nil {
+		_, err = f.WriteString("[sandbox]\nmode = \"pause\"\n")
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Restart()
 }
 
 // wantClosed tries all that there is of a node, and some programs.

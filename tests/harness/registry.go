@@ -57,7 +57,7 @@ func startRegistry() (*Registry, error) {
 	r := &Registry{Host: l.Addr().String(), handler: registry.New(registry.Logger(log.New(io.Discard, "", 0)))}
 	r.server = &http.Server{Handler: r, ReadHeaderTimeout: time.Minute}
 	go r.server.Serve(l) // ends with Close
-	layer, err := boxLayer()
+	layer, err := BoxLayer()
 	if err == nil {
 		_, err = r.Push(Image, ocispec.ImageConfig{
 			Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
@@ -203,9 +203,9 @@ func writeEntry(w *tar.Writer, h *tar.Header, content []byte) error {
 	return err
 }
 
-// boxLayer holds busybox, a hard link for each applet, testbox, and the files
+// BoxLayer holds busybox, a hard link for each applet, testbox, and the files
 // that users and groups are looked up in.
-var boxLayer = sync.OnceValues(func() (Layer, error) {
+var BoxLayer = sync.OnceValues(func() (Layer, error) {
 	path, err := exec.LookPath("busybox")
 	if err != nil {
 		return Layer{}, fmt.Errorf("cannot make an image without busybox: install busybox-static: %w", err)
