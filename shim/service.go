@@ -286,6 +286,9 @@ func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.Delete
 	return &pb.DeleteResponse{Exit: pb.ExitOf(e)}, nil
 }
 
+// Shutdown is for package taskapi.
+func (s *service) Shutdown() error { return s.task.Shutdown() }
+
 func (s *service) Events(ctx context.Context, req *pb.EventsRequest) (*pb.EventsResponse, error) {
 	if err := s.check(req.Id); err != nil {
 		return nil, err

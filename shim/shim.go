@@ -18,6 +18,7 @@ import (
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/reaper"
+	"github.com/holdfast-cri/holdfast/shim/taskapi"
 )
 
 // Config is what a shim is started with.
@@ -94,7 +95,9 @@ func open(cfg Config) (s *shim, err error) {
 	s.task, err = openTask(cfg.Dir, cfg.Log, s.reaper, cfg.Files)
 	s.reaper.Begin()
 	if err == nil {
-		pb.RegisterShimService(s.server, &service{task: s.task, identity: identity})
+		service := &service{task: s.task, identity: identity}
+		pb.RegisterShimService(s.server, service)
+		taskapi.Register(s.server, service, cfg.Dir.ID(), string(cfg.Dir))
 		if err = s.presence.appear(); err != nil {
 			err = errors.Join(err, s.presence.disappear())
 		}

@@ -124,6 +124,20 @@ func (t *task) abandon() bool {
 	return t.abandoned
 }
 
+// Shutdown ends the shim if it has no container. After the end of the container it does
+// so by itself.
+func (t *task) Shutdown() error {
+	if t.abandon() {
+		return nil
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.status.Phase != rundir.PhaseExited {
+		return kind.Errorf(kind.State, "the shim keeps container %s, which is %s", t.dir.ID(), t.status.Phase)
+	}
+	return nil
+}
+
 // alive gives the container in a phase where its init may live. nil without an
 // error: it has ended.
 func (t *task) alive() (*container, error) {

@@ -53,6 +53,11 @@ var allowed = map[string][]string{
 	},
 	"shim/stdio":   {module + "shim/logfile", "golang.org/x/sys/unix"},
 	"shim/logfile": {"golang.org/x/sys/unix"},
+	"shim/taskapi": {
+		module + "proto", module + "proto/kind", module + "runc/cgroup", "github.com/containerd/ttrpc",
+		"google.golang.org/protobuf/encoding/protowire", "google.golang.org/protobuf/reflect/protoreflect",
+		"google.golang.org/protobuf/types/known/timestamppb",
+	},
 
 	"daemon/beneath": {"golang.org/x/sys/unix"},
 	"daemon/metrics": {
