@@ -119,9 +119,7 @@ func TestRecoverDamaged(t *testing.T) {
 			started := b.Status(t, ran).StartedAt
 			b.close()
 			for _, id := range []string{fresh, ran} {
-				if err := damage(string(b.Dir(id))); err != nil {
-					t.Fatal(err)
-				}
+				check(t, damage(string(b.Dir(id))))
 			}
 			b.open()
 			if s := b.PodStatus(t, pod); s.State != ready || s.Network.GetIp() == "" {
@@ -229,9 +227,7 @@ func TestRecoverPod(t *testing.T) {
 			pod := b.RunPod(t, "pod")
 			id := b.Run(t, pod, fake.ContainerConfig("c"))
 			b.close()
-			if err := c.damage(b, pod, id); err != nil {
-				t.Fatal(err)
-			}
+			check(t, c.damage(b, pod, id))
 			b.open()
 			if s := b.PodStatus(t, pod); s.State == ready != c.ready {
 				t.Errorf("the pod: %v", s)
@@ -261,9 +257,7 @@ func TestRecoverUnknown(t *testing.T) {
 		os.WriteFile(filepath.Join(b.Durable(state.Containers, id), "record.json"), nil, 0o600),
 		os.WriteFile(b.Dir(id).Path(rundir.LaunchName), nil, 0o600),
 	)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	for range 2 {
 		if r := b.open(); r.complete() {
 			t.Error("all pods of the node are known, whatever the container's is")
@@ -280,9 +274,7 @@ func TestRecoverUnknown(t *testing.T) {
 	// Once it is over it goes.
 	b.KillShim(t, id)
 	path, _ := b.Cgroups.ContainerPath("", pod, id)
-	if err := b.Cgroups.Of(path).Kill(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	check(t, b.Cgroups.Of(path).Kill(t.Context()))
 	b.open()
 	b.removeAll(pod)
 }
@@ -300,9 +292,7 @@ func TestRecoverUnknownPod(t *testing.T) {
 		os.Remove(filepath.Join(b.Durable(state.Pods, pod), "record.json")),
 		os.Remove(filepath.Join(b.State, "pods", pod, "record.json")),
 	)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	b.open()
 	b.joint.work.Wait()
 	if n := b.Network.Deleted(pod); n != 0 || b.Network.Pinned(pod) == (records.Namespaces{}) || !b.Lives(t, pod, id) {
@@ -311,9 +301,7 @@ func TestRecoverUnknownPod(t *testing.T) {
 	b.close()
 	b.KillShim(t, id)
 	path, _ := b.Cgroups.ContainerPath("", pod, id)
-	if err := b.Cgroups.Of(path).Kill(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	check(t, b.Cgroups.Of(path).Kill(t.Context()))
 	b.open() // both go
 	fake.Until(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
 }
@@ -354,9 +342,7 @@ func TestRecoverCutShort(t *testing.T) {
 					t.Error("its processes live")
 				}
 				p, err := b.Pods.Find(pod)
-				if err != nil {
-					t.Fatal(err)
-				}
+				check(t, err)
 				fake.Until(t, "the name to be free", func() bool {
 					next, err := b.Containers.Create(t.Context(), p, fake.ContainerConfig("c"))
 					return err == nil && next != id
@@ -377,9 +363,7 @@ func TestRecoverAfterBoot(t *testing.T) {
 	b.close()
 	b.KillShim(t, ran)
 	path, _ := b.Cgroups.ContainerPath("", pod, ran)
-	if err := b.Cgroups.Of(path).Kill(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	check(t, b.Cgroups.Of(path).Kill(t.Context()))
 	for _, id := range []string{over, ran} {
 		b.put(id, func(r *records.Container) { r.BootID = "another" })
 	}
@@ -387,9 +371,7 @@ func TestRecoverAfterBoot(t *testing.T) {
 	err := b.Store.Get(state.Pods, pod, &rec)
 	rec.BootID = "another"
 	err = errors.Join(err, b.Store.Put(state.Pods, pod, &rec, false), os.RemoveAll(b.State))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	b.open()
 	if s := b.PodStatus(t, pod); s.State == ready {
 		t.Errorf("the pod: %v", s)
@@ -428,9 +410,7 @@ func TestRecoverDebts(t *testing.T) {
 			pod := b.RunPod(t, "pod")
 			b.Run(t, pod, fake.ContainerConfig("c"))
 			b.Network.Deleting.Fail(errors.New("the plugin is gone"))
-			if err := c.leave(b, pod); err != nil {
-				t.Fatal(err)
-			}
+			check(t, c.leave(b, pod))
 			for range 2 {
 				b.close()
 				if r := b.open(); !r.complete() || !slices.Contains(r.podIDs, pod) {
@@ -467,14 +447,10 @@ func TestRecoverInit(t *testing.T) {
 			pod := b.RunPod(t, "pod")
 			b.Run(t, pod, fake.Shared("a"))
 			p, err := b.Pods.Find(pod)
-			if err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
 			before := p.Init().Seen().Init
 			b.close()
-			if err := damage(string(b.Dir(pod))); err != nil {
-				t.Fatal(err)
-			}
+			check(t, damage(string(b.Dir(pod))))
 			b.open()
 			if p, err = b.Pods.Find(pod); err != nil {
 				t.Fatal(err)
@@ -484,9 +460,7 @@ func TestRecoverInit(t *testing.T) {
 			if init == nil || !before.Alive() || init.Seen().Exit != nil {
 				t.Fatalf("the init: %v, lives: %t", init, before.Alive())
 			}
-			if err := syscall.Kill(before.PID, syscall.SIGKILL); err != nil {
-				t.Fatal(err)
-			}
+			check(t, syscall.Kill(before.PID, syscall.SIGKILL))
 			fake.Until(t, "the pod not to be ready", func() bool { return p.Ready() != nil })
 			b.removeAll(pod)
 		})
@@ -505,9 +479,7 @@ func TestRecoverOneNameTwice(t *testing.T) {
 	err := b.Store.Get(state.Containers, id, &rec)
 	rec.ID, rec.CreatedAt = other, time.Now()
 	err = errors.Join(err, b.Store.Create(state.Containers, other), b.Store.Put(state.Containers, other, &rec, false))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if r := b.open(); r.quarantined != 1 || r.complete() {
 		t.Errorf("%d objects were put aside, complete: %t", r.quarantined, r.complete())
 	}
@@ -518,4 +490,12 @@ func TestRecoverOneNameTwice(t *testing.T) {
 		t.Errorf("the other one: %v", err)
 	}
 	b.removeAll(pod)
+}
+
+// check ends the test where something fails that it needs.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
 }

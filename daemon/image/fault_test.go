@@ -96,9 +96,7 @@ func TestInterruptedPullKeepsFinishedBlobs(t *testing.T) {
 			t.Fatalf("got %v", err)
 		}
 		half(t, s)
-		if err := s.collect(); err != nil {
-			t.Fatal(err)
-		}
+		check(t, s.collect())
 		if !finished(s) {
 			t.Fatal("finished blobs were removed")
 		}

@@ -46,9 +46,7 @@ func TestReadersDoNotWaitForTheDisk(t *testing.T) {
 	l := NewLibrary(s, &sink{}, (&users{}).use)
 	pull := func(ref string) (Image, error) { return l.Pull(t.Context(), PullRequest{Ref: ref}) }
 	img, err := pull(f.push(t, "here:1", imageOf(t, "y", layerOf(t, "y", 1000, 9, types.OCILayer))))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	asked, answer := make(chan struct{}), make(chan struct{})
 	f.set(func(w http.ResponseWriter, r *http.Request) bool {
 		if f.isLayer(r, 0) {

@@ -178,14 +178,10 @@ func FuzzRecord(f *testing.F) {
 			t.Fatal(err)
 		}
 		for _, b := range [][]byte{config, manifest} {
-			if err := os.WriteFile(filepath.Join(blobs, digest.FromBytes(b).Encoded()), b, 0o600); err != nil {
-				t.Fatal(err)
-			}
+			check(t, os.WriteFile(filepath.Join(blobs, digest.FromBytes(b).Encoded()), b, 0o600))
 		}
 		path := (&Store{o: Options{Root: root}}).recordPath(r.Ref)
-		if err := record.Write(path, json.RawMessage(body), false); err != nil {
-			t.Fatal(err)
-		}
+		check(t, record.Write(path, json.RawMessage(body), false))
 		s := openAt(t, root)
 		for _, img := range s.List() {
 			if _, err := s.Remove(img.ID); err != nil {

@@ -76,9 +76,7 @@ func (h *hostile) has(typ string, b []byte) ocispec.Descriptor {
 func (h *hostile) tag(t testing.TB, name string, v any) string {
 	t.Helper()
 	b, err := json.Marshal(v)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	h.has("", b)
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -107,9 +105,7 @@ func manifestOf(config ocispec.Descriptor, layers ...ocispec.Descriptor) ocispec
 func (h *hostile) configOf(t testing.TB, more string, diffIDs ...digest.Digest) ocispec.Descriptor {
 	t.Helper()
 	ids, err := json.Marshal(diffIDs)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return h.has(
 		ocispec.MediaTypeImageConfig,
 		fmt.Appendf(nil, `{"os":"linux","architecture":"amd64"%s,"rootfs":{"type":"layers","diff_ids":%s}}`, more, ids),
@@ -170,13 +166,9 @@ func TestDigestsAreNoKeys(t *testing.T) {
 			r.Auth = &Auth{Username: "me", Password: "secret"}
 			img := mustPull(t, s, r)
 			manifest, err := private.Digest()
-			if err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
 			raw, err := private.RawConfigFile()
-			if err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
 			config := ocispec.Descriptor{
 				MediaType: ocispec.MediaTypeImageConfig,
 				Digest:    digest.Digest(img.ID),
@@ -220,9 +212,7 @@ func TestIndexLies(t *testing.T) {
 	t.Parallel()
 	h := newHostile(t)
 	b, err := json.Marshal(manifestOf(h.configOf(t, "")))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	d := h.has(ocispec.MediaTypeImageManifest, b)
 	s := openAt(t, t.TempDir())
 	for i, size := range []int64{1, 1 << 40} { // the manifest is here the second time

@@ -140,9 +140,7 @@ func (h *hub) push(t testing.TB, ref string, img remote.Taggable) string {
 	t.Helper()
 	full := h.host + "/" + ref
 	r, err := name.ParseReference(full)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	switch x := img.(type) {
 	case v1.Image:
 		err = remote.Write(r, x)
@@ -151,9 +149,7 @@ func (h *hub) push(t testing.TB, ref string, img remote.Taggable) string {
 	default:
 		err = remote.Put(r.(name.Tag), x)
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	h.reset()
 	return full
 }
@@ -165,15 +161,11 @@ func layerOf(t testing.TB, file string, size int, seed uint64, typ types.MediaTy
 	w := tar.NewWriter(&b)
 	content := make([]byte, size)
 	rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8)}).Read(content)
-	if err := w.WriteHeader(&tar.Header{Name: file, Size: int64(size), Mode: 0o644}); err != nil {
-		t.Fatal(err)
-	}
+	check(t, w.WriteHeader(&tar.Header{Name: file, Size: int64(size), Mode: 0o644}))
 	if _, err := w.Write(content); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, w.Close())
 	return &testLayer{raw: b.Bytes(), packed: pack(t, b.Bytes(), typ), typ: typ}
 }
 
@@ -192,9 +184,7 @@ func pack(t testing.TB, b []byte, typ types.MediaType) []byte {
 	if _, err := w.Write(b); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, w.Close())
 	return out.Bytes()
 }
 
@@ -225,13 +215,9 @@ func imageOf(t testing.TB, cmd string, layers ...v1.Layer) v1.Image {
 	img, err := mutate.AppendLayers(
 		mutate.MediaType(mutate.ConfigMediaType(empty.Image, types.OCIConfigJSON), types.OCIManifestSchema1),
 		layers...)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	c, err := img.ConfigFile()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	c = c.DeepCopy()
 	c.OS, c.Architecture = "linux", "amd64"
 	c.Config.Cmd = []string{cmd}
@@ -247,9 +233,7 @@ func imageOf(t testing.TB, cmd string, layers ...v1.Layer) v1.Image {
 func idOf(t testing.TB, img v1.Image) string {
 	t.Helper()
 	h, err := img.ConfigName()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return h.String()
 }
 
@@ -310,9 +294,7 @@ func openAt(t testing.TB, root string, change ...func(*Options)) *Store {
 		f(&o)
 	}
 	s, err := Open(o)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	t.Cleanup(func() { s.Close() })
 	return s
 }
@@ -320,9 +302,7 @@ func openAt(t testing.TB, root string, change ...func(*Options)) *Store {
 func mustPull(t testing.TB, s *Store, r PullRequest) Image {
 	t.Helper()
 	img, err := s.Pull(t.Context(), r)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return img
 }
 
@@ -366,22 +346,14 @@ func verify(t testing.TB, s *Store) {
 		t.Error(err)
 	}
 	p, err := layout.FromPath(s.o.Root)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	x, err := p.ImageIndex()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	m, err := x.IndexManifest()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	for _, d := range m.Manifests {
 		img, err := x.Image(d.Digest)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		if err := validate.Image(img, validate.Fast); err != nil {
 			t.Errorf("%s in the layout: %v", d.Digest, err)
 		}
@@ -496,9 +468,7 @@ func TestSpec(t *testing.T) {
 	h := newHub(t)
 	img := imageOf(t, "x", layerOf(t, "a", 1000, 1, types.OCILayer))
 	c, err := img.ConfigFile()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	c = c.DeepCopy()
 	c.Author, c.History = "somebody", []v1.History{{CreatedBy: "RUN x"}, {CreatedBy: "CMD y", EmptyLayer: true}}
 	if img, err = mutate.ConfigFile(img, c); err != nil {
@@ -508,21 +478,15 @@ func TestSpec(t *testing.T) {
 	s := openAt(t, t.TempDir())
 	pulled := mustPull(t, s, PullRequest{Ref: h.host + "/team/app:1"})
 	spec, err := s.Spec(pulled)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	b, err := json.Marshal(spec)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	var got ocispec.Image
 	if err := json.Unmarshal(b, &got); err != nil || got.Author != "somebody" || got.Config.Cmd[0] != "x" ||
 		len(got.History) != 2 || !got.History[1].EmptyLayer || got.RootFS.DiffIDs[0] != pulled.DiffIDs[0] {
 		t.Errorf("%s: %v", b, err)
 	}
-	if err := os.Remove(s.blobPath(digest.Digest(pulled.ID))); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Remove(s.blobPath(digest.Digest(pulled.ID))))
 	if _, err := s.Spec(pulled); err == nil {
 		t.Error("no error without the blob")
 	}
@@ -704,9 +668,9 @@ func TestRedirectsGetNoCredentials(t *testing.T) {
 		h.Config.Handler.ServeHTTP(w, q)
 	}))
 	defer storage.Close()
-	check := basicAuth("me", "secret")
+	login := basicAuth("me", "secret")
 	h.set(func(w http.ResponseWriter, r *http.Request) bool {
-		if !check(w, r) {
+		if !login(w, r) {
 			return false
 		}
 		if strings.Contains(r.URL.Path, "/blobs/") && r.Host == h.host {
@@ -821,9 +785,7 @@ func TestDamageIsMended(t *testing.T) {
 		img := mustPull(t, s, k.request(ref))
 		b := bytes.Clone(l.packed)
 		b[len(b)/2] ^= 1
-		if err := os.WriteFile(s.blobPath(d), b, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.WriteFile(s.blobPath(d), b, 0o600))
 		var k2 sink
 		h.set(func(w http.ResponseWriter, r *http.Request) bool { w.WriteHeader(http.StatusNotFound); return false })
 		if err := s.unpack(t.Context(), k2.request(img.ID)); !errors.Is(err, ErrNotFound) || len(k2.layers) != 0 {
@@ -834,9 +796,7 @@ func TestDamageIsMended(t *testing.T) {
 			t.Errorf("unpack: %v", err)
 		}
 		verify(t, s)
-		if err := os.Remove(s.blobPath(d)); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.Remove(s.blobPath(d)))
 		var k3 sink
 		mustPull(t, s, k3.request(ref))
 		if len(k3.layers) != 1 {
@@ -857,9 +817,7 @@ func TestDamageIsMended(t *testing.T) {
 		if err := os.WriteFile(refs[0], nil, 0o600); err != nil { // as a power cut leaves it
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(filepath.Join(root, "index.json"), []byte("?"), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.WriteFile(filepath.Join(root, "index.json"), []byte("?"), 0o600))
 		s = openAt(t, root)
 		if len(s.List()) != 1 {
 			t.Errorf("%+v", s.List())
@@ -870,9 +828,7 @@ func TestDamageIsMended(t *testing.T) {
 		}
 		s.Close()
 		// A blob that is gone takes its references along.
-		if err := os.Remove(s.blobPath(d)); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.Remove(s.blobPath(d)))
 		s = openAt(t, root)
 		noRefs(t, s)
 		eventually(t, "what is left is collected", func() bool { return s.Usage() == Usage{} })
@@ -894,12 +850,8 @@ func TestDamageIsMendedOnce(t *testing.T) {
 	gone := make(chan bool, 1)
 	go func() { gone <- s.dropIfDamaged(d) }()
 	f, err := os.OpenFile(s.blobPath(d.Digest), os.O_WRONLY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(os.Remove(s.blobPath(d.Digest)), s.addBlob(d, good)); err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
+	check(t, errors.Join(os.Remove(s.blobPath(d.Digest)), s.addBlob(d, good)))
 	if err := f.Close(); err != nil { // its content is another one
 		t.Fatal(err)
 	}
@@ -917,12 +869,12 @@ func TestConcurrentPullsShareBlobs(t *testing.T) {
 	)
 	// Blobs stand still until everybody has resolved the name.
 	const pulls = 8
-	check := basicAuth("me", "secret")
+	login := basicAuth("me", "secret")
 	var mu sync.Mutex
 	resolved := 0
 	all := make(chan struct{})
 	h.set(func(w http.ResponseWriter, r *http.Request) bool {
-		if !check(w, r) {
+		if !login(w, r) {
 			return false
 		}
 		if strings.Contains(r.URL.Path, "/manifests/") {
@@ -1043,13 +995,9 @@ func TestStandstillEnds(t *testing.T) {
 	h := newHub(t)
 	ref := h.push(t, "app:1", imageOf(t, "x", layerOf(t, "a", 1<<20, 1, types.OCILayer)))
 	img, err := remote.Image(mustRef(t, ref))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	m, err := img.Manifest()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	cfg := digest.Digest(m.Config.Digest.String())
 	h.set(func(w http.ResponseWriter, r *http.Request) bool {
 		if r.Method != http.MethodGet || !strings.Contains(r.URL.Path, "/blobs/") ||
@@ -1075,9 +1023,7 @@ func TestStandstillEnds(t *testing.T) {
 func mustRef(t testing.TB, ref string) name.Reference {
 	t.Helper()
 	r, err := name.ParseReference(ref)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return r
 }
 
@@ -1272,9 +1218,7 @@ func TestMirrors(t *testing.T) {
 	const ref = "registry.example/team/app:1"
 
 	hostsToml(t, certs, "registry.example", fmt.Sprintf("server = %q\n[host.%q]\n", origin.URL, mirror.URL))
-	if err := pull(ref); err != nil {
-		t.Fatal(err)
-	}
+	check(t, pull(ref))
 	if m, b := traffic(mirror); m != 1 || b != 2 {
 		t.Errorf("mirror: %d manifests, %d blobs", m, b)
 	}
@@ -1288,9 +1232,7 @@ func TestMirrors(t *testing.T) {
 		"registry.example",
 		fmt.Sprintf("server = %q\n[host.%q]\ncapabilities = [\"pull\"]\n", origin.URL, mirror.URL),
 	)
-	if err := pull(ref); err != nil {
-		t.Fatal(err)
-	}
+	check(t, pull(ref))
 	if m, b := traffic(mirror); m != 1 || b != 2 {
 		t.Errorf("mirror: %d manifests, %d blobs", m, b)
 	}
@@ -1299,9 +1241,7 @@ func TestMirrors(t *testing.T) {
 	}
 	// What a digest names it may say, the second time too.
 	hash, err := img.Digest()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	s := openAt(t, t.TempDir(), func(o *Options) { o.RegistryConfigDir = certs })
 	for range 2 {
 		mustPull(t, s, PullRequest{Ref: "registry.example/team/app@" + hash.String()})
@@ -1320,17 +1260,13 @@ func TestMirrors(t *testing.T) {
 		return true
 	})
 	mirror.setCut(50_000)
-	if err := pull(ref); err != nil {
-		t.Fatal(err)
-	}
+	check(t, pull(ref))
 	if _, sent := origin.reset(); sent < 40_000 || sent > 60_000 {
 		t.Errorf("the origin sent %d bytes", sent)
 	}
 	// The mirror is down, and the default for all hosts is used; override_path.
 	mirror.Close()
-	if err := os.RemoveAll(filepath.Join(certs, "registry.example")); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.RemoveAll(filepath.Join(certs, "registry.example")))
 	hostsToml(
 		t,
 		certs,
@@ -1354,13 +1290,9 @@ func TestPartsAreRemoved(t *testing.T) {
 		return filepath.Join(root, ingestName, partName("registry.example", descOfBytes([]byte(s))))
 	}
 	resumed, orphan, small := part("resumed"), part("orphan"), filepath.Join(root, ingestName, smallPrefix+"1")
-	if err := s.beginPending("registry.test/a:1", []digest.Digest{digest.FromString("resumed")}); err != nil {
-		t.Fatal(err)
-	}
+	check(t, s.beginPending("registry.test/a:1", []digest.Digest{digest.FromString("resumed")}))
 	for _, p := range []string{resumed, orphan, small} {
-		if err := os.WriteFile(p, []byte("x"), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.WriteFile(p, []byte("x"), 0o600))
 	}
 	gone := func(path string) bool { _, err := os.Stat(path); return errors.Is(err, os.ErrNotExist) }
 	s = openAt(t, root)
@@ -1383,9 +1315,7 @@ func TestUnfinishedFilesAreRemoved(t *testing.T) {
 		filepath.Join(refsName, ".x.json.1"),
 	} {
 		path := filepath.Join(root, name)
-		if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.WriteFile(path, []byte("x"), 0o600))
 		openAt(t, root).Close()
 		if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s: %v", name, err)
@@ -1405,9 +1335,7 @@ func TestUnpackMakesRoom(t *testing.T) {
 		PullRequest{Ref: h.push(t, "app:1", imageOf(t, "x", layerOf(t, "a", 1000, 1, types.OCILayer)))},
 	)
 	part := filepath.Join(s.o.Root, ingestName, partName(h.host, descOfBytes([]byte("part"))))
-	if err := os.WriteFile(part, []byte("x"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(part, []byte("x"), 0o600))
 	err := s.unpack(t.Context(), PullRequest{Ref: img.ID, Layers: noRoom{&sink{}}})
 	if !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("got %v", err)
@@ -1425,4 +1353,12 @@ func needed(s *Store, d digest.Digest) bool {
 	unneeded := false
 	s.ifUnneeded(d, func() error { unneeded = true; return nil })
 	return !unneeded
+}
+
+// check ends the test where something fails that it needs.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
 }

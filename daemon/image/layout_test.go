@@ -27,9 +27,7 @@ func variety(t testing.TB, s *Store, h *hub) map[string]string {
 	layer := func(seed uint64, typ types.MediaType) v1.Layer { return layerOf(t, "file", 1000, seed, typ) }
 	digestOf := func(img v1.Image) string {
 		d, err := img.Digest()
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		return d.String()
 	}
 	app := imageOf(
@@ -79,7 +77,7 @@ func TestLayoutForCraneAndOras(t *testing.T) {
 	s := openAt(t, t.TempDir())
 	h := newHub(t)
 	want := variety(t, s, h)
-	check := func() {
+	look := func() {
 		t.Helper()
 		verify(t, s)
 		got := map[string]string{}
@@ -95,9 +93,7 @@ func TestLayoutForCraneAndOras(t *testing.T) {
 			t.Errorf("%v, want %v", got, want)
 		}
 		o, err := oci.NewFromFS(t.Context(), os.DirFS(s.o.Root))
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		for ref, d := range want {
 			copied, err := oras.Copy(t.Context(), o, ref, memory.New(), "", oras.DefaultCopyOptions)
 			if err != nil || copied.Digest.String() != d {
@@ -105,33 +101,29 @@ func TestLayoutForCraneAndOras(t *testing.T) {
 			}
 		}
 	}
-	check()
+	look()
 
 	moved := imageOf(t, "moved", layerOf(t, "file", 1000, 8, types.OCILayer))
 	ref := h.push(t, "team/app:1", moved)
 	var k sink
 	mustPull(t, s, k.request(ref))
 	d, err := moved.Digest()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	want[ref] = d.String()
-	check()
+	look()
 
 	gone := h.host + "/multi:1"
 	if _, err := s.Remove(gone); err != nil {
 		t.Fatal(err)
 	}
 	delete(want, gone)
-	check()
+	look()
 }
 
 func entriesOf(t testing.TB, root string) []ocispec.Descriptor {
 	t.Helper()
 	x, err := oci.NewFromFS(t.Context(), os.DirFS(root))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	var l []ocispec.Descriptor
 	err = x.Tags(t.Context(), "", func(tags []string) error {
 		for _, tag := range tags {
@@ -143,9 +135,7 @@ func entriesOf(t testing.TB, root string) []ocispec.Descriptor {
 		}
 		return nil
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return l
 }
 
@@ -174,23 +164,15 @@ func TestLayoutDuringPulls(t *testing.T) {
 	for done := false; !done; reads++ {
 		select {
 		case err := <-pulled:
-			if err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
 			done = true
 		default:
 		}
 		p, err := layout.FromPath(s.o.Root)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		x, err := p.ImageIndex()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := validate.Index(x, validate.Fast); err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
+		check(t, validate.Index(x, validate.Fast))
 	}
 	if n := len(entriesOf(t, s.o.Root)); n != len(refs) {
 		t.Errorf("%d images", n)

@@ -71,9 +71,7 @@ func newLibrary(t *testing.T) (h *hub, l *Library, k *shelf, u *users, img, othe
 	l = NewLibrary(openAt(t, t.TempDir()), k, u.use)
 	pull := func(ref string) Image {
 		img, err := l.Pull(t.Context(), PullRequest{Ref: ref})
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		return img
 	}
 	img = pull(h.push(t, "app:1", imageOf(t, "x", shared, layerOf(t, "own", 1000, 2, types.OCILayer))))
@@ -157,9 +155,7 @@ func TestHoldWaitsForARemoval(t *testing.T) {
 func TestHoldAgainstCollect(t *testing.T) {
 	t.Parallel()
 	_, l, k, u, img, other := newLibrary(t)
-	if err := errors.Join(l.Remove(img.ID), l.Remove(other.ID)); err != nil {
-		t.Fatal(err)
-	}
+	check(t, errors.Join(l.Remove(img.ID), l.Remove(other.ID)))
 	d := img.DiffIDs[0]
 	var wg sync.WaitGroup
 	stop := make(chan struct{})
@@ -271,9 +267,7 @@ func TestEnsure(t *testing.T) {
 	}
 	// Neither here nor to be had.
 	for _, m := range l.refs[other.RepoTags[0]].manifest.Layers {
-		if err := l.removeBlobLocked(l.blobPath(m.Digest), m.Digest); err != nil {
-			t.Fatal(err)
-		}
+		check(t, l.removeBlobLocked(l.blobPath(m.Digest), m.Digest))
 	}
 	h.set(func(w http.ResponseWriter, r *http.Request) bool { http.NotFound(w, r); return false })
 	k.sink.Remove(shared)

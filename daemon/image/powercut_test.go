@@ -126,9 +126,7 @@ func TestPowerCut(t *testing.T) {
 		}
 		eventually(t, "all is collected", func() bool { return s.Usage() == Usage{} })
 		s.Close()
-		if err := os.RemoveAll(root); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.RemoveAll(root))
 		d.run("sync", "-f", d.dir)
 	}
 }

@@ -26,7 +26,7 @@ func TestProgressOfLayers(t *testing.T) {
 	}
 	kept, resumed, joined, fresh := layer("kept"), layer("resumed"), layer("joined"), layer("fresh")
 	g := &progress{news: make(chan struct{}, 1), p: records.Pull{Phase: records.PullResolving}}
-	check := func(what string, phase records.PullPhase, bytes, present int64, layers int, trouble string) {
+	is := func(what string, phase records.PullPhase, bytes, present int64, layers int, trouble string) {
 		t.Helper()
 		p := g.snapshot()
 		if p.Phase != phase || p.Bytes != bytes || p.PresentBytes != present || p.Layers != layers ||
@@ -34,42 +34,42 @@ func TestProgressOfLayers(t *testing.T) {
 			t.Errorf("%s: %+v", what, p)
 		}
 	}
-	check("nothing is known", records.PullResolving, 0, 0, 0, "")
+	is("nothing is known", records.PullResolving, 0, 0, 0, "")
 	g.setPhase(records.PullVerifying)
-	check("it is verified", records.PullVerifying, 0, 0, 0, "")
+	is("it is verified", records.PullVerifying, 0, 0, 0, "")
 	g.setLayers([]ocispec.Descriptor{kept, resumed, joined, fresh, kept})
 	if p := g.snapshot(); p.TotalBytes != 400 || p.TotalLayers != 4 {
 		t.Errorf("%+v", p)
 	}
-	check("the layers are known", records.PullDownloading, 0, 0, 0, "")
+	is("the layers are known", records.PullDownloading, 0, 0, 0, "")
 	r, j, f := &download{desc: resumed}, &download{desc: joined, n: 30, started: true}, &download{desc: fresh}
 	g.downloading(r)
-	check("a download begins", records.PullDownloading, 0, 0, 0, "")
+	is("a download begins", records.PullDownloading, 0, 0, 0, "")
 	r.queued, f.queued = true, true
-	check("no download has its turn", records.PullWaiting, 0, 0, 0, "")
+	is("no download has its turn", records.PullWaiting, 0, 0, 0, "")
 	g.present(kept.Digest)
 	g.downloading(j)
 	g.downloading(f)
-	check("one is here, one flows", records.PullDownloading, 130, 130, 0, "")
+	is("one is here, one flows", records.PullDownloading, 130, 130, 0, "")
 	r.n, r.had, r.started = 50, 40, true
 	j.n, f.trouble = 60, "503"
-	check("all flow", records.PullDownloading, 210, 170, 0, "503")
+	is("all flow", records.PullDownloading, 210, 170, 0, "503")
 	g.finished(kept.Digest, true)
 	r.n = 100
 	g.finished(resumed.Digest, true)
-	check("two are unpacked", records.PullDownloading, 260, 170, 2, "503")
+	is("two are unpacked", records.PullDownloading, 260, 170, 2, "503")
 	// What the other pull had brought was no good: it comes anew.
 	g.stopped(joined.Digest)
-	check("one is gone", records.PullWaiting, 200, 140, 2, "503")
+	is("one is gone", records.PullWaiting, 200, 140, 2, "503")
 	g.downloading(&download{desc: joined, started: true})
 	f.n, f.started, f.trouble = 100, true, ""
-	check("it comes anew", records.PullDownloading, 300, 140, 2, "")
+	is("it comes anew", records.PullDownloading, 300, 140, 2, "")
 	g.present(joined.Digest)
 	g.stopped(joined.Digest)
-	check("all bytes are here", records.PullUnpacking, 400, 140, 2, "")
+	is("all bytes are here", records.PullUnpacking, 400, 140, 2, "")
 	g.finished(joined.Digest, true)
 	g.finished(fresh.Digest, true)
-	check("all are unpacked", records.PullUnpacking, 400, 140, 4, "")
+	is("all are unpacked", records.PullUnpacking, 400, 140, 4, "")
 
 	// Nobody looks.
 	var none *progress

@@ -460,9 +460,7 @@ func TestBrokenHostsToml(t *testing.T) {
 	// So is a link to nothing: neither the next directory nor the registry itself
 	// is asked instead.
 	for _, link := range []string{file, filepath.Dir(file)} {
-		if err := errors.Join(os.RemoveAll(link), os.Symlink("/none", link)); err != nil {
-			t.Fatal(err)
-		}
+		check(t, errors.Join(os.RemoveAll(link), os.Symlink("/none", link)))
 		_, err := pullOnce(t, certs, "registry.example/team/app:1", nil)
 		if err == nil ||
 			!strings.Contains(err.Error(), link+" is a link to /none") {
@@ -718,9 +716,7 @@ func indexOf(t testing.TB, h *hub, ref string, platforms ...*v1.Platform) string
 		x.Manifests = append(x.Manifests, d)
 	}
 	b, err := json.Marshal(x)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	req, _ := http.NewRequest(
 		http.MethodPut,
 		h.URL+"/v2/"+strings.Replace(ref, ":", "/manifests/", 1),
@@ -940,9 +936,9 @@ func TestCrowd(t *testing.T) {
 	t.Parallel()
 	var mu sync.Mutex
 	seen := map[string]int{}
-	check := basicAuth("me", "secret")
+	login := basicAuth("me", "secret")
 	q := newQuirk(t, func(q *quirk, w http.ResponseWriter, r *http.Request) {
-		if !check(w, r) {
+		if !login(w, r) {
 			return
 		}
 		mu.Lock()
@@ -1054,9 +1050,7 @@ func TestOddManifests(t *testing.T) {
 	type object = map[string]any
 	change := func(f func(m, config, layer object)) []byte {
 		var m map[string]any
-		if err := json.Unmarshal(raw, &m); err != nil {
-			t.Fatal(err)
-		}
+		check(t, json.Unmarshal(raw, &m))
 		f(m, m["config"].(map[string]any), m["layers"].([]any)[0].(map[string]any))
 		b, _ := json.Marshal(m)
 		return b

@@ -431,9 +431,7 @@ func TestHostsToml(t *testing.T) {
 	c, k := a.issue("client", a.cert, a.key)
 	cert, key := a.write("client", c, k)
 	both := filepath.Join(a.dir, "both.pem")
-	if err := os.WriteFile(both, append(read(t, cert), read(t, key)...), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(both, append(read(t, cert), read(t, key)...), 0o600))
 	plain := a.serve(d.app(nil))
 	strict := a.serve(
 		d.app(nil),
@@ -736,8 +734,6 @@ func TestRedirectsAmongServers(t *testing.T) {
 func read(t testing.TB, path string) []byte {
 	t.Helper()
 	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return b
 }

@@ -31,9 +31,7 @@ func TestRemovalIsFinished(t *testing.T) {
 	s.Close()
 	path := filepath.Join(root, removalName)
 
-	if err := os.WriteFile(path, []byte("?"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(path, []byte("?"), 0o600))
 	s = openAt(t, root)
 	if l := s.List(); len(l) != 1 || len(l[0].RepoTags) != 2 {
 		t.Errorf("after a record that cannot be read: %+v", l)
@@ -42,9 +40,7 @@ func TestRemovalIsFinished(t *testing.T) {
 
 	other := slices.Clone(r.Refs)
 	other[0].PulledAt = other[0].PulledAt.Add(-time.Hour)
-	if err := record.Write(path, removal{ID: i.ID, Refs: other}, false); err != nil {
-		t.Fatal(err)
-	}
+	check(t, record.Write(path, removal{ID: i.ID, Refs: other}, false))
 	s = openAt(t, root)
 	if l := s.List(); len(l) != 1 || !slices.Equal(l[0].RepoTags, []string{other[0].Ref}) ||
 		len(l[0].RepoDigests) != 0 {
@@ -52,9 +48,7 @@ func TestRemovalIsFinished(t *testing.T) {
 	}
 	s.Close()
 
-	if err := record.Write(path, r, false); err != nil {
-		t.Fatal(err)
-	}
+	check(t, record.Write(path, r, false))
 	s = openAt(t, root)
 	noRefs(t, s)
 	eventually(t, "all is collected", func() bool { return s.Usage() == Usage{} })
@@ -68,22 +62,14 @@ func TestRemovalIsFinished(t *testing.T) {
 func TestClockWasWrong(t *testing.T) {
 	root := t.TempDir()
 	s := openAt(t, root)
-	if err := s.beginPending("registry.test/a:1", nil); err != nil {
-		t.Fatal(err)
-	}
+	check(t, s.beginPending("registry.test/a:1", nil))
 	s.Close()
 	p := pendings(s)[0]
 	p.Since = time.Now().AddDate(30, 0, 0)
-	if err := record.Write(s.pendingPath(p.Ref), p, false); err != nil {
-		t.Fatal(err)
-	}
+	check(t, record.Write(s.pendingPath(p.Ref), p, false))
 	part := filepath.Join(root, ingestName, "sha256-"+someHex)
-	if err := os.WriteFile(part, []byte("part"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chtimes(part, p.Since, p.Since); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(part, []byte("part"), 0o600))
+	check(t, os.Chtimes(part, p.Since, p.Since))
 	s = openAt(t, root)
 	for _, path := range []string{s.pendingPath(p.Ref), part} {
 		eventually(t, path+" is gone", func() bool { _, err := os.Lstat(path); return os.IsNotExist(err) })
@@ -109,9 +95,7 @@ func TestUsageOfDamagedBlobs(t *testing.T) {
 	for _, path := range paths {
 		for _, damage := range []func(string) error{os.Remove, func(p string) error { return os.Truncate(p, 1<<20) },
 			func(p string) error { os.Remove(p); return os.MkdirAll(filepath.Join(p, "x"), 0o700) }} {
-			if err := damage(path); err != nil {
-				t.Fatal(err)
-			}
+			check(t, damage(path))
 			var k sink
 			mustPull(t, s, k.request(ref))
 			verify(t, s)

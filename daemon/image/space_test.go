@@ -123,14 +123,10 @@ func TestLostLayerGoesOn(t *testing.T) {
 				defer s.mu.Unlock()
 				return len(s.downloads) == 0
 			})
-			if err := s.collect(); err != nil {
-				t.Fatal(err)
-			}
+			check(t, s.collect())
 			f.set(nil)
 			f.reset()
-			if err := again(s, lost.request(img.ID), lost.request(f.ref)); err != nil {
-				t.Fatal(err)
-			}
+			check(t, again(s, lost.request(img.ID), lost.request(f.ref)))
 			if _, sent := f.reset(); sent > 210_000 {
 				t.Errorf("%d bytes came, the rest was 200_000", sent)
 			}
@@ -151,9 +147,7 @@ func small(t testing.TB, size string) string {
 		t.Skip("needs root")
 	}
 	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size="+size); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size="+size))
 	t.Cleanup(func() {
 		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
 			t.Error(err)
@@ -196,9 +190,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	eventually(t, "nothing is left", empty)
 	fill, err := os.Create(filepath.Join(root, "fill"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	fillUp := func() {
 		for b, err := make([]byte, 4096), error(nil); err == nil; {
 			_, err = fill.Write(b)
@@ -238,9 +230,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	noRefs(t, s)
 	eventually(t, "its room is free", func() bool { return s.Usage() == Usage{} })
-	if err := errors.Join(fill.Close(), os.Remove(fill.Name())); err != nil {
-		t.Fatal(err)
-	}
+	check(t, errors.Join(fill.Close(), os.Remove(fill.Name())))
 	mustPull(t, s, k.request(fits))
 	verify(t, s)
 }
@@ -262,9 +252,7 @@ func TestProgress(t *testing.T) {
 		return true
 	})
 	dir := filepath.Join(t.TempDir(), "pulls")
-	if err := errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(filepath.Join(dir, "1-1.json"), nil, 0o600)); err != nil {
-		t.Fatal(err)
-	}
+	check(t, errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(filepath.Join(dir, "1-1.json"), nil, 0o600)))
 	var log lines
 	s := openAt(t, t.TempDir(), func(o *Options) { o.ProgressDir, o.ProgressEvery, o.Log = dir, 1e6, log.logger() })
 	records := func() (l []records.Pull) {

@@ -87,9 +87,7 @@ func TestVerifiersLetIn(t *testing.T) {
 		t.Error(err)
 	}
 	left, err := strconv.Atoi(strings.TrimSpace(string(read(t, j.out+".left"))))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	eventually(t, "what a verifier left behind is killed", func() bool { return !alive(left) })
 }
 
@@ -124,9 +122,7 @@ func TestVerifiersReject(t *testing.T) {
 		t.Errorf("cancelled: %v", err)
 	}
 	second := filepath.Join(j.dir, "20-second")
-	if err := errors.Join(os.WriteFile(second, nil, 0o644), os.Chmod(second, 0o644)); err != nil {
-		t.Fatal(err)
-	}
+	check(t, errors.Join(os.WriteFile(second, nil, 0o644), os.Chmod(second, 0o644)))
 	if err := j.pull(t.Context(), 0); !errors.Is(err, ErrRejected) {
 		t.Errorf("not a program: %v", err)
 	}
@@ -145,9 +141,7 @@ func TestVerifiersAreAskedAgain(t *testing.T) {
 		t.Errorf("again: %v", err)
 	}
 	// A directory that has gone is not an empty one.
-	if err := os.RemoveAll(j.dir); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.RemoveAll(j.dir))
 	if _, err := s.Pull(t.Context(), k.request(j.f.ref)); !errors.Is(err, ErrRejected) {
 		t.Errorf("without the directory: %v", err)
 	}

@@ -289,9 +289,7 @@ echo '{}'
 	w.del(a)
 	for _, verb := range []string{"ADD", "DEL"} {
 		b, err := os.ReadFile(told + "." + verb)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		lines := strings.SplitN(string(b), "\n", 3)
 		if want := "a eth0 " + a.Netns; lines[0] != want {
 			t.Errorf("%s: %q, want %q", verb, lines[0], want)
@@ -308,9 +306,7 @@ echo '{}'
 				Annotations  map[string]string `json:"io.kubernetes.cri.pod-annotations"`
 			}
 		}
-		if err := json.Unmarshal([]byte(lines[2]), &conf); err != nil {
-			t.Fatal(err)
-		}
+		check(t, json.Unmarshal([]byte(lines[2]), &conf))
 		ports := []PortMapping{
 			{HostPort: 53, ContainerPort: 5353, Protocol: "udp", HostIP: "127.0.0.1"},
 			{HostPort: 80, ContainerPort: 8080, Protocol: "tcp"},
@@ -390,14 +386,10 @@ func TestSysctlsOfInterfaces(t *testing.T) {
 		"net.ipv4.conf.lo.arp_announce":     "1",
 	}}
 	ns, err := w.CreateNamespaces("a", want)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	a := Attachment{ID: "a", Netns: ns.Net, Name: "a", Namespace: "default"}
 	w.add(a)
-	if err := w.SetInterfaceSysctls(ns.Net, want); err != nil {
-		t.Fatal(err)
-	}
+	check(t, w.SetInterfaceSysctls(ns.Net, want))
 	err = netns.OnThread(func() error {
 		if err := netns.Enter(ns.Net); err != nil {
 			return err

@@ -54,9 +54,7 @@ func TestConfigFollowsTheDirectory(t *testing.T) {
 	w := newWorld(t)
 	dir := w.opts.ConfDir
 	remove := func(name string) {
-		if err := os.RemoveAll(filepath.Join(dir, name)); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.RemoveAll(filepath.Join(dir, name)))
 	}
 	w.wantNone(dir)
 
@@ -96,9 +94,7 @@ func TestConfigFollowsTheDirectory(t *testing.T) {
 	w.wantNone(dir)
 	remove("")
 	w.wantNone(dir)
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(dir, 0o755))
 	w.write("50-b.conflist", list("back"))
 	w.wantNetwork("back")
 }
@@ -120,17 +116,11 @@ func TestConfigIsNoFile(t *testing.T) {
 		case "02-d":
 			err = os.Mkdir(path, 0o700)
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		w.wantNetwork("b")
 	}
-	if err := os.Mkdir(filepath.Join(w.opts.ConfDir, "b"), 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mkfifo(filepath.Join(w.opts.ConfDir, "b", "10-fifo.conf"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(filepath.Join(w.opts.ConfDir, "b"), 0o700))
+	check(t, unix.Mkfifo(filepath.Join(w.opts.ConfDir, "b", "10-fifo.conf"), 0o600))
 	w.wantNone("can be used") // nor is a network used without a plugin that it names
 	if !strings.Contains(w.log.String(), "10-fifo.conf") {
 		t.Errorf("not in the log:\n%s", w.log)
@@ -153,25 +143,19 @@ func TestConfigNamesMissingPlugins(t *testing.T) {
 func TestConfigStandsAlone(t *testing.T) {
 	w := newWorld(t)
 	sub := filepath.Join(w.opts.ConfDir, "n")
-	if err := os.Mkdir(sub, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(sub, 0o755))
 	w.write("10.conflist", list("n"))
 	w.write("n/50-more.conf", `{"type": "portmap", "capabilities": {"portMappings": true}}`)
 	w.wantNetwork("n")
 	types := func() []string {
 		t.Helper()
 		b, err := w.Config()
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		var c struct {
 			LoadOnlyInlinedPlugins bool
 			Plugins                []struct{ Type string }
 		}
-		if err := json.Unmarshal(b, &c); err != nil {
-			t.Fatal(err)
-		}
+		check(t, json.Unmarshal(b, &c))
 		var out []string
 		for _, p := range c.Plugins {
 			out = append(out, p.Type)
@@ -192,9 +176,7 @@ func TestBuiltinNetwork(t *testing.T) {
 	ranges := func(w *world) string {
 		t.Helper()
 		b, err := w.Config()
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		var c struct {
 			Plugins []struct {
 				IPAM struct {
@@ -203,9 +185,7 @@ func TestBuiltinNetwork(t *testing.T) {
 				}
 			}
 		}
-		if err := json.Unmarshal(b, &c); err != nil {
-			t.Fatal(err)
-		}
+		check(t, json.Unmarshal(b, &c))
 		if dir := c.Plugins[0].IPAM.DataDir; !strings.HasPrefix(dir, w.opts.CacheDir) {
 			t.Errorf("leases in %s", dir)
 		}
@@ -223,27 +203,19 @@ func TestBuiltinNetwork(t *testing.T) {
 	if err := w.SetPodCIDR(""); err != nil {
 		t.Errorf("empty CIDR: %v", err)
 	}
-	if err := w.SetPodCIDR("10.230.2.0/24,fd00:230::/64"); err != nil {
-		t.Fatal(err)
-	}
+	check(t, w.SetPodCIDR("10.230.2.0/24,fd00:230::/64"))
 	const dual = `[[{"subnet":"10.230.2.0/24"}],[{"subnet":"fd00:230::/64"}]]`
 	if got := ranges(w); got != dual {
 		t.Errorf("ranges %s", got)
 	}
 	again, err := New(w.opts)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if got := ranges(&world{Network: again, t: t}); got != dual {
 		t.Errorf("ranges after a restart: %s", got)
 	}
-	if err := os.WriteFile(w.podCIDRFile(), []byte("torn"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(w.podCIDRFile(), []byte("torn"), 0o600))
 	again, err = New(w.opts)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if got := ranges(&world{Network: again, t: t}); got != `[[{"subnet":"10.230.1.0/24"}]]` {
 		t.Errorf("ranges with a damaged file: %s", got)
 	}
@@ -272,9 +244,7 @@ func TestBuiltinNetwork(t *testing.T) {
 	}
 	o.DefaultNetwork = false
 	n, err := New(o)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if err := n.SetPodCIDR("10.230.9.0/24"); err != nil {
 		t.Error(err)
 	}
@@ -333,9 +303,7 @@ exit 1
 func TestReadyEndsAHangingPlugin(t *testing.T) {
 	w := newWorld(t)
 	gate := filepath.Join(w.dir, "gate")
-	if err := unix.Mkfifo(gate, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Mkfifo(gate, 0o600))
 	w.script("status", "echo >"+gate+"; exec sleep 1000")
 	w.write("10.conflist", `{"cniVersion": "1.1.0", "name": "hangs", "plugins": [{"type": "status"}]}`)
 	ctx, cancel := context.WithCancel(t.Context())

@@ -45,9 +45,7 @@ func TestGC(t *testing.T) {
 			known, forgotten := w.pod("known"), w.pod("forgotten")
 			w.add(known)
 			w.add(forgotten)
-			if err := w.HoldForGC()(t.Context(), []string{"known", "debtor"}, c.collect); err != nil {
-				t.Fatal(err)
-			}
+			check(t, w.HoldForGC()(t.Context(), []string{"known", "debtor"}, c.collect))
 			if b, err := os.ReadFile(notes); string(b) != c.want || err != nil {
 				t.Errorf("the plugin was called with %q, %v, want %q", b, err, c.want)
 			}
@@ -69,9 +67,7 @@ func TestGCKeepsADDsWaiting(t *testing.T) {
 	needRoot(t)
 	w := newWorld(t)
 	notes, gate := w.gcNetwork("1.1.0")
-	if err := unix.Mkfifo(gate, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Mkfifo(gate, 0o600))
 	daemon := w.startDaemon(helper{GC: true})
 	waitFor(t, "GC to begin", func() error { _, err := os.Stat(notes + ".gc"); return err })
 	daemon.Process.Kill()
@@ -85,9 +81,7 @@ func TestGCKeepsADDsWaiting(t *testing.T) {
 	finished := make(chan error, 1)
 	go func() { finished <- finish(t.Context(), nil, false) }()
 	f, err := os.OpenFile(gate, os.O_WRONLY, 0) // opens once the plugin reads
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	fmt.Fprintln(f, "end")
 	f.Close()
 	for _, c := range []chan error{finished, added} {

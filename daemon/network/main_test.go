@@ -127,14 +127,10 @@ func newWorld(t *testing.T, change ...func(*Options)) *world {
 		c(&o)
 	}
 	for _, d := range []string{o.ConfDir, w.scripts} {
-		if err := os.MkdirAll(d, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.MkdirAll(d, 0o755))
 	}
 	n, err := New(o)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	w.Network = n
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -147,9 +143,7 @@ func newWorld(t *testing.T, change ...func(*Options)) *world {
 func realPlugins(t *testing.T) string {
 	t.Helper()
 	dir, err := filepath.Abs("../../bin/cni")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if _, err := os.Stat(filepath.Join(dir, "bridge")); err != nil {
 		t.Fatalf("no CNI plugins, run make first: %v", err)
 	}
@@ -338,9 +332,7 @@ func serve(t *testing.T, path, addr, answer string) {
 		l, err = net.Listen("tcp", addr)
 		return err
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	var served sync.WaitGroup
 	served.Go(func() {
 		for {
@@ -431,4 +423,12 @@ func (l *logBuffer) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.b.String()
+}
+
+// check ends the test where something fails that it needs.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
 }

@@ -33,17 +33,13 @@ func inside(t *testing.T, s Namespaces, f func() error) {
 		}
 		return f()
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 }
 
 func inode(t *testing.T, path string) uint64 {
 	t.Helper()
 	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Stat(path, &st))
 	return st.Ino
 }
 
@@ -51,9 +47,7 @@ func TestNamespacesHoldWhatWasWanted(t *testing.T) {
 	needRoot(t)
 	w := newWorld(t)
 	hostname, err := os.Hostname()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	sysctls := map[string]string{
 		"net.ipv4.ip_unprivileged_port_start": "81",
 		"net/ipv4/conf/lo/arp_ignore":         "2",
@@ -82,9 +76,7 @@ func TestNamespacesHoldWhatWasWanted(t *testing.T) {
 	}
 
 	ns, err := w.CreateNamespaces("p1", Want{Net: true, IPC: true, UTS: true, Hostname: "web-0", Sysctls: sysctls})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer w.RemoveNamespaces("p1")
 	want := w.Paths("p1")
 	want.User = "" // not wanted
@@ -182,33 +174,23 @@ func TestNamespacesOverLeftovers(t *testing.T) {
 	before := w.traces()
 	all := Want{Net: true, IPC: true, UTS: true}
 	ns, err := w.CreateNamespaces("p1", all)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	old := inode(t, ns.Net)
 	for range 2 { // stacked, as by a daemon killed between two attempts
-		if err := unix.Mount("/proc/self/ns/net", ns.Net, "", unix.MS_BIND, ""); err != nil {
-			t.Fatal(err)
-		}
+		check(t, unix.Mount("/proc/self/ns/net", ns.Net, "", unix.MS_BIND, ""))
 	}
 	// A file without a mount, as after a reboot.
 	stale := w.Paths("p2")
-	if err := os.MkdirAll(filepath.Dir(stale.IPC), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.MkdirAll(filepath.Dir(stale.IPC), 0o755))
 	for _, path := range []string{stale.Net, stale.IPC} {
-		if err := os.WriteFile(path, nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.WriteFile(path, nil, 0o600))
 	}
 	if got := w.Pinned("p2"); got != (Namespaces{}) {
 		t.Errorf("files without mounts are reported as pinned: %+v", got)
 	}
 	for _, id := range []string{"p1", "p2"} {
 		ns, err := w.CreateNamespaces(id, all)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		if w.Pinned(id) != ns {
 			t.Errorf("%s: pinned %+v, want %+v", id, w.Pinned(id), ns)
 		}
@@ -320,9 +302,7 @@ func TestNetnsDirIsShared(t *testing.T) {
 	wg.Wait()
 	defer unix.Unmount(dir, unix.MNT_DETACH)
 	b, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	mounts := 0
 	for line := range strings.Lines(string(b)) {
 		if f := strings.Fields(line); f[4] == dir {

@@ -183,9 +183,7 @@ func TestDelWaitsForPluginsOfAKilledDaemon(t *testing.T) {
 	w := newWorld(t)
 	before := w.traces()
 	notes, gate := filepath.Join(w.dir, "notes"), filepath.Join(w.dir, "gate")
-	if err := unix.Mkfifo(gate, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Mkfifo(gate, 0o600))
 	w.script("slow", fmt.Sprintf(`
 echo "$CNI_COMMAND begins" >>%[1]q
 [ "$CNI_COMMAND" = DEL ] || read x <%[2]q
@@ -202,16 +200,12 @@ echo "$CNI_COMMAND ends" >>%[1]q
 	done := make(chan error, 1)
 	go func() { done <- w.Del(t.Context(), a) }()
 	f, err := os.OpenFile(gate, os.O_WRONLY, 0) // opens once the plugin reads
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if _, err := f.WriteString("go\n"); err != nil {
 		t.Fatal(err)
 	}
 	f.Close()
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
+	check(t, <-done)
 	b, err := os.ReadFile(notes)
 	if want := "ADD begins\nADD ends\nDEL begins\nDEL ends\n"; string(b) != want || err != nil {
 		t.Errorf("%q, %v, want %q", b, err, want)
@@ -225,17 +219,11 @@ echo "$CNI_COMMAND ends" >>%[1]q
 func TestDelWaitsForALockWithoutAHolder(t *testing.T) {
 	w := newWorld(t)
 	path := w.lockFile("a")
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.MkdirAll(filepath.Dir(path), 0o700))
 	f, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer f.Close()
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Flock(int(f.Fd()), unix.LOCK_EX))
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- w.Del(ctx, Attachment{ID: "a"}) }()
@@ -244,9 +232,7 @@ func TestDelWaitsForALockWithoutAHolder(t *testing.T) {
 		t.Errorf("error %v, want canceled, not released", err)
 	}
 	go func() { done <- w.Del(t.Context(), Attachment{ID: "a"}) }()
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_UN); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Flock(int(f.Fd()), unix.LOCK_UN))
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
@@ -268,17 +254,11 @@ fi
 	a := w.pod("a")
 	w.add(a)
 	b, err := os.ReadFile(pidFile)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	p, err := os.FindProcess(pid)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer p.Release()
 	w.del(a)
 	if err := p.Kill(); err != nil {

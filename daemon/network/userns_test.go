@@ -20,9 +20,7 @@ import (
 func withKeeper(t *testing.T) func(*Options) {
 	t.Helper()
 	path, err := filepath.Abs("../../bin/holdfast-pause")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if _, err := os.Stat(path); err != nil {
 		t.Fatalf("run make first: %v", err)
 	}
@@ -36,9 +34,7 @@ func children(t *testing.T) []string {
 	t.Helper()
 	var all []string
 	lists, err := filepath.Glob("/proc/self/task/*/children")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	for _, l := range lists {
 		b, _ := os.ReadFile(l)
 		all = append(all, strings.Fields(string(b))...)
@@ -75,9 +71,7 @@ func TestUserNamespace(t *testing.T) {
 	}
 	ns, err := w.CreateNamespaces("p1", Want{Net: true, IPC: true, UTS: true, User: someUserns, Hostname: "web-0",
 		Sysctls: sysctls})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if want := w.Paths("p1"); ns != want || w.Pinned("p1") != want {
 		t.Fatalf("got %+v, pinned %+v, want %+v", ns, w.Pinned("p1"), want)
 	}
@@ -92,14 +86,10 @@ func TestUserNamespace(t *testing.T) {
 	// Who owns them decides who may mount their file systems and change them.
 	for kind, path := range threads(ns) {
 		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		owner, err := unix.IoctlRetInt(fd, unix.NS_GET_USERNS)
 		unix.Close(fd)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		if inode(t, fmt.Sprintf("/proc/self/fd/%d", owner)) != inode(t, ns.User) {
 			t.Errorf("the %s namespace belongs to another user namespace", kind)
 		}
@@ -107,9 +97,7 @@ func TestUserNamespace(t *testing.T) {
 	}
 	for name, want := range sysctls {
 		path, err := sysctlPath(name)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		if got := strings.TrimSpace(in(t, ns, "cat /proc/sys/"+path)); got != want {
 			t.Errorf("%s is %q inside, want %q", name, got, want)
 		}
@@ -125,9 +113,7 @@ func TestUserNamespace(t *testing.T) {
 
 	// In the node's network, over what is left.
 	ns, err = w.CreateNamespaces("p1", Want{IPC: true, User: someUserns})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if want := (Namespaces{IPC: w.Paths("p1").IPC, User: w.Paths("p1").User}); ns != want || w.Pinned("p1") != want {
 		t.Errorf("got %+v, pinned %+v, want %+v", ns, w.Pinned("p1"), want)
 	}
@@ -165,9 +151,7 @@ func TestOpenUserns(t *testing.T) {
 	needRoot(t)
 	w := newWorld(t, withKeeper(t))
 	f, err := w.OpenUserns(*someUserns)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer f.Close()
 	if c := children(t); len(c) > 0 {
 		t.Errorf("processes are left: %v", c)
@@ -202,24 +186,16 @@ func TestKeeperEndsWithTheDaemon(t *testing.T) {
 	c.Env = append(os.Environ(), keepEnv+"="+o.Keeper)
 	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	out, err := c.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
+	check(t, c.Start())
 	line, err := bufio.NewReader(out).ReadString('\n')
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	pid, err := strconv.Atoi(strings.TrimSpace(line))
 	if err != nil {
 		t.Fatal(line)
 	}
 	pidfd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer unix.Close(pidfd)
 	ended := func(timeout int) bool {
 		p := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
@@ -227,9 +203,7 @@ func TestKeeperEndsWithTheDaemon(t *testing.T) {
 		for errors.Is(err, unix.EINTR) { // a signal of Go's own
 			n, err = unix.Poll(p, timeout)
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		return n == 1
 	}
 	if ended(0) {

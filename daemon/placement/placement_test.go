@@ -87,9 +87,7 @@ func TestContainerPath(t *testing.T) {
 func startSleep(t *testing.T) (pid int, end func()) {
 	t.Helper()
 	cmd := exec.Command("sleep", "600")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, cmd.Start())
 	end = sync.OnceFunc(func() {
 		cmd.Process.Kill()
 		cmd.Wait()
@@ -106,9 +104,7 @@ func newManager(t *testing.T) *Manager {
 		t.Skip("needs root")
 	}
 	m, err := New(Cgroupfs)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return m
 }
 
@@ -127,9 +123,7 @@ func shimID(t *testing.T, m *Manager, name string) string {
 func cgroupsOf(t *testing.T, pid int) string {
 	t.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return string(b)
 }
 
@@ -137,9 +131,7 @@ func cgroupsOf(t *testing.T, pid int) string {
 func hierarchies(t *testing.T) []string {
 	t.Helper()
 	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	var dirs []string
 	for _, m := range mounts {
 		dirs = append(dirs, m.Mountpoint)
@@ -152,9 +144,7 @@ func TestShim(t *testing.T) {
 	id := shimID(t, m, "test")
 	pid, end := startSleep(t)
 	for range 2 {
-		if err := m.PlaceShim(t.Context(), id, pid); err != nil {
-			t.Fatal(err)
-		}
+		check(t, m.PlaceShim(t.Context(), id, pid))
 	}
 	of := cgroupsOf(t, pid)
 	if n, all := strings.Count(of, ":/holdfast/shims/"+id+"\n"), len(hierarchies(t)); n != all {
@@ -174,9 +164,7 @@ func TestShim(t *testing.T) {
 	}
 	end()
 	for range 2 {
-		if err := m.RemoveShim(t.Context(), id); err != nil {
-			t.Fatal(err)
-		}
+		check(t, m.RemoveShim(t.Context(), id))
 	}
 	if left := cgroup.At(path.Join(shimsPath, id)); len(left) > 0 {
 		t.Errorf("left: %v", left)
@@ -188,9 +176,7 @@ func TestRemoveWaits(t *testing.T) {
 	m := newManager(t)
 	id := shimID(t, m, "waits")
 	pid, end := startSleep(t)
-	if err := m.PlaceShim(t.Context(), id, pid); err != nil {
-		t.Fatal(err)
-	}
+	check(t, m.PlaceShim(t.Context(), id, pid))
 	removed := make(chan error)
 	go func() { removed <- m.RemoveShim(t.Context(), id) }()
 	end()
@@ -219,32 +205,32 @@ func TestRemovePod(t *testing.T) {
 	m := newManager(t)
 	pod := fmt.Sprintf("pod-%d", os.Getpid())
 	path, err := m.ContainerPath("", pod, "c1")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	hs := hierarchies(t)
 	nested := filepath.Join(path, "made by the container")
 	for _, h := range hs {
-		if err := os.MkdirAll(filepath.Join(h, nested), 0o755); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.MkdirAll(filepath.Join(h, nested), 0o755))
 	}
-	if err := m.RemovePod(t.Context(), "/kubepods/podX", pod); err != nil {
-		t.Fatal(err)
-	}
+	check(t, m.RemovePod(t.Context(), "/kubepods/podX", pod))
 	for _, h := range hs {
 		if _, err := os.Stat(filepath.Join(h, nested)); err != nil {
 			t.Errorf("removed though the pod has a parent of its own: %v", err)
 		}
 	}
 	for range 2 {
-		if err := m.RemovePod(t.Context(), "", pod); err != nil {
-			t.Fatal(err)
-		}
+		check(t, m.RemovePod(t.Context(), "", pod))
 	}
 	for _, h := range hs {
 		if _, err := os.Stat(filepath.Join(h, podsPath, pod)); !errors.Is(err, os.ErrNotExist) {
 			t.Errorf("%s is left: %v", filepath.Join(h, podsPath, pod), err)
 		}
+	}
+}
+
+// check ends the test where something fails that it needs.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
 	}
 }

@@ -23,9 +23,7 @@ func newSystemd(t *testing.T) *Manager {
 		t.Skip("needs root and systemd: ", err)
 	}
 	m, err := New(driver)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return m
 }
 
@@ -51,9 +49,7 @@ func startService(t *testing.T, unit string) int {
 		b, err := os.ReadFile(file)
 		if err == nil {
 			pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
-			if err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
 			return pid
 		}
 		if time.Now().After(deadline) {
@@ -69,15 +65,11 @@ func TestScope(t *testing.T) {
 	service := fmt.Sprintf("holdfast-test-%d.service", os.Getpid())
 	pid := startService(t, service)
 	process, err := os.FindProcess(pid)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	t.Cleanup(func() { process.Kill() })
 
 	for range 2 {
-		if err := m.PlaceShim(t.Context(), id, pid); err != nil {
-			t.Fatal(err)
-		}
+		check(t, m.PlaceShim(t.Context(), id, pid))
 	}
 	if got, want := cgroupsOf(t, pid), ":/system.slice/"+scopeName(id)+"\n"; !strings.Contains(got, want) {
 		t.Errorf("the shim is in %q, want %q", got, want)
@@ -104,9 +96,7 @@ func TestScope(t *testing.T) {
 	}
 	process.Kill()
 	for range 2 {
-		if err := m.RemoveShim(t.Context(), id); err != nil {
-			t.Fatal(err)
-		}
+		check(t, m.RemoveShim(t.Context(), id))
 	}
 	if left := cgroup.Find(systemSlice+":"+scopePrefix+":"+id, true); len(left) > 0 {
 		t.Errorf("left: %v", left)
@@ -118,17 +108,13 @@ func TestScopeAgain(t *testing.T) {
 	m := newSystemd(t)
 	id := shimID(t, m, "again")
 	first, endFirst := startSleep(t)
-	if err := m.PlaceShim(t.Context(), id, first); err != nil {
-		t.Fatal(err)
-	}
+	check(t, m.PlaceShim(t.Context(), id, first))
 	second, endSecond := startSleep(t)
 	if err := m.PlaceShim(t.Context(), id, second); !errors.Is(err, ErrBusy) {
 		t.Errorf("PlaceShim of a second process beside the first: %v, want ErrBusy", err)
 	}
 	endFirst()
-	if err := m.PlaceShim(t.Context(), id, second); err != nil {
-		t.Fatal(err)
-	}
+	check(t, m.PlaceShim(t.Context(), id, second))
 	if !inScope(second, id) {
 		t.Errorf("the second process is in %q", cgroupsOf(t, second))
 	}

@@ -21,9 +21,7 @@ func places(t *testing.T) string {
 	umask := unix.Umask(0o077)
 	t.Cleanup(func() { unix.Umask(umask) })
 	at := filepath.Join(t.TempDir(), "volumes")
-	if err := os.Mkdir(at, 0o711); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(at, 0o711))
 	t.Cleanup(func() {
 		if err := UnmountBelow(at); err != nil {
 			t.Error(err)
@@ -37,9 +35,7 @@ func all(string) (wanted, mounted bool) { return true, true }
 func volumesOf(t *testing.T, root, at string, names ...string) map[string]string {
 	t.Helper()
 	m, err := Volumes(root, names, 0, 0, at, all)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return m
 }
 
@@ -73,15 +69,9 @@ func TestVolumes(t *testing.T) {
 		t.Error("a volume has not what the image has there")
 	}
 	// It is the directory of the root itself, also when nobody finds it there any more.
-	if err := os.Rename(filepath.Join(root, "new2"), filepath.Join(root, "elsewhere")); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink("/etc", filepath.Join(root, "new2")); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(volumes["/new2"], "written"), []byte("x"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Rename(filepath.Join(root, "new2"), filepath.Join(root, "elsewhere")))
+	check(t, os.Symlink("/etc", filepath.Join(root, "new2")))
+	check(t, os.WriteFile(filepath.Join(volumes["/new2"], "written"), []byte("x"), 0o600))
 	read(t, root, "elsewhere/written")
 }
 
@@ -148,14 +138,10 @@ func TestVolumesOfMappedRoot(t *testing.T) {
 	m := newUserns(t)
 	_, root := mountMapped(t, s, m, apply(t, s, e{name: "data", typ: tar.TypeDir, uid: 3}))
 	at := filepath.Join(filepath.Dir(root), "volumes")
-	if err := os.Mkdir(at, 0o711); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(at, 0o711))
 	t.Cleanup(func() { UnmountBelow(at) })
 	volumes, err := Volumes(root, []string{"data", "new/one"}, hostUID, hostUID, at, all)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	for inside, owner := range map[string]string{"/data": "3", "/new/one": "0"} {
 		got, err := as(t, m, 0, volumes[inside], "stat -c %u . && touch x && stat -c %u x")
 		if got != owner+"\n0" || err != nil {
@@ -170,9 +156,7 @@ func TestBind(t *testing.T) {
 	at := places(t)
 	for name, file := range map[string]string{"dir": "f", "link": "f", "dir/f": "."} {
 		place := filepath.Join(at, filepath.Base(name)+"-"+file)
-		if err := Bind(root, name, place); err != nil {
-			t.Fatal(err)
-		}
+		check(t, Bind(root, name, place))
 		if read(t, filepath.Clean(filepath.Join(place, file))) != "x" {
 			t.Errorf("%s is not what was mounted", name)
 		}

@@ -22,9 +22,7 @@ const (
 func waiting(t *testing.T) (n int) {
 	t.Helper()
 	files, err := filepath.Glob("/proc/self/task/*/stat")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	for _, f := range files {
 		b, _ := os.ReadFile(f)
 		_, state, _ := strings.Cut(string(b), ") ") // proc_pid_stat(5)
@@ -43,16 +41,12 @@ func TestReadersDoNotWaitForTheDisk(t *testing.T) {
 	kept := apply(t, s, e{name: "kept", body: "x"})
 	removed := apply(t, s, e{name: "removed", body: "y"})
 	lost := apply(t, s, e{name: "lost", body: "z"})
-	if err := os.RemoveAll(filepath.Join(s.layerDir(lost), diffName)); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.RemoveAll(filepath.Join(s.layerDir(lost), diffName)))
 	list := slices.Sorted(slices.Values([]digest.Digest{kept, removed, lost}))
 	usage := s.Usage()
 
 	disk, err := os.Open(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer disk.Close()
 	if err := unix.IoctlSetInt(int(disk.Fd()), fiFreeze, 0); err != nil {
 		t.Fatalf("cannot freeze the disk: %v", err)

@@ -263,19 +263,13 @@ func newGuarded(t testing.TB) *guarded {
 	dir := outer
 	for _, level := range []string{".", "1", "2", "layers"} {
 		dir = filepath.Join(dir, level)
-		if err := os.MkdirAll(filepath.Join(dir, "victim", "a"), 0o755); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.MkdirAll(filepath.Join(dir, "victim", "a"), 0o755))
 		for _, name := range []string{"a", "b", "c", "victim/a/a", "victim/b"} {
-			if err := os.WriteFile(filepath.Join(dir, name), []byte(level), 0o640); err != nil {
-				t.Fatal(err)
-			}
+			check(t, os.WriteFile(filepath.Join(dir, name), []byte(level), 0o640))
 		}
 	}
 	s, err := Open(dir, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	t.Cleanup(func() { s.Close() })
 	s.Limits = Limits{Bytes: 1 << 20, Entries: 1000}
 	g := &guarded{Store: s, outer: outer}
@@ -300,9 +294,7 @@ func (g *guarded) state(t testing.TB) string {
 		fmt.Fprintln(&b, path, st.Mode, st.Uid, st.Gid, st.Ino, st.Nlink, st.Size, st.Mtim, st.Ctim)
 		return nil
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return b.String()
 }
 
@@ -346,9 +338,7 @@ func checkLayer(t testing.TB, g *guarded, entries []entry) {
 		t.Fatalf("%s\n%v", show(entries), err)
 	}
 	var r layerRecord
-	if err := record.Read(filepath.Join(g.layerDir(d), recordName), &r); err != nil {
-		t.Fatal(err)
-	}
+	check(t, record.Read(filepath.Join(g.layerDir(d), recordName), &r))
 	if implied := m.implied(); fmt.Sprintf("%q", r.Implied) != fmt.Sprintf("%q", implied) {
 		t.Fatalf("%s\nimplied %q, want %q", show(entries), r.Implied, implied)
 	}
@@ -377,14 +367,10 @@ func checkUnion(t testing.TB, g *guarded, layers [][]entry) {
 		diffIDs = append(diffIDs, d)
 	}
 	rw, err := os.MkdirTemp(filepath.Dir(g.outer), "holdfast-fuzz-rw-")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer os.RemoveAll(rw)
 	target := filepath.Join(rw, "rootfs")
-	if err := os.Mkdir(target, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(target, 0o755))
 	defer Unmount(target)
 	if err := g.Mount(context.Background(), diffIDs, rw, target, nil); err != nil {
 		t.Fatalf("%s\n%v", show(layers...), err)

@@ -21,13 +21,9 @@ func layerWith(t *testing.T, headers ...tar.Header) (digest.Digest, *bytes.Buffe
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
 	for _, h := range headers {
-		if err := w.WriteHeader(&h); err != nil {
-			t.Fatal(err)
-		}
+		check(t, w.WriteHeader(&h))
 	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, w.Close())
 	return digest.FromBytes(b.Bytes()), &b
 }
 
@@ -36,9 +32,7 @@ func layerWith(t *testing.T, headers ...tar.Header) (digest.Digest, *bytes.Buffe
 func TestImpliedNamesAreBounded(t *testing.T) {
 	dir := t.TempDir()
 	s, err := Open(dir, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	deep := strings.Repeat(strings.Repeat("d", 250)+"/", 15)
 	var many []tar.Header
 	for i := range maxImplied/len(deep) + 10 {
@@ -49,13 +43,9 @@ func TestImpliedNamesAreBounded(t *testing.T) {
 		t.Errorf("%d names: %v", len(many), err)
 	}
 	base, b := layerWith(t, tar.Header{Name: "a", Typeflag: tar.TypeDir, Mode: 0o1777})
-	if err := s.Apply(t.Context(), base, b); err != nil {
-		t.Fatal(err)
-	}
+	check(t, s.Apply(t.Context(), base, b))
 	top, b := layerWith(t, append(many[:100:100], tar.Header{Name: "a/f"})...)
-	if err := s.Apply(t.Context(), top, b); err != nil {
-		t.Fatal(err)
-	}
+	check(t, s.Apply(t.Context(), top, b))
 	for _, again := range []bool{false, true} {
 		if again {
 			s.Close()
@@ -67,9 +57,7 @@ func TestImpliedNamesAreBounded(t *testing.T) {
 			t.Errorf("%d names in memory", len(s.layers[top].Implied))
 		}
 		target := t.TempDir()
-		if err := s.Mount(t.Context(), []digest.Digest{base, top}, t.TempDir(), target, nil); err != nil {
-			t.Fatal(err)
-		}
+		check(t, s.Mount(t.Context(), []digest.Digest{base, top}, t.TempDir(), target, nil))
 		st, err := os.Stat(filepath.Join(target, "a"))
 		if err != nil || st.Mode() != os.ModeDir|os.ModeSticky|0o777 {
 			t.Errorf("again %v: %v %v", again, st.Mode(), err)
@@ -94,16 +82,12 @@ func TestHolesAreCalledOff(t *testing.T) {
 		"XNU.sparse.name":     "big",
 		"XNU.sparse.realsize": "429496729600",
 	}
-	if err := w.WriteHeader(&tar.Header{Name: "f", Size: int64(len(body)), Mode: 0o644, PAXRecords: records}); err != nil {
-		t.Fatal(err)
-	}
+	check(t, w.WriteHeader(&tar.Header{Name: "f", Size: int64(len(body)), Mode: 0o644, PAXRecords: records}))
 	w.Write(body)
 	w.Close()
 	raw := bytes.ReplaceAll(b.Bytes(), []byte("XNU.sparse."), []byte("GNU.sparse."))
 	s, err := Open(t.TempDir(), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer s.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
@@ -125,8 +109,6 @@ func TestHolesAreCalledOff(t *testing.T) {
 func TestRecordDamagedMeanwhile(t *testing.T) {
 	s := open(t, t.TempDir())
 	d := apply(t, s, e{name: "implied/f", body: "x"})
-	if err := os.WriteFile(filepath.Join(s.layerDir(d), recordName), nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(filepath.Join(s.layerDir(d), recordName), nil, 0o600))
 	read(t, mount(t, s, d), "implied/f")
 }

@@ -23,9 +23,7 @@ func newUserns(t testing.TB) *IDMap {
 	t.Helper()
 	needRoot(t)
 	var u unix.Utsname
-	if err := unix.Uname(&u); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Uname(&u))
 	var major, minor int
 	fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
 	if major < 6 || major == 6 && minor < 3 {
@@ -38,9 +36,7 @@ func newUserns(t testing.TB) *IDMap {
 		GidMappings:                []syscall.SysProcIDMap{{HostID: hostGID, Size: mappedIDs}},
 		GidMappingsEnableSetgroups: true,
 	}
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, c.Start())
 	t.Cleanup(func() {
 		c.Process.Kill()
 		c.Wait()
@@ -59,9 +55,7 @@ func newUserns(t testing.TB) *IDMap {
 func mountMapped(t testing.TB, s *Store, m *IDMap, layers ...digest.Digest) (rw, target string) {
 	t.Helper()
 	rw, err := os.MkdirTemp("", "rootfs-idmap-")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	target = filepath.Join(rw, "rootfs")
 	t.Cleanup(func() {
 		if err := Unmount(target); err != nil {
@@ -69,12 +63,8 @@ func mountMapped(t testing.TB, s *Store, m *IDMap, layers ...digest.Digest) (rw,
 		}
 		os.RemoveAll(rw)
 	})
-	if err := errors.Join(os.Chmod(rw, 0o711), os.Mkdir(target, 0o711)); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.Mount(t.Context(), layers, rw, target, m); err != nil {
-		t.Fatal(err)
-	}
+	check(t, errors.Join(os.Chmod(rw, 0o711), os.Mkdir(target, 0o711)))
+	check(t, s.Mount(t.Context(), layers, rw, target, m))
 	return rw, target
 }
 
@@ -193,9 +183,7 @@ func TestMappedCapabilities(t *testing.T) {
 	s := open(t, filepath.Join(t.TempDir(), "layers"))
 	m := newUserns(t)
 	program, err := os.ReadFile("/bin/cat")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	caps := "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
 	// With their own name, for a program that is many of them.
 	layer := apply(t, s, e{
@@ -243,9 +231,7 @@ func TestMappedMounts(t *testing.T) {
 		}
 		gone(t, root+mappedSuffix)
 		b, err := os.ReadFile("/proc/self/mountinfo")
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		if n := strings.Count(string(b), " "+rw+"/"); n != 1 {
 			t.Errorf("%d mounts below %s, want 1", n, rw)
 		}
@@ -270,30 +256,22 @@ func TestMappedLeftovers(t *testing.T) {
 	layer := apply(t, s, e{name: "file", body: "x"})
 	rw := t.TempDir()
 	target := filepath.Join(rw, "rootfs")
-	if err := os.Mkdir(target, 0o711); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(target, 0o711))
 	t.Cleanup(func() { Unmount(target) })
 	left := func() {
 		t.Helper()
-		if err := attachMapped(s.dir, target+mappedSuffix, m.Userns); err != nil {
-			t.Fatal(err)
-		}
+		check(t, attachMapped(s.dir, target+mappedSuffix, m.Userns))
 	}
 	left()
 	if err := os.WriteFile(filepath.Join(target+mappedSuffix, "x"), nil, 0o600); !errors.Is(err, unix.EROFS) {
 		t.Errorf("writing through the attached layers: %v, want read-only", err)
 	}
 	left()
-	if err := s.Mount(t.Context(), []digest.Digest{layer}, rw, target, m); err != nil {
-		t.Fatal(err)
-	}
+	check(t, s.Mount(t.Context(), []digest.Digest{layer}, rw, target, m))
 	gone(t, target+mappedSuffix)
 	read(t, target, "file")
 	left()
-	if err := Unmount(target); err != nil {
-		t.Fatal(err)
-	}
+	check(t, Unmount(target))
 	gone(t, target+mappedSuffix)
 	if on, err := mountinfo.Mounted(target); on || err != nil {
 		t.Errorf("still mounted: %v, %v", on, err)
@@ -323,26 +301,16 @@ func TestMappedClassicMount(t *testing.T) {
 	target, layers := filepath.Join(rw, "rootfs"), filepath.Join(rw, "rootfs"+mappedSuffix)
 	upper, work := filepath.Join(rw, upperName), filepath.Join(rw, workName)
 	for _, dir := range []string{target, upper, work} {
-		if err := os.Mkdir(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.Mkdir(dir, 0o755))
 	}
 	t.Cleanup(func() { Unmount(target) })
-	if err := attachMapped(s.dir, layers, m.Userns); err != nil {
-		t.Fatal(err)
-	}
+	check(t, attachMapped(s.dir, layers, m.Userns))
 	o, err := newOverlay(layers, rw, target)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer o.close()
 	o.lower = []string{filepath.Join(layer.Algorithm().String(), layer.Encoded(), diffName)}
-	if err := o.mountClassic(); err != nil {
-		t.Fatal(err)
-	}
-	if err := detach(layers); err != nil {
-		t.Fatal(err)
-	}
+	check(t, o.mountClassic())
+	check(t, detach(layers))
 	if st := lstat(t, target, "file"); st.Uid != hostUID+7 {
 		t.Errorf("the file is of %d, want %d", st.Uid, hostUID+7)
 	}
@@ -351,17 +319,13 @@ func TestMappedClassicMount(t *testing.T) {
 func TestCheckMapped(t *testing.T) {
 	s := open(t, filepath.Join(t.TempDir(), "layers"))
 	ns, err := os.Open(newUserns(t).Userns)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer ns.Close()
 	if err := s.CheckMapped(ns); err != nil {
 		t.Error(err)
 	}
 	self, err := os.Open("/proc/self/ns/user")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer self.Close()
 	if err := s.CheckMapped(self); err == nil { // the kernel takes any but the first one
 		t.Error("no error for the host's own user namespace")

@@ -550,14 +550,10 @@ func xattrs(file string) map[string]string {
 func TestModel(t *testing.T) {
 	m := newModel(DefaultLimits)
 	f := func(name string) entry { return entry{kind: tar.TypeReg, name: name, body: "x"} }
-	if err := m.apply([]entry{f("a/b/c/bar"), f("a/b/c/foo")}); err != nil {
-		t.Fatal(err)
-	}
+	check(t, m.apply([]entry{f("a/b/c/bar"), f("a/b/c/foo")}))
 	m.settle()
 	m.union = true
-	if err := m.apply([]entry{f("a/.wh..wh..opq"), f("a/b/c/foo")}); err != nil {
-		t.Fatal(err)
-	}
+	check(t, m.apply([]entry{f("a/.wh..wh..opq"), f("a/b/c/foo")}))
 	c, err := m.walk([]string{"a", "b", "c"}, false)
 	if err != nil || len(c.kids) != 1 || c.kids["foo"] == nil {
 		t.Errorf("%v %v", c, err)

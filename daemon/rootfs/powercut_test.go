@@ -69,17 +69,11 @@ func TestPowerCut(t *testing.T) {
 		}
 		b := archive(t, e{name: fmt.Sprint("fresh", round), body: body})
 		fresh := digest.FromBytes(b)
-		if err := s.Apply(t.Context(), fresh, bytes.NewReader(b)); err != nil {
-			t.Fatal(err)
-		}
+		check(t, s.Apply(t.Context(), fresh, bytes.NewReader(b)))
 		if round >= 4 { // names and sizes get to the disk by themselves; content follows later, or not
 			f, err := os.Open(filepath.Join(s.layerDir(fresh), recordName))
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := f.Sync(); err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
+			check(t, f.Sync())
 			f.Close()
 		}
 		d, err := os.Open(dir)
@@ -105,9 +99,7 @@ func TestPowerCut(t *testing.T) {
 			var r layerRecord
 			if record.Read(path, &r) == nil {
 				r.BootID = "another"
-				if err := record.Write(path, r, false); err != nil {
-					t.Fatal(err)
-				}
+				check(t, record.Write(path, r, false))
 			}
 		}
 		s = open(t, root)
@@ -119,16 +111,12 @@ func TestPowerCut(t *testing.T) {
 			if !s.Has(l) {
 				dropped++
 				again := archive(t, e{name: name, body: body})
-				if err := s.Apply(t.Context(), l, bytes.NewReader(again)); err != nil {
-					t.Fatal(err)
-				}
+				check(t, s.Apply(t.Context(), l, bytes.NewReader(again)))
 			}
 			if got := read(t, s.layerDir(l), diffName, name); got != body {
 				t.Errorf("round %d: %s has %d bytes that are not its own", round, name, len(got))
 			}
-			if err := s.Remove(l); err != nil {
-				t.Fatal(err)
-			}
+			check(t, s.Remove(l))
 		}
 		s.Close()
 		run(t, "sync", "-f", dir)

@@ -63,16 +63,12 @@ func archive(t testing.TB, entries ...e) []byte {
 		if x.raw != nil {
 			x.raw(h)
 		}
-		if err := w.WriteHeader(h); err != nil {
-			t.Fatal(err)
-		}
+		check(t, w.WriteHeader(h))
 		if _, err := io.WriteString(w, x.body); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, w.Close())
 	return b.Bytes()
 }
 
@@ -87,9 +83,7 @@ func open(t testing.TB, dir string) *Store {
 	t.Helper()
 	needRoot(t)
 	s, err := Open(dir, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	t.Cleanup(func() { s.Close() })
 	return s
 }
@@ -98,9 +92,7 @@ func apply(t testing.TB, s *Store, entries ...e) digest.Digest {
 	t.Helper()
 	b := archive(t, entries...)
 	d := digest.FromBytes(b)
-	if err := s.Apply(t.Context(), d, bytes.NewReader(b)); err != nil {
-		t.Fatal(err)
-	}
+	check(t, s.Apply(t.Context(), d, bytes.NewReader(b)))
 	return d
 }
 
@@ -109,26 +101,20 @@ func mount(t testing.TB, s *Store, layers ...digest.Digest) string {
 	t.Helper()
 	dir := t.TempDir()
 	target := filepath.Join(dir, "rootfs")
-	if err := os.Mkdir(target, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(target, 0o755))
 	t.Cleanup(func() {
 		if err := Unmount(target); err != nil {
 			t.Error(err)
 		}
 	})
-	if err := s.Mount(t.Context(), layers, dir, target, nil); err != nil {
-		t.Fatal(err)
-	}
+	check(t, s.Mount(t.Context(), layers, dir, target, nil))
 	return target
 }
 
 func read(t testing.TB, path ...string) string {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join(path...))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return string(b)
 }
 
@@ -397,14 +383,10 @@ func TestMadeUpDirectoriesHaveAttributes(t *testing.T) {
 func TestMadeUpDirectoriesWithoutAttributes(t *testing.T) {
 	needRoot(t)
 	dir := t.TempDir()
-	if err := unix.Mount("none", dir, "ramfs", 0, ""); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Mount("none", dir, "ramfs", 0, ""))
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 	a := attributes{mode: 0o1777, mtime: unix.Timespec{Sec: 1}, xattrs: map[string]string{"user.a": "x"}}
-	if err := setAttributes(dir, a, nil); err != nil {
-		t.Fatal(err)
-	}
+	check(t, setAttributes(dir, a, nil))
 	if st := lstat(t, dir, "."); st.Mode&0o7777 != a.mode || st.Mtim != a.mtime {
 		t.Errorf("mode %o, time %v", st.Mode, st.Mtim)
 	}
@@ -482,9 +464,7 @@ func TestHostileLayers(t *testing.T) {
 func TestLinksStayInside(t *testing.T) {
 	outer := t.TempDir()
 	victim := filepath.Join(outer, "victim")
-	if err := os.Mkdir(victim, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(victim, 0o755))
 	s := open(t, filepath.Join(outer, "layers"))
 	d := apply(t, s,
 		e{name: "abs", typ: tar.TypeSymlink, link: victim},
@@ -565,9 +545,7 @@ func TestSparse(t *testing.T) {
 	s.Limits.Bytes = 2 << 20
 	b := hole(1 << 20)
 	d := digest.FromBytes(b)
-	if err := s.Apply(t.Context(), d, bytes.NewReader(b)); err != nil {
-		t.Fatal(err)
-	}
+	check(t, s.Apply(t.Context(), d, bytes.NewReader(b)))
 	st := lstat(t, s.layerDir(d), "diff", "hole")
 	if st.Size != int64(1<<20+len(tail)) || st.Blocks*512 > 64<<10 {
 		t.Errorf("size %d, %d bytes on disk", st.Size, st.Blocks*512)
@@ -689,26 +667,18 @@ func TestOpenAfterACrash(t *testing.T) {
 	// As a power cut leaves it: of another boot and not marked.
 	var r layerRecord
 	path := filepath.Join(s.layerDir(torn), recordName)
-	if err := record.Read(path, &r); err != nil {
-		t.Fatal(err)
-	}
+	check(t, record.Read(path, &r))
 	r.BootID = "another boot"
-	if err := record.Write(path, r, false); err != nil {
-		t.Fatal(err)
-	}
+	check(t, record.Write(path, r, false))
 	for _, p := range []string{
 		filepath.Join(s.layerDir(torn), syncedName),
 		filepath.Join(s.layerDir(samboot), syncedName),
 		filepath.Join(s.layerDir(norecord), recordName),
 	} {
-		if err := os.Remove(p); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.Remove(p))
 	}
 	// As a SIGKILL leaves it.
-	if err := os.MkdirAll(filepath.Join(dir, tmpName, "unpack-1", "diff", "x"), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.MkdirAll(filepath.Join(dir, tmpName, "unpack-1", "diff", "x"), 0o755))
 
 	s = open(t, dir)
 	if !s.Has(good) || !s.Has(samboot) || s.Count() != 2 {
@@ -736,9 +706,7 @@ func TestDamagedInUse(t *testing.T) {
 	for range 3 {
 		d := apply(t, s, e{name: "a", body: "x"})
 		roots = append(roots, mount(t, s, d))
-		if err := os.Remove(filepath.Join(s.layerDir(d), recordName)); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.Remove(filepath.Join(s.layerDir(d), recordName)))
 		s.Close()
 		s = open(t, dir)
 		s.Close() // nothing is deleted in the background any more
@@ -748,9 +716,7 @@ func TestDamagedInUse(t *testing.T) {
 		if b, err := os.ReadFile(filepath.Join(root, "a")); string(b) != "x" {
 			t.Errorf("root %d: %q, %v", i, b, err)
 		}
-		if err := Unmount(root); err != nil {
-			t.Fatal(err)
-		}
+		check(t, Unmount(root))
 	}
 	s.Close()
 	s = open(t, dir)
@@ -766,23 +732,15 @@ func TestMarkOfAnother(t *testing.T) {
 		d := apply(t, s, e{name: "a", body: "x"})
 		mark := filepath.Join(s.layerDir(d), syncedName)
 		eventually(t, "the mark", func() bool { _, err := os.Stat(mark); return err == nil })
-		if err := os.Remove(mark); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.Remove(mark))
 		return s.layers[d]
 	}
 	first := unpack()
-	if err := s.Remove(first.DiffID); err != nil {
-		t.Fatal(err)
-	}
+	check(t, s.Remove(first.DiffID))
 	second := unpack()
-	if err := s.mark([]*layerRecord{first}); err != nil {
-		t.Fatal(err)
-	}
+	check(t, s.mark([]*layerRecord{first}))
 	gone(t, s.layerDir(first.DiffID), syncedName)
-	if err := s.mark([]*layerRecord{second}); err != nil {
-		t.Fatal(err)
-	}
+	check(t, s.mark([]*layerRecord{second}))
 	read(t, s.layerDir(first.DiffID), syncedName)
 }
 
@@ -791,9 +749,7 @@ func TestRemove(t *testing.T) {
 	s := open(t, dir)
 	d := apply(t, s, e{name: "a/b/c", body: "x"})
 	for range 2 {
-		if err := s.Remove(d); err != nil {
-			t.Fatal(err)
-		}
+		check(t, s.Remove(d))
 	}
 	if s.Has(d) || s.Usage() != (Usage{}) {
 		t.Errorf("still there: %+v", s.Usage())
@@ -813,16 +769,10 @@ func TestNoDescriptorsLeft(t *testing.T) {
 	d := apply(t, s, e{name: "a", body: "x"})
 	s.Close()
 	var was unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Max: was.Max}); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &was))
+	check(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Max: was.Max}))
 	has := s.Has(d)
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &was))
 	if !has {
 		t.Error("the layer counts as gone")
 	}
@@ -854,12 +804,8 @@ func TestRepeatedLayer(t *testing.T) {
 	s := open(t, t.TempDir())
 	d := apply(t, s, e{name: "a", body: "x"})
 	var was unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 500, Max: was.Max}); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &was))
+	check(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 500, Max: was.Max}))
 	t.Cleanup(func() { unix.Setrlimit(unix.RLIMIT_NOFILE, &was) })
 	read(t, mount(t, s, slices.Repeat([]digest.Digest{d}, 1000)...), "a")
 }
@@ -875,28 +821,18 @@ func TestClassicMount(t *testing.T) {
 				var lower []string
 				for i := range n {
 					lower = append(lower, filepath.Join(strings.Repeat("y", 64), fmt.Sprint(i)))
-					if err := os.MkdirAll(filepath.Join(layers, lower[i]), 0o755); err != nil {
-						t.Fatal(err)
-					}
+					check(t, os.MkdirAll(filepath.Join(layers, lower[i]), 0o755))
 				}
 				for _, d := range []string{filepath.Join(rw, upperName), filepath.Join(rw, workName), target} {
-					if err := os.MkdirAll(d, 0o755); err != nil {
-						t.Fatal(err)
-					}
+					check(t, os.MkdirAll(d, 0o755))
 				}
-				if err := os.WriteFile(filepath.Join(layers, lower[n-1], "f"), nil, 0o644); err != nil {
-					t.Fatal(err)
-				}
+				check(t, os.WriteFile(filepath.Join(layers, lower[n-1], "f"), nil, 0o644))
 				o, err := newOverlay(layers, rw, target)
-				if err != nil {
-					t.Fatal(err)
-				}
+				check(t, err)
 				o.lower = lower
 				defer o.close()
 				defer Unmount(target)
-				if err := o.mountClassic(); err != nil {
-					t.Fatal(err)
-				}
+				check(t, o.mountClassic())
 				read(t, target, "f")
 			})
 		}
@@ -921,21 +857,15 @@ func TestOddDirectories(t *testing.T) {
 			dir := filepath.Join(t.TempDir(), odd)
 			id := strings.Repeat("0f", 32)
 			rw, target := filepath.Join(dir, id), filepath.Join(dir, "target")
-			if err := errors.Join(os.MkdirAll(rw, 0o700), os.Mkdir(target, 0o700)); err != nil {
-				t.Fatal(err)
-			}
+			check(t, errors.Join(os.MkdirAll(rw, 0o700), os.Mkdir(target, 0o700)))
 			s := open(t, filepath.Join(dir, "layers"))
 			d := apply(t, s, e{name: "a", body: "x"})
 			t.Cleanup(func() { Unmount(target) })
-			if err := s.Mount(t.Context(), []digest.Digest{d}, rw, target, nil); err != nil {
-				t.Fatal(err)
-			}
+			check(t, s.Mount(t.Context(), []digest.Digest{d}, rw, target, nil))
 			if l := LayersAt(target); !slices.Equal(l, []digest.Digest{d}) {
 				t.Errorf("the mount tells of layers %v, not of %s", l, d)
 			}
-			if err := errors.Join(s.Close(), os.Remove(filepath.Join(s.layerDir(d), recordName))); err != nil {
-				t.Fatal(err)
-			}
+			check(t, errors.Join(s.Close(), os.Remove(filepath.Join(s.layerDir(d), recordName))))
 			if err := open(t, s.dir).Close(); err != nil { // and what it removes is gone
 				t.Fatal(err)
 			}
@@ -949,13 +879,9 @@ func TestMountTwiceUnmountTwice(t *testing.T) {
 	d := apply(t, s, e{name: "a", body: "x"})
 	dir := t.TempDir()
 	target := filepath.Join(dir, "rootfs")
-	if err := os.Mkdir(target, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(target, 0o755))
 	t.Cleanup(func() { Unmount(target) })
-	if err := s.Mount(t.Context(), []digest.Digest{d}, dir, target, nil); err != nil {
-		t.Fatal(err)
-	}
+	check(t, s.Mount(t.Context(), []digest.Digest{d}, dir, target, nil))
 	if m, err := mountinfo.Mounted(target); !m || err != nil {
 		t.Errorf("mounted: %v %v", m, err)
 	}
@@ -964,28 +890,20 @@ func TestMountTwiceUnmountTwice(t *testing.T) {
 			t.Errorf("another one on it: %v", err)
 		}
 	}
-	if err := os.WriteFile(filepath.Join(target, "written"), []byte("w"), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(filepath.Join(target, "written"), []byte("w"), 0o644))
 	// Busy: an open file.
 	f, err := os.Open(filepath.Join(target, "a"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer f.Close()
 	for range 2 {
-		if err := Unmount(target); err != nil {
-			t.Fatal(err)
-		}
+		check(t, Unmount(target))
 	}
 	if m, err := mountinfo.Mounted(target); m || err != nil {
 		t.Errorf("unmounted: %v %v", m, err)
 	}
 	f.Close()
 	// What was written is there again, though the first mount was volatile.
-	if err := s.Mount(t.Context(), []digest.Digest{d}, dir, target, nil); err != nil {
-		t.Fatal(err)
-	}
+	check(t, s.Mount(t.Context(), []digest.Digest{d}, dir, target, nil))
 	if read(t, target, "written") != "w" {
 		t.Error("lost")
 	}
@@ -994,16 +912,20 @@ func TestMountTwiceUnmountTwice(t *testing.T) {
 func TestScratch(t *testing.T) {
 	s := open(t, t.TempDir())
 	root := mount(t, s)
-	if err := os.WriteFile(filepath.Join(root, "f"), nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(filepath.Join(root, "f"), nil, 0o644))
 	if st := lstat(t, root, "."); st.Mode&0o777 != 0o755 {
 		t.Errorf("mode %o", st.Mode)
 	}
 	b := make([]byte, 1024) // the empty archive that some builders add
 	d := digest.NewDigestFromEncoded(digest.SHA256, fmt.Sprintf("%x", sha256.Sum256(b)))
-	if err := s.Apply(t.Context(), d, bytes.NewReader(b)); err != nil {
+	check(t, s.Apply(t.Context(), d, bytes.NewReader(b)))
+	mount(t, s, d)
+}
+
+// check ends the test where something fails that it needs.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
 		t.Fatal(err)
 	}
-	mount(t, s, d)
 }

@@ -47,25 +47,17 @@ func TestWay(t *testing.T) {
 		}
 	}
 	root := filepath.Join(dir, "closed", "rootfs")
-	if err := os.MkdirAll(root, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(os.WriteFile(root+"/file", nil, 0o644), os.Chmod(filepath.Dir(root), 0o700)); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.MkdirAll(root, 0o755))
+	check(t, errors.Join(os.WriteFile(root+"/file", nil, 0o644), os.Chmod(filepath.Dir(root), 0o700)))
 	w := Ways(filepath.Join(dir, "ways"))
 	if err := w.Remove("c"); err != nil {
 		t.Errorf("of none: %v", err)
 	}
-	if err := w.Make(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, w.Make())
 	const gid = 100000
 	for range 2 { // the second time it is there already
 		at, err := w.Open("c", root, gid)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		defer w.Remove("c")
 		stat := func(path string) func() error {
 			return func() error { _, err := os.Stat(path); return err }
@@ -105,9 +97,7 @@ func TestWay(t *testing.T) {
 	if _, err := os.Stat(root + "/file"); err != nil {
 		t.Error(err)
 	}
-	if err := os.Chmod(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Chmod(dir, 0o700))
 	if err := w.Make(); err == nil || !strings.Contains(err.Error(), "chmod o+x "+dir) {
 		t.Errorf("below a closed directory: %v", err)
 	}
@@ -118,18 +108,12 @@ func TestDisarm(t *testing.T) {
 		t.Skip("needs root")
 	}
 	dir := t.TempDir()
-	if err := os.WriteFile(dir+"/file", nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(dir+"/file", nil, 0o600))
 	defer unmountAll(dir)
 	for range 2 {
-		if err := Disarm(dir); err != nil {
-			t.Fatal(err)
-		}
+		check(t, Disarm(dir))
 		var st unix.Statfs_t
-		if err := unix.Statfs(dir+"/file", &st); err != nil {
-			t.Fatal(err)
-		}
+		check(t, unix.Statfs(dir+"/file", &st))
 		if st.Flags&unix.ST_NOSUID == 0 || st.Flags&unix.ST_NODEV == 0 {
 			t.Errorf("flags %#x", st.Flags)
 		}

@@ -22,15 +22,9 @@ import (
 
 func TestReadSeccompProfile(t *testing.T) {
 	dir := t.TempDir()
-	if err := os.WriteFile(filepath.Join(dir, "good"), []byte("{}"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "large"), make([]byte, maxProfile+1), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mkfifo(filepath.Join(dir, "fifo"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(filepath.Join(dir, "good"), []byte("{}"), 0o600))
+	check(t, os.WriteFile(filepath.Join(dir, "large"), make([]byte, maxProfile+1), 0o600))
+	check(t, unix.Mkfifo(filepath.Join(dir, "fifo"), 0o600))
 	for path, want := range map[string]string{
 		filepath.Join(dir, "good"):  "{}",
 		filepath.Join(dir, "large"): "",
@@ -76,12 +70,8 @@ func TestFindUser(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			root := t.TempDir()
-			if err := os.Mkdir(filepath.Join(root, "etc"), 0o755); err != nil {
-				t.Fatal(err)
-			}
-			if err := unix.Mkfifo(filepath.Join(root, "fifo"), 0o600); err != nil {
-				t.Fatal(err)
-			}
+			check(t, os.Mkdir(filepath.Join(root, "etc"), 0o755))
+			check(t, unix.Mkfifo(filepath.Join(root, "fifo"), 0o600))
 			for file, content := range map[string]string{"real": "app:x:5:6", "etc/passwd": c.passwd, "etc/group": c.group} {
 				path := filepath.Join(root, file)
 				var err error
@@ -90,9 +80,7 @@ func TestFindUser(t *testing.T) {
 				} else if content != "" {
 					err = os.WriteFile(path, []byte(content), 0o600)
 				}
-				if err != nil {
-					t.Fatal(err)
-				}
+				check(t, err)
 			}
 			u, err := FindUser(root, container(), ocispec.ImageConfig{User: c.user})
 			if c.want == nil {
@@ -111,16 +99,12 @@ func TestFindUser(t *testing.T) {
 // A group file of many lines costs time, and little memory.
 func TestLargeGroupFile(t *testing.T) { // not parallel: it measures
 	root := t.TempDir()
-	if err := os.Mkdir(filepath.Join(root, "etc"), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(filepath.Join(root, "etc"), 0o755))
 	var b bytes.Buffer
 	for i := range 800_000 {
 		fmt.Fprintf(&b, "group%d:x:%d:\n", i, i)
 	}
-	if err := os.WriteFile(filepath.Join(root, "etc/group"), b.Bytes(), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(filepath.Join(root, "etc/group"), b.Bytes(), 0o600))
 	size := int64(b.Len())
 	b = bytes.Buffer{}
 	runtime.GC()

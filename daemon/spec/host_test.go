@@ -15,9 +15,7 @@ import (
 
 func TestProbeHost(t *testing.T) {
 	h, err := ProbeHost()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if h.KnownCaps == nil {
 		t.Error("KnownCaps is nil, which would stand for all")
 	}
@@ -50,14 +48,10 @@ func TestResolveDevices(t *testing.T) {
 	}
 	dir := t.TempDir()
 	link := filepath.Join(dir, "link")
-	if err := os.Symlink("/dev/null", link); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Symlink("/dev/null", link))
 	for _, host := range []string{"/dev/null", link} {
 		list, err := resolve(&runtimeapi.Device{HostPath: host, ContainerPath: "/dev/mine", Permissions: "r"})
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		d := list[0]
 		if len(list) != 1 || d.Path != "/dev/mine" || d.Type != "c" || d.Major != 1 || d.Minor != 3 ||
 			d.Access != "r" || d.FileMode.Perm() == 0 {
@@ -70,9 +64,7 @@ func TestResolveDevices(t *testing.T) {
 		t.Errorf("defaults: %+v, %v", list, err)
 	}
 	list, err := resolve(&runtimeapi.Device{HostPath: "/dev", ContainerPath: "/all/"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if !slices.ContainsFunc(list, func(d Device) bool { return d.Path == "/all/null" && d.Minor == 3 }) {
 		t.Errorf("the devices of a directory lack null: %+v", list)
 	}
@@ -84,9 +76,7 @@ func TestResolveDevices(t *testing.T) {
 
 func TestHostDevices(t *testing.T) {
 	list, err := HostDevices()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if !slices.ContainsFunc(list, func(d Device) bool { return d.Path == "/dev/null" }) {
 		t.Error("/dev/null is missing")
 	}
@@ -98,7 +88,7 @@ func TestHostDevices(t *testing.T) {
 }
 
 func TestCheckMounts(t *testing.T) {
-	check := func(src string, p runtimeapi.MountPropagation) error {
+	mounts := func(src string, p runtimeapi.MountPropagation) error {
 		return CheckMounts(
 			&runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{{HostPath: src, ContainerPath: "/x",
 				Propagation: p}}},
@@ -110,16 +100,14 @@ func TestCheckMounts(t *testing.T) {
 		shared  = runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL
 	)
 	dir := t.TempDir()
-	if err := check(dir, private); err != nil {
+	if err := mounts(dir, private); err != nil {
 		t.Error(err)
 	}
-	wantField(t, check(filepath.Join(dir, "none"), private), kind.Invalid, "config.mounts[0].host_path")
+	wantField(t, mounts(filepath.Join(dir, "none"), private), kind.Invalid, "config.mounts[0].host_path")
 	link := filepath.Join(dir, "link")
-	if err := os.Symlink("nowhere", link); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Symlink("nowhere", link))
 	for _, src := range []string{link, link + "/"} {
-		err := check(src, private)
+		err := mounts(src, private)
 		wantField(t, err, kind.Invalid, "config.mounts[0].host_path")
 		if !strings.Contains(err.Error(), `link to "nowhere"`) {
 			t.Errorf("the error does not tell of the link: %v", err)
@@ -129,14 +117,10 @@ func TestCheckMounts(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("the rest makes mounts")
 	}
-	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Mount(dir, dir, "", unix.MS_BIND, ""))
 	defer unix.Unmount(dir, unix.MNT_DETACH)
 	sub := filepath.Join(dir, "sub")
-	if err := os.Mkdir(sub, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(sub, 0o755))
 	for _, tt := range []struct {
 		name            string
 		kind            uintptr
@@ -149,19 +133,13 @@ func TestCheckMounts(t *testing.T) {
 		if tt.kind == unix.MS_SLAVE {
 			// A mount alone in its group would become private: give it a peer.
 			peer := filepath.Join(t.TempDir(), "peer")
-			if err := os.Mkdir(peer, 0o755); err != nil {
-				t.Fatal(err)
-			}
-			if err := unix.Mount(dir, peer, "", unix.MS_BIND, ""); err != nil {
-				t.Fatal(err)
-			}
+			check(t, os.Mkdir(peer, 0o755))
+			check(t, unix.Mount(dir, peer, "", unix.MS_BIND, ""))
 			defer unix.Unmount(peer, unix.MNT_DETACH)
 		}
-		if err := unix.Mount("", dir, "", tt.kind, ""); err != nil {
-			t.Fatal(err)
-		}
+		check(t, unix.Mount("", dir, "", tt.kind, ""))
 		for p, want := range map[runtimeapi.MountPropagation]bool{slave: tt.toSlave, shared: tt.toBoth} {
-			err := check(sub, p)
+			err := mounts(sub, p)
 			if want && err != nil {
 				t.Errorf("%s mount, %s: %v", tt.name, p, err)
 			}

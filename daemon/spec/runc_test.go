@@ -32,9 +32,7 @@ func newBundle(t *testing.T) *bundle {
 		t.Skip("needs root")
 	}
 	runc, err := filepath.Abs("../../bin/runc")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if _, err := os.Stat(runc); err != nil {
 		if runc, err = exec.LookPath("runc"); err != nil {
 			t.Skip("there is no runc: make build makes it")
@@ -45,25 +43,17 @@ func newBundle(t *testing.T) *bundle {
 		t.Skipf("needs a static busybox: %v", err)
 	}
 	dir, err := os.MkdirTemp("", "spec") // short: it holds a socket
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	b := &bundle{t: t, runc: runc, dir: dir, root: filepath.Join(dir, "rootfs"), id: filepath.Base(dir)}
 	for _, d := range []string{"bin", "etc"} {
-		if err := os.MkdirAll(filepath.Join(b.root, d), 0o755); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.MkdirAll(filepath.Join(b.root, d), 0o755))
 	}
 	if err := os.Chmod(dir, 0o755); err != nil { // the container's user looks at its root
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(b.root, "bin/busybox"), busybox, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink("busybox", filepath.Join(b.root, "bin/sh")); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(filepath.Join(b.root, "bin/busybox"), busybox, 0o755))
+	check(t, os.Symlink("busybox", filepath.Join(b.root, "bin/sh")))
 	return b
 }
 
@@ -141,15 +131,9 @@ func TestRuncDefault(t *testing.T) {
 	b := newBundle(t)
 	hosts := filepath.Join(b.dir, "hosts")
 	data := filepath.Join(b.dir, "data")
-	if err := os.WriteFile(hosts, []byte("127.0.0.1 me\n"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Mkdir(data, 0o777); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chmod(data, 0o777); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(hosts, []byte("127.0.0.1 me\n"), 0o644))
+	check(t, os.Mkdir(data, 0o777))
+	check(t, os.Chmod(data, 0o777))
 	in := b.input(`alias b=/bin/busybox
 echo uid=$(b id -u) gid=$(b id -g) groups=$(b id -G)
 b grep -E '^(Seccomp|NoNewPrivs|CapBnd|CapAmb):' /proc/self/status | b tr '\t' ' '
@@ -198,9 +182,7 @@ b mount | b grep -c ' /sys .*rw,'
 b mount -t tmpfs none /mnt && echo mounted
 b ls /dev/mine /dev/null
 b test -d /sys/fs/cgroup && echo cgroups`)
-	if err := os.Mkdir(filepath.Join(b.root, "mnt"), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(filepath.Join(b.root, "mnt"), 0o755))
 	in.privileged()
 	in.security().Seccomp = &runtimeapi.SecurityProfile{}
 	in.Container.Devices = []*runtimeapi.Device{{HostPath: "/dev/zero", ContainerPath: "/dev/mine"}}
@@ -236,28 +218,20 @@ func TestRuncTerminal(t *testing.T) {
 	in := b.input(`test -t 0 && test -t 1 && echo term=$TERM $(/bin/busybox tty)`)
 	in.Container.Tty = true
 	r, err := validateAndBuild(in)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	socket := filepath.Join(b.dir, "console")
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer l.Close()
 	l.SetDeadline(time.Now().Add(5 * time.Minute))
 	defer b.delete()
 	cmd := b.cmd(r.Spec, "run", "--detach", "--console-socket", socket, "--bundle", b.dir, b.id)
 	// A file: the container inherits the descriptor, and a pipe would keep Wait.
 	stderr, err := os.Create(filepath.Join(b.dir, "stderr"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer stderr.Close()
 	cmd.Stderr = stderr
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, cmd.Start())
 	terminal, err := receiveFile(l)
 	if waitErr := cmd.Wait(); err != nil || waitErr != nil {
 		text, _ := os.ReadFile(stderr.Name())
@@ -296,16 +270,12 @@ func TestRuncPodInit(t *testing.T) {
 	in.pod().NamespaceOptions.Pid = modePod
 	s, err := PodInit(PodInitInput{Host: in.Host, ID: b.id, Sandbox: in.Sandbox, Rootfs: b.root,
 		CgroupsPath: "/holdfast-test/" + b.id})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	s.Process.Args = []string{"/bin/busybox", "sleep", "600"}
 	defer b.delete()
 	pidFile := filepath.Join(b.dir, "pid")
 	stderr, err := os.Create(filepath.Join(b.dir, "stderr"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer stderr.Close()
 	cmd := b.cmd(s, "run", "--detach", "--pid-file", pidFile, "--bundle", b.dir, b.id)
 	cmd.Stderr = stderr
@@ -314,16 +284,12 @@ func TestRuncPodInit(t *testing.T) {
 		t.Fatalf("runc run: %v: %s", err, text)
 	}
 	pid, err := os.ReadFile(pidFile)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	// runc does not wait until its init has become the program, and sets the
 	// filter last of all.
 	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
 		cmdline, err := os.ReadFile("/proc/" + string(pid) + "/cmdline")
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		if strings.HasPrefix(string(cmdline), "/bin/busybox\x00") {
 			break
 		}
@@ -332,9 +298,7 @@ func TestRuncPodInit(t *testing.T) {
 		}
 	}
 	status, err := os.ReadFile("/proc/" + string(pid) + "/status")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	wantLines(t, strings.ReplaceAll(string(status), "\t", " "), "CapBnd: 0000000000000000", "CapEff: 0000000000000000",
 		"NoNewPrivs: 1", "Seccomp: 2", "Uid: 65535 65535 65535 65535")
 

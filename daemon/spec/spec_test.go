@@ -112,9 +112,7 @@ func buildFor(in Input, passwd, group string) (*Result, error) {
 func build(t *testing.T, in Input) *Result {
 	t.Helper()
 	r, err := validateAndBuild(in)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return r
 }
 
@@ -225,9 +223,7 @@ func TestGolden(t *testing.T) {
 				CgroupsPath: "/pod/init",
 			},
 		)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		if s.Linux.Seccomp == nil {
 			t.Error("the pod's init is not confined by seccomp")
 		}
@@ -239,20 +235,14 @@ func TestGolden(t *testing.T) {
 func golden(t *testing.T, name string, s *specs.Spec) {
 	t.Helper()
 	got, err := json.MarshalIndent(s, "", "\t")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	got = append(got, '\n')
 	file := filepath.Join("testdata", name+".json")
 	if *update {
-		if err := os.WriteFile(file, got, 0o644); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.WriteFile(file, got, 0o644))
 	}
 	want, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if string(got) != string(want) {
 		t.Errorf("the spec differs from %s (go test -update writes it):\n%s", file, diff(string(want), string(got)))
 	}
@@ -477,9 +467,7 @@ func TestUser(t *testing.T) {
 				wantField(t, err, kind.Invalid, tt.field)
 				return
 			}
-			if err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
 			got := append([]int64{r.User.Uid, r.User.Gid}, r.User.SupplementalGroups...)
 			if !slices.Equal(got, tt.want) {
 				t.Errorf("uid, gid, groups %v, want %v", got, tt.want)
@@ -872,9 +860,7 @@ func TestAppArmor(t *testing.T) {
 				wantField(t, err, tt.kind, fieldApparmor)
 				return
 			}
-			if err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
 			if got := r.Spec.Process.ApparmorProfile; got != tt.want {
 				t.Errorf("profile %q, want %q", got, tt.want)
 			}
@@ -1191,5 +1177,13 @@ func TestExecLimit(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// check ends the test where something fails that it needs.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
 	}
 }

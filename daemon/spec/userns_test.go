@@ -210,9 +210,7 @@ func TestSmallUserns(t *testing.T) {
 	}
 	init := PodInitInput{Host: in.Host, ID: "id", Sandbox: in.Sandbox, Rootfs: "/init", Namespaces: in.Namespaces}
 	s, err := PodInit(init)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if s.Process.User.UID != 0 || !slices.Contains(
 		s.Linux.Namespaces,
 		specs.LinuxNamespace{Type: specs.UserNamespace, Path: "/ns/user"},

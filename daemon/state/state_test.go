@@ -16,9 +16,7 @@ import (
 func open(t *testing.T, root, state string) *Store {
 	t.Helper()
 	s, err := Open(root, state, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	t.Cleanup(func() { s.Close() })
 	return s
 }
@@ -32,9 +30,7 @@ func TestOpenOnce(t *testing.T) {
 			t.Errorf("a second Open: %v", err)
 		}
 	}
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, s.Close())
 	open(t, root, state)
 }
 
@@ -44,14 +40,10 @@ func TestOpenClosed(t *testing.T) {
 		t.Run(fs.FileMode(umask).String(), func(t *testing.T) {
 			dir := t.TempDir()
 			root, state := filepath.Join(dir, "root"), filepath.Join(dir, "state")
-			if err := errors.Join(os.Mkdir(state, 0o700), os.Chmod(state, wide)); err != nil {
-				t.Fatal(err)
-			}
+			check(t, errors.Join(os.Mkdir(state, 0o700), os.Chmod(state, wide)))
 			defer unix.Umask(unix.Umask(umask))
 			s := open(t, root, state)
-			if err := s.Create(Pods, "a"); err != nil {
-				t.Fatal(err)
-			}
+			check(t, s.Create(Pods, "a"))
 			for _, d := range []string{root, state, root + "/pods", state + "/containers", root + "/pods/a"} {
 				if st, err := os.Stat(d); err != nil || st.Mode() != fs.ModeDir|0o700 {
 					t.Errorf("%s: %v, %v", d, st.Mode(), err)
@@ -69,12 +61,8 @@ func TestRemoveRunDirWithMount(t *testing.T) {
 	s := open(t, t.TempDir(), t.TempDir())
 	dir := s.RunDir(Containers, "a")
 	target, precious := filepath.Join(dir, "rootfs"), filepath.Join(t.TempDir(), "precious")
-	if err := errors.Join(os.MkdirAll(target, 0o700), os.WriteFile(precious, nil, 0o600)); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mount(filepath.Dir(precious), target, "", unix.MS_BIND, ""); err != nil {
-		t.Fatal(err)
-	}
+	check(t, errors.Join(os.MkdirAll(target, 0o700), os.WriteFile(precious, nil, 0o600)))
+	check(t, unix.Mount(filepath.Dir(precious), target, "", unix.MS_BIND, ""))
 	t.Cleanup(func() { unix.Unmount(target, unix.MNT_DETACH) })
 	if err := s.RemoveRunDir(Containers, "a"); err == nil {
 		t.Error("a directory with a mount was removed")
@@ -82,9 +70,7 @@ func TestRemoveRunDirWithMount(t *testing.T) {
 	if _, err := os.Stat(precious); err != nil {
 		t.Errorf("a file in the mount: %v", err)
 	}
-	if err := unix.Unmount(target, 0); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Unmount(target, 0))
 	for range 2 { // the second time there is nothing to do
 		if err := s.RemoveRunDir(Containers, "a"); err != nil {
 			t.Error(err)
@@ -99,15 +85,11 @@ func TestRemoveRunDirWithMount(t *testing.T) {
 // nobody loads. The next removal of the name, and Sweep, take it away.
 func TestRemovalCutShort(t *testing.T) {
 	root := filepath.Join(t.TempDir(), "a[b")
-	if err := os.Mkdir(root, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(root, 0o700))
 	s := open(t, root, t.TempDir())
 	left := filepath.Join(root, string(Pods), delPrefix+"a")
 	for _, finish := range []func() error{func() error { return s.Remove(Pods, "a") }, func() error { s.Sweep(); return nil }} {
-		if err := errors.Join(s.Create(Pods, "a"), os.MkdirAll(filepath.Join(left, "x"), 0o700)); err != nil {
-			t.Fatal(err)
-		}
+		check(t, errors.Join(s.Create(Pods, "a"), os.MkdirAll(filepath.Join(left, "x"), 0o700)))
 		if ids, err := s.IDs(Pods); err != nil || len(ids) != 1 || ids[0] != "a" {
 			t.Errorf("%v, %v", ids, err)
 		}
@@ -125,9 +107,7 @@ func TestQuarantine(t *testing.T) {
 	s := open(t, root, t.TempDir())
 	path := filepath.Join(s.Dir(Pods, "a"), recordName)
 	for range 2 { // a second one of the same name does not replace the first
-		if err := errors.Join(s.Create(Pods, "a"), os.WriteFile(path, []byte("torn"), 0o600)); err != nil {
-			t.Fatal(err)
-		}
+		check(t, errors.Join(s.Create(Pods, "a"), os.WriteFile(path, []byte("torn"), 0o600)))
 		err := s.Get(Pods, "a", new(struct{}))
 		if !errors.Is(err, record.ErrDamaged) {
 			t.Errorf("a torn record: %v", err)
@@ -140,5 +120,13 @@ func TestQuarantine(t *testing.T) {
 	kept, err := os.ReadDir(filepath.Join(root, "quarantine"))
 	if err != nil || len(kept) != 2 {
 		t.Errorf("%d files are kept, %v", len(kept), err)
+	}
+}
+
+// check ends the test where something fails that it needs.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
 	}
 }

@@ -26,34 +26,24 @@ func deep(t *testing.T, dir string, levels int) {
 		unix.Close(fd)
 		fd = next
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	unix.Close(fd)
 }
 
 // TestRemoveDeepTree has fewer descriptors than the tree has levels.
 func TestRemoveDeepTree(t *testing.T) {
 	var was unix.Rlimit
-	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &was); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Getrlimit(unix.RLIMIT_NOFILE, &was))
 	few := was
 	few.Cur = 256
 	top := filepath.Join(t.TempDir(), "gone")
 	for _, name := range []string{"a", "b", ".deep-1", "c"} { // the third as a removal cut short leaves it
-		if err := os.MkdirAll(filepath.Join(top, name), 0o700); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.MkdirAll(filepath.Join(top, name), 0o700))
 		deep(t, filepath.Join(top, name), 3000)
 	}
-	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &few); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &few))
 	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &was)
-	if err := removeTree(top); err != nil {
-		t.Fatal(err)
-	}
+	check(t, removeTree(top))
 	if _, err := os.Lstat(top); !os.IsNotExist(err) {
 		t.Fatalf("it is still there: %v", err)
 	}
@@ -62,30 +52,18 @@ func TestRemoveDeepTree(t *testing.T) {
 func TestRemoveTree(t *testing.T) {
 	dir := t.TempDir()
 	kept := filepath.Join(dir, "kept")
-	if err := os.WriteFile(kept, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(kept, nil, 0o600))
 	top := filepath.Join(dir, "gone")
-	if err := os.MkdirAll(filepath.Join(top, "many"), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.MkdirAll(filepath.Join(top, "many"), 0o700))
 	for i := range 3000 {
-		if err := os.WriteFile(filepath.Join(top, "many", strconv.Itoa(i)), nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.WriteFile(filepath.Join(top, "many", strconv.Itoa(i)), nil, 0o600))
 	}
 	for name, to := range map[string]string{"file": kept, "dir": dir, "nothing": "/nonexistent"} {
-		if err := os.Symlink(to, filepath.Join(top, name)); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.Symlink(to, filepath.Join(top, name)))
 	}
-	if err := unix.Mkfifo(filepath.Join(top, "fifo"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Mkfifo(filepath.Join(top, "fifo"), 0o600))
 	for _, path := range []string{top, top, kept} { // again, and what is no directory
-		if err := removeTree(path); err != nil {
-			t.Fatal(err)
-		}
+		check(t, removeTree(path))
 		if _, err := os.Lstat(path); !os.IsNotExist(err) {
 			t.Fatalf("%s is still there: %v", path, err)
 		}

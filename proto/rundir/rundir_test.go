@@ -18,16 +18,10 @@ import (
 func TestExitIsWrittenOnce(t *testing.T) {
 	dir := t.TempDir()
 	first, err := PrepareExit(dir, true)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	second, err := PrepareExit(dir, false)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := first.Commit(Exit{Code: 1, Message: strings.Repeat("\x00", 10000)}); err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
+	check(t, first.Commit(Exit{Code: 1, Message: strings.Repeat("\x00", 10000)}))
 	if err := second.Commit(Exit{Code: 2}); !errors.Is(err, ErrExists) {
 		t.Errorf("second commit: %v", err)
 	}
@@ -49,9 +43,7 @@ func TestExitInThePlaceOfAnother(t *testing.T) {
 		"a directory":          func(path string) error { return os.MkdirAll(filepath.Join(path, "x"), 0o700) },
 	} {
 		dir := t.TempDir()
-		if err := put(filepath.Join(dir, ExitName)); err != nil {
-			t.Fatal(err)
-		}
+		check(t, put(filepath.Join(dir, ExitName)))
 		if _, err := ReadExitIn(dir); !errors.Is(err, record.ErrDamaged) {
 			t.Errorf("%s: read: %v", name, err)
 		}
@@ -72,14 +64,10 @@ func TestExitOnAFullFileSystem(t *testing.T) {
 		t.Skip("mounting needs root")
 	}
 	dir := t.TempDir()
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
-		t.Fatal(err)
-	}
+	check(t, syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"))
 	defer syscall.Unmount(dir, 0)
 	e, err := PrepareExit(dir, true)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	err = os.WriteFile(filepath.Join(dir, "fill"), make([]byte, 1<<20), 0o600)
 	if !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("filling: %v", err)
@@ -87,9 +75,7 @@ func TestExitOnAFullFileSystem(t *testing.T) {
 	if err := record.Write(filepath.Join(dir, "other.json"), 1, false); !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("another record: %v", err)
 	}
-	if err := e.Commit(Exit{Code: 42}); err != nil {
-		t.Fatal(err)
-	}
+	check(t, e.Commit(Exit{Code: 42}))
 	if got, err := ReadExitIn(dir); err != nil || got.Code != 42 {
 		t.Errorf("got %+v, %v", got, err)
 	}
@@ -105,22 +91,16 @@ func TestLock(t *testing.T) {
 	}
 	held(false)
 	f, err := d.Lock()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	held(true)
 	if _, err := d.Lock(); !errors.Is(err, ErrLocked) {
 		t.Errorf("second lock: %v", err)
 	}
 	// A probe, and a child that got all that children get, change nothing.
-	if err := exec.Command("true").Run(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, exec.Command("true").Run())
 	held(true)
 	child := exec.Command("sleep", "60")
-	if err := child.Start(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, child.Start())
 	defer func() { child.Process.Kill(); child.Wait() }()
 	f.Close()
 	held(false)
@@ -129,22 +109,16 @@ func TestLock(t *testing.T) {
 // A socket address holds 107 bytes; a run directory may be much deeper.
 func TestDialFromADeepDirectory(t *testing.T) {
 	deep := filepath.Join(t.TempDir(), strings.Repeat("d/", 60), strings.Repeat("x", 64))
-	if err := os.MkdirAll(deep, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.MkdirAll(deep, 0o700))
 	d := Dir(deep)
 	if err := os.WriteFile(d.Path(SocketName), nil, 0o600); err != nil { // of a dead shim
 		t.Fatal(err)
 	}
 	l, err := d.Listen()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer l.Close()
 	c, err := d.Dial(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	c.Close()
 	l.Close()
 	if _, err := d.Dial(context.Background()); !errors.Is(err, syscall.ECONNREFUSED) {
@@ -154,9 +128,7 @@ func TestDialFromADeepDirectory(t *testing.T) {
 
 func TestProcess(t *testing.T) {
 	cmd := exec.Command("sleep", "60")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, cmd.Start())
 	p, err := FindProcess(cmd.Process.Pid)
 	if err != nil || !p.Alive() {
 		t.Fatalf("%+v, %v", p, err)
@@ -166,9 +138,7 @@ func TestProcess(t *testing.T) {
 	if other.Alive() {
 		t.Error("a process of the same pid passes for another")
 	}
-	if err := cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, cmd.Process.Kill())
 	// It is a zombie until it is waited for: dead, though its pid is taken.
 	for end := time.Now().Add(2 * time.Minute); p.Alive(); time.Sleep(time.Millisecond) {
 		if time.Now().After(end) {
@@ -193,9 +163,7 @@ func TestNotALock(t *testing.T) {
 		"FIFO":          func(path string) error { return syscall.Mkfifo(path, 0o600) },
 	} {
 		d := Dir(t.TempDir())
-		if err := put(d.Path(LockName)); err != nil {
-			t.Fatal(err)
-		}
+		check(t, put(d.Path(LockName)))
 		if held, err := d.Held(); err == nil {
 			t.Errorf("%s: held %v", name, held)
 		}
@@ -208,15 +176,9 @@ func TestNotALock(t *testing.T) {
 func TestExitWithoutPreparedFile(t *testing.T) {
 	dir := t.TempDir()
 	e, err := PrepareExit(dir, true)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Remove(e.f.Name()); err != nil {
-		t.Fatal(err)
-	}
-	if err := e.Commit(Exit{Code: 5}); err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
+	check(t, os.Remove(e.f.Name()))
+	check(t, e.Commit(Exit{Code: 5}))
 	if got, err := ReadExitIn(dir); err != nil || got.Code != 5 {
 		t.Errorf("got %+v, %v", got, err)
 	}
@@ -224,11 +186,17 @@ func TestExitWithoutPreparedFile(t *testing.T) {
 		t.Errorf("left: %v", entries)
 	}
 	gone, err := PrepareExit(dir, false)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	os.RemoveAll(dir)
 	if err := gone.Commit(Exit{}); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("without a directory: %v", err)
+	}
+}
+
+// check ends the test where something fails that it needs.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
 	}
 }

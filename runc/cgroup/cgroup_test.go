@@ -53,9 +53,7 @@ func newCgroup(t *testing.T) Set {
 		if !ok {
 			t.Fatalf("no directory for %q", name)
 		}
-		if err := os.Mkdir(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.Mkdir(dir, 0o755))
 	}
 	return c
 }
@@ -69,9 +67,7 @@ func (c Set) join(t *testing.T, script string) *exec.Cmd {
 		line += "echo $$ > " + dir + "/cgroup.procs && "
 	}
 	cmd := exec.Command("sh", "-c", line+script)
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, cmd.Start())
 	done := make(chan struct{})
 	go func() { cmd.Wait(); close(done) }()
 	t.Cleanup(func() {
@@ -140,9 +136,7 @@ func TestKill(t *testing.T) {
 			c.join(t, "for i in 1 2 3 4 5; do sleep 1000 & done; wait")
 			until(t, "six processes", func() bool { p, _ := c.Pids(); return len(p) == 6 })
 			sub, _, err := c.Sub("below")
-			if err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
 			sub.join(t, "exec sleep 1000")
 			frozen(c, sub).freeze()
 			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
@@ -161,17 +155,13 @@ func TestKill(t *testing.T) {
 func TestThawBelow(t *testing.T) {
 	c := newCgroup(t)
 	sub, _, err := c.Sub("below")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	mark := filepath.Join(t.TempDir(), "mark")
 	sub.join(t, "trap 'echo x > "+mark+"; exit' USR1; echo > "+mark+".ready; while :; do sleep 0.01; done")
 	until(t, "the trap is set", func() bool { _, err := os.Stat(mark + ".ready"); return err == nil })
 	sub.freeze()
 	c.Thaw()
-	if err := c.Signal(unix.SIGUSR1); err != nil {
-		t.Fatal(err)
-	}
+	check(t, c.Signal(unix.SIGUSR1))
 	until(t, "the signal arrived", func() bool { _, err := os.Stat(mark); return err == nil })
 }
 
@@ -181,26 +171,18 @@ func TestDeepAndWide(t *testing.T) {
 	c := newCgroup(t)
 	top, _ := c.tracker()
 	at, err := openBelow(nil, top)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	const deep, wide = 1500, holdAtOnce + 10
 	for range deep {
-		if err := unix.Mkdirat(int(at.Fd()), "deep", 0o755); err != nil {
-			t.Fatal(err)
-		}
+		check(t, unix.Mkdirat(int(at.Fd()), "deep", 0o755))
 		below, err := openBelow(at, "deep")
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		at.Close()
 		at = below
 	}
 	defer at.Close()
 	cmd := c.join(t, "exec sleep 1000")
-	if err := write(at, "cgroup.procs", strconv.Itoa(cmd.Process.Pid)); err != nil {
-		t.Fatal(err)
-	}
+	check(t, write(at, "cgroup.procs", strconv.Itoa(cmd.Process.Pid)))
 	c.join(t, fmt.Sprintf("i=0; while [ $i -lt %d ]; do sleep 1000 & i=$((i+1)); done; wait", wide))
 	until(t, "all processes", func() bool { p, _ := c.Pids(); return len(p) == wide+2 })
 	if _, populated, err := c.Populated(); !populated || err != nil {
@@ -208,9 +190,7 @@ func TestDeepAndWide(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
-	if err := c.Kill(ctx); err != nil {
-		t.Fatal(err)
-	}
+	check(t, c.Kill(ctx))
 	if dir, populated, err := c.Populated(); populated || err != nil {
 		t.Errorf("populated: %s, %v, %v", dir, populated, err)
 	}
@@ -223,13 +203,9 @@ func TestDeepAndWide(t *testing.T) {
 func TestRemoveWhatCanGo(t *testing.T) {
 	c := newCgroup(t)
 	busy, _, err := c.Sub("busy")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	idle, _, err := c.Sub("idle")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	busy.join(t, "exec sleep 1000")
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
@@ -306,9 +282,7 @@ func TestEnter(t *testing.T) {
 	path := "/holdfast-runc-test-" + strconv.Itoa(os.Getpid())
 	c := Everywhere(path + "/a/b")
 	cmd := exec.Command("sleep", "1000")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, cmd.Start())
 	defer func() {
 		cmd.Process.Kill()
 		cmd.Wait()
@@ -320,9 +294,7 @@ func TestEnter(t *testing.T) {
 		}
 	}()
 	for range 2 {
-		if err := c.Enter(cmd.Process.Pid); err != nil {
-			t.Fatal(err)
-		}
+		check(t, c.Enter(cmd.Process.Pid))
 	}
 	if got, err := Of(cmd.Process.Pid); err != nil || !maps.Equal(got, c) {
 		t.Errorf("it is in %v, %v; want %v", got, err, c)
@@ -383,18 +355,14 @@ func TestSignal(t *testing.T) {
 	mark := filepath.Join(t.TempDir(), "mark")
 	c.join(t, "trap 'echo x > "+mark+"; exit' USR1; echo > "+mark+".ready; while :; do sleep 0.01; done")
 	until(t, "the trap is set", func() bool { _, err := os.Stat(mark + ".ready"); return err == nil })
-	if err := c.Signal(unix.SIGUSR1); err != nil {
-		t.Fatal(err)
-	}
+	check(t, c.Signal(unix.SIGUSR1))
 	until(t, "the signal arrived", func() bool { _, err := os.Stat(mark); return err == nil })
 }
 
 func TestRemoveIdle(t *testing.T) {
 	c := newCgroup(t)
 	sub, _, err := c.Sub("below")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	cmd := sub.join(t, "exec sleep 1000")
 	if idle, err := sub.RemoveIdle(); idle || err != nil {
 		t.Errorf("with a process: %v, %v", idle, err)
@@ -403,5 +371,13 @@ func TestRemoveIdle(t *testing.T) {
 	until(t, "it is removed", func() bool { idle, err := sub.RemoveIdle(); return idle && err == nil })
 	if dir, populated, err := c.Populated(); populated || err != nil {
 		t.Errorf("%s in use, %v", dir, err)
+	}
+}
+
+// check ends the test where something fails that it needs.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
 	}
 }
