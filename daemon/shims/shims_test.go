@@ -68,13 +68,9 @@ func (e *ends) String() string {
 func newDir(t *testing.T) rundir.Dir {
 	t.Helper()
 	state, err := os.MkdirTemp("", "shims")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	dir := rundir.Dir(filepath.Join(state, "containers", "c1"))
-	if err := os.MkdirAll(string(dir), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.MkdirAll(string(dir), 0o700))
 	t.Cleanup(func() {
 		if p, err := dir.FindShim(); err == nil {
 			syscall.Kill(p.PID, syscall.SIGKILL)
@@ -89,13 +85,9 @@ func launch(t *testing.T, dir rundir.Dir) (rundir.Process, *client.Client, *ends
 	t.Helper()
 	e := &ends{}
 	l := &Launcher{Binary: binary, LogLevel: "debug", Log: slog.New(e)}
-	if err := l.Launch(t.Context(), dir); err != nil {
-		t.Fatal(err)
-	}
+	check(t, l.Launch(t.Context(), dir))
 	id, err := dir.ReadIdentity()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	c := client.New(dir)
 	t.Cleanup(c.Close)
 	return id.Shim, c, e
@@ -151,9 +143,7 @@ func TestDamage(t *testing.T) {
 			for _, reach := range []bool{true, false} {
 				dir := newDir(t)
 				shim, c, ends := launch(t, dir)
-				if err := damage(dir); err != nil {
-					t.Fatal(err)
-				}
+				check(t, damage(dir))
 				if got, err := dir.FindShim(); err != nil || got != shim {
 					t.Errorf("found %+v, %v, want %+v", got, err, shim)
 				}
@@ -190,9 +180,7 @@ func TestRunning(t *testing.T) {
 	dir := newDir(t)
 	state := filepath.Dir(filepath.Dir(string(dir)))
 	second := rundir.Dir(filepath.Join(state, "containers", "c2"))
-	if err := os.Mkdir(string(second), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(string(second), 0o700))
 	elsewhere := newDir(t)
 	first, c, _ := launch(t, dir)
 	other, c2, _ := launch(t, second)
@@ -200,13 +188,9 @@ func TestRunning(t *testing.T) {
 
 	// Others name a run directory too.
 	sleep, err := exec.LookPath("sleep")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	namesake := filepath.Join(state, "holdfast-shim")
-	if err := os.Chmod(state, 0o711); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Chmod(state, 0o711))
 	if b, err := os.ReadFile(sleep); err != nil || os.WriteFile(namesake, b, 0o755) != nil {
 		t.Fatal(err)
 	}
@@ -225,16 +209,12 @@ func TestRunning(t *testing.T) {
 		if os.Geteuid() != 0 && cmd.SysProcAttr != nil {
 			continue
 		}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
+		check(t, cmd.Start())
 		defer func() { cmd.Process.Kill(); cmd.Wait() }()
 	}
 
 	link := filepath.Join(t.TempDir(), "link")
-	if err := os.Symlink(state, link); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Symlink(state, link))
 	for _, path := range []string{state, link} {
 		got, err := rundir.Shims(path)
 		if err != nil || len(got) != 2 || got["c1"] != first || got["c2"] != other {
@@ -274,9 +254,7 @@ func TestStoppedShim(t *testing.T) {
 	t.Parallel()
 	dir := newDir(t)
 	shim, c, ends := launch(t, dir)
-	if err := syscall.Kill(shim.PID, syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	check(t, syscall.Kill(shim.PID, syscall.SIGSTOP))
 	until(t, "the stop", shim.Stopped)
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
@@ -324,5 +302,13 @@ func TestLaunchFails(t *testing.T) {
 	}
 	if err := End(t.Context(), dir, c); err != nil {
 		t.Error(err)
+	}
+}
+
+// check ends the test where something fails that it needs.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
 	}
 }

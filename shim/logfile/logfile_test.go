@@ -123,9 +123,7 @@ func newFile(t testing.TB) (f *File, path string) {
 	t.Helper()
 	dir := t.TempDir()
 	f, err := Open(dir, "c/0.log")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	t.Cleanup(func() { f.Close() })
 	return f, filepath.Join(dir, "c/0.log")
 }
@@ -133,9 +131,7 @@ func newFile(t testing.TB) (f *File, path string) {
 func read(t testing.TB, path string) []byte {
 	t.Helper()
 	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return b
 }
 
@@ -283,18 +279,12 @@ func TestReopenSwitchesBetweenRecords(t *testing.T) {
 	long := strings.Repeat("x", MaxLine+3)
 	d := feeder{f: f, s: Stdout}
 	d.feed(t, "one\n"+long)
-	if err := os.Rename(path, path+".1"); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Rename(path, path+".1"))
 	d.feed(t, "-") // nobody asked yet
 	inode, err := f.Reopen()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	st, err := os.Stat(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if got := statInode(st); got != inode {
 		t.Errorf("inode %d, the file has %d", inode, got)
 	}
@@ -312,12 +302,8 @@ func TestReopenSwitchesBetweenRecords(t *testing.T) {
 func TestReopenFails(t *testing.T) {
 	f, path := newFile(t)
 	old := path + ".1"
-	if err := os.Rename(path, old); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Mkdir(path, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Rename(path, old))
+	check(t, os.Mkdir(path, 0o755))
 	if _, err := f.Reopen(); err == nil {
 		t.Fatal("Reopen took a directory")
 	}
@@ -328,13 +314,9 @@ func TestReopenFails(t *testing.T) {
 	if got := output(parse(t, read(t, old)), Stdout); got != "goes on\n" {
 		t.Errorf("the old file has %q", got)
 	}
-	if err := os.Remove(path); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Remove(path))
 	// The kubelet renames the old file back and tries again later.
-	if err := os.Rename(old, path); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Rename(old, path))
 	if _, err := f.Reopen(); err != nil {
 		t.Fatal(err)
 	}
@@ -349,9 +331,7 @@ func TestReopenFails(t *testing.T) {
 
 func TestReopenMakesNoDirectory(t *testing.T) {
 	f, path := newFile(t)
-	if err := os.RemoveAll(filepath.Dir(path)); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.RemoveAll(filepath.Dir(path)))
 	if _, err := f.Reopen(); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("Reopen: %v", err)
 	}
@@ -376,9 +356,7 @@ func TestReopenWhileWriting(t *testing.T) {
 	var files []string
 	for i := range reopens {
 		name := fmt.Sprintf("%s.%d", path, i)
-		if err := os.Rename(path, name); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.Rename(path, name))
 		files = append(files, name)
 		if _, err := f.Reopen(); err != nil {
 			t.Fatal(err)
@@ -428,9 +406,7 @@ func TestReopenFromSeveralSides(t *testing.T) {
 func TestClosed(t *testing.T) {
 	f, path := newFile(t)
 	f.Append(Stdout, time.Now(), make([]byte, 2*trimSize), true)
-	if err := f.Close(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, f.Close())
 	before := len(read(t, path))
 	if n := f.Append(Stdout, time.Now(), []byte("late\npart"), false); n != 9 {
 		t.Errorf("Append took %d bytes", n)
@@ -486,4 +462,12 @@ func resident(t *testing.T, b []byte) (n int) {
 		n += int(p&1) * os.Getpagesize()
 	}
 	return n
+}
+
+// check ends the test where something fails that it needs.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
 }

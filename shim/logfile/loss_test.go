@@ -22,9 +22,7 @@ func tinyDisk(t *testing.T, pages int) string {
 	}
 	dir := t.TempDir()
 	options := fmt.Sprintf("size=%d,huge=never", pages*os.Getpagesize())
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Mount("tmpfs", dir, "tmpfs", 0, options))
 	t.Cleanup(func() {
 		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
 			t.Error(err)
@@ -36,13 +34,9 @@ func tinyDisk(t *testing.T, pages int) string {
 func TestFullDisk(t *testing.T) {
 	dir := tinyDisk(t, 64)
 	ballast := filepath.Join(dir, "ballast")
-	if err := os.WriteFile(ballast, make([]byte, 32*os.Getpagesize()), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(ballast, make([]byte, 32*os.Getpagesize()), 0o600))
 	f, err := Open(dir, "0.log")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	line := strings.Repeat("x", 99) + "\n"
 	d := feeder{f: f, s: Stdout}
 	fed := 0
@@ -64,9 +58,7 @@ func TestFullDisk(t *testing.T) {
 		t.Errorf("%+v, but %d bytes were fed", c, fed)
 	}
 	before := parse(t, read(t, dir+"/0.log")) // no torn record while it is full
-	if err := os.Remove(ballast); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Remove(ballast))
 	feed(3)
 	feed(3)
 	if e := f.Counters().Err; e != "" {
@@ -163,14 +155,10 @@ func TestFullDiskAgainAndAgain(t *testing.T) {
 	for seed := range uint64(30) {
 		dir := tinyDisk(t, pages)
 		ballast, err := os.Create(filepath.Join(dir, "ballast"))
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		defer ballast.Close()
 		f, err := Open(dir, "0.log")
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		random := rand.New(rand.NewPCG(seed, 2))
 		var old []byte
 		losses(t, f, random, func() {
@@ -179,9 +167,7 @@ func TestFullDiskAgainAndAgain(t *testing.T) {
 			old = append(old, read(t, dir+"/0.log")...)
 			ballast.Truncate(0)
 			if random.IntN(2) == 0 {
-				if err := os.Remove(dir + "/0.log"); err != nil {
-					t.Fatal(err)
-				}
+				check(t, os.Remove(dir+"/0.log"))
 				if _, err := f.Reopen(); err != nil {
 					t.Fatal(err)
 				}
@@ -191,9 +177,7 @@ func TestFullDiskAgainAndAgain(t *testing.T) {
 			ballast.WriteAt(make([]byte, random.IntN(pages+1)*os.Getpagesize()), 0)
 		}, func() []byte {
 			ballast.Truncate(0)
-			if err := f.Close(); err != nil {
-				t.Fatal(err)
-			}
+			check(t, f.Close())
 			return append(old, read(t, dir+"/0.log")...)
 		}, true)
 		dropped += f.Counters().DroppedBytes
@@ -206,9 +190,7 @@ func TestFullDiskAgainAndAgain(t *testing.T) {
 // fullable is a pipe: as a log it takes part of a write and cannot be cut.
 func fullable(t *testing.T) (p [2]int) {
 	t.Helper()
-	if err := unix.Pipe2(p[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Pipe2(p[:], unix.O_CLOEXEC|unix.O_NONBLOCK))
 	t.Cleanup(func() { unix.Close(p[0]) })
 	return p
 }
@@ -229,9 +211,7 @@ func TestTornRecordIsCompleted(t *testing.T) {
 		}
 		losses(t, f, random, func() { drain(random.IntN(1 << random.IntN(18))) }, func() []byte {
 			drain(1 << 20)
-			if err := f.Close(); err != nil {
-				t.Fatal(err)
-			}
+			check(t, f.Close())
 			drain(1 << 20)
 			return log
 		}, false)
@@ -247,17 +227,13 @@ func TestLineThatLostItsRestEnds(t *testing.T) {
 	dir := tinyDisk(t, 16)
 	ballast := filepath.Join(dir, "ballast")
 	f, err := Open(dir, "0.log")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer f.Close()
 	out, other := feeder{f: f, s: Stdout}, feeder{f: f, s: Stderr}
 	out.feed(t, strings.Repeat("x", MaxLine+1)) // one P
 	other.feed(t, strings.Repeat("y", MaxLine+1))
 	b, err := os.OpenFile(ballast, os.O_CREATE|os.O_WRONLY, 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	for err == nil {
 		_, err = b.Write(make([]byte, os.Getpagesize()))
 	}
@@ -282,9 +258,7 @@ func TestLineThatLostItsRestEnds(t *testing.T) {
 func TestReopenAfterATornRecord(t *testing.T) {
 	for _, room := range []int{0, 1 << 20} {
 		p, dir := fullable(t), t.TempDir()
-		if err := os.WriteFile(dir+"/0.log", nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.WriteFile(dir+"/0.log", nil, 0o600))
 		f := Resume(dir, "0.log", p[1], new(State))
 		for f.Counters().DroppedBytes == 0 {
 			f.Append(Stdout, time.Now(), []byte(strings.Repeat("x", 9999)+"\n"), false)
@@ -315,9 +289,7 @@ func TestReopenAfterATornRecord(t *testing.T) {
 // A disk that hangs holds up the writer, and nobody who asks how it goes.
 func TestCountersDuringAWriteThatHangs(t *testing.T) {
 	p := fullable(t)
-	if err := unix.SetNonblock(p[1], false); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.SetNonblock(p[1], false))
 	f := Resume("a", "pipe", p[1], new(State))
 	appended := make(chan struct{})
 	go func() {
@@ -335,14 +307,10 @@ func TestCountersDuringAWriteThatHangs(t *testing.T) {
 	}
 	var log []byte
 	for n := 4 << 14 * (headerLen + 2); len(log) < n; {
-		if err := unix.SetNonblock(p[0], false); err != nil {
-			t.Fatal(err)
-		}
+		check(t, unix.SetNonblock(p[0], false))
 		b := make([]byte, 1<<16)
 		m, err := unix.Read(p[0], b)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		log = append(log, b[:m]...)
 	}
 	<-appended

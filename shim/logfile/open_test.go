@@ -20,9 +20,7 @@ func TestOpenCreates(t *testing.T) {
 	dir := t.TempDir()
 	for _, path := range []string{"0.log", "a/b/c/0.log", "a/b/1.log"} {
 		f, err := Open(dir, path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		defer f.Close()
 		st, err := os.Lstat(filepath.Join(dir, path))
 		if err != nil || st.Mode() != 0o640 {
@@ -38,9 +36,7 @@ func TestOpenAppends(t *testing.T) {
 	dir := t.TempDir()
 	for range 2 {
 		f, err := Open(dir, "0.log")
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		f.Append(Stdout, time.Now(), []byte("x\n"), true)
 		f.Close()
 	}
@@ -72,9 +68,7 @@ func TestOpenRefusesWhatIsNoFile(t *testing.T) {
 	secret := filepath.Join(victim, "secret")
 	must := func(err error) {
 		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 	}
 	must(os.WriteFile(secret, nil, 0o600))
 	must(os.Symlink(secret, dir+"/link"))
@@ -144,16 +138,10 @@ func TestOpenRefusesWhatIsNoFile(t *testing.T) {
 // The directory itself may be reached through a link: /var/log often is.
 func TestOpenTrustsTheDirectory(t *testing.T) {
 	dir := t.TempDir()
-	if err := os.Mkdir(dir+"/real", 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink("real", dir+"/log"); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Mkdir(dir+"/real", 0o755))
+	check(t, os.Symlink("real", dir+"/log"))
 	f, err := Open(dir+"/log", "0.log")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	f.Close()
 	if _, err := Open(dir+"/missing", "0.log"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no directory: %v", err)
@@ -163,9 +151,7 @@ func TestOpenTrustsTheDirectory(t *testing.T) {
 func TestDescriptors(t *testing.T) {
 	count := func() int {
 		names, err := os.ReadDir("/proc/self/fd")
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		return len(names)
 	}
 	dir := t.TempDir()
@@ -173,9 +159,7 @@ func TestDescriptors(t *testing.T) {
 	before := count()
 	for range 20 {
 		f, err := Open(dir, "a/b/0.log")
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		f.Reopen()
 		f.Close()
 		f.Reopen()

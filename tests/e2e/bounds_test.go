@@ -87,17 +87,13 @@ func TestLongLists(t *testing.T) {
 		t.Errorf("%d pods are listed, %v", len(list.GetItems()), err)
 	}
 	s, err := n.Runtime.StreamPodSandboxes(ctx, &cri.StreamPodSandboxesRequest{}, grpc.MaxCallRecvMsgSize(4<<20))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	for {
 		r, err := s.Recv()
 		if err == io.EOF {
 			break
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		for _, p := range r.PodSandboxes {
 			if !want[p.Id] {
 				t.Errorf("%s comes twice, or should not", p.Id)
@@ -109,16 +105,12 @@ func TestLongLists(t *testing.T) {
 		t.Errorf("%d pods did not come", len(want))
 	}
 	images, err := n.Images.StreamImages(ctx, &cri.StreamImagesRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if r, err := images.Recv(); err != nil || len(r.Images) != 1 {
 		t.Errorf("images: %v, %v", r, err)
 	}
 	containers, err := n.Runtime.StreamContainers(ctx, &cri.StreamContainersRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if r, err := containers.Recv(); err != io.EOF {
 		t.Errorf("no container: %v, %v", r, err)
 	}

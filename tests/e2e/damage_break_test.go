@@ -35,12 +35,8 @@ func TestDamagedLocks(t *testing.T) {
 			pid := run.Info().PID
 			n.Kill()
 			path := c.path(n, run)
-			if err := os.Remove(path); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.MkdirAll(filepath.Join(path, "in", "the", "way"), 0o700); err != nil {
-				t.Fatal(err)
-			}
+			check(t, os.Remove(path))
+			check(t, os.MkdirAll(filepath.Join(path, "in", "the", "way"), 0o700))
 			n.Start()
 			if s := run.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING || !isProcess(pid) {
 				t.Errorf("the container is %s, alive: %v", s.State, isProcess(pid))
@@ -56,9 +52,7 @@ func TestDamagedLocks(t *testing.T) {
 func TestStateFull(t *testing.T) {
 	n := harness.New(t)
 	n.Stop()
-	if err := syscall.Mount("tmpfs", n.State, "tmpfs", 0, "size=16m,mode=0755"); err != nil {
-		t.Fatal(err)
-	}
+	check(t, syscall.Mount("tmpfs", n.State, "tmpfs", 0, "size=16m,mode=0755"))
 	t.Cleanup(func() {
 		n.RemoveAllPods()
 		n.Stop()
@@ -69,9 +63,7 @@ func TestStateFull(t *testing.T) {
 	n.Start()
 	pod := n.RunPod("full")
 	f, err := os.Create(filepath.Join(n.State, "filler"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer f.Close()
 	n.Mark()
 	for b := make([]byte, 64<<10); len(b) > 0; {

@@ -57,13 +57,9 @@ const dataImage = "registry.test/tests/mended:1"
 func TestDamagedStore(t *testing.T) {
 	n := harness.New(t)
 	lower, err := harness.MakeLayer(map[string]string{"one": "1", "both": "lower"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	upper, err := harness.MakeLayer(map[string]string{"two": "2", "both": "upper"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if _, err := n.Registry.Push(dataImage, ocispec.ImageConfig{}, lower, upper); err != nil {
 		t.Fatal(err)
 	}
@@ -104,9 +100,7 @@ func TestDamagedStore(t *testing.T) {
 			if !up {
 				n.Kill()
 			}
-			if err := damage(); err != nil {
-				t.Fatal(err)
-			}
+			check(t, damage())
 			if !up {
 				n.Start()
 			}
@@ -168,9 +162,7 @@ func storePaths(t *testing.T, n *harness.Node) (paths []string) {
 			}
 			return nil
 		})
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 	}
 	return paths
 }

@@ -78,9 +78,7 @@ func TestDamagedFiles(t *testing.T) {
 					n.Kill()
 					restore(t, path, content)
 				})
-				if err := way.damage(path, content); err != nil {
-					t.Fatal(err)
-				}
+				check(t, way.damage(path, content))
 				n.Start()
 				checkSurvivors(t, running, ended, before, pid)
 				// The daemon works. An exec starts from the spec and the OCI
@@ -147,9 +145,7 @@ func stateFiles(t *testing.T, n *harness.Node) []string {
 			}
 			return nil
 		})
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 	}
 	return files
 }
@@ -158,12 +154,8 @@ func stateFiles(t *testing.T, n *harness.Node) []string {
 func restore(t *testing.T, path string, content []byte) {
 	t.Helper()
 	os.Remove(path) // an empty directory, or the file
-	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(path, content, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.MkdirAll(filepath.Dir(path), 0o711))
+	check(t, os.WriteFile(path, content, 0o600))
 }
 
 // All that the daemon knows of a live container is lost. The shim's files give
@@ -212,17 +204,11 @@ func TestTwoRecordsOneName(t *testing.T) {
 	twin := strings.Repeat("0", 60) + "7e17" // sorts before the real one, most likely
 	for _, kind := range []struct{ dir, id string }{{"pods", pod.ID}, {"containers", c.ID}} {
 		body := map[string]any{}
-		if err := record.Read(filepath.Join(n.Root, kind.dir, kind.id, "record.json"), &body); err != nil {
-			t.Fatal(err)
-		}
+		check(t, record.Read(filepath.Join(n.Root, kind.dir, kind.id, "record.json"), &body))
 		body["id"] = twin
 		dir := filepath.Join(n.Root, kind.dir, twin)
-		if err := os.Mkdir(dir, 0o711); err != nil {
-			t.Fatal(err)
-		}
-		if err := record.Write(filepath.Join(dir, "record.json"), body, false); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.Mkdir(dir, 0o711))
+		check(t, record.Write(filepath.Join(dir, "record.json"), body, false))
 	}
 	n.Start()
 	if s := c.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING || !isProcess(pid) {

@@ -25,9 +25,7 @@ func TestExecSync(t *testing.T) {
 	t.Run("output and code", func(t *testing.T) {
 		c := c.With(t)
 		r, err := c.Exec(30, "sh", "-c", "echo $GREETING from $PWD; echo oops >&2; exit 7")
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		if string(r.Stdout) != "hello from /tmp\n" || string(r.Stderr) != "oops\n" || r.ExitCode != 7 {
 			t.Errorf("got %q, %q, %d", r.Stdout, r.Stderr, r.ExitCode)
 		}
@@ -44,9 +42,7 @@ func TestExecSync(t *testing.T) {
 	t.Run("large output", func(t *testing.T) {
 		c := c.With(t)
 		r, err := c.Exec(60, "sh", "-c", "head -c 20000000 /dev/zero; echo end >&2; exit 3")
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		// What was dropped is told, as the last line of the other stream.
 		if r.ExitCode != 3 || !strings.HasPrefix(string(r.Stderr), "end\n") ||
 			!strings.Contains(string(r.Stderr), "bytes of output are missing here") {

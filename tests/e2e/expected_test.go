@@ -33,9 +33,7 @@ func TestExpected(t *testing.T) {
 		},
 		"a mount source that leads nowhere": func(t *testing.T, n *harness.Node) {
 			pod, link := n.RunPod("link"), n.Path("link")
-			if err := os.Symlink(n.Path("nowhere"), link); err != nil {
-				t.Fatal(err)
-			}
+			check(t, os.Symlink(n.Path("nowhere"), link))
 			ctx, cancel := harness.Deadline()
 			defer cancel()
 			_, err := n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{
@@ -100,9 +98,7 @@ func userSpecifiedImage(t *testing.T, n *harness.Node) {
 	ctx, cancel := harness.Deadline()
 	defer cancel()
 	image, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: harness.Image}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	c := n.RunPod("byid").Create("c", []string{"true"}, func(c *cri.ContainerConfig) {
 		c.Image = &cri.ImageSpec{Image: image.Image.Id, UserSpecifiedImage: harness.Image}
 	})
@@ -136,12 +132,8 @@ func podInfo(t *testing.T, n *harness.Node) {
 		ctx, cancel := harness.Deadline()
 		defer cancel()
 		r, err := n.Runtime.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: p.ID, Verbose: true})
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := json.Unmarshal([]byte(r.Info["info"]), &s); err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
+		check(t, json.Unmarshal([]byte(r.Info["info"]), &s))
 		return s
 	}
 	pod := n.RunPod("info")
@@ -184,7 +176,7 @@ func podInfo(t *testing.T, n *harness.Node) {
 // fails. The same request gets the same container, and a restart changes nothing.
 func cannotRun(t *testing.T, n *harness.Node) {
 	pod := n.RunPod("cannotrun")
-	check := func(t *testing.T, c *harness.Container, says string) {
+	failed := func(t *testing.T, c *harness.Container, says string) {
 		t.Helper()
 		s := c.Status()
 		if s.State != cri.ContainerState_CONTAINER_EXITED || s.ExitCode != 128 || s.Reason != "StartError" ||
@@ -215,12 +207,12 @@ func cannotRun(t *testing.T, n *harness.Node) {
 		if err == nil || !strings.Contains(err.Error(), c.says) {
 			t.Errorf("%s: the start says %v, want the words %q", name, err, c.says)
 		}
-		check(t, box, c.says)
+		failed(t, box, c.says)
 		all[box] = c.says
 	}
 	n.Restart()
 	for c, says := range all {
-		check(t, c, says)
+		failed(t, c, says)
 		c.Remove()
 	}
 }

@@ -78,9 +78,7 @@ func hostNetwork(c *cri.PodSandboxConfig) {
 // The OCI runtime refuses, or went missing.
 func TestRuntimeFails(t *testing.T) {
 	broken := filepath.Join(t.TempDir(), "runtime")
-	if err := os.WriteFile(broken, []byte("#!/bin/sh\necho broken on purpose >&2\nexit 1\n"), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(broken, []byte("#!/bin/sh\necho broken on purpose >&2\nexit 1\n"), 0o755))
 	n := harness.New(t, harness.Options{Config: fmt.Sprintf("[runtimes.broken]\npath = %q\n", broken)})
 	create := func(t *testing.T) {
 		n := n.With(t)
@@ -101,9 +99,7 @@ func TestRuntimeFails(t *testing.T) {
 		n.CheckClean()
 	}
 	t.Run("broken runtime", create)
-	if err := os.Remove(broken); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Remove(broken))
 	t.Run("missing runtime", create)
 	t.Run("missing program", func(t *testing.T) {
 		n := n.With(t)
@@ -131,9 +127,7 @@ func TestRuntimeFails(t *testing.T) {
 func TestPullFails(t *testing.T) {
 	n := harness.New(t)
 	layer, err := harness.MakeLayer(map[string]string{"file": strings.Repeat("content", 1000)})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	const ref = "registry.test/tests/fragile:1"
 	if _, err := n.Registry.Push(ref, ocispec.ImageConfig{}, layer); err != nil {
 		t.Fatal(err)
@@ -174,19 +168,13 @@ func TestDiskFull(t *testing.T) {
 	runs := pod.Run("runs", []string{"testbox", "print", "-every", "20ms"})
 
 	var st unix.Statfs_t
-	if err := unix.Statfs(n.Root, &st); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Statfs(n.Root, &st))
 	filler := filepath.Join(n.Root, "filler")
 	f, err := os.Create(filler)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer f.Close()
 	n.Mark()
-	if err := unix.Fallocate(int(f.Fd()), 0, 0, int64(st.Bavail)*st.Bsize); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Fallocate(int(f.Fd()), 0, 0, int64(st.Bavail)*st.Bsize))
 
 	ctx, cancel := harness.Deadline()
 	defer cancel()
@@ -200,9 +188,7 @@ func TestDiskFull(t *testing.T) {
 	noise := make([]byte, 1<<20)
 	rand.Read(noise)
 	layer, err := harness.MakeLayer(map[string]string{"noise": string(noise)})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	const ref = "registry.test/tests/large:1"
 	if _, err := n.Registry.Push(ref, ocispec.ImageConfig{}, layer); err != nil {
 		t.Fatal(err)
@@ -224,9 +210,7 @@ func TestDiskFull(t *testing.T) {
 	if s := runs.Status(); s.State != cri.ContainerState_CONTAINER_EXITED || s.ExitCode != 0 {
 		t.Errorf("the container is %s with code %d, want exited with 0", s.State, s.ExitCode)
 	}
-	if err := os.Truncate(filler, 0); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Truncate(filler, 0))
 	n.Pull(ref)
 	pod.Run("more", []string{"true"}).WaitExited(patience)
 	n.RemoveAllPods()

@@ -25,9 +25,7 @@ const (
 func frozenDisk(t *testing.T) (dir string, freeze, thaw func()) {
 	t.Helper()
 	file, dir := filepath.Join(t.TempDir(), "disk"), t.TempDir()
-	if err := os.Chmod(dir, 0o711); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Chmod(dir, 0o711))
 	for _, args := range [][]string{
 		{"truncate", "-s", "256M", file},
 		{"mkfs.ext4", "-q", file},
@@ -41,9 +39,7 @@ func frozenDisk(t *testing.T) (dir string, freeze, thaw func()) {
 		}
 	}
 	disk, err := os.Open(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	set := func(request uint) error { return unix.IoctlSetInt(int(disk.Fd()), request, 0) }
 	thaw = func() { set(fiThaw) } // a second time is an error, and no more
 	t.Cleanup(func() {

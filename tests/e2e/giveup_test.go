@@ -27,9 +27,7 @@ func (g gate) hold() string {
 
 func (g gate) touch(t *testing.T) {
 	t.Helper()
-	if err := os.WriteFile(g.open, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(g.open, nil, 0o600))
 }
 
 // giveUp makes a call whose caller goes away while it waits at the gate, and lets
@@ -59,14 +57,10 @@ func TestCallerGivesUp(t *testing.T) {
 	adding.touch(t)
 	creating.touch(t)
 	bin, err := harness.Binaries()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	runtime := filepath.Join(t.TempDir(), "runtime")
 	script := "#!/bin/sh\ncase \" $* \" in *' create '*) " + creating.hold() + " ;; esac\nexec " + bin + "/runc \"$@\"\n"
-	if err := os.WriteFile(runtime, []byte(script), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(runtime, []byte(script), 0o755))
 	n := harness.New(t, harness.Options{
 		Config: fmt.Sprintf("[runtimes.slow]\npath = %q\n", runtime),
 		Plugins: map[string]string{
@@ -110,9 +104,7 @@ func TestCallerGivesUp(t *testing.T) {
 	logged("pod ready", 2)
 	wantPods("the caller is gone", 0)
 	id, err := run(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	logged("pod ready", 2) // no other one was made
 	wantPods("it was asked for again", 1)
 
@@ -132,9 +124,7 @@ func TestCallerGivesUp(t *testing.T) {
 		t.Fatalf("the caller is gone: containers %v (%v)", list.GetContainers(), err)
 	}
 	c, err := n.Runtime.CreateContainer(ctx, request)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	n.Restart()
 	list, err = n.Runtime.ListContainers(ctx, &cri.ListContainersRequest{})
 	if err != nil || len(list.Containers) != 1 || list.Containers[0].Id != c.ContainerId {

@@ -20,14 +20,10 @@ import (
 func TestImages(t *testing.T) {
 	n := harness.New(t)
 	layer, err := harness.MakeLayer(map[string]string{"data/": "", "data/file": "hello"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	const ref = "registry.test/tests/data:1"
 	digest, err := n.Registry.Push(ref, ocispec.ImageConfig{User: "7:8"}, layer)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	ctx, cancel := harness.Deadline()
 	defer cancel()
 	if i := imageOf(t, n, ref); i != nil {
@@ -61,9 +57,7 @@ func TestImages(t *testing.T) {
 	}
 
 	r, err := n.Images.ImageFsInfo(ctx, &cri.ImageFsInfoRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	for _, f := range r.ImageFilesystems {
 		if _, err := os.Stat(f.GetFsId().GetMountpoint()); err != nil || f.GetUsedBytes().GetValue() == 0 {
 			t.Errorf("the image file system is %v: %v", f, err)
@@ -91,9 +85,7 @@ func TestImageErrors(t *testing.T) {
 	defer cancel()
 	for host, text := range map[string]string{"down.test": "server = \"http://127.0.0.1:1\"\n", "broken.test": "server = 5\n"} {
 		dir := n.Path("certs.d/" + host)
-		if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(dir+"/hosts.toml", []byte(text), 0o644)); err != nil {
-			t.Fatal(err)
-		}
+		check(t, errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(dir+"/hosts.toml", []byte(text), 0o644)))
 	}
 	for _, c := range []struct {
 		ref  string
@@ -129,9 +121,7 @@ func TestImageErrors(t *testing.T) {
 	}
 	r, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: harness.Image},
 		Verbose: true})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	var info struct {
 		ChainID   string        `json:"chainID"`
 		ImageSpec ocispec.Image `json:"imageSpec"`

@@ -85,25 +85,17 @@ func TestReopenLog(t *testing.T) {
 		}
 		harness.Eventually(t, patience, "the log grows", grows(c.LogPath()))
 		rotated := fmt.Sprintf("%s.%d", c.LogPath(), i)
-		if err := os.Rename(c.LogPath(), rotated); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.Rename(c.LogPath(), rotated))
 		harness.Eventually(t, patience, "the renamed log grows until it is reopened", grows(rotated))
-		if err := reopen(); err != nil {
-			t.Fatal(err)
-		}
+		check(t, reopen())
 		files = append(files, rotated)
 	}
 	harness.Eventually(t, patience, "the new log grows", grows(c.LogPath()))
 
 	// A reopen that fails leaves no new file, and the old one in use.
 	rotated := c.LogPath() + ".3"
-	if err := os.Rename(c.LogPath(), rotated); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink("/etc/evil.log", c.LogPath()); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Rename(c.LogPath(), rotated))
+	check(t, os.Symlink("/etc/evil.log", c.LogPath()))
 	if err := reopen(); err == nil {
 		t.Error("the log was opened through a symbolic link")
 	}
@@ -112,21 +104,15 @@ func TestReopenLog(t *testing.T) {
 		os.Remove("/etc/evil.log")
 	}
 	harness.Eventually(t, patience, "the old log stays in use", grows(rotated))
-	if err := os.Remove(c.LogPath()); err != nil {
-		t.Fatal(err)
-	}
-	if err := reopen(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Remove(c.LogPath()))
+	check(t, reopen())
 	c.Stop(60)
 	c.WaitExited(patience)
 
 	var all []harness.Line
 	for _, f := range append(files, rotated, c.LogPath()) {
 		lines, err := harness.ReadLog(f)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		all = append(all, lines...)
 	}
 	if count, err := harness.Numbered("line", all); err != nil {

@@ -26,9 +26,7 @@ type scraped map[string]*dto.MetricFamily
 func scrape(t *testing.T, address string) scraped {
 	t.Helper()
 	resp, err := http.Get("http://" + address + "/metrics")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer resp.Body.Close()
 	p := expfmt.NewTextParser(model.LegacyValidation)
 	families, err := p.TextToMetricFamilies(resp.Body)
@@ -70,9 +68,7 @@ func randomLayers(t *testing.T, count, bytes int) (layers []harness.Layer) {
 		b := make([]byte, bytes)
 		rand.Read(b)
 		l, err := harness.MakeLayer(map[string]string{fmt.Sprint("file", i): string(b)})
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		layers = append(layers, l)
 	}
 	return layers
@@ -193,7 +189,7 @@ func TestMetricsOfPods(t *testing.T) {
 	p := n.RunPod("counted")
 	p.Run("runs", []string{"sleep", "1000"})
 	p.Create("waits", []string{"true"})
-	check := func() {
+	compare := func() {
 		t.Helper()
 		harness.Eventually(t, patience, "all are counted", func() bool {
 			s := scrape(t, address)
@@ -203,7 +199,7 @@ func TestMetricsOfPods(t *testing.T) {
 				"created") == 1
 		})
 	}
-	check()
+	compare()
 	if got := scrape(t, address).value("holdfast_cri_calls_total", "method", "CreateContainer", "code", "OK"); got != 2 {
 		t.Errorf("%v containers were created", got)
 	}
@@ -219,11 +215,9 @@ func TestMetricsOfPods(t *testing.T) {
 	if err == nil || !strings.Contains(string(out), "metrics.address") || !strings.Contains(string(out), "in use") {
 		t.Errorf("it started on a port in use: %v\n%s", err, out)
 	}
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, l.Close())
 	n.Start()
-	check()
+	compare()
 	if got := scrape(t, address).value("holdfast_cri_calls_total", "method", "CreateContainer"); got != -1 {
 		t.Errorf("%v containers were created by a daemon that has just started", got)
 	}

@@ -14,9 +14,7 @@ import (
 func namespace(t *testing.T, pid int, kind string) string {
 	t.Helper()
 	s, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/%s", pid, kind))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return s
 }
 

@@ -64,14 +64,10 @@ func TestPullCommand(t *testing.T) {
 	cmd := exec.CommandContext(ctx, filepath.Join(n.Bin, "holdfastctl"), "--state", n.State, "pull", "--address",
 		n.Socket, "registry.test/tests/stuck:1")
 	said, err := os.Create(n.Path("said"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer said.Close()
 	cmd.Stderr = said
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, cmd.Start())
 	<-blocked
 	harness.Eventually(t, patience, "holdfastctl says how far it is", func() bool {
 		b, err := os.ReadFile(said.Name())
@@ -106,14 +102,10 @@ func TestPullInterrupted(t *testing.T) {
 		s.idle(t)
 		cmd := ctl("pull", "--address", n.Socket, ref)
 		said, err := os.Create(n.Path("said"))
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		defer said.Close()
 		cmd.Stderr = said
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
+		check(t, cmd.Start())
 		s.send(1)
 		then(cmd)
 		cmd.Wait()

@@ -62,9 +62,7 @@ func TestRemoveAfterKilledShim(t *testing.T) {
 	pod := n.RunPod("buried")
 	for i := range 8 {
 		c := pod.Run(fmt.Sprintf("c%d", i), []string{"sleep", "1000"})
-		if err := unix.Kill(shimOf(t, c), unix.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
+		check(t, unix.Kill(shimOf(t, c), unix.SIGKILL))
 		time.Sleep(time.Duration(i) * 5 * time.Millisecond) // the moments differ
 		c.Remove()
 	}
@@ -107,9 +105,7 @@ func TestRebuiltPodKeepsItsInit(t *testing.T) {
 		first := pod.Run("first", []string{"sleep", "1000"}, podPID)
 		n.Kill()
 		for _, tree := range []string{n.Root, n.State} {
-			if err := os.Remove(filepath.Join(tree, "pods", pod.ID, "record.json")); err != nil {
-				t.Fatal(err)
-			}
+			check(t, os.Remove(filepath.Join(tree, "pods", pod.ID, "record.json")))
 		}
 		n.Start()
 		pod.Run("second", []string{"sleep", "1000"}, podPID)

@@ -18,18 +18,14 @@ func TestWedgedShim(t *testing.T) {
 	other := pod.Run("other", []string{"testbox", "print"})
 	before := wedged.Status()
 	shim := shimOf(t, wedged)
-	if err := unix.Kill(shim, unix.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Kill(shim, unix.SIGSTOP))
 	t.Cleanup(func() { unix.Kill(shim, unix.SIGCONT) })
 	n.Restart()
 
 	ctx, cancel := harness.Deadline()
 	defer cancel()
 	list, err := n.Runtime.ListContainers(ctx, &cri.ListContainersRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if len(list.Containers) != 2 {
 		t.Errorf("%d containers are listed, want 2", len(list.Containers))
 	}
@@ -48,9 +44,7 @@ func TestWedgedShim(t *testing.T) {
 	pod.Run("new", []string{"true"}).WaitExited(patience)
 
 	// It comes back, and all is well.
-	if err := unix.Kill(shim, unix.SIGCONT); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Kill(shim, unix.SIGCONT))
 	wedged.Stop(60)
 	if s := wedged.WaitExited(patience); s.ExitCode != 0 {
 		t.Errorf("the container exits with %d, want 0", s.ExitCode)
@@ -75,9 +69,7 @@ func TestKilledShim(t *testing.T) {
 			if when == "daemon down" {
 				n.Kill()
 			}
-			if err := unix.Kill(shimOf(t, c), unix.SIGKILL); err != nil {
-				t.Fatal(err)
-			}
+			check(t, unix.Kill(shimOf(t, c), unix.SIGKILL))
 			if when == "daemon down" {
 				n.Start()
 			}

@@ -66,12 +66,8 @@ func newSlow(t *testing.T, n *harness.Node, host string) *slow {
 	t.Cleanup(server.Close)
 	toml := fmt.Sprintf("server = %q\n[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n", server.URL, server.URL)
 	dir := n.Path("certs.d/" + host)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(toml), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.MkdirAll(dir, 0o755))
+	check(t, os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(toml), 0o600))
 	return s
 }
 

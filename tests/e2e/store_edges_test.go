@@ -28,15 +28,11 @@ func push(t *testing.T, n *harness.Node, ref string, layers ...[2]string) string
 	var all []harness.Layer
 	for _, l := range layers {
 		made, err := harness.MakeLayer(map[string]string{l[0]: l[1]})
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		all = append(all, made)
 	}
 	d, err := n.Registry.Push(ref, ocispec.ImageConfig{}, all...)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return d.String()
 }
 
@@ -45,9 +41,7 @@ func imageOf(t *testing.T, n *harness.Node, ref string) *cri.Image {
 	ctx, cancel := harness.Deadline()
 	defer cancel()
 	r, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: ref}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return r.Image
 }
 
@@ -121,9 +115,7 @@ func TestRemovalDuringPull(t *testing.T) {
 	removeImage(t, n, two) // not there yet
 	removeImage(t, n, one)
 	close(goOn)
-	if err := <-pulled; err != nil {
-		t.Fatal(err)
-	}
+	check(t, <-pulled)
 	n.Registry.Break(nil)
 	if imageOf(t, n, one) != nil || imageOf(t, n, two) == nil {
 		t.Errorf("there are %v and %v", imageOf(t, n, one), imageOf(t, n, two))
@@ -162,15 +154,11 @@ func TestRemovalDuringCreation(t *testing.T) {
 		r, err := n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: pod.ID, Config: c.Config,
 			SandboxConfig: pod.Config})
 		cancel()
-		if err := <-removed; err != nil {
-			t.Fatal(err)
-		}
+		check(t, <-removed)
 		if status.Code(err) == codes.NotFound {
 			continue
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		created++
 		c.ID = r.ContainerId
 		c.Start()
@@ -191,9 +179,7 @@ func TestPulledAgainWhileInUse(t *testing.T) {
 	inode := func(path string) uint64 {
 		t.Helper()
 		var st syscall.Stat_t
-		if err := syscall.Lstat(path, &st); err != nil {
-			t.Fatal(err)
-		}
+		check(t, syscall.Lstat(path, &st))
 		return st.Ino
 	}
 	layers := layersOf(t, n, harness.Image)
@@ -242,9 +228,7 @@ func TestReadOnlyRoot(t *testing.T) {
 	pod := n.RunPod("readonly")
 	c := pod.Run("box", []string{"sleep", "100000"})
 	n.Kill()
-	if err := syscall.Mount(n.Root, n.Root, "", syscall.MS_BIND, ""); err != nil {
-		t.Fatal(err)
-	}
+	check(t, syscall.Mount(n.Root, n.Root, "", syscall.MS_BIND, ""))
 	mounted := true
 	writable := func() {
 		if mounted {
@@ -255,9 +239,7 @@ func TestReadOnlyRoot(t *testing.T) {
 		}
 	}
 	t.Cleanup(writable)
-	if err := syscall.Mount("", n.Root, "", syscall.MS_BIND|syscall.MS_REMOUNT|syscall.MS_RDONLY, ""); err != nil {
-		t.Fatal(err)
-	}
+	check(t, syscall.Mount("", n.Root, "", syscall.MS_BIND|syscall.MS_REMOUNT|syscall.MS_RDONLY, ""))
 	n.Start()
 	if s := c.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING || c.Output("echo", "fine") != "fine\n" {
 		t.Errorf("the container is %s", s.State)
@@ -329,13 +311,9 @@ func TestUnknownContainerKeepsItsLayers(t *testing.T) {
 	kept := map[string][]byte{}
 	for _, path := range []string{filepath.Join(n.Root, "containers", c.ID, "record.json"), filepath.Join(n.State, "containers", c.ID, "create.json")} {
 		b, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		kept[path] = b
-		if err := os.Remove(path); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.Remove(path))
 	}
 	n.Start()
 	removeImage(t, n, harness.Image)
@@ -349,9 +327,7 @@ func TestUnknownContainerKeepsItsLayers(t *testing.T) {
 	}
 	n.Kill()
 	for path, b := range kept {
-		if err := os.WriteFile(path, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.WriteFile(path, b, 0o600))
 	}
 	n.Start()
 	pod.Remove()

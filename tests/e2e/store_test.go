@@ -90,13 +90,9 @@ func TestLostLayers(t *testing.T) {
 					// As after a power cut: of another boot, and without its mark.
 					var r map[string]any
 					path := filepath.Join(l, "layer.json")
-					if err := record.Read(path, &r); err != nil {
-						t.Fatal(err)
-					}
+					check(t, record.Read(path, &r))
 					r["bootId"] = "another"
-					if err := record.Write(path, r, false); err != nil {
-						t.Fatal(err)
-					}
+					check(t, record.Write(path, r, false))
 					os.Remove(filepath.Join(l, "synced"))
 				}
 				n.Start()
@@ -146,9 +142,7 @@ func TestVerifier(t *testing.T) {
 	dir := t.TempDir()
 	verdict := func(text string) {
 		t.Helper()
-		if err := os.WriteFile(filepath.Join(dir, "verifier"), []byte("#!/bin/sh\n"+text+"\n"), 0o755); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.WriteFile(filepath.Join(dir, "verifier"), []byte("#!/bin/sh\n"+text+"\n"), 0o755))
 	}
 	verdict("exit 0")
 	n := harness.New(t,

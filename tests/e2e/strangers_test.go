@@ -46,9 +46,7 @@ func asStranger(t *testing.T, f func()) {
 		f()
 		done <- nil
 	}()
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
+	check(t, <-done)
 }
 
 // A kind is a pod that has something of its own on the host.
@@ -144,17 +142,13 @@ const volumesImage = "registry.test/tests/strangers:1"
 // kindsOfMounts have what a kubelet mounts for a pod, and volumes of their image.
 func kindsOfMounts(t *testing.T, n *harness.Node) map[string]kind {
 	volume := n.Path("volume")
-	if err := errors.Join(os.MkdirAll(volume+"/sub", 0o755), os.WriteFile(volume+"/end", nil, 0o666)); err != nil {
-		t.Fatal(err)
-	}
+	check(t, errors.Join(os.MkdirAll(volume+"/sub", 0o755), os.WriteFile(volume+"/end", nil, 0o666)))
 	layer, err := harness.BoxLayer()
 	if err == nil {
 		volumes := map[string]struct{}{"/etc": {}, "/absent": {}}
 		_, err = n.Registry.Push(volumesImage, ocispec.ImageConfig{Volumes: volumes}, layer)
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	n.Pull(volumesImage)
 	mount := func(at, source string) func(*cri.ContainerConfig) {
 		return func(c *cri.ContainerConfig) { c.Mounts = []*cri.Mount{{ContainerPath: at, HostPath: source}} }
@@ -299,9 +293,7 @@ func TestStrangers(t *testing.T) {
 	wantClosed(t, n.Node, n.programs)
 
 	for _, dir := range []string{n.Root, n.State, n.Root + "/containers", n.State + "/containers", n.State + "/pods"} {
-		if err := os.Chmod(dir, 0o711); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.Chmod(dir, 0o711))
 	}
 	n.restartWithPause(t)
 	if err := <-ended; err == nil {
@@ -338,9 +330,7 @@ func (n *strangersNode) restartWithPause(t *testing.T) {
 		_, err = f.WriteString("[sandbox]\nmode = \"pause\"\n")
 		err = errors.Join(err, f.Close())
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	n.Restart()
 }
 
@@ -357,9 +347,7 @@ func wantClosed(t *testing.T, n *harness.Node, programs []string) {
 			}
 			return nil // what has gone meanwhile is of no interest
 		})
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		tried += len(paths)
 		asStranger(t, func() {
 			for path, kind := range paths {
@@ -420,9 +408,7 @@ func tryPath(path string, kind fs.FileMode) string {
 func wantDisarmed(t *testing.T, n *harness.Node) {
 	t.Helper()
 	f, err := os.Open("/proc/self/mountinfo")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer f.Close()
 	seen := 0
 	for s := bufio.NewScanner(f); s.Scan(); {
@@ -467,9 +453,7 @@ func TestFillFilesOfPod(t *testing.T) {
 				at = filepath.Join(n.State, "pods", pod.ID, "shm")
 			}
 			var own, state unix.Statfs_t
-			if err := errors.Join(unix.Statfs(at, &own), unix.Statfs(n.State, &state)); err != nil {
-				t.Fatal(err)
-			}
+			check(t, errors.Join(unix.Statfs(at, &own), unix.Statfs(n.State, &state)))
 			if size := own.Blocks * uint64(own.Bsize); size > limit || own.Fsid == state.Fsid || own.Files > 1<<16 {
 				t.Errorf("%s has %d bytes and %d inodes", name, size, own.Files)
 			}
@@ -495,23 +479,15 @@ func TestFilesOfAnEarlierVersion(t *testing.T) {
 	n.Stop()
 	dir := filepath.Join(n.State, "pods", pod.ID)
 	for _, name := range []string{"hosts", "hostname", "resolv.conf"} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte("old "+name+"\n"), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.WriteFile(filepath.Join(dir, name), []byte("old "+name+"\n"), 0o644))
 	}
 	etc := filepath.Join(dir, "etc")
-	if err := errors.Join(unix.Unmount(etc, unix.MNT_DETACH), os.Remove(etc)); err != nil {
-		t.Fatal(err)
-	}
+	check(t, errors.Join(unix.Unmount(etc, unix.MNT_DETACH), os.Remove(etc)))
 	path := filepath.Join(n.Root, "pods", pod.ID, "record.json")
 	var rec records.Pod
-	if err := record.Read(path, &rec); err != nil {
-		t.Fatal(err)
-	}
+	check(t, record.Read(path, &rec))
 	rec.FilesDir = ""
-	if err := record.Write(path, &rec, false); err != nil {
-		t.Fatal(err)
-	}
+	check(t, record.Write(path, &rec, false))
 	n.Start()
 	c := pod.Run("new", []string{"sleep", "1000"})
 	wantOutput(t, c, "old hosts\nold hostname\nold resolv.conf\n",

@@ -46,9 +46,7 @@ func containerWith(o *cri.NamespaceOption) func(*cri.ContainerConfig) {
 func ownerOf(t *testing.T, path string) (uid, gid int) {
 	t.Helper()
 	st, err := os.Lstat(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	s := st.Sys().(*syscall.Stat_t)
 	return int(s.Uid), int(s.Gid)
 }
@@ -72,9 +70,7 @@ func layerFiles(t *testing.T, n *harness.Node) map[string]string {
 		}
 		return nil
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return files
 }
 
@@ -215,12 +211,8 @@ func TestUserNamespaceAnd(t *testing.T) {
 			o := options(func(*cri.NamespaceOption) {})
 			pod := n.RunPod("volumes", podWith(o))
 			volume := n.Path("volume")
-			if err := os.MkdirAll(volume, 0o700); err != nil {
-				t.Fatal(err)
-			}
-			if err := os.WriteFile(filepath.Join(volume, "secret"), []byte("s"), 0o400); err != nil {
-				t.Fatal(err)
-			}
+			check(t, os.MkdirAll(volume, 0o700))
+			check(t, os.WriteFile(filepath.Join(volume, "secret"), []byte("s"), 0o400))
 			maps := o.UsernsOptions.Uids
 			c := pod.Run("c", []string{"sleep", "1000"}, containerWith(o), func(c *cri.ContainerConfig) {
 				c.Mounts = []*cri.Mount{
@@ -281,17 +273,11 @@ func TestUserNamespaceAnd(t *testing.T) {
 		"a read-only root": func(t *testing.T, n *harness.Node) {
 			o := options(func(*cri.NamespaceOption) {})
 			path, err := exec.LookPath("busybox")
-			if err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
 			busybox, err := os.ReadFile(path)
-			if err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
 			layer, err := harness.MakeLayer(map[string]string{"bin/busybox": string(busybox), "data/": ""})
-			if err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
 			const image = "registry.test/tests/volume:1"
 			if _, err := n.Registry.Push(image, ocispec.ImageConfig{Volumes: map[string]struct{}{"/data": {}, "/made/here": {}}}, layer); err != nil {
 				t.Fatal(err)
@@ -351,9 +337,7 @@ func TestUserNamespaceImpossible(t *testing.T) {
 		ctx, cancel := harness.Deadline()
 		defer cancel()
 		r, err := n.Runtime.Status(ctx, &cri.StatusRequest{})
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		if !r.Features.GetUserNamespacesHostNetwork() {
 			t.Error("user namespaces and the host's network are said to exclude each other")
 		}
@@ -399,9 +383,7 @@ func TestUserNamespaceImpossible(t *testing.T) {
 	pod.Remove()
 
 	// Root of the pod could not reach its root file system.
-	if err := os.Chmod(n.Dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Chmod(n.Dir, 0o700))
 	n.Restart()
 	if got := fmt.Sprint(supported()); got != "map[:false old:false runc:false]" {
 		t.Errorf("handlers with user namespaces: %s", got)

@@ -18,21 +18,15 @@ import (
 func TestImageVolumes(t *testing.T) {
 	n := harness.New(t, harness.Options{})
 	path, err := exec.LookPath("busybox")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	busybox, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	layer, err := harness.MakeLayer(map[string]string{
 		"bin/busybox": string(busybox),
 		"data/":       "",
 		"seeded/seed": "of the image",
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	const image = "registry.test/tests/volumes:1"
 	volumes := map[string]struct{}{
 		"/data/sub": {}, "/seeded": {}, "new/../absent/dir": {}, "/": {}, "/ro/below": {}, "/data/new": {},
@@ -45,16 +39,10 @@ func TestImageVolumes(t *testing.T) {
 
 	secret, volume := n.Path("secret"), n.Path("volume")
 	for _, dir := range []string{secret, volume} {
-		if err := os.Mkdir(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.Mkdir(dir, 0o755))
 	}
-	if err := os.WriteFile(filepath.Join(secret, "of-the-host"), nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(secret, filepath.Join(volume, "sub")); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(filepath.Join(secret, "of-the-host"), nil, 0o644))
+	check(t, os.Symlink(secret, filepath.Join(volume, "sub")))
 	for name, readOnly := range map[string]bool{"writable": false, "readonly": true} {
 		t.Run(name, func(t *testing.T) {
 			pod := n.With(t).RunPod(name)
