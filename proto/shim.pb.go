@@ -9,11 +9,12 @@
 //
 // Rules of the road:
 //   - Every call is unary and small. Bytes of stdio never travel here: they go
-//     through files that the caller names (see ExecSync).
+//     through files that the caller names (see ExecSync), or that it gets from a
+//     socket of its own (see Exec and Open).
 //   - Every request names the container, so that a call that reached the wrong
 //     shim is answered NotFound and changes nothing.
-//   - Every call is idempotent. Repeating Create, Start, Stop, Kill or Delete
-//     after a lost answer is safe.
+//   - Every call but Exec, ExecSync and Open is idempotent. Repeating Create,
+//     Start, Stop, Kill or Delete after a lost answer is safe.
 //   - Fields and methods are added, never renumbered. Both sides ignore what
 //     they don't know, so daemon and shim versions may differ (Hello says how).
 //   - A shim whose container has ended writes exit.json and ends. From then on
@@ -1647,18 +1648,313 @@ func (x *ExecSyncResponse) GetDroppedBytes() uint64 {
 	return 0
 }
 
+type ExecRequest struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Id      string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Process *anypb.Any             `protobuf:"bytes,2,opt,name=process,proto3" json:"process,omitempty"`                 // see ExecSync
+	SetUser bool                   `protobuf:"varint,3,opt,name=set_user,json=setUser,proto3" json:"set_user,omitempty"` // see ExecSync
+	// What is wanted; the others are /dev/null. A terminal has no stderr.
+	Stdin  bool `protobuf:"varint,4,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	Stdout bool `protobuf:"varint,5,opt,name=stdout,proto3" json:"stdout,omitempty"`
+	Stderr bool `protobuf:"varint,6,opt,name=stderr,proto3" json:"stderr,omitempty"`
+	// 0: no limit. At the limit the process tree is killed.
+	TimeoutMs uint64 `protobuf:"varint,7,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	// How long the exec lives without a client: its process tree is hung up (SIGHUP)
+	// then and, a second later, killed. 0: the shim's own, 30 seconds.
+	LeaseMs       uint64 `protobuf:"varint,8,opt,name=lease_ms,json=leaseMs,proto3" json:"lease_ms,omitempty"`
+	PayloadPath   string `protobuf:"bytes,9,opt,name=payload_path,json=payloadPath,proto3" json:"payload_path,omitempty"` // see CreateRequest
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExecRequest) Reset() {
+	*x = ExecRequest{}
+	mi := &file_shim_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExecRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExecRequest) ProtoMessage() {}
+
+func (x *ExecRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shim_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
+func (*ExecRequest) Descriptor() ([]byte, []int) {
+	return file_shim_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ExecRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ExecRequest) GetProcess() *anypb.Any {
+	if x != nil {
+		return x.Process
+	}
+	return nil
+}
+
+func (x *ExecRequest) GetSetUser() bool {
+	if x != nil {
+		return x.SetUser
+	}
+	return false
+}
+
+func (x *ExecRequest) GetStdin() bool {
+	if x != nil {
+		return x.Stdin
+	}
+	return false
+}
+
+func (x *ExecRequest) GetStdout() bool {
+	if x != nil {
+		return x.Stdout
+	}
+	return false
+}
+
+func (x *ExecRequest) GetStderr() bool {
+	if x != nil {
+		return x.Stderr
+	}
+	return false
+}
+
+func (x *ExecRequest) GetTimeoutMs() uint64 {
+	if x != nil {
+		return x.TimeoutMs
+	}
+	return 0
+}
+
+func (x *ExecRequest) GetLeaseMs() uint64 {
+	if x != nil {
+		return x.LeaseMs
+	}
+	return 0
+}
+
+func (x *ExecRequest) GetPayloadPath() string {
+	if x != nil {
+		return x.PayloadPath
+	}
+	return ""
+}
+
+type ExecResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ExecId        string                 `protobuf:"bytes,1,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"`
+	Socket        string                 `protobuf:"bytes,2,opt,name=socket,proto3" json:"socket,omitempty"` // a name in the run directory; takes one connection
+	Process       *Process               `protobuf:"bytes,3,opt,name=process,proto3" json:"process,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExecResponse) Reset() {
+	*x = ExecResponse{}
+	mi := &file_shim_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExecResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExecResponse) ProtoMessage() {}
+
+func (x *ExecResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shim_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExecResponse.ProtoReflect.Descriptor instead.
+func (*ExecResponse) Descriptor() ([]byte, []int) {
+	return file_shim_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *ExecResponse) GetExecId() string {
+	if x != nil {
+		return x.ExecId
+	}
+	return ""
+}
+
+func (x *ExecResponse) GetSocket() string {
+	if x != nil {
+		return x.Socket
+	}
+	return ""
+}
+
+func (x *ExecResponse) GetProcess() *Process {
+	if x != nil {
+		return x.Process
+	}
+	return nil
+}
+
+type OpenRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Id     string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	ExecId string                 `protobuf:"bytes,2,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"` // empty: the container itself
+	// Of the container: what is wanted of its standard files. An exec has those that
+	// it was started with.
+	Stdin         bool `protobuf:"varint,3,opt,name=stdin,proto3" json:"stdin,omitempty"`
+	Stdout        bool `protobuf:"varint,4,opt,name=stdout,proto3" json:"stdout,omitempty"`
+	Stderr        bool `protobuf:"varint,5,opt,name=stderr,proto3" json:"stderr,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenRequest) Reset() {
+	*x = OpenRequest{}
+	mi := &file_shim_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenRequest) ProtoMessage() {}
+
+func (x *OpenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shim_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenRequest.ProtoReflect.Descriptor instead.
+func (*OpenRequest) Descriptor() ([]byte, []int) {
+	return file_shim_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *OpenRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *OpenRequest) GetExecId() string {
+	if x != nil {
+		return x.ExecId
+	}
+	return ""
+}
+
+func (x *OpenRequest) GetStdin() bool {
+	if x != nil {
+		return x.Stdin
+	}
+	return false
+}
+
+func (x *OpenRequest) GetStdout() bool {
+	if x != nil {
+		return x.Stdout
+	}
+	return false
+}
+
+func (x *OpenRequest) GetStderr() bool {
+	if x != nil {
+		return x.Stderr
+	}
+	return false
+}
+
+type OpenResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Socket        string                 `protobuf:"bytes,1,opt,name=socket,proto3" json:"socket,omitempty"` // a name in the run directory; takes one connection
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenResponse) Reset() {
+	*x = OpenResponse{}
+	mi := &file_shim_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenResponse) ProtoMessage() {}
+
+func (x *OpenResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shim_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenResponse.ProtoReflect.Descriptor instead.
+func (*OpenResponse) Descriptor() ([]byte, []int) {
+	return file_shim_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *OpenResponse) GetSocket() string {
+	if x != nil {
+		return x.Socket
+	}
+	return ""
+}
+
 type ResizePtyRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	Width         uint32                 `protobuf:"varint,2,opt,name=width,proto3" json:"width,omitempty"`
 	Height        uint32                 `protobuf:"varint,3,opt,name=height,proto3" json:"height,omitempty"`
+	ExecId        string                 `protobuf:"bytes,4,opt,name=exec_id,json=execId,proto3" json:"exec_id,omitempty"` // empty: the container itself
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ResizePtyRequest) Reset() {
 	*x = ResizePtyRequest{}
-	mi := &file_shim_proto_msgTypes[22]
+	mi := &file_shim_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1670,7 +1966,7 @@ func (x *ResizePtyRequest) String() string {
 func (*ResizePtyRequest) ProtoMessage() {}
 
 func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shim_proto_msgTypes[22]
+	mi := &file_shim_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1683,7 +1979,7 @@ func (x *ResizePtyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizePtyRequest.ProtoReflect.Descriptor instead.
 func (*ResizePtyRequest) Descriptor() ([]byte, []int) {
-	return file_shim_proto_rawDescGZIP(), []int{22}
+	return file_shim_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ResizePtyRequest) GetId() string {
@@ -1707,6 +2003,13 @@ func (x *ResizePtyRequest) GetHeight() uint32 {
 	return 0
 }
 
+func (x *ResizePtyRequest) GetExecId() string {
+	if x != nil {
+		return x.ExecId
+	}
+	return ""
+}
+
 type ResizePtyResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1715,7 +2018,7 @@ type ResizePtyResponse struct {
 
 func (x *ResizePtyResponse) Reset() {
 	*x = ResizePtyResponse{}
-	mi := &file_shim_proto_msgTypes[23]
+	mi := &file_shim_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1727,7 +2030,7 @@ func (x *ResizePtyResponse) String() string {
 func (*ResizePtyResponse) ProtoMessage() {}
 
 func (x *ResizePtyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shim_proto_msgTypes[23]
+	mi := &file_shim_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1740,7 +2043,7 @@ func (x *ResizePtyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizePtyResponse.ProtoReflect.Descriptor instead.
 func (*ResizePtyResponse) Descriptor() ([]byte, []int) {
-	return file_shim_proto_rawDescGZIP(), []int{23}
+	return file_shim_proto_rawDescGZIP(), []int{27}
 }
 
 type ReopenLogRequest struct {
@@ -1752,7 +2055,7 @@ type ReopenLogRequest struct {
 
 func (x *ReopenLogRequest) Reset() {
 	*x = ReopenLogRequest{}
-	mi := &file_shim_proto_msgTypes[24]
+	mi := &file_shim_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1764,7 +2067,7 @@ func (x *ReopenLogRequest) String() string {
 func (*ReopenLogRequest) ProtoMessage() {}
 
 func (x *ReopenLogRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shim_proto_msgTypes[24]
+	mi := &file_shim_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1777,7 +2080,7 @@ func (x *ReopenLogRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReopenLogRequest.ProtoReflect.Descriptor instead.
 func (*ReopenLogRequest) Descriptor() ([]byte, []int) {
-	return file_shim_proto_rawDescGZIP(), []int{24}
+	return file_shim_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ReopenLogRequest) GetId() string {
@@ -1796,7 +2099,7 @@ type ReopenLogResponse struct {
 
 func (x *ReopenLogResponse) Reset() {
 	*x = ReopenLogResponse{}
-	mi := &file_shim_proto_msgTypes[25]
+	mi := &file_shim_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1808,7 +2111,7 @@ func (x *ReopenLogResponse) String() string {
 func (*ReopenLogResponse) ProtoMessage() {}
 
 func (x *ReopenLogResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shim_proto_msgTypes[25]
+	mi := &file_shim_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1821,7 +2124,7 @@ func (x *ReopenLogResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReopenLogResponse.ProtoReflect.Descriptor instead.
 func (*ReopenLogResponse) Descriptor() ([]byte, []int) {
-	return file_shim_proto_rawDescGZIP(), []int{25}
+	return file_shim_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ReopenLogResponse) GetInode() uint64 {
@@ -1840,7 +2143,7 @@ type PidsRequest struct {
 
 func (x *PidsRequest) Reset() {
 	*x = PidsRequest{}
-	mi := &file_shim_proto_msgTypes[26]
+	mi := &file_shim_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1852,7 +2155,7 @@ func (x *PidsRequest) String() string {
 func (*PidsRequest) ProtoMessage() {}
 
 func (x *PidsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shim_proto_msgTypes[26]
+	mi := &file_shim_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1865,7 +2168,7 @@ func (x *PidsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsRequest.ProtoReflect.Descriptor instead.
 func (*PidsRequest) Descriptor() ([]byte, []int) {
-	return file_shim_proto_rawDescGZIP(), []int{26}
+	return file_shim_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *PidsRequest) GetId() string {
@@ -1884,7 +2187,7 @@ type PidsResponse struct {
 
 func (x *PidsResponse) Reset() {
 	*x = PidsResponse{}
-	mi := &file_shim_proto_msgTypes[27]
+	mi := &file_shim_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1896,7 +2199,7 @@ func (x *PidsResponse) String() string {
 func (*PidsResponse) ProtoMessage() {}
 
 func (x *PidsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shim_proto_msgTypes[27]
+	mi := &file_shim_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1909,7 +2212,7 @@ func (x *PidsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsResponse.ProtoReflect.Descriptor instead.
 func (*PidsResponse) Descriptor() ([]byte, []int) {
-	return file_shim_proto_rawDescGZIP(), []int{27}
+	return file_shim_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *PidsResponse) GetPids() []int32 {
@@ -1929,7 +2232,7 @@ type DeleteRequest struct {
 
 func (x *DeleteRequest) Reset() {
 	*x = DeleteRequest{}
-	mi := &file_shim_proto_msgTypes[28]
+	mi := &file_shim_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1941,7 +2244,7 @@ func (x *DeleteRequest) String() string {
 func (*DeleteRequest) ProtoMessage() {}
 
 func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shim_proto_msgTypes[28]
+	mi := &file_shim_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1954,7 +2257,7 @@ func (x *DeleteRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteRequest.ProtoReflect.Descriptor instead.
 func (*DeleteRequest) Descriptor() ([]byte, []int) {
-	return file_shim_proto_rawDescGZIP(), []int{28}
+	return file_shim_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DeleteRequest) GetId() string {
@@ -1980,7 +2283,7 @@ type DeleteResponse struct {
 
 func (x *DeleteResponse) Reset() {
 	*x = DeleteResponse{}
-	mi := &file_shim_proto_msgTypes[29]
+	mi := &file_shim_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1992,7 +2295,7 @@ func (x *DeleteResponse) String() string {
 func (*DeleteResponse) ProtoMessage() {}
 
 func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shim_proto_msgTypes[29]
+	mi := &file_shim_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2005,7 +2308,7 @@ func (x *DeleteResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteResponse.ProtoReflect.Descriptor instead.
 func (*DeleteResponse) Descriptor() ([]byte, []int) {
-	return file_shim_proto_rawDescGZIP(), []int{29}
+	return file_shim_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *DeleteResponse) GetExit() *Exit {
@@ -2028,7 +2331,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_shim_proto_msgTypes[30]
+	mi := &file_shim_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2040,7 +2343,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_shim_proto_msgTypes[30]
+	mi := &file_shim_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2053,7 +2356,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_shim_proto_rawDescGZIP(), []int{30}
+	return file_shim_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *Event) GetSeq() uint64 {
@@ -2102,7 +2405,7 @@ type EventsRequest struct {
 
 func (x *EventsRequest) Reset() {
 	*x = EventsRequest{}
-	mi := &file_shim_proto_msgTypes[31]
+	mi := &file_shim_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2114,7 +2417,7 @@ func (x *EventsRequest) String() string {
 func (*EventsRequest) ProtoMessage() {}
 
 func (x *EventsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_shim_proto_msgTypes[31]
+	mi := &file_shim_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2127,7 +2430,7 @@ func (x *EventsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsRequest.ProtoReflect.Descriptor instead.
 func (*EventsRequest) Descriptor() ([]byte, []int) {
-	return file_shim_proto_rawDescGZIP(), []int{31}
+	return file_shim_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *EventsRequest) GetId() string {
@@ -2160,7 +2463,7 @@ type EventsResponse struct {
 
 func (x *EventsResponse) Reset() {
 	*x = EventsResponse{}
-	mi := &file_shim_proto_msgTypes[32]
+	mi := &file_shim_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2172,7 +2475,7 @@ func (x *EventsResponse) String() string {
 func (*EventsResponse) ProtoMessage() {}
 
 func (x *EventsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_shim_proto_msgTypes[32]
+	mi := &file_shim_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2185,7 +2488,7 @@ func (x *EventsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EventsResponse.ProtoReflect.Descriptor instead.
 func (*EventsResponse) Descriptor() ([]byte, []int) {
-	return file_shim_proto_rawDescGZIP(), []int{32}
+	return file_shim_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *EventsResponse) GetEvents() []*Event {
@@ -2327,11 +2630,35 @@ const file_shim_proto_rawDesc = "" +
 	"\ttimed_out\x18\x02 \x01(\bR\btimedOut\x12!\n" +
 	"\fstdout_bytes\x18\x03 \x01(\x04R\vstdoutBytes\x12!\n" +
 	"\fstderr_bytes\x18\x04 \x01(\x04R\vstderrBytes\x12#\n" +
-	"\rdropped_bytes\x18\x05 \x01(\x04R\fdroppedBytes\"P\n" +
+	"\rdropped_bytes\x18\x05 \x01(\x04R\fdroppedBytes\"\x8b\x02\n" +
+	"\vExecRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
+	"\aprocess\x18\x02 \x01(\v2\x14.google.protobuf.AnyR\aprocess\x12\x19\n" +
+	"\bset_user\x18\x03 \x01(\bR\asetUser\x12\x14\n" +
+	"\x05stdin\x18\x04 \x01(\bR\x05stdin\x12\x16\n" +
+	"\x06stdout\x18\x05 \x01(\bR\x06stdout\x12\x16\n" +
+	"\x06stderr\x18\x06 \x01(\bR\x06stderr\x12\x1d\n" +
+	"\n" +
+	"timeout_ms\x18\a \x01(\x04R\ttimeoutMs\x12\x19\n" +
+	"\blease_ms\x18\b \x01(\x04R\aleaseMs\x12!\n" +
+	"\fpayload_path\x18\t \x01(\tR\vpayloadPath\"t\n" +
+	"\fExecResponse\x12\x17\n" +
+	"\aexec_id\x18\x01 \x01(\tR\x06execId\x12\x16\n" +
+	"\x06socket\x18\x02 \x01(\tR\x06socket\x123\n" +
+	"\aprocess\x18\x03 \x01(\v2\x19.holdfast.shim.v1.ProcessR\aprocess\"|\n" +
+	"\vOpenRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
+	"\aexec_id\x18\x02 \x01(\tR\x06execId\x12\x14\n" +
+	"\x05stdin\x18\x03 \x01(\bR\x05stdin\x12\x16\n" +
+	"\x06stdout\x18\x04 \x01(\bR\x06stdout\x12\x16\n" +
+	"\x06stderr\x18\x05 \x01(\bR\x06stderr\"&\n" +
+	"\fOpenResponse\x12\x16\n" +
+	"\x06socket\x18\x01 \x01(\tR\x06socket\"i\n" +
 	"\x10ResizePtyRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05width\x18\x02 \x01(\rR\x05width\x12\x16\n" +
-	"\x06height\x18\x03 \x01(\rR\x06height\"\x13\n" +
+	"\x06height\x18\x03 \x01(\rR\x06height\x12\x17\n" +
+	"\aexec_id\x18\x04 \x01(\tR\x06execId\"\x13\n" +
 	"\x11ResizePtyResponse\"\"\n" +
 	"\x10ReopenLogRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\")\n" +
@@ -2371,7 +2698,7 @@ const file_shim_proto_rawDesc = "" +
 	"\x12EVENT_TYPE_STARTED\x10\x02\x12\x12\n" +
 	"\x0eEVENT_TYPE_OOM\x10\x03\x12\x17\n" +
 	"\x13EVENT_TYPE_STOPPING\x10\x04\x12\x15\n" +
-	"\x11EVENT_TYPE_EXITED\x10\x052\xe6\a\n" +
+	"\x11EVENT_TYPE_EXITED\x10\x052\xf4\b\n" +
 	"\x04Shim\x12H\n" +
 	"\x05Hello\x12\x1e.holdfast.shim.v1.HelloRequest\x1a\x1f.holdfast.shim.v1.HelloResponse\x12K\n" +
 	"\x06Create\x12\x1f.holdfast.shim.v1.CreateRequest\x1a .holdfast.shim.v1.CreateResponse\x12H\n" +
@@ -2380,7 +2707,9 @@ const file_shim_proto_rawDesc = "" +
 	"\x04Wait\x12\x1d.holdfast.shim.v1.WaitRequest\x1a\x1e.holdfast.shim.v1.WaitResponse\x12E\n" +
 	"\x04Kill\x12\x1d.holdfast.shim.v1.KillRequest\x1a\x1e.holdfast.shim.v1.KillResponse\x12E\n" +
 	"\x04Stop\x12\x1d.holdfast.shim.v1.StopRequest\x1a\x1e.holdfast.shim.v1.StopResponse\x12Q\n" +
-	"\bExecSync\x12!.holdfast.shim.v1.ExecSyncRequest\x1a\".holdfast.shim.v1.ExecSyncResponse\x12T\n" +
+	"\bExecSync\x12!.holdfast.shim.v1.ExecSyncRequest\x1a\".holdfast.shim.v1.ExecSyncResponse\x12E\n" +
+	"\x04Exec\x12\x1d.holdfast.shim.v1.ExecRequest\x1a\x1e.holdfast.shim.v1.ExecResponse\x12E\n" +
+	"\x04Open\x12\x1d.holdfast.shim.v1.OpenRequest\x1a\x1e.holdfast.shim.v1.OpenResponse\x12T\n" +
 	"\tResizePty\x12\".holdfast.shim.v1.ResizePtyRequest\x1a#.holdfast.shim.v1.ResizePtyResponse\x12T\n" +
 	"\tReopenLog\x12\".holdfast.shim.v1.ReopenLogRequest\x1a#.holdfast.shim.v1.ReopenLogResponse\x12E\n" +
 	"\x04Pids\x12\x1d.holdfast.shim.v1.PidsRequest\x1a\x1e.holdfast.shim.v1.PidsResponse\x12K\n" +
@@ -2400,7 +2729,7 @@ func file_shim_proto_rawDescGZIP() []byte {
 }
 
 var file_shim_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_shim_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_shim_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_shim_proto_goTypes = []any{
 	(Phase)(0),                    // 0: holdfast.shim.v1.Phase
 	(EventType)(0),                // 1: holdfast.shim.v1.EventType
@@ -2426,83 +2755,93 @@ var file_shim_proto_goTypes = []any{
 	(*StopResponse)(nil),          // 21: holdfast.shim.v1.StopResponse
 	(*ExecSyncRequest)(nil),       // 22: holdfast.shim.v1.ExecSyncRequest
 	(*ExecSyncResponse)(nil),      // 23: holdfast.shim.v1.ExecSyncResponse
-	(*ResizePtyRequest)(nil),      // 24: holdfast.shim.v1.ResizePtyRequest
-	(*ResizePtyResponse)(nil),     // 25: holdfast.shim.v1.ResizePtyResponse
-	(*ReopenLogRequest)(nil),      // 26: holdfast.shim.v1.ReopenLogRequest
-	(*ReopenLogResponse)(nil),     // 27: holdfast.shim.v1.ReopenLogResponse
-	(*PidsRequest)(nil),           // 28: holdfast.shim.v1.PidsRequest
-	(*PidsResponse)(nil),          // 29: holdfast.shim.v1.PidsResponse
-	(*DeleteRequest)(nil),         // 30: holdfast.shim.v1.DeleteRequest
-	(*DeleteResponse)(nil),        // 31: holdfast.shim.v1.DeleteResponse
-	(*Event)(nil),                 // 32: holdfast.shim.v1.Event
-	(*EventsRequest)(nil),         // 33: holdfast.shim.v1.EventsRequest
-	(*EventsResponse)(nil),        // 34: holdfast.shim.v1.EventsResponse
-	nil,                           // 35: holdfast.shim.v1.StateResponse.CgroupsEntry
-	(*anypb.Any)(nil),             // 36: google.protobuf.Any
-	(*timestamppb.Timestamp)(nil), // 37: google.protobuf.Timestamp
+	(*ExecRequest)(nil),           // 24: holdfast.shim.v1.ExecRequest
+	(*ExecResponse)(nil),          // 25: holdfast.shim.v1.ExecResponse
+	(*OpenRequest)(nil),           // 26: holdfast.shim.v1.OpenRequest
+	(*OpenResponse)(nil),          // 27: holdfast.shim.v1.OpenResponse
+	(*ResizePtyRequest)(nil),      // 28: holdfast.shim.v1.ResizePtyRequest
+	(*ResizePtyResponse)(nil),     // 29: holdfast.shim.v1.ResizePtyResponse
+	(*ReopenLogRequest)(nil),      // 30: holdfast.shim.v1.ReopenLogRequest
+	(*ReopenLogResponse)(nil),     // 31: holdfast.shim.v1.ReopenLogResponse
+	(*PidsRequest)(nil),           // 32: holdfast.shim.v1.PidsRequest
+	(*PidsResponse)(nil),          // 33: holdfast.shim.v1.PidsResponse
+	(*DeleteRequest)(nil),         // 34: holdfast.shim.v1.DeleteRequest
+	(*DeleteResponse)(nil),        // 35: holdfast.shim.v1.DeleteResponse
+	(*Event)(nil),                 // 36: holdfast.shim.v1.Event
+	(*EventsRequest)(nil),         // 37: holdfast.shim.v1.EventsRequest
+	(*EventsResponse)(nil),        // 38: holdfast.shim.v1.EventsResponse
+	nil,                           // 39: holdfast.shim.v1.StateResponse.CgroupsEntry
+	(*anypb.Any)(nil),             // 40: google.protobuf.Any
+	(*timestamppb.Timestamp)(nil), // 41: google.protobuf.Timestamp
 }
 var file_shim_proto_depIdxs = []int32{
 	2,  // 0: holdfast.shim.v1.HelloResponse.shim:type_name -> holdfast.shim.v1.Process
 	5,  // 1: holdfast.shim.v1.CreateRequest.runtime:type_name -> holdfast.shim.v1.Runtime
-	36, // 2: holdfast.shim.v1.CreateRequest.spec:type_name -> google.protobuf.Any
+	40, // 2: holdfast.shim.v1.CreateRequest.spec:type_name -> google.protobuf.Any
 	6,  // 3: holdfast.shim.v1.CreateRequest.log:type_name -> holdfast.shim.v1.Log
-	36, // 4: holdfast.shim.v1.CreateRequest.container_record:type_name -> google.protobuf.Any
-	36, // 5: holdfast.shim.v1.CreateRequest.sandbox_record:type_name -> google.protobuf.Any
+	40, // 4: holdfast.shim.v1.CreateRequest.container_record:type_name -> google.protobuf.Any
+	40, // 5: holdfast.shim.v1.CreateRequest.sandbox_record:type_name -> google.protobuf.Any
 	2,  // 6: holdfast.shim.v1.CreateResponse.init:type_name -> holdfast.shim.v1.Process
 	2,  // 7: holdfast.shim.v1.StartResponse.init:type_name -> holdfast.shim.v1.Process
-	37, // 8: holdfast.shim.v1.StartResponse.started_at:type_name -> google.protobuf.Timestamp
-	37, // 9: holdfast.shim.v1.Exit.exited_at:type_name -> google.protobuf.Timestamp
-	37, // 10: holdfast.shim.v1.StopIntent.requested_at:type_name -> google.protobuf.Timestamp
-	37, // 11: holdfast.shim.v1.StopIntent.kill_at:type_name -> google.protobuf.Timestamp
+	41, // 8: holdfast.shim.v1.StartResponse.started_at:type_name -> google.protobuf.Timestamp
+	41, // 9: holdfast.shim.v1.Exit.exited_at:type_name -> google.protobuf.Timestamp
+	41, // 10: holdfast.shim.v1.StopIntent.requested_at:type_name -> google.protobuf.Timestamp
+	41, // 11: holdfast.shim.v1.StopIntent.kill_at:type_name -> google.protobuf.Timestamp
 	0,  // 12: holdfast.shim.v1.StateResponse.phase:type_name -> holdfast.shim.v1.Phase
 	2,  // 13: holdfast.shim.v1.StateResponse.shim:type_name -> holdfast.shim.v1.Process
 	2,  // 14: holdfast.shim.v1.StateResponse.init:type_name -> holdfast.shim.v1.Process
-	37, // 15: holdfast.shim.v1.StateResponse.created_at:type_name -> google.protobuf.Timestamp
-	37, // 16: holdfast.shim.v1.StateResponse.started_at:type_name -> google.protobuf.Timestamp
+	41, // 15: holdfast.shim.v1.StateResponse.created_at:type_name -> google.protobuf.Timestamp
+	41, // 16: holdfast.shim.v1.StateResponse.started_at:type_name -> google.protobuf.Timestamp
 	11, // 17: holdfast.shim.v1.StateResponse.exit:type_name -> holdfast.shim.v1.Exit
 	12, // 18: holdfast.shim.v1.StateResponse.stop:type_name -> holdfast.shim.v1.StopIntent
 	13, // 19: holdfast.shim.v1.StateResponse.log:type_name -> holdfast.shim.v1.LogCounters
-	35, // 20: holdfast.shim.v1.StateResponse.cgroups:type_name -> holdfast.shim.v1.StateResponse.CgroupsEntry
+	39, // 20: holdfast.shim.v1.StateResponse.cgroups:type_name -> holdfast.shim.v1.StateResponse.CgroupsEntry
 	11, // 21: holdfast.shim.v1.WaitResponse.exit:type_name -> holdfast.shim.v1.Exit
-	37, // 22: holdfast.shim.v1.StopResponse.kill_at:type_name -> google.protobuf.Timestamp
-	36, // 23: holdfast.shim.v1.ExecSyncRequest.process:type_name -> google.protobuf.Any
-	11, // 24: holdfast.shim.v1.DeleteResponse.exit:type_name -> holdfast.shim.v1.Exit
-	37, // 25: holdfast.shim.v1.Event.at:type_name -> google.protobuf.Timestamp
-	1,  // 26: holdfast.shim.v1.Event.type:type_name -> holdfast.shim.v1.EventType
-	2,  // 27: holdfast.shim.v1.Event.init:type_name -> holdfast.shim.v1.Process
-	11, // 28: holdfast.shim.v1.Event.exit:type_name -> holdfast.shim.v1.Exit
-	32, // 29: holdfast.shim.v1.EventsResponse.events:type_name -> holdfast.shim.v1.Event
-	3,  // 30: holdfast.shim.v1.Shim.Hello:input_type -> holdfast.shim.v1.HelloRequest
-	7,  // 31: holdfast.shim.v1.Shim.Create:input_type -> holdfast.shim.v1.CreateRequest
-	9,  // 32: holdfast.shim.v1.Shim.Start:input_type -> holdfast.shim.v1.StartRequest
-	14, // 33: holdfast.shim.v1.Shim.State:input_type -> holdfast.shim.v1.StateRequest
-	16, // 34: holdfast.shim.v1.Shim.Wait:input_type -> holdfast.shim.v1.WaitRequest
-	18, // 35: holdfast.shim.v1.Shim.Kill:input_type -> holdfast.shim.v1.KillRequest
-	20, // 36: holdfast.shim.v1.Shim.Stop:input_type -> holdfast.shim.v1.StopRequest
-	22, // 37: holdfast.shim.v1.Shim.ExecSync:input_type -> holdfast.shim.v1.ExecSyncRequest
-	24, // 38: holdfast.shim.v1.Shim.ResizePty:input_type -> holdfast.shim.v1.ResizePtyRequest
-	26, // 39: holdfast.shim.v1.Shim.ReopenLog:input_type -> holdfast.shim.v1.ReopenLogRequest
-	28, // 40: holdfast.shim.v1.Shim.Pids:input_type -> holdfast.shim.v1.PidsRequest
-	30, // 41: holdfast.shim.v1.Shim.Delete:input_type -> holdfast.shim.v1.DeleteRequest
-	33, // 42: holdfast.shim.v1.Shim.Events:input_type -> holdfast.shim.v1.EventsRequest
-	4,  // 43: holdfast.shim.v1.Shim.Hello:output_type -> holdfast.shim.v1.HelloResponse
-	8,  // 44: holdfast.shim.v1.Shim.Create:output_type -> holdfast.shim.v1.CreateResponse
-	10, // 45: holdfast.shim.v1.Shim.Start:output_type -> holdfast.shim.v1.StartResponse
-	15, // 46: holdfast.shim.v1.Shim.State:output_type -> holdfast.shim.v1.StateResponse
-	17, // 47: holdfast.shim.v1.Shim.Wait:output_type -> holdfast.shim.v1.WaitResponse
-	19, // 48: holdfast.shim.v1.Shim.Kill:output_type -> holdfast.shim.v1.KillResponse
-	21, // 49: holdfast.shim.v1.Shim.Stop:output_type -> holdfast.shim.v1.StopResponse
-	23, // 50: holdfast.shim.v1.Shim.ExecSync:output_type -> holdfast.shim.v1.ExecSyncResponse
-	25, // 51: holdfast.shim.v1.Shim.ResizePty:output_type -> holdfast.shim.v1.ResizePtyResponse
-	27, // 52: holdfast.shim.v1.Shim.ReopenLog:output_type -> holdfast.shim.v1.ReopenLogResponse
-	29, // 53: holdfast.shim.v1.Shim.Pids:output_type -> holdfast.shim.v1.PidsResponse
-	31, // 54: holdfast.shim.v1.Shim.Delete:output_type -> holdfast.shim.v1.DeleteResponse
-	34, // 55: holdfast.shim.v1.Shim.Events:output_type -> holdfast.shim.v1.EventsResponse
-	43, // [43:56] is the sub-list for method output_type
-	30, // [30:43] is the sub-list for method input_type
-	30, // [30:30] is the sub-list for extension type_name
-	30, // [30:30] is the sub-list for extension extendee
-	0,  // [0:30] is the sub-list for field type_name
+	41, // 22: holdfast.shim.v1.StopResponse.kill_at:type_name -> google.protobuf.Timestamp
+	40, // 23: holdfast.shim.v1.ExecSyncRequest.process:type_name -> google.protobuf.Any
+	40, // 24: holdfast.shim.v1.ExecRequest.process:type_name -> google.protobuf.Any
+	2,  // 25: holdfast.shim.v1.ExecResponse.process:type_name -> holdfast.shim.v1.Process
+	11, // 26: holdfast.shim.v1.DeleteResponse.exit:type_name -> holdfast.shim.v1.Exit
+	41, // 27: holdfast.shim.v1.Event.at:type_name -> google.protobuf.Timestamp
+	1,  // 28: holdfast.shim.v1.Event.type:type_name -> holdfast.shim.v1.EventType
+	2,  // 29: holdfast.shim.v1.Event.init:type_name -> holdfast.shim.v1.Process
+	11, // 30: holdfast.shim.v1.Event.exit:type_name -> holdfast.shim.v1.Exit
+	36, // 31: holdfast.shim.v1.EventsResponse.events:type_name -> holdfast.shim.v1.Event
+	3,  // 32: holdfast.shim.v1.Shim.Hello:input_type -> holdfast.shim.v1.HelloRequest
+	7,  // 33: holdfast.shim.v1.Shim.Create:input_type -> holdfast.shim.v1.CreateRequest
+	9,  // 34: holdfast.shim.v1.Shim.Start:input_type -> holdfast.shim.v1.StartRequest
+	14, // 35: holdfast.shim.v1.Shim.State:input_type -> holdfast.shim.v1.StateRequest
+	16, // 36: holdfast.shim.v1.Shim.Wait:input_type -> holdfast.shim.v1.WaitRequest
+	18, // 37: holdfast.shim.v1.Shim.Kill:input_type -> holdfast.shim.v1.KillRequest
+	20, // 38: holdfast.shim.v1.Shim.Stop:input_type -> holdfast.shim.v1.StopRequest
+	22, // 39: holdfast.shim.v1.Shim.ExecSync:input_type -> holdfast.shim.v1.ExecSyncRequest
+	24, // 40: holdfast.shim.v1.Shim.Exec:input_type -> holdfast.shim.v1.ExecRequest
+	26, // 41: holdfast.shim.v1.Shim.Open:input_type -> holdfast.shim.v1.OpenRequest
+	28, // 42: holdfast.shim.v1.Shim.ResizePty:input_type -> holdfast.shim.v1.ResizePtyRequest
+	30, // 43: holdfast.shim.v1.Shim.ReopenLog:input_type -> holdfast.shim.v1.ReopenLogRequest
+	32, // 44: holdfast.shim.v1.Shim.Pids:input_type -> holdfast.shim.v1.PidsRequest
+	34, // 45: holdfast.shim.v1.Shim.Delete:input_type -> holdfast.shim.v1.DeleteRequest
+	37, // 46: holdfast.shim.v1.Shim.Events:input_type -> holdfast.shim.v1.EventsRequest
+	4,  // 47: holdfast.shim.v1.Shim.Hello:output_type -> holdfast.shim.v1.HelloResponse
+	8,  // 48: holdfast.shim.v1.Shim.Create:output_type -> holdfast.shim.v1.CreateResponse
+	10, // 49: holdfast.shim.v1.Shim.Start:output_type -> holdfast.shim.v1.StartResponse
+	15, // 50: holdfast.shim.v1.Shim.State:output_type -> holdfast.shim.v1.StateResponse
+	17, // 51: holdfast.shim.v1.Shim.Wait:output_type -> holdfast.shim.v1.WaitResponse
+	19, // 52: holdfast.shim.v1.Shim.Kill:output_type -> holdfast.shim.v1.KillResponse
+	21, // 53: holdfast.shim.v1.Shim.Stop:output_type -> holdfast.shim.v1.StopResponse
+	23, // 54: holdfast.shim.v1.Shim.ExecSync:output_type -> holdfast.shim.v1.ExecSyncResponse
+	25, // 55: holdfast.shim.v1.Shim.Exec:output_type -> holdfast.shim.v1.ExecResponse
+	27, // 56: holdfast.shim.v1.Shim.Open:output_type -> holdfast.shim.v1.OpenResponse
+	29, // 57: holdfast.shim.v1.Shim.ResizePty:output_type -> holdfast.shim.v1.ResizePtyResponse
+	31, // 58: holdfast.shim.v1.Shim.ReopenLog:output_type -> holdfast.shim.v1.ReopenLogResponse
+	33, // 59: holdfast.shim.v1.Shim.Pids:output_type -> holdfast.shim.v1.PidsResponse
+	35, // 60: holdfast.shim.v1.Shim.Delete:output_type -> holdfast.shim.v1.DeleteResponse
+	38, // 61: holdfast.shim.v1.Shim.Events:output_type -> holdfast.shim.v1.EventsResponse
+	47, // [47:62] is the sub-list for method output_type
+	32, // [32:47] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_shim_proto_init() }
@@ -2516,7 +2855,7 @@ func file_shim_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shim_proto_rawDesc), len(file_shim_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   34,
+			NumMessages:   38,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

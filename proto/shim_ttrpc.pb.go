@@ -16,6 +16,8 @@ type ShimService interface {
 	Kill(context.Context, *KillRequest) (*KillResponse, error)
 	Stop(context.Context, *StopRequest) (*StopResponse, error)
 	ExecSync(context.Context, *ExecSyncRequest) (*ExecSyncResponse, error)
+	Exec(context.Context, *ExecRequest) (*ExecResponse, error)
+	Open(context.Context, *OpenRequest) (*OpenResponse, error)
 	ResizePty(context.Context, *ResizePtyRequest) (*ResizePtyResponse, error)
 	ReopenLog(context.Context, *ReopenLogRequest) (*ReopenLogResponse, error)
 	Pids(context.Context, *PidsRequest) (*PidsResponse, error)
@@ -81,6 +83,20 @@ func RegisterShimService(srv *ttrpc.Server, svc ShimService) {
 					return nil, err
 				}
 				return svc.ExecSync(ctx, &req)
+			},
+			"Exec": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ExecRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Exec(ctx, &req)
+			},
+			"Open": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req OpenRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Open(ctx, &req)
 			},
 			"ResizePty": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req ResizePtyRequest
@@ -190,6 +206,22 @@ func (c *shimClient) Stop(ctx context.Context, req *StopRequest) (*StopResponse,
 func (c *shimClient) ExecSync(ctx context.Context, req *ExecSyncRequest) (*ExecSyncResponse, error) {
 	var resp ExecSyncResponse
 	if err := c.client.Call(ctx, "holdfast.shim.v1.Shim", "ExecSync", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *shimClient) Exec(ctx context.Context, req *ExecRequest) (*ExecResponse, error) {
+	var resp ExecResponse
+	if err := c.client.Call(ctx, "holdfast.shim.v1.Shim", "Exec", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *shimClient) Open(ctx context.Context, req *OpenRequest) (*OpenResponse, error) {
+	var resp OpenResponse
+	if err := c.client.Call(ctx, "holdfast.shim.v1.Shim", "Open", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -12,18 +12,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const socketName = "console.sock"
-
 // Socket is where the OCI runtime sends the master of a terminal
 // (--console-socket).
 type Socket struct {
 	dir  *os.File // open, because Path leads through it; Close closes it
+	name string
 	l    *net.UnixListener
 	path string
 }
 
-// Listen makes a console socket in a directory. Close it.
-func Listen(directory string) (*Socket, error) {
+// Listen makes a console socket of a name in a directory. Close it.
+func Listen(directory, name string) (*Socket, error) {
 	dir, err := os.Open(directory)
 	if err != nil {
 		return nil, fmt.Errorf("cannot make a console socket: %w", err)
@@ -31,10 +30,10 @@ func Listen(directory string) (*Socket, error) {
 	// A Unix address holds 107 bytes and the directory's path may be longer.
 	// The runtime is another process, so /proc/self would not do.
 	raw, err := dir.SyscallConn()
-	s := &Socket{dir: dir}
+	s := &Socket{dir: dir, name: name}
 	if err == nil {
 		err = raw.Control(func(fd uintptr) {
-			s.path = fmt.Sprintf("/proc/%d/fd/%d/%s", os.Getpid(), fd, socketName)
+			s.path = fmt.Sprintf("/proc/%d/fd/%d/%s", os.Getpid(), fd, name)
 		})
 	}
 	if err == nil {
@@ -54,7 +53,7 @@ func (s *Socket) Path() string { return s.path }
 // Close removes the socket. A Receive under way returns.
 func (s *Socket) Close() {
 	s.l.Close()
-	os.Remove(filepath.Join(s.dir.Name(), socketName))
+	os.Remove(filepath.Join(s.dir.Name(), s.name))
 	s.dir.Close()
 }
 
@@ -113,6 +112,38 @@ func parseRights(oob []byte) (int, error) {
 		return -1, fmt.Errorf("the message carries %d descriptors", len(fds))
 	}
 	return fds[0], nil
+}
+
+// Collect gives the terminal that run has the OCI runtime make: run is called with
+// the path of a console socket. After an error there is none.
+func Collect(ctx context.Context, directory, name string, run func(socket string) error) (*os.File, error) {
+	s, err := Listen(directory, name)
+	if err != nil {
+		return nil, err
+	}
+	defer s.Close()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type result struct {
+		master *os.File
+		err    error
+	}
+	received := make(chan result, 1)
+	go func() { // ends at the latest when cancel ends Receive
+		master, err := s.Receive(ctx)
+		received <- result{master, err}
+	}()
+	if err = run(s.Path()); err != nil {
+		cancel()
+	}
+	r := <-received
+	if err == nil {
+		return r.master, r.err
+	}
+	if r.master != nil {
+		r.master.Close()
+	}
+	return nil, err
 }
 
 // Resize sets the size of a terminal by its master, in characters.

@@ -44,7 +44,7 @@ func TestReceive(t *testing.T) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	s, err := Listen(dir)
+	s, err := Listen(dir, "console.sock")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -84,7 +84,7 @@ func TestReceive(t *testing.T) {
 }
 
 func TestReceiveSomethingElse(t *testing.T) {
-	s, err := Listen(t.TempDir())
+	s, err := Listen(t.TempDir(), "console.sock")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,7 +103,7 @@ func TestReceiveSomethingElse(t *testing.T) {
 
 func TestReceiveCancelled(t *testing.T) {
 	dir := t.TempDir()
-	s, err := Listen(dir)
+	s, err := Listen(dir, "console.sock")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -89,9 +89,10 @@ func (r *Runtime) Start(ctx context.Context, id string) error {
 // ExecOptions are those of Exec.
 type ExecOptions struct {
 	IO
-	Process string // file with an OCI process as JSON
-	PidFile string
-	Cgroup  string // as Cgroups.Sub gives it; empty: the container's
+	Process       string // file with an OCI process as JSON
+	PidFile       string
+	Cgroup        string // as Cgroups.Sub gives it; empty: the container's
+	ConsoleSocket string // with a terminal
 }
 
 // Exec starts a process in a running container and leaves it behind: the
@@ -100,6 +101,9 @@ func (r *Runtime) Exec(ctx context.Context, id string, o ExecOptions) error {
 	args := []string{"exec", "--detach", "--process", o.Process, "--pid-file", o.PidFile}
 	if o.Cgroup != "" {
 		args = append(args, "--cgroup", o.Cgroup)
+	}
+	if o.ConsoleSocket != "" {
+		args = append(args, "--console-socket", o.ConsoleSocket)
 	}
 	return r.run(ctx, id, o.IO, append(args, id)...)
 }

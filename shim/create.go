@@ -304,47 +304,26 @@ func (m *making) createWithPipes(ctx context.Context) error {
 // makes.
 func (m *making) createWithTerminal(ctx context.Context) error {
 	t, c := m.task, m.c
-	s, err := pty.Listen(string(t.dir))
-	if err != nil {
+	master, err := pty.Collect(ctx, string(t.dir), "console.sock", func(socket string) (err error) {
+		c.init, err = c.host.Create(ctx, runc.CreateOptions{Bundle: string(t.dir), ConsoleSocket: socket})
 		return err
-	}
-	defer s.Close()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	type result struct {
-		master *os.File
-		err    error
-	}
-	received := make(chan result, 1)
-	go func() { // ends at the latest when cancel ends Receive
-		master, err := s.Receive(ctx)
-		received <- result{master, err}
-	}()
-	c.init, err = c.host.Create(ctx, runc.CreateOptions{Bundle: string(t.dir), ConsoleSocket: s.Path()})
-	if err != nil {
-		cancel()
-	}
-	r := <-received
+	})
 	if err == nil {
-		err = r.err
-	}
-	if r.master == nil {
-		return err
-	}
-	if err == nil {
-		c.console, err = pty.Dup(r.master)
+		c.console, err = pty.Dup(master)
 	}
 	if err == nil && m.launch.Stdin {
 		var input *os.File
-		if input, err = pty.Dup(r.master); err == nil {
+		if input, err = pty.Dup(master); err == nil {
 			c.stdio.SetInput(input, true, m.launch.StdinOnce, t.inputClosed)
 		}
 	}
 	if err != nil {
-		r.master.Close()
+		if master != nil {
+			master.Close()
+		}
 		return err
 	}
-	c.stdio.Add(logfile.Stdout, r.master)
+	c.stdio.Add(logfile.Stdout, master)
 	return nil
 }
 

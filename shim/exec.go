@@ -42,24 +42,44 @@ type exec struct {
 	c       *container
 	id      string
 	process *process.Process // nil: it was never prepared
-	stdin   *os.File
-	stdout  *outlet
-	stderr  *outlet
+	stdio   execStdio        // nil: it was never opened
+	timer   *time.Timer      // of its timeout; nil: it has none
 
-	life context.Context // ends when it is to be killed
-	kill context.CancelCauseFunc
-	done chan struct{} // closed at its end
+	life    context.Context // ends when it is to be killed
+	kill    context.CancelCauseFunc
+	started chan struct{} // closed when it runs, or never will
+	done    chan struct{} // closed at its end
 
 	// For others only after done.
 	status reaper.Status
 	err    error // how it could not be started or waited for, or why it was killed
 }
 
+// execStdio is the standard files of an exec. Its methods are called by run, in this
+// order, but close, which may come at any time and more than once.
+type execStdio interface {
+	// child gives the process's ends. They stay open until begin.
+	child() runc.IO
+	// begin is called when the process has its ends, or never will. master is that of
+	// its terminal.
+	begin(master *os.File)
+	// drain is called when the process has ended, and returns when nobody waits for
+	// its output any more.
+	drain(*exec)
+	close()
+}
+
 // Why an exec was killed, if it was not its caller.
 var (
 	errExecTimeout   = errors.New("the exec's time is up")
+	errExecHangup    = errors.New("the client of the exec has hung up")
+	errExecLease     = errors.New("the client of the exec has gone and has not come back")
 	errContainerGone = kind.As(context.Canceled, errors.New("the container has ended"))
 )
+
+// hangupGrace is what the processes of an exec whose client has gone get between
+// SIGHUP and SIGKILL.
+const hangupGrace = time.Second
 
 // ExecSync runs a process in the container until it ends, ctx is over, or the
 // time is up; in the last two cases its whole tree is killed.
@@ -68,14 +88,13 @@ func (t *task) ExecSync(ctx context.Context, p *specs.Process, req *pb.ExecSyncR
 	if err != nil {
 		return nil, err
 	}
-	if err := e.open(req); err != nil {
+	o, err := openOutlets(req)
+	e.stdio = o
+	if err != nil {
 		e.end()
 		return nil, err
 	}
-	if req.TimeoutMs > 0 {
-		timer := time.AfterFunc(milliseconds(req.TimeoutMs), func() { e.kill(errExecTimeout) })
-		defer timer.Stop()
-	}
+	e.limit(req.TimeoutMs)
 	go e.run(p, req.SetUser)
 	select {
 	case <-e.done:
@@ -90,10 +109,17 @@ func (t *task) ExecSync(ctx context.Context, p *specs.Process, req *pb.ExecSyncR
 	return &pb.ExecSyncResponse{
 		ExitCode:     uint32(e.status.Code),
 		TimedOut:     timedOut,
-		StdoutBytes:  e.stdout.written,
-		StderrBytes:  e.stderr.written,
-		DroppedBytes: e.stdout.dropped + e.stderr.dropped,
+		StdoutBytes:  o.stdout.written,
+		StderrBytes:  o.stderr.written,
+		DroppedBytes: o.stdout.dropped + o.stderr.dropped,
 	}, nil
+}
+
+// limit has the exec killed after some milliseconds; 0 is never.
+func (e *exec) limit(ms uint64) {
+	if ms > 0 {
+		e.timer = time.AfterFunc(milliseconds(ms), func() { e.kill(errExecTimeout) })
+	}
 }
 
 // newExec puts a new exec into the table, which its end takes out.
@@ -107,28 +133,15 @@ func (t *task) newExec() (*exec, error) {
 	}
 	t.execSerial++
 	e := &exec{
-		task: t,
-		c:    t.container,
-		id:   execPrefix + strconv.Itoa(t.execSerial),
-		done: make(chan struct{}),
+		task:    t,
+		c:       t.container,
+		id:      execPrefix + strconv.Itoa(t.execSerial),
+		started: make(chan struct{}),
+		done:    make(chan struct{}),
 	}
 	e.life, e.kill = context.WithCancelCause(e.c.life)
 	t.execs[e.id] = e
 	return e, nil
-}
-
-func (e *exec) open(req *pb.ExecSyncRequest) (err error) {
-	if req.StdinPath != "" {
-		// Without O_NONBLOCK a FIFO that nobody writes to would block the shim.
-		if e.stdin, err = openFor(req.StdinPath, "stdin_path", unix.O_RDONLY); err != nil {
-			return err
-		}
-	}
-	if e.stdout, err = newOutlet(req.StdoutPath, "stdout_path", req.OutputLimit); err != nil {
-		return err
-	}
-	e.stderr, err = newOutlet(req.StderrPath, "stderr_path", req.OutputLimit)
-	return err
 }
 
 // openFor opens a file that the caller named.
@@ -152,9 +165,11 @@ func (e *exec) run(p *specs.Process, setUser bool) {
 	defer e.end()
 	err := e.start(p, setUser)
 	if err == nil {
+		close(e.started)
 		e.status, err = e.process.Wait(e.life)
 	}
 	if err != nil && e.process != nil {
+		e.hangUp()
 		e.task.killExec(e.id, e.process)
 	}
 	if err != nil && e.process.Started() {
@@ -169,7 +184,20 @@ func (e *exec) run(p *specs.Process, setUser bool) {
 	if e.process.Started() {
 		e.process.Reap()
 	}
-	e.drain()
+	e.stdio.drain(e)
+}
+
+// hangUp gives the processes of an exec whose client has gone the time to notice.
+func (e *exec) hangUp() {
+	cause := context.Cause(e.life)
+	if !errors.Is(cause, errExecHangup) && !errors.Is(cause, errExecLease) || !e.process.Started() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(e.c.life, hangupGrace)
+	defer cancel()
+	if e.process.SignalTree(unix.SIGHUP) == nil {
+		e.process.Wait(ctx)
+	}
 }
 
 // start runs the process, as one of a few that are started at a time.
@@ -184,9 +212,13 @@ func (e *exec) start(p *specs.Process, setUser bool) error {
 	if err != nil {
 		return err
 	}
+	child := e.stdio.child()
 	if e.c.traits.UserNS {
-		for _, o := range []*outlet{e.stdout, e.stderr} {
-			if err := o.child.Chmod(shareMode); err != nil {
+		for _, f := range []*os.File{child.Stdout, child.Stderr} {
+			if f == nil {
+				continue
+			}
+			if err := f.Chmod(shareMode); err != nil {
 				return fmt.Errorf("cannot share the output of an exec: %w", err)
 			}
 		}
@@ -198,9 +230,8 @@ func (e *exec) start(p *specs.Process, setUser bool) error {
 	if cgroupErr != nil {
 		e.task.log.Warn("exec without a cgroup: only its first process can be killed", "err", cgroupErr)
 	}
-	err = e.process.Exec(e.life, full, runc.IO{Stdin: e.stdin, Stdout: e.stdout.child, Stderr: e.stderr.child})
-	e.stdout.start()
-	e.stderr.start()
+	master, err := e.process.Exec(e.life, full, child)
+	e.stdio.begin(master)
 	return err
 }
 
@@ -213,29 +244,14 @@ func (t *task) killExec(id string, p *process.Process) {
 	}
 }
 
-// drain waits for the rest of the output, for a while.
-func (e *exec) drain() {
-	limit := time.After(execDrain)
-	for _, o := range []*outlet{e.stdout, e.stderr} {
-		o.start()
-		if !wait(o.done, limit) {
-			o.giveUp()
-			limit = time.After(0)
-		}
-		<-o.done
-	}
-}
-
 // end takes the exec out of the table.
 func (e *exec) end() {
 	e.kill(nil)
-	for _, o := range []*outlet{e.stdout, e.stderr} {
-		if o != nil {
-			o.close()
-		}
+	if e.timer != nil {
+		e.timer.Stop()
 	}
-	if e.stdin != nil {
-		e.stdin.Close()
+	if e.stdio != nil {
+		e.stdio.close()
 	}
 	t := e.task
 	t.mu.Lock()

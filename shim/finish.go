@@ -75,8 +75,21 @@ func (t *task) finish(c *container) {
 			"after", drainTotal.String())
 	}
 	c.close()
+	t.waitSessions()
 	<-durable
 	close(t.ended)
+}
+
+// waitSessions waits until the clients of sessions know of the end.
+func (t *task) waitSessions() {
+	served := make(chan struct{})
+	go func() { // at the latest the end of this process ends it
+		t.serving.Wait()
+		close(served)
+	}()
+	if !wait(served, time.After(execsTimeout)) {
+		t.log.Warn("clients of sessions left behind")
+	}
 }
 
 func wait(done <-chan struct{}, limit <-chan time.Time) bool {

@@ -7,7 +7,65 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	pb "github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/runc"
 )
+
+// outlets are the standard files of an exec whose caller has named them.
+type outlets struct {
+	stdin          *os.File
+	stdout, stderr *outlet
+}
+
+// openOutlets gives, after an error, what was opened until then: close it.
+func openOutlets(req *pb.ExecSyncRequest) (o *outlets, err error) {
+	o = new(outlets)
+	if req.StdinPath != "" {
+		// Without O_NONBLOCK a FIFO that nobody writes to would block the shim.
+		if o.stdin, err = openFor(req.StdinPath, "stdin_path", unix.O_RDONLY); err != nil {
+			return o, err
+		}
+	}
+	if o.stdout, err = newOutlet(req.StdoutPath, "stdout_path", req.OutputLimit); err != nil {
+		return o, err
+	}
+	o.stderr, err = newOutlet(req.StderrPath, "stderr_path", req.OutputLimit)
+	return o, err
+}
+
+func (o *outlets) child() runc.IO {
+	return runc.IO{Stdin: o.stdin, Stdout: o.stdout.child, Stderr: o.stderr.child}
+}
+
+func (o *outlets) begin(*os.File) {
+	o.stdout.start()
+	o.stderr.start()
+}
+
+// drain waits for the rest of the output, for a while.
+func (o *outlets) drain(*exec) {
+	limit := time.After(execDrain)
+	for _, o := range []*outlet{o.stdout, o.stderr} {
+		o.start()
+		if !wait(o.done, limit) {
+			o.giveUp()
+			limit = time.After(0)
+		}
+		<-o.done
+	}
+}
+
+func (o *outlets) close() {
+	for _, o := range []*outlet{o.stdout, o.stderr} {
+		if o != nil {
+			o.close()
+		}
+	}
+	if o.stdin != nil {
+		o.stdin.Close()
+	}
+}
 
 // outlet copies one output of an exec to the file that its caller named, up to
 // a limit. What is beyond, or cannot be written, is read and dropped, so that

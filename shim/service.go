@@ -18,7 +18,7 @@ import (
 )
 
 // Capabilities tell a daemon what this build can do beyond the protocol's version.
-var Capabilities = []string{"pty", "exec-sync", "exec-cgroup", "exec-user", "payload", "oom", "stop-deadline", "events"}
+var Capabilities = []string{"pty", "exec-sync", "exec-cgroup", "exec-user", "sessions", "payload", "oom", "stop-deadline", "events"}
 
 // longPoll is the longest that Wait and Events keep a caller, whatever it asked
 // for. A client's own deadline should be longer.
@@ -227,16 +227,50 @@ func (s *service) ExecSync(ctx context.Context, req *pb.ExecSyncRequest) (*pb.Ex
 	if err := s.check(req.Id); err != nil {
 		return nil, err
 	}
-	p, err := pb.UnmarshalAny[specs.Process](req.Process)
-	switch {
-	case err != nil:
-		return nil, kind.Errorf(kind.Invalid, "process: %w", err)
-	case len(p.Args) == 0:
-		return nil, kind.Errorf(kind.Invalid, "process.args is empty")
-	case p.Terminal:
-		return nil, kind.Errorf(kind.Invalid, "process.terminal: ExecSync has no terminal")
+	p, err := checkProcess(pb.UnmarshalAny[specs.Process](req.Process))
+	if err == nil && p.Terminal {
+		err = kind.Errorf(kind.Invalid, "process.terminal: ExecSync has no terminal")
+	}
+	if err != nil {
+		return nil, err
 	}
 	return s.task.ExecSync(ctx, p, req)
+}
+
+// checkProcess takes what UnmarshalAny has given.
+func checkProcess(p *specs.Process, err error) (*specs.Process, error) {
+	if err != nil {
+		return nil, kind.Errorf(kind.Invalid, "process: %w", err)
+	}
+	if len(p.Args) == 0 {
+		return nil, kind.Errorf(kind.Invalid, "process.args is empty")
+	}
+	return p, nil
+}
+
+func (s *service) Exec(ctx context.Context, req *pb.ExecRequest) (*pb.ExecResponse, error) {
+	if err := pb.Unpack(req.PayloadPath, req); err != nil {
+		return nil, kind.As(kind.Invalid, err)
+	}
+	if err := s.check(req.Id); err != nil {
+		return nil, err
+	}
+	p, err := checkProcess(pb.UnmarshalAny[specs.Process](req.Process))
+	switch {
+	case err != nil:
+		return nil, err
+	case p.Terminal && req.Stderr:
+		return nil, kind.Errorf(kind.Invalid, "stderr: a terminal has none of its own")
+	}
+	return s.task.Exec(ctx, p, req)
+}
+
+func (s *service) Open(_ context.Context, req *pb.OpenRequest) (*pb.OpenResponse, error) {
+	if err := s.check(req.Id); err != nil {
+		return nil, err
+	}
+	socket, err := s.task.Open(req)
+	return &pb.OpenResponse{Socket: socket}, err
 }
 
 func (s *service) ResizePty(_ context.Context, req *pb.ResizePtyRequest) (*pb.ResizePtyResponse, error) {
@@ -246,7 +280,7 @@ func (s *service) ResizePty(_ context.Context, req *pb.ResizePtyRequest) (*pb.Re
 	if req.Width > math.MaxUint16 || req.Height > math.MaxUint16 {
 		return nil, kind.Errorf(kind.Invalid, "width and height are at most %d", math.MaxUint16)
 	}
-	return &pb.ResizePtyResponse{}, s.task.Resize(uint16(req.Width), uint16(req.Height))
+	return &pb.ResizePtyResponse{}, s.task.Resize(req.ExecId, uint16(req.Width), uint16(req.Height))
 }
 
 func (s *service) ReopenLog(_ context.Context, req *pb.ReopenLogRequest) (*pb.ReopenLogResponse, error) {

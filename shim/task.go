@@ -40,22 +40,25 @@ type task struct {
 	starting sync.Mutex
 	over     bool // guarded by starting: init has ended, or the container was handed over
 
-	execStarts chan struct{} // full while as many execs as may be are being started
+	serving    sync.WaitGroup // for the clients of sessions
+	execStarts chan struct{}  // full while as many execs as may be are being started
 
-	mu           sync.Mutex
-	status       rundir.Status // as in state.json
-	requestID    string
-	abandoned    bool // ends without a container; no Create any more
-	cancelCreate context.CancelFunc
-	createErr    error
-	container    *container // from created on
-	exit         *rundir.Exit
-	stopTimer    *deadline   // from the first Stop on
-	pending      unix.Signal // that deliverLater is at
-	execs        map[string]*exec
-	execSerial   int
-	leftovers    []*process.Process // ended execs of which something lives on
-	changed      chan struct{}      // closed and replaced with each event
+	mu            sync.Mutex
+	status        rundir.Status // as in state.json
+	requestID     string
+	abandoned     bool // ends without a container; no Create any more
+	cancelCreate  context.CancelFunc
+	createErr     error
+	container     *container // from created on
+	exit          *rundir.Exit
+	stopTimer     *deadline   // from the first Stop on
+	pending       unix.Signal // that deliverLater is at
+	execs         map[string]*exec
+	execSerial    int
+	sessions      int // clients that are served or awaited
+	sessionSerial int
+	leftovers     []*process.Process // ended execs of which something lives on
+	changed       chan struct{}      // closed and replaced with each event
 }
 
 func newTask(dir rundir.Dir, log *slog.Logger, r *reaper.Reaper) *task {
@@ -277,8 +280,19 @@ func (t *task) eventsAfter(after uint64) (events []*pb.Event, changed <-chan str
 	return events, t.changed
 }
 
-// Resize sets the size of the terminal.
-func (t *task) Resize(width, height uint16) error {
+// Resize sets the size of a terminal: of an exec, or with an empty execID that of the
+// container.
+func (t *task) Resize(execID string, width, height uint16) error {
+	if execID != "" {
+		s, err := t.sessionOf(execID)
+		if err == nil && !s.terminal {
+			err = kind.Errorf(kind.State, "exec %s has no terminal", execID)
+		}
+		if err != nil {
+			return err
+		}
+		return pty.Resize(s.files.master, width, height)
+	}
 	c, err := t.alive()
 	if err != nil {
 		return err

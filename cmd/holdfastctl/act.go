@@ -160,7 +160,7 @@ func setupResize(a *app, _ *flag.FlagSet) runFunc {
 		if err != nil {
 			return err
 		}
-		return a.act(ctx, dir, func(c *client.Client) error { return c.Resize(ctx, width, height) })
+		return a.act(ctx, dir, func(c *client.Client) error { return c.Resize(ctx, "", client.Size{Width: width, Height: height}) })
 	}
 }
 

@@ -140,10 +140,15 @@ func (c *Client) ReopenLog(ctx context.Context) error {
 	return err
 }
 
-// Resize sets the size of the container's terminal, in characters.
-func (c *Client) Resize(ctx context.Context, width, height uint16) error {
-	_, err := call(ctx, c, quick, proto.ShimService.ResizePty,
-		&proto.ResizePtyRequest{Id: c.dir.ID(), Width: uint32(width), Height: uint32(height)})
+// Resize sets the size of the terminal of an exec or, with an empty execID, of the
+// container.
+func (c *Client) Resize(ctx context.Context, execID string, size Size) error {
+	_, err := call(ctx, c, quick, proto.ShimService.ResizePty, &proto.ResizePtyRequest{
+		Id:     c.dir.ID(),
+		ExecId: execID,
+		Width:  uint32(size.Width),
+		Height: uint32(size.Height),
+	})
 	return err
 }
 

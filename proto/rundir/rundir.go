@@ -14,6 +14,7 @@
 //	shim.log     the shim's own log; runc.log: the OCI runtime's
 //	init.pid     written by the OCI runtime
 //	exec/ID.json Exec, one for each exec, as long as anything of it lives
+//	exec/ID.sock where the shim awaits the client of a session (ListenSession)
 //	rootfs       where the daemon mounts the container's root
 //
 // Every .json but config.json is a record (package record) that names its
@@ -28,6 +29,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -252,46 +254,73 @@ func (d Dir) Held() (bool, error) { return Held(d.Path(LockName)) }
 
 // throughFD calls f with a short path of the socket: the address of a Unix socket
 // holds 107 bytes, and a run directory may be longer. The path is valid during f.
-func (d Dir) throughFD(f func(path string) error) error {
+func (d Dir) throughFD(name string, f func(path string) error) error {
 	dir, err := os.Open(string(d))
 	if err != nil {
 		return err
 	}
 	defer dir.Close()
-	return f(fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), SocketName))
+	return f(fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), name))
 }
 
 // Listen listens on shim.sock. Only the holder of the lock may call it: a
 // socket that a dead shim left is replaced.
-func (d Dir) Listen() (*net.UnixListener, error) {
-	if err := os.RemoveAll(d.Path(SocketName)); err != nil {
+func (d Dir) Listen() (*net.UnixListener, error) { return d.listen("unix", SocketName) }
+
+// ListenSession listens on the socket of a session: exec/ID.sock, with messages
+// (package session). Whoever listens removes it. socket is what DialSession takes.
+func (d Dir) ListenSession(id string) (l *net.UnixListener, socket string, err error) {
+	socket = filepath.Join(ExecsName, id+".sock")
+	if err = os.Mkdir(d.Path(ExecsName), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, "", fmt.Errorf("cannot listen in %s: %w", d, err)
+	}
+	l, err = d.listen("unixpacket", socket)
+	return l, socket, err
+}
+
+func (d Dir) listen(network, name string) (*net.UnixListener, error) {
+	if err := os.RemoveAll(d.Path(name)); err != nil {
 		return nil, fmt.Errorf("cannot listen in %s: %w", d, err)
 	}
 	var l *net.UnixListener
-	err := d.throughFD(func(path string) (err error) {
-		if l, err = net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"}); err != nil {
+	err := d.throughFD(name, func(path string) (err error) {
+		if l, err = net.ListenUnix(network, &net.UnixAddr{Name: path, Net: network}); err != nil {
 			return err
 		}
 		// The short path means nothing later, so nobody may unlink by it.
 		l.SetUnlinkOnClose(false)
-		return os.Chmod(d.Path(SocketName), 0o600)
+		return os.Chmod(d.Path(name), 0o600)
 	})
 	if err != nil {
-		return nil, fmt.Errorf("cannot listen on %s: %w", d.Path(SocketName), err)
+		return nil, fmt.Errorf("cannot listen on %s: %w", d.Path(name), err)
 	}
 	return l, nil
 }
 
 // Dial connects to shim.sock. A shim that is stopped (SIGSTOP) still takes the
 // connection; only its answers stay out.
-func (d Dir) Dial(ctx context.Context) (net.Conn, error) {
+func (d Dir) Dial(ctx context.Context) (net.Conn, error) { return d.dial(ctx, "unix", SocketName) }
+
+// DialSession connects to the socket of a session.
+func (d Dir) DialSession(ctx context.Context, socket string) (*net.UnixConn, error) {
+	if dir, name := filepath.Split(socket); dir != ExecsName+"/" || name == "" {
+		return nil, fmt.Errorf("cannot connect to the shim of %s: %q is no socket of a session", d.ID(), socket)
+	}
+	c, err := d.dial(ctx, "unixpacket", socket)
+	if err != nil {
+		return nil, err
+	}
+	return c.(*net.UnixConn), nil
+}
+
+func (d Dir) dial(ctx context.Context, network, name string) (net.Conn, error) {
 	var c net.Conn
-	err := d.throughFD(func(path string) (err error) {
-		c, err = (&net.Dialer{}).DialContext(ctx, "unix", path)
+	err := d.throughFD(name, func(path string) (err error) {
+		c, err = (&net.Dialer{}).DialContext(ctx, network, path)
 		return err
 	})
 	if err != nil {
-		return nil, fmt.Errorf("cannot connect to the shim at %s: %w", d.Path(SocketName), err)
+		return nil, fmt.Errorf("cannot connect to the shim at %s: %w", d.Path(name), err)
 	}
 	return c, nil
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/proto/step"
+	"github.com/holdfast-cri/holdfast/pty"
 	"github.com/holdfast-cri/holdfast/runc"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
@@ -51,43 +52,58 @@ func (p *Process) save(ended bool) error {
 
 func (p *Process) path(ext string) string { return p.host.Dir.ExecPath(p.id, ext) }
 
-// Exec starts the process and adopts it. After an error something of it may live in
-// its cgroup: KillTree.
-func (p *Process) Exec(ctx context.Context, process *specs.Process, stdio runc.IO) error {
+// Exec starts the process and adopts it. Of one with a terminal it gives the master,
+// which is the caller's. After an error something of it may live in its cgroup:
+// KillTree.
+func (p *Process) Exec(ctx context.Context, process *specs.Process, stdio runc.IO) (master *os.File, err error) {
 	b, err := json.Marshal(process)
 	if err == nil {
 		err = os.WriteFile(p.path(".spec"), b, 0o600)
 	}
 	defer p.removeFiles()
 	if err != nil {
-		return fmt.Errorf("cannot write the process of an exec: %w", err)
+		return nil, fmt.Errorf("cannot write the process of an exec: %w", err)
 	}
 	if err := step.Reach(step.ShimExecRecord); err != nil {
-		return err
+		return nil, err
 	}
-	runtime := *p.host.Runtime
-	runtime.Log = p.path(".log") // of its own, so that its errors are not mixed with others'
 	release := p.host.Reaper.Hold()
 	defer release()
 	ctx, cancel := context.WithTimeout(ctx, execStartTimeout)
 	defer cancel()
-	err = runtime.Exec(ctx, p.host.Dir.ID(), runc.ExecOptions{
+	o := runc.ExecOptions{
 		IO:      stdio,
 		Process: p.path(".spec"),
 		PidFile: p.path(".pid"),
 		Cgroup:  p.sub,
-	})
-	if err == nil {
-		err = p.adopt(p.path(".pid"))
+	}
+	if process.Terminal {
+		dir := p.host.Dir.Path(rundir.ExecsName)
+		master, err = pty.Collect(ctx, dir, p.id+".tty", func(socket string) error {
+			o.ConsoleSocket = socket
+			return p.start(ctx, o)
+		})
+	} else {
+		err = p.start(ctx, o)
 	}
 	if err == nil {
 		err = step.Reach(step.ShimExecStarted)
 	}
 	if err != nil {
-		return err
+		return master, err
 	}
 	p.save(false) // the record names the cgroup already, by which an exec is killed
-	return nil
+	return master, nil
+}
+
+// start runs the OCI runtime and adopts what it leaves.
+func (p *Process) start(ctx context.Context, o runc.ExecOptions) error {
+	runtime := *p.host.Runtime
+	runtime.Log = p.path(".log") // of its own, so that its errors are not mixed with others'
+	if err := runtime.Exec(ctx, p.host.Dir.ID(), o); err != nil {
+		return err
+	}
+	return p.adopt(p.path(".pid"))
 }
 
 // removeFiles removes what only the OCI runtime needs.

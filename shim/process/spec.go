@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
@@ -27,10 +29,13 @@ func (h *Host) Complete(p *specs.Process, setUser bool) (*specs.Process, error) 
 	if err != nil {
 		return nil, fmt.Errorf("cannot exec: cannot learn the container's own process: %w", err)
 	}
-	q.Terminal, q.ConsoleSize, q.CommandLine = false, nil, ""
+	q.Terminal, q.ConsoleSize, q.CommandLine = p.Terminal, p.ConsoleSize, ""
 	q.Args = p.Args
 	if p.Env != nil {
 		q.Env = p.Env
+	}
+	if q.Terminal && !slices.ContainsFunc(q.Env, isTERM) {
+		q.Env = append(q.Env, "TERM=xterm")
 	}
 	if p.Cwd != "" {
 		q.Cwd = p.Cwd
@@ -66,6 +71,8 @@ func (h *Host) Complete(p *specs.Process, setUser bool) (*specs.Process, error) 
 	q.NoNewPrivileges = q.NoNewPrivileges || p.NoNewPrivileges
 	return q, nil
 }
+
+func isTERM(kv string) bool { return strings.HasPrefix(kv, "TERM=") }
 
 // ownProcess is the process of the container's spec: as it was saved, or else as the
 // whole spec has it.

@@ -1,0 +1,81 @@
+package shim
+
+import (
+	"errors"
+	"net"
+	"os"
+	"sync"
+
+	"github.com/holdfast-cri/holdfast/proto/session"
+	"github.com/holdfast-cri/holdfast/shim/logfile"
+	"github.com/holdfast-cri/holdfast/shim/stdio"
+)
+
+// attached is a client of the hub: its ends of the pipes whose other ends the client of
+// the session has.
+type attached struct {
+	stdin *os.File
+	out   [2]*os.File // by logfile.Stream
+	once  sync.Once
+}
+
+func (a *attached) WriteOutput(s logfile.Stream, b []byte) error {
+	if f := a.out[s]; f != nil {
+		_, err := f.Write(b)
+		return err
+	}
+	return nil
+}
+
+func (a *attached) Read(b []byte) (int, error) { return a.stdin.Read(b) }
+
+func (a *attached) Close() error {
+	a.once.Do(func() { closeAll(a.stdin, a.out[logfile.Stdout], a.out[logfile.Stderr]) })
+	return nil
+}
+
+// serveAttached makes whoever has connected a client of the container's standard files,
+// and returns when it has gone, or the output has ended and the client knows.
+func (t *task) serveAttached(c *container, conn *net.UnixConn, wanted [3]bool) error {
+	f, err := openFiles(wanted)
+	if err != nil {
+		return err
+	}
+	m, list := f.message()
+	m.Files.Terminal = c.traits.Terminal
+	err = session.Send(conn, m, list...)
+	closeAll(f.ours[:]...)
+	if err != nil {
+		f.close()
+		return err
+	}
+	a := &attached{stdin: f.theirs[0]}
+	a.out[logfile.Stdout], a.out[logfile.Stderr] = f.theirs[1], f.theirs[2]
+	client := c.stdio.Attach(a, stdio.Options{Output: wanted[1] || wanted[2], Input: wanted[0]})
+	go func() { // ends with conn
+		for {
+			m, err := receive(conn)
+			if err != nil || m.Hangup || m.Detach {
+				client.Detach()
+				return
+			}
+			if m.Resize != nil {
+				if err := t.Resize("", m.Resize.Width, m.Resize.Height); err != nil {
+					t.log.Debug("terminal not resized", "err", err)
+				}
+			}
+		}
+	}()
+	<-client.Done()
+	a.Close() // the client reads an end of file, and then the message
+	exit := session.Exit{}
+	if _, missed, err := client.Result(); err != nil {
+		exit.Error = err.Error()
+		if errors.Is(err, stdio.ErrSlow) {
+			exit.Reason = session.TooSlow
+			t.log.Info("attached client cut off", "missed", missed)
+		}
+	}
+	session.Send(conn, session.Message{Exit: &exit}) // or the client has gone
+	return nil
+}

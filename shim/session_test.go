@@ -1,0 +1,309 @@
+package shim_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/holdfast-cri/holdfast/proto/client"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/session"
+)
+
+// session opens a session with the box's shim.
+func (b *box) session(o client.SessionOptions) *client.Session {
+	b.t.Helper()
+	c := client.New(b.dir)
+	b.t.Cleanup(c.Close)
+	s, err := c.OpenSession(b.ctx(), o)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	b.t.Cleanup(func() { s.Close() })
+	return s
+}
+
+// runWithInput is run for a container that has stdin.
+func (b *box) runWithInput(script string) {
+	b.t.Helper()
+	b.launch()
+	req := b.request(b.spec(script))
+	req.Stdin = true
+	if _, err := b.client.Create(b.ctx(), req); err != nil {
+		b.t.Fatal(err)
+	}
+	b.start()
+}
+
+func command(script string) client.SessionOptions {
+	return client.SessionOptions{Process: sh(script), Stdin: true, Stdout: true, Stderr: true}
+}
+
+func terminal(script string) client.SessionOptions {
+	p := sh(script)
+	p.Terminal, p.ConsoleSize = true, &specs.Box{Width: 80, Height: 25}
+	return client.SessionOptions{Process: p, Stdin: true, Stdout: true}
+}
+
+// idle waits until nothing of an exec or a session is left.
+func (b *box) idle() {
+	b.t.Helper()
+	b.until("no exec is left", func() bool {
+		entries, _ := os.ReadDir(b.dir.Path(rundir.ExecsName))
+		return b.state().Execs == 0 && len(entries) == 0
+	})
+}
+
+// read reads an output until a text has come.
+func read(t *testing.T, r io.Reader, text string) string {
+	t.Helper()
+	var all []byte
+	for buf := make([]byte, 4096); !strings.Contains(string(all), text); {
+		n, err := r.Read(buf)
+		all = append(all, buf[:n]...)
+		if err != nil {
+			t.Fatalf("%q, and then %v, without %q", all, err, text)
+		}
+	}
+	return string(all)
+}
+
+func TestExecSession(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	large := strings.Repeat("0123456789abcdef", 1<<16)
+	for _, c := range []struct {
+		name           string
+		script, in     string
+		stdout, stderr string
+		code           int
+	}{
+		{"code, half-close", "cat; echo oops >&2; exit 42", "input", "input", "oops\n", 42},
+		{"large", "cat", large, large, "", 0},
+		{"signal", "kill -9 $$", "", "", "", 137},
+		{"a child keeps the output", "sleep 1000 & echo x; kill -9 $! &", "", "x\n", "", 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := b.session(command(c.script))
+			var out, errs bytes.Buffer
+			exit, err := s.Copy(b.ctx(), client.Streams{Stdin: strings.NewReader(c.in), Stdout: &out, Stderr: &errs})
+			if err != nil || exit.Code != c.code || exit.Reason != "" {
+				t.Errorf("%+v, %v", exit, err)
+			}
+			if out.String() != c.stdout || errs.String() != c.stderr {
+				t.Errorf("stdout %.100q (%d), stderr %.100q", out.String(), out.Len(), errs.String())
+			}
+		})
+	}
+	b.idle()
+}
+
+// The size is right from the beginning, and what is typed arrives as it is.
+func TestExecTerminal(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	s := b.session(terminal("stty -echo; stty size; echo $TERM; trap 'stty size' WINCH; until read x; do :; done; echo got $x; exit 3"))
+	if out := read(t, s.Stdout, "xterm"); !strings.Contains(out, "25 80\r\n") {
+		t.Errorf("the size: %q", out)
+	}
+	if err := s.Resize(client.Size{Width: 132, Height: 43}); err != nil {
+		t.Fatal(err)
+	}
+	c := client.New(b.dir)
+	defer c.Close()
+	if err := c.Resize(b.ctx(), s.ID, client.Size{Width: 132, Height: 44}); err != nil {
+		t.Error(err)
+	}
+	io.WriteString(s.Stdin, "höhe\n")
+	if out := read(t, s.Stdout, "höhe\r\n"); !strings.Contains(out, "got höhe") {
+		t.Errorf("got %q", out)
+	}
+	if exit, err := s.Wait(b.ctx()); err != nil || exit.Code != 3 {
+		t.Errorf("%+v, %v", exit, err)
+	}
+	s.Close()
+	b.idle()
+}
+
+// A client that goes without a word finds all again when it comes back in time: the
+// process, the bytes that nobody has read, and the exit.
+func TestSessionComesBack(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	s := b.session(command("read x; echo one $x; read y; echo two $y; exit 5"))
+	io.WriteString(s.Stdin, "a\n")
+	read(t, s.Stdout, "one a\n")
+	s.Close()
+	var again *client.Session
+	c := client.New(b.dir)
+	defer c.Close()
+	b.until("the exec takes another client", func() (ok bool) {
+		var err error
+		again, err = c.OpenSession(b.ctx(), client.SessionOptions{ExecID: s.ID})
+		if err != nil && !errors.Is(err, kind.State) {
+			t.Fatal(err)
+		}
+		return err == nil
+	})
+	if _, err := c.OpenSession(b.ctx(), client.SessionOptions{ExecID: s.ID}); !errors.Is(err, kind.State) {
+		t.Errorf("a second client at a time: %v", err)
+	}
+	io.WriteString(again.Stdin, "b\n")
+	again.Close()
+	b.until("it takes a third one", func() (ok bool) {
+		var err error
+		again, err = c.OpenSession(b.ctx(), client.SessionOptions{ExecID: s.ID})
+		return err == nil
+	})
+	var out bytes.Buffer
+	exit, err := again.Copy(b.ctx(), client.Streams{Stdout: &out})
+	if err != nil || exit.Code != 5 || out.String() != "two b\n" {
+		t.Errorf("%+v, %v, %q", exit, err, out.String())
+	}
+	b.idle()
+}
+
+// Every way in which a client can go, and what becomes of the process.
+func TestClientGoes(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	const script = "trap 'echo hup %s >/proc/1/fd/1' HUP; echo ready; sleep 1000 & while :; do sleep 0.05; done"
+	for _, c := range []struct {
+		name  string
+		leave func(*client.Session) error
+		lives bool
+	}{
+		{"hang-up", (*client.Session).Hangup, false},
+		{"a lease that ends", (*client.Session).Close, false},
+		{"detached", (*client.Session).Detach, true},
+	} {
+		for kind, options := range map[string]func(string) client.SessionOptions{"pipes": command, "terminal": terminal} {
+			name := c.name + " " + kind
+			t.Run(name, func(t *testing.T) {
+				o := options(fmt.Sprintf(script, name))
+				o.Lease = 100 * time.Millisecond
+				s := b.session(o)
+				read(t, s.Stdout, "ready")
+				if err := c.leave(s); err != nil {
+					t.Fatal(err)
+				}
+				if c.lives {
+					time.Sleep(4 * o.Lease) // of which nothing may come
+					if b.state().Execs != 1 {
+						t.Error("the process has gone with its client")
+					}
+					s = b.session(client.SessionOptions{ExecID: s.ID})
+					s.Hangup()
+				}
+				b.idle()
+				b.says("hup " + name)
+			})
+		}
+	}
+}
+
+// The end of the container is the end of its sessions, each with an exit.
+func TestSessionsEndWithContainer(t *testing.T) {
+	b := newBox(t)
+	b.runWithInput("read x; echo bye")
+	exec := b.session(command("echo ready; sleep 1000"))
+	read(t, exec.Stdout, "ready")
+	watcher := b.session(client.SessionOptions{Stdout: true})
+	writer := b.session(client.SessionOptions{Stdin: true, Stderr: true})
+	b.session(client.SessionOptions{Process: sh("exec sleep 1000"), Lease: time.Hour}).Close()
+	io.WriteString(writer.Stdin, "x\n")
+	b.wait()
+	for name, s := range map[string]*client.Session{"exec": exec, "watcher": watcher, "writer": writer} {
+		exit, err := s.Wait(b.ctx())
+		if err != nil || name == "exec" && exit.Code != 137 || name != "exec" && exit != (session.Exit{}) {
+			t.Errorf("%s: %+v, %v", name, exit, err)
+		}
+	}
+	if out, _ := io.ReadAll(watcher.Stdout); string(out) != "bye\n" {
+		t.Errorf("attached: %q", out)
+	}
+	b.gone()
+}
+
+// All that are attached get each byte once and in order, but one that does not read is
+// cut off and holds nobody up.
+func TestAttach(t *testing.T) {
+	b := newBox(t)
+	b.runWithInput("read x; i=0; while [ $i -lt 300000 ]; do echo 0123456789 $i; i=$((i+1)); done; read y; echo oops >&2")
+	stuck := b.session(client.SessionOptions{Stdout: true})
+	var outs [3]bytes.Buffer
+	results := make(chan error, len(outs))
+	for i := range outs {
+		s := b.session(client.SessionOptions{Stdout: true})
+		go func() {
+			exit, err := s.Copy(context.Background(), client.Streams{Stdout: &outs[i]})
+			if exit != (session.Exit{}) {
+				err = errors.Join(err, fmt.Errorf("exit %+v", exit))
+			}
+			results <- err
+		}()
+	}
+	in := b.session(client.SessionOptions{Stdin: true, Stderr: true})
+	io.WriteString(in.Stdin, "x\n")
+	exit, err := stuck.Wait(b.ctx())
+	if err != nil || exit.Reason != session.TooSlow {
+		t.Errorf("a client that does not read: %+v, %v", exit, err)
+	}
+	io.WriteString(in.Stdin, "y\n")
+	read(t, in.Stderr, "oops\n")
+	b.wait()
+	var want strings.Builder
+	for i := range 300000 {
+		fmt.Fprintf(&want, "0123456789 %d\n", i)
+	}
+	for i := range outs {
+		if err := <-results; err != nil {
+			t.Error(err)
+		}
+		if outs[i].String() != want.String() {
+			t.Errorf("client %d got %d bytes, not %d", i, outs[i].Len(), want.Len())
+		}
+	}
+	if got := strings.Replace(b.output(), "oops\n", "", 1); got != want.String() {
+		t.Errorf("the log has %d bytes", len(got))
+	}
+}
+
+func TestSessionErrors(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	c := client.New(b.dir)
+	defer c.Close()
+	missing := command("")
+	missing.Process = &specs.Process{Args: []string{"/no/such/program"}}
+	late := terminal("sleep 1000")
+	late.Timeout = 200 * time.Millisecond
+	stderr := terminal("true")
+	stderr.Stderr = true
+	for name, o := range map[string]client.SessionOptions{
+		"no such program":         missing,
+		"a terminal with stderr":  stderr,
+		"an exec that is not":     {ExecID: "exec-77"},
+		"the way out of a folder": {ExecID: "../x"},
+		"nothing wanted":          {},
+	} {
+		if _, err := c.OpenSession(b.ctx(), o); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+	s := b.session(late)
+	if exit, err := s.Wait(b.ctx()); err != nil || exit.Reason != session.TimedOut || exit.Code != 137 {
+		t.Errorf("at its timeout: %+v, %v", exit, err)
+	}
+	s.Close()
+	b.idle()
+}
