@@ -12,7 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -47,18 +46,27 @@ func (e *Error) Error() string {
 
 func (e *Error) Unwrap() error { return e.Err }
 
-// unrunnable is how runtimes say that a container's program or its working directory
+// Unrunnable says that a container could not be created because of what its image is
+// or what it was told to run. Any other error is the machine's, or the caller's.
+func (e *Error) Unrunnable() bool { return e.Verb == "create" && unrunnable(e.Message) }
+
+// unrunnable knows how runtimes say that a container's program or its working directory
 // is not there, is none, or may not be used. There is nothing but their texts to tell
 // it by: those of runc (libcontainer's init: LookPath, MkdirAll of cwd, chdir, and its
 // check of where that led) and of crun. They are looked for at the beginning alone, as
-// names that a user chose may follow.
-var unrunnable = regexp.MustCompile("^(runc create failed: )?unable to start container process: " +
-	`(error during container init: )?(exec: "|chdir to cwd \(|mkdir |current working directory )` +
-	"|^(crun: )?(executable file `|open executable|cannot find `|chdir )")
-
-// Unrunnable says that a container could not be created because of what its image is
-// or what it was told to run. Any other error is the machine's, or the caller's.
-func (e *Error) Unrunnable() bool { return e.Verb == "create" && unrunnable.MatchString(e.Message) }
+// names that a user chose may follow. A regular expression would cost every shim 50 kB.
+func unrunnable(message string) bool {
+	text, ofRunc := strings.CutPrefix(strings.TrimPrefix(message, "runc create failed: "),
+		"unable to start container process: ")
+	words := []string{"executable file `", "open executable", "cannot find `", "chdir "}
+	if ofRunc {
+		text = strings.TrimPrefix(text, "error during container init: ")
+		words = []string{`exec: "`, "chdir to cwd (", "mkdir ", "current working directory "}
+	} else {
+		text = strings.TrimPrefix(message, "crun: ")
+	}
+	return slices.ContainsFunc(words, func(w string) bool { return strings.HasPrefix(text, w) })
+}
 
 // IO is what the container's process gets as its standard files. They stay the
 // caller's to close. A nil one is /dev/null.

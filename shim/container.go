@@ -77,17 +77,18 @@ func (t *task) openContainer(l rundir.Launch, traits rundir.Container, files *Fi
 	}
 	c.life, c.gone = context.WithCancelCause(context.Background())
 	c.supervision, c.leave = context.WithCancel(context.Background())
+	room := rundir.ResumeExit
+	if files == nil {
+		files, room = new(Files), rundir.PrepareExit
+	}
 	var err error
-	if c.exit, err = rundir.ResumeExit(string(t.dir), false); err != nil {
+	if c.exit, err = room(string(t.dir), false); err != nil {
 		return c, err
 	}
 	if l.DurableDir != "" {
-		if c.durableExit, err = rundir.ResumeExit(l.DurableDir, true); err != nil {
+		if c.durableExit, err = room(l.DurableDir, true); err != nil {
 			return c, err
 		}
-	}
-	if files == nil {
-		files = new(Files)
 	}
 	if err := c.openLog(l, files); err != nil {
 		return c, err

@@ -39,15 +39,27 @@ func checksum(body []byte) string {
 // EncodeOf turns v into the record of the object that has the id, "" for none: JSON
 // with a version and a checksum, one line.
 func EncodeOf(id string, v any) ([]byte, error) {
-	body, err := json.Marshal(v)
-	if err != nil {
+	// As json.Marshal would write an envelope, but with one copy of the body: a shim keeps
+	// what it has allocated.
+	var b bytes.Buffer
+	fmt.Fprintf(&b, `{"version":%d,`, Format)
+	if id != "" {
+		name, err := json.Marshal(id)
+		if err != nil {
+			return nil, fmt.Errorf("cannot encode %q: %w", id, err)
+		}
+		fmt.Fprintf(&b, `"id":%s,`, name)
+	}
+	b.WriteString(`"checksum":"`)
+	sumAt := b.Len()
+	b.WriteString(checksum(nil) + `","body":`) // that of the body is as long
+	bodyAt := b.Len()
+	if err := json.NewEncoder(&b).Encode(v); err != nil {
 		return nil, fmt.Errorf("cannot encode %T: %w", v, err)
 	}
-	b, err := json.Marshal(envelope{Version: Format, ID: id, Checksum: checksum(body), Body: body})
-	if err != nil {
-		return nil, fmt.Errorf("cannot encode %T: %w", v, err)
-	}
-	return append(b, '\n'), nil
+	line := bytes.TrimSuffix(b.Bytes(), []byte("\n"))
+	copy(line[sumAt:], checksum(line[bodyAt:]))
+	return append(line, "}\n"...), nil
 }
 
 // DecodeOf reads the record of the object that has the id, "" for any, into v. Every
@@ -95,7 +107,6 @@ func ReplaceFile(path string, b []byte, mode fs.FileMode, sync bool) error {
 	if err != nil {
 		return fmt.Errorf("cannot write %s: %w", path, err)
 	}
-	defer os.Remove(f.Name()) // gone already if the rename worked
 	_, err = f.Write(b)
 	if err == nil && mode != 0o600 {
 		err = f.Chmod(mode)
@@ -108,6 +119,9 @@ func ReplaceFile(path string, b []byte, mode fs.FileMode, sync bool) error {
 	}
 	if err == nil {
 		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		os.Remove(f.Name())
 	}
 	if err == nil && sync {
 		err = SyncDir(filepath.Dir(path))

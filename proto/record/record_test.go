@@ -1,6 +1,7 @@
 package record
 
 import (
+	"encoding/json"
 	"errors"
 	"io/fs"
 	"os"
@@ -14,6 +15,29 @@ type body struct {
 	Code     int
 	ExitedAt time.Time
 	Message  string
+}
+
+// A record is what json.Marshal makes of the envelope, whatever is in it.
+func TestRecordIsItsEnvelope(t *testing.T) {
+	for _, id := range []string{"", "a", `"<`} {
+		for _, v := range []any{nil, "a <line>\n", 1.5, map[string]any{}, json.RawMessage(`{ "a" : "<" }`), body{Code: 1}} {
+			got, err := EncodeOf(id, v)
+			if err != nil {
+				t.Fatal(err)
+			}
+			b, err := json.Marshal(v)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want, err := json.Marshal(envelope{Version: Format, ID: id, Checksum: checksum(b), Body: b})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if string(got) != string(want)+"\n" {
+				t.Errorf("%q of %q, not %q", got, id, want)
+			}
+		}
+	}
 }
 
 func TestRecordSurvivesNoDamage(t *testing.T) {

@@ -10,7 +10,6 @@ package cgroup
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -33,24 +32,32 @@ var ErrNone = errors.New("the container has no cgroup of its own")
 // Of tells the cgroups that a process has for itself: hierarchies
 // where it sits in the root, or where the caller sits, are left out.
 func Of(pid int) (Set, error) {
-	theirs, err := procCgroups(strconv.Itoa(pid))
+	c := Set{}
+	err := procCgroups(strconv.Itoa(pid), func(controller, path string) {
+		if safe(path) {
+			c[controller] = path
+		}
+	})
 	if err != nil {
 		return nil, err
 	}
-	ours, err := procCgroups("self")
+	err = procCgroups("self", func(controller, path string) {
+		if c[controller] == path {
+			delete(c, controller)
+		}
+	})
 	if err != nil {
 		return nil, err
 	}
-	maps.DeleteFunc(theirs, func(c, path string) bool { return !safe(path) || ours[c] == path })
-	return theirs, nil
+	return c, nil
 }
 
-func procCgroups(pid string) (Set, error) {
+// procCgroups calls f with each cgroup of a process.
+func procCgroups(pid string, f func(controller, path string)) error {
 	b, err := os.ReadFile("/proc/" + pid + "/cgroup")
 	if err != nil {
-		return nil, fmt.Errorf("cannot read the cgroups of process %s: %w", pid, err)
+		return fmt.Errorf("cannot read the cgroups of process %s: %w", pid, err)
 	}
-	c := Set{}
 	for line := range strings.Lines(string(b)) {
 		// hierarchy-ID:controller-list:cgroup-path, see cgroups(7).
 		_, rest, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ":")
@@ -60,10 +67,10 @@ func procCgroups(pid string) (Set, error) {
 		}
 		path = strings.TrimSuffix(path, " (deleted)")
 		for name := range strings.SplitSeq(controllers, ",") {
-			c[name] = path
+			f(name, path)
 		}
 	}
-	return c, nil
+	return nil
 }
 
 // Everywhere is the same path in every hierarchy, be there a cgroup or not.
@@ -79,12 +86,19 @@ func Everywhere(path string) Set {
 
 // At are the cgroups that exist now at the same path of every hierarchy.
 func At(path string) Set {
-	c := Everywhere(path)
-	maps.DeleteFunc(c, func(name, _ string) bool {
-		dir, ok := c.dir(name)
-		_, err := os.Stat(dir)
-		return !ok || err != nil
-	})
+	c := Set{}
+	for _, h := range hierarchies() {
+		dir, ok := h.at(path)
+		if !ok {
+			continue
+		}
+		if _, err := os.Stat(dir); err != nil {
+			continue
+		}
+		for _, name := range h.names {
+			c[name] = path
+		}
+	}
 	return c
 }
 

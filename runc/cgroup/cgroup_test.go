@@ -327,7 +327,7 @@ func TestHierarchies(t *testing.T) {
 		{"v2 and a named one", v2 + named, `/sys/fs/cgroup [""];/sys/fs/cgroup/systemd ["name=systemd"]`, true},
 		{"none", "", "", false},
 	} {
-		hs := parseMountinfo(c.table)
+		hs := parseMountinfo(strings.NewReader(c.table))
 		var all []string
 		for _, h := range hs {
 			all = append(all, fmt.Sprintf("%s %q", h.dir, h.names))

@@ -1,7 +1,9 @@
 package cgroup
 
 import (
+	"bufio"
 	"bytes"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,7 +33,7 @@ func (h hierarchy) at(path string) (string, bool) {
 		}
 		path = below
 	}
-	return filepath.Join(h.dir, path), true
+	return h.dir + path, true // both are clean: Join would make two more strings
 }
 
 // safe guards against the root, and against a path that leads out of its mount.
@@ -42,23 +44,36 @@ func safe(path string) bool {
 // hierarchies are all that are mounted, each once. They do not change during
 // the life of a process that runs containers.
 var hierarchies = sync.OnceValue(func() []hierarchy {
-	b, _ := os.ReadFile("/proc/self/mountinfo")
-	return parseMountinfo(string(b))
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	return parseMountinfo(f)
 })
+
+// maxMountLine is far above what the options of any mount take. The buffer grows to what
+// is needed.
+const maxMountLine = 64 << 20
 
 // parseMountinfo takes one mount of each hierarchy: of the whole tree, and
 // writable, if there is such a one. The device number tells hierarchies apart,
 // because any may be mounted several times. The fields are those of
 // proc_pid_mountinfo(5).
-func parseMountinfo(table string) []hierarchy {
+func parseMountinfo(table io.Reader) []hierarchy {
 	type choice struct {
 		hierarchy
 		device string
 		worth  int
 	}
 	var found []choice
-	for line := range strings.Lines(table) {
-		before, after, _ := strings.Cut(line, " - ")
+	lines := bufio.NewScanner(table)
+	lines.Buffer(make([]byte, 512), maxMountLine)
+	for lines.Scan() {
+		if !bytes.Contains(lines.Bytes(), []byte(" - cgroup")) {
+			continue // most lines, and a shim keeps what they would take
+		}
+		before, after, _ := strings.Cut(lines.Text(), " - ")
 		mount, super := strings.Fields(before), strings.Fields(after)
 		if len(mount) < 6 || len(super) < 3 || super[0] != "cgroup" && super[0] != "cgroup2" {
 			continue

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -107,6 +108,10 @@ func openBelow(at *os.File, name string) (*os.File, error) {
 
 // names are those of the cgroups right below.
 func names(dir *os.File) ([]string, error) {
+	// Each directory below has a link to it, "..", and the kernel counts them here.
+	if st, err := dir.Stat(); err == nil && st.Sys().(*syscall.Stat_t).Nlink == 2 {
+		return nil, nil
+	}
 	entries, err := dir.ReadDir(maxWalk)
 	if err != nil && err != io.EOF {
 		return nil, ignoreGone(err)
