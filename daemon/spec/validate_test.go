@@ -4,43 +4,50 @@ import (
 	"strings"
 	"testing"
 
-	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
 const (
-	private = runtimeapi.MountPropagation_PROPAGATION_PRIVATE
-	slave   = runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER
+	private = cri.MountPropagation_PROPAGATION_PRIVATE
+	slave   = cri.MountPropagation_PROPAGATION_HOST_TO_CONTAINER
 
 	nsField = fieldContext + "namespace_options."
 )
 
-type changeContainer = func(*runtimeapi.ContainerConfig)
+// Short names for the tables.
+type (
+	config     = cri.ContainerConfig
+	podConfig  = cri.PodSandboxConfig
+	secContext = cri.LinuxContainerSecurityContext
+)
 
-func withMount(m *runtimeapi.Mount) changeContainer {
-	return func(c *runtimeapi.ContainerConfig) { c.Mounts = []*runtimeapi.Mount{m} }
+type changeContainer = func(*config)
+
+func withMount(m *cri.Mount) changeContainer {
+	return func(c *config) { c.Mounts = []*cri.Mount{m} }
 }
 
-func inContext(f func(*runtimeapi.LinuxContainerSecurityContext)) changeContainer {
-	return func(c *runtimeapi.ContainerConfig) { f(c.Linux.SecurityContext) }
+func inContext(f func(*secContext)) changeContainer {
+	return func(c *config) { f(c.Linux.SecurityContext) }
 }
 
-func inNamespaces(o *runtimeapi.NamespaceOption) changeContainer {
-	return inContext(func(sc *runtimeapi.LinuxContainerSecurityContext) { sc.NamespaceOptions = o })
+func inNamespaces(o *cri.NamespaceOption) changeContainer {
+	return inContext(func(sc *secContext) { sc.NamespaceOptions = o })
 }
 
-func withResources(r *runtimeapi.LinuxContainerResources) changeContainer {
-	return func(c *runtimeapi.ContainerConfig) { c.Linux.Resources = r }
+func withResources(r *cri.LinuxContainerResources) changeContainer {
+	return func(c *config) { c.Linux.Resources = r }
 }
 
-func withDevice(d *runtimeapi.Device) changeContainer {
-	return func(c *runtimeapi.ContainerConfig) { c.Devices = []*runtimeapi.Device{d} }
+func withDevice(d *cri.Device) changeContainer {
+	return func(c *config) { c.Devices = []*cri.Device{d} }
 }
 
 func withEnv(key, value string) changeContainer {
-	return func(c *runtimeapi.ContainerConfig) {
-		c.Envs = []*runtimeapi.KeyValue{{Key: key, Value: []byte(value)}}
+	return func(c *config) {
+		c.Envs = []*cri.KeyValue{{Key: key, Value: []byte(value)}}
 	}
 }
 
@@ -50,121 +57,64 @@ var containerCases = []struct {
 	kind   error // nil: valid
 	field  string
 }{
-	{name: "valid", change: func(*runtimeapi.ContainerConfig) {}},
-	{"no linux section", func(c *runtimeapi.ContainerConfig) { c.Linux = nil }, nil, ""},
-	{"no metadata", func(c *runtimeapi.ContainerConfig) { c.Metadata = nil }, kind.Invalid, "config.metadata.name"},
-	{"no image", func(c *runtimeapi.ContainerConfig) { c.Image = nil }, kind.Invalid, "config.image.image"},
-	{
-		"huge",
-		func(c *runtimeapi.ContainerConfig) {
-			c.Labels = map[string]string{"a": strings.Repeat("x", maxContainer)}
-		},
-		kind.Invalid,
-		"config",
-	},
-	{
-		"windows",
-		func(c *runtimeapi.ContainerConfig) { c.Windows = &runtimeapi.WindowsContainerConfig{} },
-		kind.Unsupported,
-		"config.windows",
-	},
-	{
-		"CDI",
-		func(c *runtimeapi.ContainerConfig) { c.CDIDevices = []*runtimeapi.CDIDevice{{Name: "v/c=d"}} },
-		kind.Unsupported,
-		"config.CDI_devices",
-	},
-	{"CDI annotation",
-		func(c *runtimeapi.ContainerConfig) { c.Annotations = map[string]string{"cdi.k8s.io/d": "v/c=d"} },
+	{name: "valid", change: func(*config) {}},
+	{"no linux section", func(c *config) { c.Linux = nil }, nil, ""},
+	{"no metadata", func(c *config) { c.Metadata = nil }, kind.Invalid, "config.metadata.name"},
+	{"no image", func(c *config) { c.Image = nil }, kind.Invalid, "config.image.image"},
+	{"huge", func(c *config) { c.Labels = map[string]string{"a": strings.Repeat("x", maxContainer)} },
+		kind.Invalid, "config"},
+	{"windows", func(c *config) { c.Windows = &cri.WindowsContainerConfig{} }, kind.Unsupported, "config.windows"},
+	{"CDI", func(c *config) { c.CDIDevices = []*cri.CDIDevice{{Name: "v/c=d"}} },
+		kind.Unsupported, "config.CDI_devices"},
+	{"CDI annotation", func(c *config) { c.Annotations = map[string]string{"cdi.k8s.io/d": "v/c=d"} },
 		kind.Unsupported, "config.annotations[cdi.k8s.io/d]"},
-	{"signal", func(c *runtimeapi.ContainerConfig) { c.StopSignal = 66 }, kind.Invalid, "config.stop_signal"},
+	{"signal", func(c *config) { c.StopSignal = 66 }, kind.Invalid, "config.stop_signal"},
 
-	{
-		"zero byte in args",
-		func(c *runtimeapi.ContainerConfig) { c.Args = []string{"a", "b\x00"} },
-		kind.Invalid,
-		"config.args[1]",
-	},
-	{
-		"long command",
-		func(c *runtimeapi.ContainerConfig) { c.Command = []string{strings.Repeat("x", maxString)} },
-		kind.Invalid,
-		"config.command[0]",
-	},
+	{"zero byte in args", func(c *config) { c.Args = []string{"a", "b\x00"} }, kind.Invalid, "config.args[1]"},
+	{"long command", func(c *config) { c.Command = []string{strings.Repeat("x", maxString)} },
+		kind.Invalid, "config.command[0]"},
 	{"env without key", withEnv("", "v"), kind.Invalid, "config.envs[0].key"},
 	{"env key with =", withEnv("a=b", "v"), kind.Invalid, "config.envs[0].key"},
 	{"env with zero byte", withEnv("a", "\x00"), kind.Invalid, "config.envs[0]"},
 	{"env not UTF-8", withEnv("a", "\xff"), kind.Unsupported, "config.envs[0].value"},
-	{
-		"relative working dir",
-		func(c *runtimeapi.ContainerConfig) { c.WorkingDir = "a" },
-		kind.Invalid,
-		"config.working_dir",
-	},
+	{"relative working dir", func(c *config) { c.WorkingDir = "a" }, kind.Invalid, "config.working_dir"},
 
-	{"log path", func(c *runtimeapi.ContainerConfig) { c.LogPath = "c/0.log" }, nil, ""},
-	{"absolute log path", func(c *runtimeapi.ContainerConfig) { c.LogPath = "/c/0.log" }, kind.Invalid,
-		"config.log_path"},
-	{
-		"escaping log path",
-		func(c *runtimeapi.ContainerConfig) { c.LogPath = "c/../../0.log" },
-		kind.Invalid,
-		"config.log_path",
-	},
-	{"log path of a directory", func(c *runtimeapi.ContainerConfig) { c.LogPath = "./" }, kind.Invalid,
-		"config.log_path"},
+	{"log path", func(c *config) { c.LogPath = "c/0.log" }, nil, ""},
+	{"absolute log path", func(c *config) { c.LogPath = "/c/0.log" }, kind.Invalid, "config.log_path"},
+	{"escaping log path", func(c *config) { c.LogPath = "c/../../0.log" }, kind.Invalid, "config.log_path"},
+	{"log path of a directory", func(c *config) { c.LogPath = "./" }, kind.Invalid, "config.log_path"},
 
 	{
 		"mount",
 		withMount(
-			&runtimeapi.Mount{HostPath: "/a", ContainerPath: "/b", MountOptions: []string{"nosuid", "nodev", "noexec"}},
+			&cri.Mount{HostPath: "/a", ContainerPath: "/b", MountOptions: []string{"nosuid", "nodev", "noexec"}},
 		),
 		nil,
 		"",
 	},
-	{
-		"mount without container path",
-		withMount(&runtimeapi.Mount{HostPath: "/a"}),
-		kind.Invalid,
-		"config.mounts[0].container_path",
-	},
-	{
-		"relative container path",
-		withMount(&runtimeapi.Mount{HostPath: "/a", ContainerPath: "b"}),
-		kind.Invalid,
-		"config.mounts[0].container_path",
-	},
-	{
-		"mount over the root",
-		withMount(&runtimeapi.Mount{HostPath: "/a", ContainerPath: "/b/.."}),
-		kind.Invalid,
-		"config.mounts[0].container_path",
-	},
-	{
-		"mount without host path",
-		withMount(&runtimeapi.Mount{ContainerPath: "/b"}),
-		kind.Invalid,
-		"config.mounts[0].host_path",
-	},
+	{"mount without container path", withMount(&cri.Mount{HostPath: "/a"}),
+		kind.Invalid, "config.mounts[0].container_path"},
+	{"relative container path", withMount(&cri.Mount{HostPath: "/a", ContainerPath: "b"}),
+		kind.Invalid, "config.mounts[0].container_path"},
+	{"mount over the root", withMount(&cri.Mount{HostPath: "/a", ContainerPath: "/b/.."}),
+		kind.Invalid, "config.mounts[0].container_path"},
+	{"mount without host path", withMount(&cri.Mount{ContainerPath: "/b"}),
+		kind.Invalid, "config.mounts[0].host_path"},
 	{
 		"image and host path",
 		withMount(
-			&runtimeapi.Mount{HostPath: "/a", ContainerPath: "/b", Image: &runtimeapi.ImageSpec{Image: "i"},
+			&cri.Mount{HostPath: "/a", ContainerPath: "/b", Image: &cri.ImageSpec{Image: "i"},
 				Readonly: true},
 		),
 		kind.Invalid,
 		"config.mounts[0].host_path",
 	},
-	{
-		"image without name",
-		withMount(&runtimeapi.Mount{ContainerPath: "/b", Image: &runtimeapi.ImageSpec{}}),
-		kind.Invalid,
-		"config.mounts[0].image.image",
-	},
+	{"image without name", withMount(&cri.Mount{ContainerPath: "/b", Image: &cri.ImageSpec{}}),
+		kind.Invalid, "config.mounts[0].image.image"},
 	{
 		"image with propagation",
 		withMount(
-			&runtimeapi.Mount{ContainerPath: "/b", Image: &runtimeapi.ImageSpec{Image: "i"}, Readonly: true,
+			&cri.Mount{ContainerPath: "/b", Image: &cri.ImageSpec{Image: "i"}, Readonly: true,
 				Propagation: slave},
 		),
 		kind.Invalid,
@@ -173,9 +123,9 @@ var containerCases = []struct {
 	{
 		"escaping sub path",
 		withMount(
-			&runtimeapi.Mount{
+			&cri.Mount{
 				ContainerPath: "/b",
-				Image:         &runtimeapi.ImageSpec{Image: "i"},
+				Image:         &cri.ImageSpec{Image: "i"},
 				ImageSubPath:  "../x",
 				Readonly:      true,
 			},
@@ -183,28 +133,16 @@ var containerCases = []struct {
 		kind.Invalid,
 		"config.mounts[0].image_sub_path",
 	},
-	{
-		"writable image",
-		withMount(&runtimeapi.Mount{ContainerPath: "/b", Image: &runtimeapi.ImageSpec{Image: "i"}}),
-		kind.Invalid,
-		"config.mounts[0].readonly",
-	},
-	{
-		"sub path without image",
-		withMount(&runtimeapi.Mount{HostPath: "/a", ContainerPath: "/b", ImageSubPath: "x"}),
-		kind.Invalid,
-		"config.mounts[0].image_sub_path",
-	},
-	{
-		"unknown propagation",
-		withMount(&runtimeapi.Mount{HostPath: "/a", ContainerPath: "/b", Propagation: 3}),
-		kind.Invalid,
-		"config.mounts[0].propagation",
-	},
+	{"writable image", withMount(&cri.Mount{ContainerPath: "/b", Image: &cri.ImageSpec{Image: "i"}}),
+		kind.Invalid, "config.mounts[0].readonly"},
+	{"sub path without image", withMount(&cri.Mount{HostPath: "/a", ContainerPath: "/b", ImageSubPath: "x"}),
+		kind.Invalid, "config.mounts[0].image_sub_path"},
+	{"unknown propagation", withMount(&cri.Mount{HostPath: "/a", ContainerPath: "/b", Propagation: 3}),
+		kind.Invalid, "config.mounts[0].propagation"},
 	{
 		"rro",
 		withMount(
-			&runtimeapi.Mount{
+			&cri.Mount{
 				HostPath:          "/a",
 				ContainerPath:     "/b",
 				Readonly:          true,
@@ -215,187 +153,92 @@ var containerCases = []struct {
 		nil,
 		"",
 	},
-	{
-		"rro and writable",
-		withMount(&runtimeapi.Mount{HostPath: "/a", ContainerPath: "/b", RecursiveReadOnly: true}),
-		kind.Invalid,
-		"config.mounts[0].recursive_read_only",
-	},
+	{"rro and writable", withMount(&cri.Mount{HostPath: "/a", ContainerPath: "/b", RecursiveReadOnly: true}),
+		kind.Invalid, "config.mounts[0].recursive_read_only"},
 	{
 		"rro and slave",
 		withMount(
-			&runtimeapi.Mount{HostPath: "/a", ContainerPath: "/b", Readonly: true, RecursiveReadOnly: true,
+			&cri.Mount{HostPath: "/a", ContainerPath: "/b", Readonly: true, RecursiveReadOnly: true,
 				Propagation: slave},
 		),
 		kind.Invalid,
 		"config.mounts[0].recursive_read_only",
 	},
-	{
-		"idmap",
-		withMount(&runtimeapi.Mount{HostPath: "/a", ContainerPath: "/b", UidMappings: []*runtimeapi.IDMapping{{}}}),
-		kind.Invalid,
-		"config.mounts[0].uidMappings",
-	},
-	{
-		"other option",
-		withMount(&runtimeapi.Mount{HostPath: "/a", ContainerPath: "/b", MountOptions: []string{"suid"}}),
-		kind.Invalid,
-		"config.mounts[0].mount_options",
-	},
+	{"idmap", withMount(&cri.Mount{HostPath: "/a", ContainerPath: "/b", UidMappings: []*cri.IDMapping{{}}}),
+		kind.Invalid, "config.mounts[0].uidMappings"},
+	{"other option", withMount(&cri.Mount{HostPath: "/a", ContainerPath: "/b", MountOptions: []string{"suid"}}),
+		kind.Invalid, "config.mounts[0].mount_options"},
 
-	{"device", withDevice(&runtimeapi.Device{HostPath: "/dev/null", Permissions: "rm"}), nil, ""},
-	{"relative device", withDevice(&runtimeapi.Device{HostPath: "null"}), kind.Invalid, "config.devices[0].host_path"},
-	{
-		"relative device path",
-		withDevice(&runtimeapi.Device{HostPath: "/dev/null", ContainerPath: "x"}),
-		kind.Invalid,
-		"config.devices[0].container_path",
-	},
-	{
-		"device permissions",
-		withDevice(&runtimeapi.Device{HostPath: "/dev/null", Permissions: "rx"}),
-		kind.Invalid,
-		"config.devices[0].permissions",
-	},
+	{"device", withDevice(&cri.Device{HostPath: "/dev/null", Permissions: "rm"}), nil, ""},
+	{"relative device", withDevice(&cri.Device{HostPath: "null"}), kind.Invalid, "config.devices[0].host_path"},
+	{"relative device path", withDevice(&cri.Device{HostPath: "/dev/null", ContainerPath: "x"}),
+		kind.Invalid, "config.devices[0].container_path"},
+	{"device permissions", withDevice(&cri.Device{HostPath: "/dev/null", Permissions: "rx"}),
+		kind.Invalid, "config.devices[0].permissions"},
 
-	{
-		"privileged in a pod that is not",
-		inContext(func(sc *runtimeapi.LinuxContainerSecurityContext) { sc.Privileged = true }),
-		kind.Invalid,
-		fieldContext + "privileged",
-	},
-	{
-		"masked path",
-		inContext(func(sc *runtimeapi.LinuxContainerSecurityContext) { sc.MaskedPaths = []string{"a"} }),
-		kind.Invalid,
-		fieldContext + "masked_paths[0]",
-	},
-	{
-		"group alone",
-		inContext(func(sc *runtimeapi.LinuxContainerSecurityContext) { sc.RunAsGroup = &runtimeapi.Int64Value{} }),
-		kind.Invalid,
-		fieldContext + "run_as_group",
-	},
-	{
-		"username with group",
-		inContext(func(sc *runtimeapi.LinuxContainerSecurityContext) { sc.RunAsUsername = "a:b" }),
-		kind.Invalid,
-		fieldUsername,
-	},
-	{"SELinux", inContext(func(sc *runtimeapi.LinuxContainerSecurityContext) {
-		sc.SelinuxOptions = &runtimeapi.SELinuxOption{Role: "a:b"}
-	}), kind.Invalid, fieldContext + "selinux_options.role"},
-	{"AppArmor", inContext(func(sc *runtimeapi.LinuxContainerSecurityContext) {
-		sc.Apparmor = &runtimeapi.SecurityProfile{ProfileType: profileLocalhost}
+	{"privileged in a pod that is not", inContext(func(sc *secContext) { sc.Privileged = true }),
+		kind.Invalid, fieldContext + "privileged"},
+	{"masked path", inContext(func(sc *secContext) { sc.MaskedPaths = []string{"a"} }),
+		kind.Invalid, fieldContext + "masked_paths[0]"},
+	{"group alone", inContext(func(sc *secContext) { sc.RunAsGroup = &cri.Int64Value{} }),
+		kind.Invalid, fieldContext + "run_as_group"},
+	{"username with group", inContext(func(sc *secContext) { sc.RunAsUsername = "a:b" }),
+		kind.Invalid, fieldUsername},
+	{"SELinux", inContext(func(sc *secContext) { sc.SelinuxOptions = &cri.SELinuxOption{Role: "a:b"} }),
+		kind.Invalid, fieldContext + "selinux_options.role"},
+	{"AppArmor", inContext(func(sc *secContext) {
+		sc.Apparmor = &cri.SecurityProfile{ProfileType: profileLocalhost}
 	}), kind.Invalid, fieldApparmor + ".localhost_ref"},
 
-	{"target", inNamespaces(&runtimeapi.NamespaceOption{Pid: modeTarget, TargetId: "x"}), nil, ""},
-	{"no target", inNamespaces(&runtimeapi.NamespaceOption{Pid: modeTarget}), kind.Invalid, nsField + "target_id"},
-	{"network target", inNamespaces(&runtimeapi.NamespaceOption{Network: modeTarget}), kind.Invalid,
-		nsField + "network"},
-	{"ipc container", inNamespaces(&runtimeapi.NamespaceOption{Ipc: modeContainer}), kind.Invalid, nsField + "ipc"},
-	{"unknown mode", inNamespaces(&runtimeapi.NamespaceOption{Pid: 4}), kind.Invalid, nsField + "pid"},
-	{"node in a pod that is not", inNamespaces(&runtimeapi.NamespaceOption{Pid: modeNode}), kind.Invalid,
-		nsField + "pid"},
-	{
-		"node network in a pod that is not",
-		inNamespaces(&runtimeapi.NamespaceOption{Network: modeNode}),
-		kind.Invalid,
-		nsField + "network",
-	},
-	{
-		"host user namespace",
-		inNamespaces(&runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: modeNode}}),
-		nil,
-		"",
-	},
-	{
-		"user namespace",
-		inNamespaces(&runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: modePod}}),
-		kind.Invalid,
-		nsField + "userns_options.uids",
-	},
+	{"target", inNamespaces(&cri.NamespaceOption{Pid: modeTarget, TargetId: "x"}), nil, ""},
+	{"no target", inNamespaces(&cri.NamespaceOption{Pid: modeTarget}), kind.Invalid, nsField + "target_id"},
+	{"network target", inNamespaces(&cri.NamespaceOption{Network: modeTarget}), kind.Invalid, nsField + "network"},
+	{"ipc container", inNamespaces(&cri.NamespaceOption{Ipc: modeContainer}), kind.Invalid, nsField + "ipc"},
+	{"unknown mode", inNamespaces(&cri.NamespaceOption{Pid: 4}), kind.Invalid, nsField + "pid"},
+	{"node in a pod that is not", inNamespaces(&cri.NamespaceOption{Pid: modeNode}), kind.Invalid, nsField + "pid"},
+	{"node network in a pod that is not", inNamespaces(&cri.NamespaceOption{Network: modeNode}),
+		kind.Invalid, nsField + "network"},
+	{"host user namespace", inNamespaces(&cri.NamespaceOption{UsernsOptions: &cri.UserNamespace{Mode: modeNode}}),
+		nil, ""},
+	{"user namespace", inNamespaces(&cri.NamespaceOption{UsernsOptions: &cri.UserNamespace{Mode: modePod}}),
+		kind.Invalid, nsField + "userns_options.uids"},
 	{
 		"user namespace of the container",
-		inNamespaces(&runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: modeContainer}}),
+		inNamespaces(&cri.NamespaceOption{UsernsOptions: &cri.UserNamespace{Mode: modeContainer}}),
 		kind.Invalid,
 		nsField + "userns_options.mode",
 	},
 
-	{
-		"negative shares",
-		withResources(&runtimeapi.LinuxContainerResources{CpuShares: -1}),
-		kind.Invalid,
-		fieldResources + ".cpu_shares",
-	},
-	{"no quota", withResources(&runtimeapi.LinuxContainerResources{CpuQuota: -1, MemorySwapLimitInBytes: -1}), nil, ""},
-	{
-		"negative quota",
-		withResources(&runtimeapi.LinuxContainerResources{CpuQuota: -2}),
-		kind.Invalid,
-		fieldResources + ".cpu_quota",
-	},
-	{
-		"small quota",
-		withResources(&runtimeapi.LinuxContainerResources{CpuQuota: 999}),
-		kind.Invalid,
-		fieldResources + ".cpu_quota",
-	},
-	{
-		"long period",
-		withResources(&runtimeapi.LinuxContainerResources{CpuPeriod: 1000001}),
-		kind.Invalid,
-		fieldResources + ".cpu_period",
-	},
-	{
-		"negative memory",
-		withResources(&runtimeapi.LinuxContainerResources{MemoryLimitInBytes: -1}),
-		kind.Invalid,
-		fieldResources + ".memory_limit_in_bytes",
-	},
-	{
-		"swap alone",
-		withResources(&runtimeapi.LinuxContainerResources{MemorySwapLimitInBytes: 5}),
-		kind.Invalid,
-		fieldResources + ".memory_swap_limit_in_bytes",
-	},
+	{"negative shares", withResources(&cri.LinuxContainerResources{CpuShares: -1}),
+		kind.Invalid, fieldResources + ".cpu_shares"},
+	{"no quota", withResources(&cri.LinuxContainerResources{CpuQuota: -1, MemorySwapLimitInBytes: -1}), nil, ""},
+	{"negative quota", withResources(&cri.LinuxContainerResources{CpuQuota: -2}),
+		kind.Invalid, fieldResources + ".cpu_quota"},
+	{"small quota", withResources(&cri.LinuxContainerResources{CpuQuota: 999}),
+		kind.Invalid, fieldResources + ".cpu_quota"},
+	{"long period", withResources(&cri.LinuxContainerResources{CpuPeriod: 1000001}),
+		kind.Invalid, fieldResources + ".cpu_period"},
+	{"negative memory", withResources(&cri.LinuxContainerResources{MemoryLimitInBytes: -1}),
+		kind.Invalid, fieldResources + ".memory_limit_in_bytes"},
+	{"swap alone", withResources(&cri.LinuxContainerResources{MemorySwapLimitInBytes: 5}),
+		kind.Invalid, fieldResources + ".memory_swap_limit_in_bytes"},
 	{
 		"swap below memory",
-		withResources(&runtimeapi.LinuxContainerResources{MemorySwapLimitInBytes: 5, MemoryLimitInBytes: 6}),
+		withResources(&cri.LinuxContainerResources{MemorySwapLimitInBytes: 5, MemoryLimitInBytes: 6}),
 		kind.Invalid,
 		fieldResources + ".memory_swap_limit_in_bytes",
 	},
-	{
-		"oom",
-		withResources(&runtimeapi.LinuxContainerResources{OomScoreAdj: 1001}),
-		kind.Invalid,
-		fieldResources + ".oom_score_adj",
-	},
-	{"cpus", withResources(&runtimeapi.LinuxContainerResources{CpusetCpus: "0-3,8"}), nil, ""},
-	{
-		"bad cpus",
-		withResources(&runtimeapi.LinuxContainerResources{CpusetCpus: "3-0"}),
-		kind.Invalid,
-		fieldResources + ".cpuset_cpus",
-	},
-	{
-		"bad mems",
-		withResources(&runtimeapi.LinuxContainerResources{CpusetMems: "0,"}),
-		kind.Invalid,
-		fieldResources + ".cpuset_mems",
-	},
-	{
-		"page size",
-		withResources(&runtimeapi.LinuxContainerResources{HugepageLimits: []*runtimeapi.HugepageLimit{{PageSize: "2M"}}}),
-		kind.Invalid,
-		fieldResources + ".hugepage_limits[0].page_size",
-	},
-	{
-		"unified",
-		withResources(&runtimeapi.LinuxContainerResources{Unified: map[string]string{"../cgroup.procs": "1"}}),
-		kind.Invalid,
-		fieldResources + ".unified",
-	},
+	{"oom", withResources(&cri.LinuxContainerResources{OomScoreAdj: 1001}),
+		kind.Invalid, fieldResources + ".oom_score_adj"},
+	{"cpus", withResources(&cri.LinuxContainerResources{CpusetCpus: "0-3,8"}), nil, ""},
+	{"bad cpus", withResources(&cri.LinuxContainerResources{CpusetCpus: "3-0"}),
+		kind.Invalid, fieldResources + ".cpuset_cpus"},
+	{"bad mems", withResources(&cri.LinuxContainerResources{CpusetMems: "0,"}),
+		kind.Invalid, fieldResources + ".cpuset_mems"},
+	{"page size", withResources(&cri.LinuxContainerResources{HugepageLimits: []*cri.HugepageLimit{{PageSize: "2M"}}}),
+		kind.Invalid, fieldResources + ".hugepage_limits[0].page_size"},
+	{"unified", withResources(&cri.LinuxContainerResources{Unified: map[string]string{"../cgroup.procs": "1"}}),
+		kind.Invalid, fieldResources + ".unified"},
 }
 
 func TestValidate(t *testing.T) {
@@ -416,31 +259,31 @@ func TestValidate(t *testing.T) {
 	wantField(t, Validate(nil, nil), kind.Invalid, "config")
 }
 
-type changePod = func(*runtimeapi.PodSandboxConfig)
+type changePod = func(*podConfig)
 
 func withSysctl(name string, node bool) changePod {
-	return func(s *runtimeapi.PodSandboxConfig) {
+	return func(s *podConfig) {
 		s.Linux.Sysctls = map[string]string{name: "1"}
 		if node {
-			s.Linux.SecurityContext.NamespaceOptions = &runtimeapi.NamespaceOption{Network: modeNode, Ipc: modeNode}
+			s.Linux.SecurityContext.NamespaceOptions = &cri.NamespaceOption{Network: modeNode, Ipc: modeNode}
 		}
 	}
 }
 
-func withPort(p *runtimeapi.PortMapping) changePod {
-	return func(s *runtimeapi.PodSandboxConfig) { s.PortMappings = []*runtimeapi.PortMapping{p} }
+func withPort(p *cri.PortMapping) changePod {
+	return func(s *podConfig) { s.PortMappings = []*cri.PortMapping{p} }
 }
 
-func inPodContext(sc *runtimeapi.LinuxSandboxSecurityContext) changePod {
-	return func(s *runtimeapi.PodSandboxConfig) { s.Linux.SecurityContext = sc }
+func inPodContext(sc *cri.LinuxSandboxSecurityContext) changePod {
+	return func(s *podConfig) { s.Linux.SecurityContext = sc }
 }
 
-func withDNS(d *runtimeapi.DNSConfig) changePod {
-	return func(s *runtimeapi.PodSandboxConfig) { s.DnsConfig = d }
+func withDNS(d *cri.DNSConfig) changePod {
+	return func(s *podConfig) { s.DnsConfig = d }
 }
 
 func withHostname(h string) changePod {
-	return func(s *runtimeapi.PodSandboxConfig) { s.Hostname = h }
+	return func(s *podConfig) { s.Hostname = h }
 }
 
 var podCases = []struct {
@@ -449,37 +292,17 @@ var podCases = []struct {
 	kind   error // nil: valid
 	field  string
 }{
-	{name: "valid", change: func(*runtimeapi.PodSandboxConfig) {}},
-	{"minimal", func(s *runtimeapi.PodSandboxConfig) { *s = runtimeapi.PodSandboxConfig{Metadata: s.Metadata} }, nil,
-		""},
-	{"no metadata", func(s *runtimeapi.PodSandboxConfig) { s.Metadata = nil }, kind.Invalid, "config.metadata.name"},
-	{
-		"long name",
-		func(s *runtimeapi.PodSandboxConfig) { s.Metadata.Name = strings.Repeat("x", maxName+1) },
-		kind.Invalid,
-		"config.metadata.name",
-	},
-	{
-		"no namespace",
-		func(s *runtimeapi.PodSandboxConfig) { s.Metadata.Namespace = "" },
-		kind.Invalid,
-		"config.metadata.namespace",
-	},
-	{"no uid", func(s *runtimeapi.PodSandboxConfig) { s.Metadata.Uid = "" }, kind.Invalid, "config.metadata.uid"},
-	{
-		"huge",
-		func(s *runtimeapi.PodSandboxConfig) {
-			s.Annotations = map[string]string{"a": strings.Repeat("x", maxConfig)}
-		},
-		kind.Invalid,
-		"config",
-	},
-	{
-		"windows",
-		func(s *runtimeapi.PodSandboxConfig) { s.Windows = &runtimeapi.WindowsPodSandboxConfig{} },
-		kind.Unsupported,
-		"config.windows",
-	},
+	{name: "valid", change: func(*podConfig) {}},
+	{"minimal", func(s *podConfig) { *s = cri.PodSandboxConfig{Metadata: s.Metadata} }, nil, ""},
+	{"no metadata", func(s *podConfig) { s.Metadata = nil }, kind.Invalid, "config.metadata.name"},
+	{"long name", func(s *podConfig) { s.Metadata.Name = strings.Repeat("x", maxName+1) },
+		kind.Invalid, "config.metadata.name"},
+	{"no namespace", func(s *podConfig) { s.Metadata.Namespace = "" }, kind.Invalid, "config.metadata.namespace"},
+	{"no uid", func(s *podConfig) { s.Metadata.Uid = "" }, kind.Invalid, "config.metadata.uid"},
+	{"huge", func(s *podConfig) { s.Annotations = map[string]string{"a": strings.Repeat("x", maxConfig)} },
+		kind.Invalid, "config"},
+	{"windows", func(s *podConfig) { s.Windows = &cri.WindowsPodSandboxConfig{} },
+		kind.Unsupported, "config.windows"},
 
 	{"qualified hostname", withHostname("a-1.B.example"), nil, ""},
 	{"hostname of 64", withHostname(strings.Repeat("a", 64)), nil, ""},
@@ -488,23 +311,14 @@ var podCases = []struct {
 	{"hostname with a dash", withHostname("-a"), kind.Invalid, "config.hostname"},
 	{"hostname with an empty label", withHostname("a..b"), kind.Invalid, "config.hostname"},
 
-	{
-		"relative log directory",
-		func(s *runtimeapi.PodSandboxConfig) { s.LogDirectory = "a" },
-		kind.Invalid,
-		"config.log_directory",
-	},
-	{
-		"escaping log directory",
-		func(s *runtimeapi.PodSandboxConfig) { s.LogDirectory = "/a/../b" },
-		kind.Invalid,
-		"config.log_directory",
-	},
+	{"relative log directory", func(s *podConfig) { s.LogDirectory = "a" }, kind.Invalid, "config.log_directory"},
+	{"escaping log directory", func(s *podConfig) { s.LogDirectory = "/a/../b" },
+		kind.Invalid, "config.log_directory"},
 
 	{
 		"dns",
 		withDNS(
-			&runtimeapi.DNSConfig{
+			&cri.DNSConfig{
 				Servers:  []string{"10.0.0.1", "fe80::1%eth0"},
 				Searches: []string{".", "a.b."},
 				Options:  []string{"ndots:5"},
@@ -513,98 +327,47 @@ var podCases = []struct {
 		nil,
 		"",
 	},
-	{
-		"dns server",
-		withDNS(&runtimeapi.DNSConfig{Servers: []string{"10.0.0.1", "name"}}),
-		kind.Invalid,
-		"config.dns_config.servers[1]",
-	},
-	{
-		"dns search",
-		withDNS(&runtimeapi.DNSConfig{Searches: []string{"a b"}}),
-		kind.Invalid,
-		"config.dns_config.searches[0]",
-	},
-	{
-		"dns option",
-		withDNS(&runtimeapi.DNSConfig{Options: []string{"a\nnameserver 1.1.1.1"}}),
-		kind.Invalid,
-		"config.dns_config.options[0]",
-	},
+	{"dns server", withDNS(&cri.DNSConfig{Servers: []string{"10.0.0.1", "name"}}),
+		kind.Invalid, "config.dns_config.servers[1]"},
+	{"dns search", withDNS(&cri.DNSConfig{Searches: []string{"a b"}}), kind.Invalid, "config.dns_config.searches[0]"},
+	{"dns option", withDNS(&cri.DNSConfig{Options: []string{"a\nnameserver 1.1.1.1"}}),
+		kind.Invalid, "config.dns_config.options[0]"},
 
 	{
 		"port",
 		withPort(
-			&runtimeapi.PortMapping{ContainerPort: 80, HostPort: 8080, HostIp: "::1",
-				Protocol: runtimeapi.Protocol_SCTP},
+			&cri.PortMapping{ContainerPort: 80, HostPort: 8080, HostIp: "::1",
+				Protocol: cri.Protocol_SCTP},
 		),
 		nil,
 		"",
 	},
-	{"no host port", withPort(&runtimeapi.PortMapping{ContainerPort: 80}), nil, ""},
-	{
-		"container port",
-		withPort(&runtimeapi.PortMapping{ContainerPort: 65536}),
-		kind.Invalid,
-		"config.port_mappings[0].container_port",
-	},
-	{
-		"host port",
-		withPort(&runtimeapi.PortMapping{ContainerPort: 1, HostPort: -1}),
-		kind.Invalid,
-		"config.port_mappings[0].host_port",
-	},
-	{
-		"host port to nowhere",
-		withPort(&runtimeapi.PortMapping{HostPort: 80}),
-		kind.Invalid,
-		"config.port_mappings[0].container_port",
-	},
-	{
-		"protocol",
-		withPort(&runtimeapi.PortMapping{ContainerPort: 1, Protocol: 3}),
-		kind.Invalid,
-		"config.port_mappings[0].protocol",
-	},
-	{
-		"host ip",
-		withPort(&runtimeapi.PortMapping{ContainerPort: 1, HostIp: "localhost"}),
-		kind.Invalid,
-		"config.port_mappings[0].host_ip",
-	},
+	{"no host port", withPort(&cri.PortMapping{ContainerPort: 80}), nil, ""},
+	{"container port", withPort(&cri.PortMapping{ContainerPort: 65536}),
+		kind.Invalid, "config.port_mappings[0].container_port"},
+	{"host port", withPort(&cri.PortMapping{ContainerPort: 1, HostPort: -1}),
+		kind.Invalid, "config.port_mappings[0].host_port"},
+	{"host port to nowhere", withPort(&cri.PortMapping{HostPort: 80}),
+		kind.Invalid, "config.port_mappings[0].container_port"},
+	{"protocol", withPort(&cri.PortMapping{ContainerPort: 1, Protocol: 3}),
+		kind.Invalid, "config.port_mappings[0].protocol"},
+	{"host ip", withPort(&cri.PortMapping{ContainerPort: 1, HostIp: "localhost"}),
+		kind.Invalid, "config.port_mappings[0].host_ip"},
 
-	{
-		"cgroup parent",
-		func(s *runtimeapi.PodSandboxConfig) { s.Linux.CgroupParent = "/kubepods/../.." },
-		kind.Invalid,
-		"config.linux.cgroup_parent",
-	},
-	{
-		"overhead",
-		func(s *runtimeapi.PodSandboxConfig) {
-			s.Linux.Overhead = &runtimeapi.LinuxContainerResources{CpuShares: -1}
-		},
-		kind.Invalid,
-		"config.linux.overhead.cpu_shares",
-	},
+	{"cgroup parent", func(s *podConfig) { s.Linux.CgroupParent = "/kubepods/../.." },
+		kind.Invalid, "config.linux.cgroup_parent"},
+	{"overhead", func(s *podConfig) { s.Linux.Overhead = &cri.LinuxContainerResources{CpuShares: -1} },
+		kind.Invalid, "config.linux.overhead.cpu_shares"},
 
-	{
-		"group alone",
-		inPodContext(&runtimeapi.LinuxSandboxSecurityContext{RunAsGroup: &runtimeapi.Int64Value{Value: 1}}),
-		kind.Invalid,
-		fieldContext + "run_as_group",
-	},
-	{
-		"negative user",
-		inPodContext(&runtimeapi.LinuxSandboxSecurityContext{RunAsUser: &runtimeapi.Int64Value{Value: -1}}),
-		kind.Invalid,
-		fieldContext + "run_as_user",
-	},
+	{"group alone", inPodContext(&cri.LinuxSandboxSecurityContext{RunAsGroup: &cri.Int64Value{Value: 1}}),
+		kind.Invalid, fieldContext + "run_as_group"},
+	{"negative user", inPodContext(&cri.LinuxSandboxSecurityContext{RunAsUser: &cri.Int64Value{Value: -1}}),
+		kind.Invalid, fieldContext + "run_as_user"},
 	{
 		"pid target",
 		inPodContext(
-			&runtimeapi.LinuxSandboxSecurityContext{
-				NamespaceOptions: &runtimeapi.NamespaceOption{Pid: modeTarget, TargetId: "x"},
+			&cri.LinuxSandboxSecurityContext{
+				NamespaceOptions: &cri.NamespaceOption{Pid: modeTarget, TargetId: "x"},
 			},
 		),
 		kind.Invalid,
@@ -613,8 +376,8 @@ var podCases = []struct {
 	{
 		"user namespace",
 		inPodContext(
-			&runtimeapi.LinuxSandboxSecurityContext{
-				NamespaceOptions: &runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{}},
+			&cri.LinuxSandboxSecurityContext{
+				NamespaceOptions: &cri.NamespaceOption{UsernsOptions: &cri.UserNamespace{}},
 			},
 		),
 		kind.Invalid,
@@ -623,42 +386,26 @@ var podCases = []struct {
 	{
 		"user namespace target",
 		inPodContext(
-			&runtimeapi.LinuxSandboxSecurityContext{
-				NamespaceOptions: &runtimeapi.NamespaceOption{UsernsOptions: &runtimeapi.UserNamespace{Mode: modeTarget}},
+			&cri.LinuxSandboxSecurityContext{
+				NamespaceOptions: &cri.NamespaceOption{UsernsOptions: &cri.UserNamespace{Mode: modeTarget}},
 			},
 		),
 		kind.Invalid,
 		fieldContext + "namespace_options.userns_options.mode",
 	},
-	{
-		"seccomp",
-		inPodContext(&runtimeapi.LinuxSandboxSecurityContext{Seccomp: &runtimeapi.SecurityProfile{ProfileType: 5}}),
-		kind.Invalid,
-		fieldSeccomp + ".profile_type",
-	},
+	{"seccomp", inPodContext(&cri.LinuxSandboxSecurityContext{Seccomp: &cri.SecurityProfile{ProfileType: 5}}),
+		kind.Invalid, fieldSeccomp + ".profile_type"},
 
 	{"sysctl of the network", withSysctl("net.ipv4.ip_unprivileged_port_start", false), nil, ""},
 	{"sysctl with slashes", withSysctl("net/ipv4/conf/eth0.1/forwarding", false), nil, ""},
 	{"sysctl of ipc", withSysctl("kernel.shm_rmid_forced", false), nil, ""},
-	{
-		"sysctl of the node's network",
-		withSysctl("net.core.somaxconn", true),
-		kind.Invalid,
-		"config.linux.sysctls[net.core.somaxconn]",
-	},
-	{
-		"sysctl of the node's ipc",
-		withSysctl("fs.mqueue.msg_max", true),
-		kind.Invalid,
-		"config.linux.sysctls[fs.mqueue.msg_max]",
-	},
+	{"sysctl of the node's network", withSysctl("net.core.somaxconn", true),
+		kind.Invalid, "config.linux.sysctls[net.core.somaxconn]"},
+	{"sysctl of the node's ipc", withSysctl("fs.mqueue.msg_max", true),
+		kind.Invalid, "config.linux.sysctls[fs.mqueue.msg_max]"},
 	{"sysctl of the node", withSysctl("kernel.panic", false), kind.Invalid, "config.linux.sysctls[kernel.panic]"},
-	{
-		"sysctl that escapes",
-		withSysctl("net/../kernel/panic", false),
-		kind.Invalid,
-		"config.linux.sysctls[net/../kernel/panic]",
-	},
+	{"sysctl that escapes", withSysctl("net/../kernel/panic", false),
+		kind.Invalid, "config.linux.sysctls[net/../kernel/panic]"},
 	{"sysctl with an empty part", withSysctl("net..x", false), kind.Invalid, "config.linux.sysctls[net..x]"},
 }
 
