@@ -2,8 +2,10 @@ package spec
 
 import (
 	"bytes"
+	"compress/gzip"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -39,6 +41,7 @@ func ProbeHost() (Host, error) {
 	}
 	h.KnownCaps = capNames(bounding & permitted)
 	_, h.SeccompSupported = status["Seccomp"]
+	h.NoX32 = kernelLacksX32()
 
 	if h.MinOOMScoreAdj, err = minOOMScoreAdj(permitted); err != nil {
 		return h, err
@@ -108,6 +111,59 @@ func minOOMScoreAdj(permitted uint64) (int, error) {
 		return 0, fmt.Errorf("cannot learn the oom_score_adj of this process: %w", err)
 	}
 	return strconv.Atoi(strings.TrimSpace(string(b)))
+}
+
+// kernelLacksX32 looks into the configuration that the kernel was built with; where it
+// cannot be read the answer is no. A system call of that ABI would tell, too, but it ends
+// a daemon that may only make native ones.
+func kernelLacksX32() bool {
+	var name unix.Utsname
+	commandLine, err := os.ReadFile("/proc/cmdline")
+	if err != nil || unix.Uname(&name) != nil {
+		return false
+	}
+	release := unix.ByteSliceToString(name.Release[:])
+	for _, file := range []string{"/proc/config.gz", "/boot/config-" + release, "/lib/modules/" + release + "/config"} {
+		if config, err := readKernelConfig(file); err == nil {
+			return lacksX32(config, commandLine)
+		}
+	}
+	return false
+}
+
+// lacksX32 reads a kernel's configuration. Before Linux 5.18 the option had a shorter
+// name. Debian's kernels have the ABI, but only with a parameter.
+func lacksX32(config, commandLine []byte) bool {
+	set := func(option string) bool { return bytes.Contains(config, []byte("\n"+option+"=y\n")) }
+	switch {
+	case !set("CONFIG_X86_64"):
+		return false
+	case set("CONFIG_X86_X32_DISABLED"):
+		return !bytes.Contains(commandLine, []byte("syscall.x32"))
+	}
+	return !set("CONFIG_X86_X32_ABI") && !set("CONFIG_X86_X32")
+}
+
+// maxKernelConfig bounds the configuration of a kernel, in bytes. Usual ones have 300 KB.
+const maxKernelConfig = 4 << 20
+
+func readKernelConfig(file string) ([]byte, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var r io.Reader = f
+	if path.Ext(file) == ".gz" {
+		if r, err = gzip.NewReader(f); err != nil {
+			return nil, err
+		}
+	}
+	b, err := io.ReadAll(io.LimitReader(r, maxKernelConfig+1))
+	if err == nil && len(b) > maxKernelConfig {
+		err = fmt.Errorf("%s is larger than %d bytes", file, maxKernelConfig)
+	}
+	return b, err
 }
 
 // kernelHasMountSetattr asks with arguments that cannot succeed.

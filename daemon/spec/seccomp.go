@@ -96,6 +96,7 @@ func (b *builder) seccompDefault() error {
 	if err != nil {
 		return unsupported(fieldSeccomp, "cannot make the default profile: %v", err)
 	}
+	compact(filter, b.NoX32)
 	b.spec.Linux.Seccomp = filter
 	return nil
 }

@@ -34,6 +34,8 @@ type Host struct {
 	KnownCaps []string
 	// SeccompSupported says that the kernel filters system calls.
 	SeccompSupported bool
+	// NoX32 says that the kernel is known to lack the x32 ABI of amd64.
+	NoX32 bool
 	// AppArmorEnabled and SELinuxEnabled say which of them the kernel enforces.
 	AppArmorEnabled, SELinuxEnabled bool
 	// AppArmorDefault is the name of a loaded profile that stands for
