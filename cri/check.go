@@ -1,6 +1,7 @@
 package cri
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"time"
@@ -34,12 +35,15 @@ func check(req any) error {
 		}
 		return checkRef("config.image.image", r.GetConfig().GetImage())
 	case *runtimeapi.ExecSyncRequest:
-		if len(r.GetCmd()) == 0 {
-			return invalid("cmd", "is empty")
+		if err := checkCommand(r.GetCmd(), r); err != nil {
+			return err
 		}
-		if proto.Size(r) > maxCommand {
-			return invalid("cmd", "is larger than 1 MiB")
-		}
+	case *runtimeapi.ExecRequest:
+		return cmp.Or(require("container_id", r.GetContainerId()), checkCommand(r.GetCmd(), r), checkStreams(r))
+	case *runtimeapi.AttachRequest:
+		return cmp.Or(require("container_id", r.GetContainerId()), checkStreams(r))
+	case *runtimeapi.PortForwardRequest:
+		return cmp.Or(require("pod_sandbox_id", r.GetPodSandboxId()), checkPorts(r.GetPort()))
 	case *runtimeapi.PullImageRequest:
 		return checkRef("image.image", r.GetImage())
 	case *runtimeapi.ImageStatusRequest:
@@ -52,6 +56,44 @@ func check(req any) error {
 	}
 	if r, ok := req.(interface{ GetPodSandboxId() string }); ok {
 		return require("pod_sandbox_id", r.GetPodSandboxId())
+	}
+	return nil
+}
+
+func checkCommand(cmd []string, r proto.Message) error {
+	if len(cmd) == 0 {
+		return invalid("cmd", "is empty")
+	}
+	if proto.Size(r) > maxCommand {
+		return invalid("cmd", "is larger than 1 MiB")
+	}
+	return nil
+}
+
+// checkStreams checks which streams a session has. A terminal has one output.
+func checkStreams(r interface {
+	GetTty() bool
+	GetStdin() bool
+	GetStdout() bool
+	GetStderr() bool
+}) error {
+	switch {
+	case r.GetTty() && r.GetStderr():
+		return invalid("stderr", "is true with tty: all output of a terminal is stdout")
+	case !r.GetStdin() && !r.GetStdout() && !r.GetStderr():
+		return invalid("stdout", "is false, as stdin and stderr are: at least one of them is needed")
+	}
+	return nil
+}
+
+func checkPorts(ports []int32) error {
+	if len(ports) > math.MaxUint16 {
+		return invalid("port", "has more ports than there are")
+	}
+	for i, p := range ports {
+		if p < 1 || p > math.MaxUint16 {
+			return invalid(fmt.Sprintf("port[%d]", i), fmt.Sprintf("is %d, want 1 to %d", p, math.MaxUint16))
+		}
 	}
 	return nil
 }

@@ -120,10 +120,38 @@ func TestCheck(t *testing.T) {
 			&runtimeapi.ExecSyncRequest{ContainerId: "c", Cmd: []string{strings.Repeat("x", maxCommand)}},
 			"cmd",
 		},
-		"pull of a long name":   {&runtimeapi.PullImageRequest{Image: image(maxRef + 1)}, "image.image"},
-		"status of a long name": {&runtimeapi.ImageStatusRequest{Image: image(maxRef + 1)}, "image.image"},
-		"remove of a long name": {&runtimeapi.RemoveImageRequest{Image: image(maxRef + 1)}, "image.image"},
-		"pull":                  {&runtimeapi.PullImageRequest{Image: image(maxRef)}, ""},
+		"session without a command": {
+			&runtimeapi.ExecRequest{ContainerId: "c", Stdout: true}, "cmd",
+		},
+		"session with a long command": {
+			&runtimeapi.ExecRequest{ContainerId: "c", Stdout: true, Cmd: []string{strings.Repeat("x", maxCommand)}}, "cmd",
+		},
+		"session without streams": {&runtimeapi.ExecRequest{ContainerId: "c", Cmd: []string{"x"}}, "stdout"},
+		"session of a terminal with two outputs": {
+			&runtimeapi.ExecRequest{ContainerId: "c", Cmd: []string{"x"}, Tty: true, Stdout: true, Stderr: true}, "stderr",
+		},
+		"session of a terminal": {
+			&runtimeapi.ExecRequest{ContainerId: "c", Cmd: []string{"x"}, Tty: true, Stdin: true, Stdout: true}, "",
+		},
+		"session that takes no output": {
+			&runtimeapi.ExecRequest{ContainerId: "c", Cmd: []string{"x"}, Stdin: true}, "",
+		},
+		"attach to nobody":       {&runtimeapi.AttachRequest{Stdout: true}, "container_id"},
+		"attach without streams": {&runtimeapi.AttachRequest{ContainerId: "c", Tty: true}, "stdout"},
+		"attach to a terminal with two outputs": {
+			&runtimeapi.AttachRequest{ContainerId: "c", Tty: true, Stderr: true}, "stderr",
+		},
+		"attach":                     {&runtimeapi.AttachRequest{ContainerId: "c", Stderr: true}, ""},
+		"forward port 0":             {&runtimeapi.PortForwardRequest{PodSandboxId: "p", Port: []int32{80, 0}}, "port[1]"},
+		"forward port -1":            {&runtimeapi.PortForwardRequest{PodSandboxId: "p", Port: []int32{-1}}, "port[0]"},
+		"forward port 65536":         {&runtimeapi.PortForwardRequest{PodSandboxId: "p", Port: []int32{65536}}, "port[0]"},
+		"forward many":               {&runtimeapi.PortForwardRequest{PodSandboxId: "p", Port: make([]int32, 1<<16)}, "port"},
+		"forward ports":              {&runtimeapi.PortForwardRequest{PodSandboxId: "p", Port: []int32{1, 65535}}, ""},
+		"forward what is said later": {&runtimeapi.PortForwardRequest{PodSandboxId: "p"}, ""},
+		"pull of a long name":        {&runtimeapi.PullImageRequest{Image: image(maxRef + 1)}, "image.image"},
+		"status of a long name":      {&runtimeapi.ImageStatusRequest{Image: image(maxRef + 1)}, "image.image"},
+		"remove of a long name":      {&runtimeapi.RemoveImageRequest{Image: image(maxRef + 1)}, "image.image"},
+		"pull":                       {&runtimeapi.PullImageRequest{Image: image(maxRef)}, ""},
 	} {
 		err := check(c.req)
 		if c.field == "" && err == nil {

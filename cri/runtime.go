@@ -156,6 +156,25 @@ func (s *Server) ExecSync(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*
 	return s.d.Containers.ExecSync(ctx, r.GetContainerId(), r.GetCmd(), timeout)
 }
 
+// Exec gives the address at which a command is run as a stream.
+func (s *Server) Exec(ctx context.Context, r *runtimeapi.ExecRequest) (*runtimeapi.ExecResponse, error) {
+	url, err := s.d.Containers.Exec(ctx, r)
+	return &runtimeapi.ExecResponse{Url: url}, err
+}
+
+// Attach gives the address at which the process of a container is spoken to.
+func (s *Server) Attach(ctx context.Context, r *runtimeapi.AttachRequest) (*runtimeapi.AttachResponse, error) {
+	url, err := s.d.Containers.Attach(ctx, r)
+	return &runtimeapi.AttachResponse{Url: url}, err
+}
+
+// PortForward gives the address at which ports of a pod are reached.
+func (s *Server) PortForward(ctx context.Context, r *runtimeapi.PortForwardRequest,
+) (*runtimeapi.PortForwardResponse, error) {
+	url, err := s.d.Pods.PortForward(ctx, r.GetPodSandboxId(), r.GetPort())
+	return &runtimeapi.PortForwardResponse{Url: url}, err
+}
+
 // ReopenContainerLog switches a container to a new log file.
 func (s *Server) ReopenContainerLog(ctx context.Context, r *runtimeapi.ReopenContainerLogRequest,
 ) (*runtimeapi.ReopenContainerLogResponse, error) {

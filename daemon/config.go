@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/holdfast-cri/holdfast/daemon/metrics"
+	"github.com/holdfast-cri/holdfast/daemon/streams"
 )
 
 // LockSuffix is what the file beside the socket of the CRI is called by that the
@@ -36,6 +37,9 @@ type Config struct {
 	// empty: all may. Each has ImageVerifierTimeout to answer; 0: the default.
 	ImageVerifierDir     string
 	ImageVerifierTimeout time.Duration
+
+	Stream    string           // binary of holdfast-stream
+	Streaming streams.Settings // of exec, attach and port-forward
 
 	CgroupDriver string // auto, cgroupfs, systemd
 	// PauseMode gives every pod an init process; otherwise only a pod that

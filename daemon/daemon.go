@@ -26,7 +26,9 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/daemon/streams"
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/stream"
 )
 
 // Daemon is the runtime. The methods of its parts are the verbs of the CRI in the
@@ -168,6 +170,7 @@ func (d *Daemon) openPods() error {
 		return err
 	}
 	d.claims = claims.NewTable(d.log)
+	sessions := d.sessions()
 	d.Containers = containers.New(containers.Options{
 		State:    d.state,
 		Claims:   d.claims,
@@ -181,6 +184,7 @@ func (d *Daemon) openPods() error {
 			Place:    d.cgroups.PlaceShim,
 			Log:      d.log,
 		},
+		Sessions:           sessions,
 		Cgroups:            cgroups{d.cgroups},
 		RejectAbsentMounts: cfg.RejectAbsentMounts,
 		OwnPaths:           []string{cfg.Root, cfg.State, string(d.ways()), cfg.Address, cfg.Address + LockSuffix},
@@ -191,6 +195,7 @@ func (d *Daemon) openPods() error {
 		State:      d.state,
 		Claims:     d.claims,
 		Containers: d.Containers,
+		Sessions:   sessions,
 		Runtimes:   d.Runtimes,
 		Network:    networkOfPods{d.net},
 		Cgroups:    d.cgroups,
@@ -206,6 +211,25 @@ func (d *Daemon) openPods() error {
 		Log:      d.log,
 	})
 	return nil
+}
+
+// sessions makes what gives out addresses of sessions. What an earlier daemon gave out
+// goes on being valid.
+func (d *Daemon) sessions() *streams.Sessions {
+	dir := stream.Dir(filepath.Join(d.cfg.State, stream.DirName))
+	d.background(func(ctx context.Context) {
+		if err := dir.Sweep(ctx); err != nil {
+			d.log.Warn("cannot remove the tokens of sessions that have expired", "error", err)
+		}
+	})
+	return streams.New(streams.Options{
+		Settings: d.cfg.Streaming,
+		Dir:      dir,
+		Binary:   d.cfg.Stream,
+		LogLevel: d.cfg.LogLevel,
+		Place:    d.cgroups.PlaceStream,
+		Log:      d.log,
+	})
 }
 
 // EndPulls calls off the pulls that run and those that come: a shutdown need not

@@ -3,11 +3,13 @@ package main
 import (
 	"bytes"
 	"cmp"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"maps"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,6 +23,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon"
 	"github.com/holdfast-cri/holdfast/daemon/beneath"
 	"github.com/holdfast-cri/holdfast/daemon/metrics"
+	"github.com/holdfast-cri/holdfast/daemon/streams"
 )
 
 const (
@@ -62,7 +65,12 @@ type file struct {
 		AbsentMountSource string `toml:"absent_mount_source"`
 	} `toml:"containers"`
 	Streaming struct {
-		Address string `toml:"address"`
+		Address         string `toml:"address"`
+		TLSCertFile     string `toml:"tls_cert_file"`
+		TLSKeyFile      string `toml:"tls_key_file"`
+		IdleTimeout     string `toml:"idle_timeout"`
+		CreationTimeout string `toml:"creation_timeout"`
+		Insecure        bool   `toml:"insecure"`
 	} `toml:"streaming"`
 	Metrics struct {
 		Address string `toml:"address"`
@@ -87,6 +95,7 @@ func defaults() file {
 	f.Sandbox.UnprivilegedPorts, f.Sandbox.UnprivilegedICMP = true, true
 	f.Containers.AbsentMountSource = "create"
 	f.Streaming.Address = "127.0.0.1:0"
+	f.Streaming.IdleTimeout, f.Streaming.CreationTimeout = "4h", "30s"
 	return f
 }
 
@@ -144,6 +153,12 @@ func (f file) warn(log *slog.Logger) {
 				"error", err)
 		}
 	}
+	if s := f.Streaming; s.TLSCertFile != "" {
+		// It may be made later: it is read when somebody wants a session.
+		if _, err := tls.LoadX509KeyPair(s.TLSCertFile, s.TLSKeyFile); err != nil {
+			log.Warn("the certificate of [streaming] cannot be used; exec, attach and port-forward need it", "error", err)
+		}
+	}
 }
 
 // resolve checks the values and finds the binaries.
@@ -168,7 +183,7 @@ func (f file) resolve(logLevel string) (daemon.Config, error) {
 		UnprivilegedICMP:  f.Sandbox.UnprivilegedICMP,
 	}
 	for _, step := range []func(*daemon.Config) error{
-		f.resolvePaths, f.resolveImages, f.resolveModes, f.resolveRuntimes,
+		f.resolvePaths, f.resolveImages, f.resolveModes, f.resolveStreaming, f.resolveRuntimes,
 	} {
 		if err := step(&c); err != nil {
 			return c, err
@@ -228,12 +243,61 @@ func (f file) resolveModes(c *daemon.Config) error {
 			f.Containers.AbsentMountSource)
 	}
 	if address := f.Metrics.Address; address != "" {
-		if err := checkHostPort(address); err != nil {
+		if _, err := checkHostPort(address); err != nil {
 			return fmt.Errorf("config: metrics.address = %q is not host:port: %w", address, err)
 		}
 		c.Metrics = metrics.New(version)
 	}
 	return nil
+}
+
+// resolveStreaming checks how sessions are served. Whoever has an address of a session
+// is root in a container: it goes over a network only where nobody can read it.
+func (f file) resolveStreaming(c *daemon.Config) error {
+	s := f.Streaming
+	host, err := checkHostPort(s.Address)
+	if err != nil {
+		return fmt.Errorf("config: streaming.address = %q is not host:port: %w", s.Address, err)
+	}
+	if (s.TLSCertFile == "") != (s.TLSKeyFile == "") {
+		return errors.New("config: streaming.tls_cert_file and streaming.tls_key_file: one is set without the other")
+	}
+	if s.TLSCertFile == "" && !s.Insecure && !loopback(host) {
+		return fmt.Errorf("config: streaming.address = %q is not the loopback, and without TLS everybody on the network "+
+			"can read what is done in containers, and take a session over: set tls_cert_file and tls_key_file, "+
+			"or listen on 127.0.0.1, or set insecure = true", s.Address)
+	}
+	c.Streaming = streams.Settings{Address: s.Address, TLSCert: s.TLSCertFile, TLSKey: s.TLSKeyFile}
+	for _, file := range []struct{ key, path string }{
+		{"tls_cert_file", s.TLSCertFile},
+		{"tls_key_file", s.TLSKeyFile},
+	} {
+		if file.path != "" && !filepath.IsAbs(file.path) {
+			return fmt.Errorf("config: streaming.%s = %q is not an absolute path", file.key, file.path)
+		}
+	}
+	for _, timeout := range []struct {
+		key, text string
+		to        *time.Duration
+	}{
+		{"idle_timeout", s.IdleTimeout, &c.Streaming.IdleTimeout},
+		{"creation_timeout", s.CreationTimeout, &c.Streaming.CreationTimeout},
+	} {
+		if *timeout.to, err = time.ParseDuration(timeout.text); err != nil || *timeout.to <= 0 {
+			return fmt.Errorf("config: streaming.%s = %q is not a time such as 4h", timeout.key, timeout.text)
+		}
+	}
+	return nil
+}
+
+// loopback says whether only this machine reaches a host. A name that is not known
+// without asking may be anything.
+func loopback(host string) bool {
+	if host == "localhost" {
+		return true
+	}
+	ip, err := netip.ParseAddr(host)
+	return err == nil && ip.Unmap().IsLoopback()
 }
 
 // resolveRuntimes finds the programs. runc need not be named.
@@ -255,6 +319,7 @@ func (f file) resolveRuntimes(c *daemon.Config) (err error) {
 	if c.Shim, err = findBinary("holdfast-shim"); err != nil {
 		return err
 	}
+	c.Stream, _ = findBinary("holdfast-stream") // without it there are no sessions, and all else works
 	c.Pause, err = findBinary("holdfast-pause")
 	return err
 }

@@ -7,6 +7,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
+
+	"github.com/holdfast-cri/holdfast/daemon"
 )
 
 // Whoever wrote the file is told where it is wrong, in its own words.
@@ -49,6 +52,51 @@ func TestConfigMistakes(t *testing.T) {
 		change(&f)
 		if _, err := f.resolve("info"); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", want, err)
+		}
+	}
+}
+
+// An address that others reach needs TLS, or somebody who insists.
+func TestStreamingConfig(t *testing.T) {
+	for text, want := range map[string]string{
+		``:                                          "",
+		`address = "127.0.0.2:80"`:                  "",
+		`address = "[::1]:0"`:                       "",
+		`address = "localhost:10010"`:               "",
+		`address = "[::ffff:127.0.0.1]:1"`:          "",
+		`address = "0.0.0.0:10010"`:                 `streaming.address = "0.0.0.0:10010" is not the loopback, and without TLS`,
+		`address = ":10010"`:                        "is not the loopback",
+		`address = "[::]:10010"`:                    "is not the loopback",
+		`address = "10.0.0.1:1"`:                    "set tls_cert_file and tls_key_file",
+		`address = "node.example:1"`:                "is not the loopback",
+		`address = "127.0.0.1.example:1"`:           "is not the loopback",
+		"address = \"10.0.0.1:1\"\ninsecure = true": "",
+		"address = \"10.0.0.1:1\"\ntls_cert_file = \"/c\"\ntls_key_file = \"/k\"": "",
+		`tls_cert_file = "/c"`:                         "one is set without the other",
+		`tls_key_file = "/k"`:                          "one is set without the other",
+		"tls_cert_file = \"c\"\ntls_key_file = \"/k\"": `streaming.tls_cert_file = "c" is not an absolute path`,
+		`address = "127.0.0.1"`:                        "is not host:port",
+		`address = ""`:                                 "is not host:port",
+		`address = "127.0.0.1:http:1"`:                 "is not host:port",
+		`idle_timeout = "4"`:                           `streaming.idle_timeout = "4" is not a time`,
+		`creation_timeout = "0s"`:                      `streaming.creation_timeout = "0s" is not a time`,
+		`creation_timeout = "-1s"`:                     "is not a time",
+		`idle_timeout = ""`:                            "is not a time",
+	} {
+		name := filepath.Join(t.TempDir(), "config.toml")
+		if err := os.WriteFile(name, []byte("[streaming]\n"+text+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		f, err := readConfig(name)
+		var c daemon.Config
+		if err == nil {
+			err = f.resolveStreaming(&c)
+		}
+		if want == "" && (err != nil || c.Streaming.IdleTimeout != 4*time.Hour || c.Streaming.Address == "") {
+			t.Errorf("%s: %+v, %v", text, c.Streaming, err)
+		}
+		if want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
+			t.Errorf("%s: %v, want %q", text, err, want)
 		}
 	}
 }

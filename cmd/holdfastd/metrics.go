@@ -17,16 +17,16 @@ import (
 // address can ask.
 const scrapes = 4
 
-// checkHostPort checks an address to listen on.
-func checkHostPort(address string) error {
-	_, port, err := net.SplitHostPort(address)
+// checkHostPort checks an address to listen on and gives its host.
+func checkHostPort(address string) (host string, err error) {
+	host, port, err := net.SplitHostPort(address)
 	if err == nil && port == "" {
 		err = errors.New("the port is missing")
 	}
 	if err == nil {
 		_, err = net.LookupPort("tcp", port)
 	}
-	return err
+	return host, err
 }
 
 // metricsServer serves GET /metrics until it is shut down, and nothing else.

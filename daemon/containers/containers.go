@@ -31,6 +31,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/stream"
 )
 
 // Pod is what a container has to know of its pod.
@@ -108,6 +109,11 @@ type Shims interface {
 	End(ctx context.Context, dir rundir.Dir, c *client.Client) error
 }
 
+// Sessions gives the address at which one client can have a session, within a minute.
+type Sessions interface {
+	URL(ctx context.Context, r stream.Request) (string, error)
+}
+
 // Cgroups places containers, and knows what is in a cgroup.
 type Cgroups interface {
 	// ContainerPath is the cgroupsPath of a container's spec.
@@ -137,6 +143,7 @@ type Options struct {
 	Images   Images
 	Roots    Roots
 	Shims    Shims
+	Sessions Sessions
 	Cgroups  Cgroups
 	// RejectAbsentMounts makes a mount source that does not exist an error.
 	// Otherwise it is made, as pods with an untyped hostPath rely on.

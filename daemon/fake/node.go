@@ -12,6 +12,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/claims"
 	"github.com/holdfast-cri/holdfast/daemon/containers"
 	"github.com/holdfast-cri/holdfast/daemon/pods"
+	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/runtimes"
 	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/spec"
@@ -28,6 +29,7 @@ type Node struct {
 	Shims       *Shims
 	Cgroups     *Cgroups
 	Network     *Network
+	Sessions    *Sessions
 	runtimes    *runtimes.Set
 }
 
@@ -41,7 +43,9 @@ func NewNode(t *testing.T) *Node {
 		Images:  &Images{},
 		Roots:   &Roots{},
 		Cgroups: &Cgroups{dir: filepath.Join(dir, "cgroup")},
-		Network: &Network{pinned: map[string]bool{}},
+		Network: &Network{pinned: map[string]records.Namespaces{}},
+
+		Sessions: &Sessions{},
 	}
 	quiet := slog.New(slog.DiscardHandler)
 	n.Shims = &Shims{Launcher: &shims.Launcher{Binary: binary, LogLevel: "debug", Log: quiet}}
@@ -109,6 +113,7 @@ func (n *Node) Open(t *testing.T) *Daemon {
 		Images:   n.Images,
 		Roots:    n.Roots,
 		Shims:    n.Shims,
+		Sessions: n.Sessions,
 		Cgroups:  n.Cgroups,
 		Go:       d.Go,
 		Log:      d.Log,
@@ -118,6 +123,7 @@ func (n *Node) Open(t *testing.T) *Daemon {
 		Claims:     d.Claims,
 		Containers: d.Containers,
 		Runtimes:   n.runtimes,
+		Sessions:   n.Sessions,
 		Network:    n.Network,
 		Cgroups:    n.Cgroups,
 		Host:       spec.Host{NodeName: "node"},

@@ -19,6 +19,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/stream"
 	"github.com/holdfast-cri/holdfast/reaper/pidfd"
 )
 
@@ -126,6 +127,29 @@ func (r *Roots) PinPID(p rundir.Process, path string) error {
 		return fmt.Errorf("process %d has ended", p.PID)
 	}
 	return os.WriteFile(path, nil, 0o600)
+}
+
+// Sessions keeps what it was asked for.
+type Sessions struct {
+	mu    sync.Mutex
+	asked []stream.Request
+}
+
+// URL gives an address at which nobody listens.
+func (s *Sessions) URL(_ context.Context, r stream.Request) (string, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.asked = append(s.asked, r)
+	return fmt.Sprintf("http://fake/%s/%d", r.Kind, len(s.asked)), nil
+}
+
+// Asked is what it was asked for since the last time.
+func (s *Sessions) Asked() []stream.Request {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	asked := s.asked
+	s.asked = nil
+	return asked
 }
 
 // Shims starts this test binary as shims.
@@ -244,19 +268,21 @@ type Network struct {
 	Adding, Deleting Failing
 
 	mu      sync.Mutex
-	pinned  map[string]bool
+	pinned  map[string]records.Namespaces
 	deleted []string
 }
 
 // CreateNamespaces notes that the pod has namespaces.
-func (n *Network) CreateNamespaces(id string, _ records.Want) (records.Namespaces, error) {
+func (n *Network) CreateNamespaces(id string, w records.Want) (records.Namespaces, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.pinned[id] = true
-	return namespaces(id), nil
+	var ns records.Namespaces
+	if w.Net {
+		ns.Net = "/fake/net/" + id
+	}
+	n.pinned[id] = ns
+	return ns, nil
 }
-
-func namespaces(id string) records.Namespaces { return records.Namespaces{Net: "/fake/net/" + id} }
 
 // RemoveNamespaces notes that the pod has none any more.
 func (n *Network) RemoveNamespaces(id string) error {
@@ -270,10 +296,7 @@ func (n *Network) RemoveNamespaces(id string) error {
 func (n *Network) Pinned(id string) records.Namespaces {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if !n.pinned[id] {
-		return records.Namespaces{}
-	}
-	return namespaces(id)
+	return n.pinned[id]
 }
 
 // Config is one that nobody reads.

@@ -10,8 +10,9 @@ import (
 
 // Where our own cgroups are, below the root of each hierarchy.
 const (
-	podsPath  = "/holdfast/pods"
-	shimsPath = "/holdfast/shims"
+	podsPath   = "/holdfast/pods"
+	shimsPath  = "/holdfast/shims"
+	streamPath = "/holdfast/stream"
 )
 
 // sameDriver is what to do where a parent belongs to the other driver.

@@ -171,6 +171,21 @@ func TestShim(t *testing.T) {
 	}
 }
 
+func TestStream(t *testing.T) {
+	m := newManager(t)
+	for range 2 { // the next one finds what the first one has left
+		pid, end := startSleep(t)
+		if err := m.PlaceStream(t.Context(), pid); err != nil {
+			t.Fatal(err)
+		}
+		of := cgroupsOf(t, pid)
+		if n, all := strings.Count(of, ":/holdfast/stream\n"), len(hierarchies(t)); n != all {
+			t.Errorf("placed in %d of %d hierarchies:\n%s", n, all, of)
+		}
+		end()
+	}
+}
+
 // A process that is dying while its cgroup is removed is waited for.
 func TestRemoveWaits(t *testing.T) {
 	m := newManager(t)

@@ -19,10 +19,23 @@ func (m *Manager) PlaceShim(ctx context.Context, id string, pid int) error {
 		return err
 	}
 	if m.driver == Systemd {
-		return placeScope(ctx, id, pid)
+		return placeScope(ctx, scopeName(id), "Holdfast shim of container "+id, pid)
 	}
 	if err := shimCgroups(id).Enter(pid); err != nil {
 		return fmt.Errorf("cannot move the shim of %s (pid %d) out of the daemon's cgroup: %w", id, pid, err)
+	}
+	return nil
+}
+
+// PlaceStream does the same for the process that serves sessions. Nothing has to be
+// removed later: the cgroup is one for all such processes, and a scope ends with its
+// process.
+func (m *Manager) PlaceStream(ctx context.Context, pid int) error {
+	if m.driver == Systemd {
+		return placeScope(ctx, fmt.Sprintf("holdfast-stream-%d%s", pid, scopeSuffix), "Holdfast sessions", pid)
+	}
+	if err := cgroup.Everywhere(streamPath).Enter(pid); err != nil {
+		return fmt.Errorf("cannot move holdfast-stream (pid %d) out of the daemon's cgroup: %w", pid, err)
 	}
 	return nil
 }
@@ -43,7 +56,7 @@ func (m *Manager) RemoveShim(ctx context.Context, id string) error {
 		return err
 	}
 	if m.driver == Systemd {
-		return removeScope(ctx, id)
+		return removeScope(ctx, scopeName(id))
 	}
 	if err := shimCgroups(id).Remove(ctx); err != nil {
 		return fmt.Errorf("cannot remove the cgroup of the shim of %s: %w", id, err)

@@ -44,7 +44,7 @@ func withSystemd(ctx context.Context, f func(context.Context, *dbus.Conn) error)
 	return err
 }
 
-// scopeProperties of a shim's scope.
+// scopeProperties of the scope of a shim, or of another process that outlives the daemon.
 //
 // It is in system.slice: a sibling of the daemon's service, so that no KillMode
 // of that one reaches it, and within what the kubelet reserves for the system.
@@ -52,12 +52,12 @@ func withSystemd(ctx context.Context, f func(context.Context, *dbus.Conn) error)
 // stops, a shutdown does not end the shims ahead of their containers, whose
 // scopes have none either: both stay until the final signal to all processes,
 // and the shim records how its container ended.
-func scopeProperties(id string, pid int) []dbus.Property {
+func scopeProperties(description string, pid int) []dbus.Property {
 	property := func(name string, value any) dbus.Property {
 		return dbus.Property{Name: name, Value: godbus.MakeVariant(value)}
 	}
 	return []dbus.Property{
-		property("Description", "Holdfast shim of container "+id),
+		property("Description", description),
 		property("Slice", systemSlice),
 		property("PIDs", []uint32{uint32(pid)}),
 		property("DefaultDependencies", false),
@@ -65,37 +65,37 @@ func scopeProperties(id string, pid int) []dbus.Property {
 	}
 }
 
-func placeScope(ctx context.Context, id string, pid int) error {
+func placeScope(ctx context.Context, scope, description string, pid int) error {
 	err := withSystemd(ctx, func(ctx context.Context, conn *dbus.Conn) error {
-		err := startScope(ctx, conn, id, pid)
+		err := startScope(ctx, conn, scope, description, pid)
 		if !isDBusError(err, "org.freedesktop.systemd1.UnitExists") {
 			return err
 		}
 		// By an earlier call for the same process, or one that has ended.
-		if inScope(pid, id) {
+		if inScope(pid, scope) {
 			return nil
 		}
-		if err := awaitScopeEnd(ctx, conn, id); err != nil {
+		if err := awaitScopeEnd(ctx, conn, scope); err != nil {
 			return err
 		}
-		return startScope(ctx, conn, id, pid)
+		return startScope(ctx, conn, scope, description, pid)
 	})
 	if err != nil {
-		return fmt.Errorf("cannot move the shim of %s (pid %d) into %s: %w", id, pid, scopeName(id), err)
+		return fmt.Errorf("cannot move process %d out of the daemon's cgroup, into %s: %w", pid, scope, err)
 	}
 	return nil
 }
 
-func startScope(ctx context.Context, conn *dbus.Conn, id string, pid int) error {
+func startScope(ctx context.Context, conn *dbus.Conn, scope, description string, pid int) error {
 	done := make(chan string, 1) // the library sends once, maybe after we left
-	_, err := conn.StartTransientUnitContext(ctx, scopeName(id), "fail", scopeProperties(id, pid), done)
+	_, err := conn.StartTransientUnitContext(ctx, scope, "fail", scopeProperties(description, pid), done)
 	if err != nil {
 		return err
 	}
 	select {
 	case result := <-done:
 		if result != "done" {
-			return fmt.Errorf("systemd says that the job is %q; see: systemctl status %s", result, scopeName(id))
+			return fmt.Errorf("systemd says that the job is %q; see: systemctl status %s", result, scope)
 		}
 		return nil
 	case <-ctx.Done():
@@ -104,35 +104,35 @@ func startScope(ctx context.Context, conn *dbus.Conn, id string, pid int) error 
 }
 
 // inScope says whether the process is in the scope already.
-func inScope(pid int, id string) bool {
+func inScope(pid int, scope string) bool {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
 	if err != nil {
 		return false
 	}
 	for line := range strings.Lines(string(b)) {
-		if strings.HasSuffix(strings.TrimSpace(line), "/"+scopeName(id)) {
+		if strings.HasSuffix(strings.TrimSpace(line), "/"+scope) {
 			return true
 		}
 	}
 	return false
 }
 
-func removeScope(ctx context.Context, id string) error {
+func removeScope(ctx context.Context, scope string) error {
 	err := withSystemd(ctx, func(ctx context.Context, conn *dbus.Conn) error {
-		return awaitScopeEnd(ctx, conn, id)
+		return awaitScopeEnd(ctx, conn, scope)
 	})
 	if err != nil {
-		return fmt.Errorf("cannot remove %s: %w", scopeName(id), err)
+		return fmt.Errorf("cannot remove %s: %w", scope, err)
 	}
 	return nil
 }
 
 // awaitScopeEnd returns once systemd has let go of the scope. It ends by itself
 // with its last process; only one that failed has to be told.
-func awaitScopeEnd(ctx context.Context, conn *dbus.Conn, id string) error {
+func awaitScopeEnd(ctx context.Context, conn *dbus.Conn, scope string) error {
 	return cgroup.RetryBusy(ctx, func() error {
 		// A unit that is not loaded is listed too, as inactive.
-		units, err := conn.ListUnitsByNamesContext(ctx, []string{scopeName(id)})
+		units, err := conn.ListUnitsByNamesContext(ctx, []string{scope})
 		if err != nil {
 			return err
 		}

@@ -115,7 +115,7 @@ func TestScopeAgain(t *testing.T) {
 	}
 	endFirst()
 	check(t, m.PlaceShim(t.Context(), id, second))
-	if !inScope(second, id) {
+	if !inScope(second, scopeName(id)) {
 		t.Errorf("the second process is in %q", cgroupsOf(t, second))
 	}
 	endSecond()

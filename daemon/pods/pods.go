@@ -53,6 +53,7 @@ type Options struct {
 	Claims     *claims.Table
 	Containers *containers.Manager
 	Runtimes   *runtimes.Set
+	Sessions   containers.Sessions
 	Network    Network
 	Cgroups    Cgroups
 	Host       spec.Host

@@ -3,19 +3,12 @@ package shims
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"os"
-	"os/exec"
-	"syscall"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/holdfast-cri/holdfast/daemon/spawn"
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
-	"github.com/holdfast-cri/holdfast/proto/step"
 )
 
 // Launcher starts shims.
@@ -39,84 +32,21 @@ func (l *Launcher) Launch(ctx context.Context, dir rundir.Dir) error {
 }
 
 func (l *Launcher) launch(ctx context.Context, dir rundir.Dir) error {
-	logFile, err := os.OpenFile(dir.Path(rundir.ShimLogName), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
-	if err != nil {
-		return err
+	p := spawn.Program{
+		Binary: l.Binary,
+		Args:   []string{"--dir", string(dir), "--log-level", l.LogLevel},
+		// A shim needs one processor only; setting that here costs half a megabyte less
+		// than a call in the shim does.
+		Env: []string{"GOMAXPROCS=1"},
+		Log: dir.Path(rundir.ShimLogName),
+		Ended: func(pid int, status error) {
+			l.Log.Debug("shim ended", "container", dir.ID(), "pid", pid, "status", status)
+		},
 	}
-	defer logFile.Close()
-
-	// The handshake: a byte to the shim says that it is in its cgroup, a byte
-	// from the shim that it is ready. When either process dies, the other one
-	// reads an end of file, so a shim that was not placed does not live on.
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
-	if err != nil {
-		return err
-	}
-	ours, theirs := os.NewFile(uintptr(fds[0]), "handshake"), os.NewFile(uintptr(fds[1]), "handshake")
-	defer ours.Close()
-
-	cmd := exec.Command(l.Binary, "--dir", string(dir), "--log-level", l.LogLevel)
-	cmd.Dir = "/"
-	// Nothing of the daemon's environment, such as the service manager's socket,
-	// is for the OCI runtime or a container. A shim needs one processor only;
-	// setting that here costs half a megabyte less than a call in the shim does.
-	// Where all programs get huge pages, which is Debian's default, those of the
-	// heap would cost one to three megabytes. Without profiles, each thread does not need
-	// the two kilobytes for the stacks in them.
-	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "GOMAXPROCS=1", "GODEBUG=disablethp=1,profstackdepth=0"}
-	cmd.Env = append(cmd.Env, step.Environ()...)
-	cmd.Stdout, cmd.Stderr = logFile, logFile
-	cmd.ExtraFiles = []*os.File{theirs}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	err = cmd.Start()
-	theirs.Close()
-	if err != nil {
-		return err
-	}
-	reaped := make(chan struct{})
-	go func() {
-		defer close(reaped)
-		err := cmd.Wait()
-		l.Log.Debug("shim ended", "container", dir.ID(), "pid", cmd.Process.Pid, "status", err)
-	}()
-
-	if err = l.handshake(ctx, dir.ID(), cmd.Process.Pid, ours); err != nil {
-		cmd.Process.Kill()
-		<-reaped
-		return err
-	}
-	return nil
-}
-
-func (l *Launcher) handshake(ctx context.Context, id string, pid int, conn *os.File) error {
-	if deadline, ok := ctx.Deadline(); ok {
-		conn.SetDeadline(deadline)
-	}
-	stop := context.AfterFunc(ctx, func() { conn.Close() })
-	defer stop()
 	if l.Place != nil {
-		if err := l.Place(ctx, id, pid); err != nil {
-			return err
-		}
+		p.Place = func(ctx context.Context, pid int) error { return l.Place(ctx, dir.ID(), pid) }
 	}
-	if _, err := conn.Write([]byte{1}); err != nil {
-		return fmt.Errorf("it ended before it was told to start: %w", err)
-	}
-	var answer [1]byte
-	if _, err := io.ReadFull(conn, answer[:]); err != nil {
-		if ctx.Err() != nil {
-			return fmt.Errorf("it was not ready in time: %w", ctx.Err())
-		}
-		if errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) {
-			return fmt.Errorf("it ended before it was ready; see %s in its run directory", rundir.ShimLogName)
-		}
-		return err
-	}
-	if answer[0] != 0 {
-		text, _ := io.ReadAll(io.LimitReader(conn, 4096))
-		return errors.New(string(text))
-	}
-	return nil
+	return p.Start(ctx)
 }
 
 // Alive is the method of this name.

@@ -70,6 +70,16 @@ func (d Dir) Lock() (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
+	// An earlier process may still serve its connections. The address is nobody's
+	// until Announce, and only its port counts.
+	if a, aerr := d.address(); aerr == nil {
+		a.Process = rundir.Process{}
+		err = record.Write(d.Path(addressName), a, false)
+	}
+	if err != nil {
+		lock.Close()
+		return nil, err
+	}
 	return &Server{d, lock}, nil
 }
 
@@ -116,5 +126,7 @@ func (s *Server) Retire(ctx context.Context, idle func() bool) (bool, error) {
 	return true, s.Close()
 }
 
-// Close gives the lock back.
+// Close gives the lock back. A holdfast-stream that is to end, by SIGTERM, does so at
+// once, when it has stopped to listen: another one takes its place while it serves the
+// connections that it has to their ends.
 func (s *Server) Close() error { return s.lock.Close() }

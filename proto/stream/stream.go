@@ -70,6 +70,9 @@ const (
 // gateLimit bounds the wait for the gate: who holds it writes or removes some files.
 const gateLimit = 10 * time.Second
 
+// DirName is what the directory is called below the state directory.
+const DirName = "stream"
+
 // Names in the directory.
 const (
 	tokensName  = "tokens"
@@ -173,6 +176,9 @@ func (d Dir) Take(token string) (Request, error) {
 
 // Sweep removes the tokens that have expired.
 func (d Dir) Sweep(ctx context.Context) error {
+	if err := d.Make(); err != nil {
+		return err
+	}
 	gate, err := d.gate(ctx)
 	if err != nil {
 		return err

@@ -317,6 +317,14 @@ func TestLockAndAddress(t *testing.T) {
 	if _, err := d.Running(); !errors.Is(err, ErrNotRunning) {
 		t.Errorf("closed, and running: %v", err)
 	}
+	// This process lives, and another one has the lock.
+	if s, err = d.Lock(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.Running(); !errors.Is(err, ErrStarting) || s.LastPort() != "4711" {
+		t.Errorf("running: %v; last port %q", err, s.LastPort())
+	}
+	s.Close()
 	// The next one has the lock and does not listen yet: the address is the earlier one's.
 	child := exec.Command("true")
 	if err := child.Run(); err != nil {

@@ -262,16 +262,27 @@ func TestBadInput(t *testing.T) {
 				return im.RemoveImage(x, &cri.RemoveImageRequest{})
 			}, codes.InvalidArgument, "image"},
 
-			{"Exec", func(x context.Context) (any, error) { return rt.Exec(x, &cri.ExecRequest{ContainerId: good.ID}) },
-				codes.Unimplemented, "Exec"},
-			{"Attach", func(x context.Context) (any, error) {
-				return rt.Attach(x,
-					&cri.AttachRequest{ContainerId: good.ID})
-			},
-				codes.Unimplemented, "Attach"},
-			{"PortForward", func(x context.Context) (any, error) {
-				return rt.PortForward(x, &cri.PortForwardRequest{PodSandboxId: pod.ID})
-			}, codes.Unimplemented, "PortForward"},
+			{"a session of nothing", func(x context.Context) (any, error) {
+				return rt.Exec(x, &cri.ExecRequest{ContainerId: good.ID, Stdout: true})
+			}, codes.InvalidArgument, "cmd"},
+			{"a session without streams", func(x context.Context) (any, error) {
+				return rt.Exec(x, &cri.ExecRequest{ContainerId: good.ID, Cmd: []string{"ls"}})
+			}, codes.InvalidArgument, "stdout"},
+			{"a session in a container that does not run", func(x context.Context) (any, error) {
+				return rt.Exec(x, &cri.ExecRequest{ContainerId: good.ID, Cmd: []string{"ls"}, Stdout: true})
+			}, codes.FailedPrecondition, "container_id"},
+			{"attach to a terminal that is none", func(x context.Context) (any, error) {
+				return rt.Attach(x, &cri.AttachRequest{ContainerId: good.ID, Stdout: true, Tty: true})
+			}, codes.InvalidArgument, "tty"},
+			{"attach with an input that is none", func(x context.Context) (any, error) {
+				return rt.Attach(x, &cri.AttachRequest{ContainerId: good.ID, Stdin: true})
+			}, codes.InvalidArgument, "stdin"},
+			{"forward port 0", func(x context.Context) (any, error) {
+				return rt.PortForward(x, &cri.PortForwardRequest{PodSandboxId: pod.ID, Port: []int32{0}})
+			}, codes.InvalidArgument, "port[0]"},
+			{"forward a port of unknown", func(x context.Context) (any, error) {
+				return rt.PortForward(x, &cri.PortForwardRequest{PodSandboxId: "nobody"})
+			}, codes.NotFound, "pod_sandbox_id"},
 			{"UpdateContainerResources", func(x context.Context) (any, error) {
 				return rt.UpdateContainerResources(x, &cri.UpdateContainerResourcesRequest{ContainerId: good.ID})
 			}, codes.Unimplemented, "UpdateContainerResources"},

@@ -127,15 +127,15 @@ var bans = []ban{
 //	daemon -> pods -> containers -> leaves and plain data
 var ofTheModule = map[string][]string{
 	"cri":    {"daemon", "daemon/metrics", "proto/kind"},
-	"daemon": {"daemon/...", "proto/kind", "proto/record", "proto/rundir", "runc/cgroup"},
+	"daemon": {"daemon/...", "proto/kind", "proto/record", "proto/rundir", "proto/stream", "runc/cgroup"},
 
 	"daemon/pods": {
 		"daemon/beneath", "daemon/claims", "daemon/containers", "daemon/records", "daemon/runtimes", "daemon/spec",
-		"daemon/state", "proto/kind", "proto/rundir", "proto/step",
+		"daemon/state", "proto/kind", "proto/rundir", "proto/step", "proto/stream",
 	},
 	"daemon/containers": {
 		"daemon/claims", "daemon/records", "daemon/runtimes", "daemon/spec", "daemon/state", "daemon/beneath",
-		"proto/client", "proto/kind", "proto/record", "proto/rundir", "proto/step",
+		"proto/client", "proto/kind", "proto/record", "proto/rundir", "proto/step", "proto/stream",
 	},
 
 	"daemon/claims":    {"proto/kind", "proto/step"},
@@ -144,7 +144,9 @@ var ofTheModule = map[string][]string{
 	"daemon/state":     {"proto/record"},
 	"daemon/spec":      {"daemon/beneath", "proto/kind", "runc/cgroup"},
 	"daemon/placement": {"runc/cgroup"},
-	"daemon/shims":     {"proto/client", "proto/rundir", "proto/step", "reaper/pidfd"},
+	"daemon/shims":     {"daemon/spawn", "proto/client", "proto/rundir", "reaper/pidfd"},
+	"daemon/spawn":     {"proto/step"},
+	"daemon/streams":   {"daemon/spawn", "proto/kind", "proto/rundir", "proto/stream", "reaper/pidfd"},
 	"daemon/rootfs":    {"daemon/beneath", "daemon/dirs", "proto/kind", "proto/record", "proto/rundir"},
 	"daemon/image": {"daemon/dirs", "daemon/records", "daemon/image/registry", "proto/kind", "proto/record",
 		"proto/rundir", "reaper/group"},
@@ -157,7 +159,7 @@ var ofTheModule = map[string][]string{
 
 	"daemon/fake": {
 		"daemon/claims", "daemon/containers", "daemon/pods", "daemon/records", "daemon/runtimes", "daemon/shims",
-		"daemon/spec", "daemon/state", "proto", "proto/kind", "proto/record", "proto/rundir", "reaper/pidfd", "runc",
+		"daemon/spec", "daemon/state", "proto", "proto/kind", "proto/record", "proto/rundir", "proto/stream", "reaper/pidfd", "runc",
 	},
 
 	"daemon/metrics": {"daemon/records"},
