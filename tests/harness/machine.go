@@ -26,7 +26,8 @@ func look(n *shared) machine {
 	m := machine{}
 	add := func(kind, what string) { m[kind+" "+what] = true }
 	for pid, cmdline := range processes() {
-		if strings.Contains(cmdline, n.State+"/") && pid != os.Getpid() {
+		// What serves sessions stays until it was idle for some minutes.
+		if strings.Contains(cmdline, n.State+"/") && pid != os.Getpid() && !n.servesSessions(cmdline) {
 			add("process", fmt.Sprintf("%d %s", pid, cmdline))
 		}
 	}
@@ -77,7 +78,22 @@ func look(n *shared) machine {
 func keptOnPurpose(path string) bool {
 	return filepath.Base(path) == "synced" || // the mark of a layer, made in the background
 		strings.Contains(path, "/images/ingest/") || // a download that broke off, for the next pull to resume
-		strings.Contains(path, "/images/pending/") // the note of it
+		strings.Contains(path, "/images/pending/") || // the note of it
+		strings.Contains(path, "/stream/") && !strings.Contains(path, "/stream/tokens/") // of whoever serves sessions
+}
+
+func (n *shared) servesSessions(cmdline string) bool {
+	return strings.Contains(cmdline, "holdfast-stream --dir "+n.State+"/stream ")
+}
+
+// StreamPID is the process that serves sessions, 0 if there is none.
+func (n *Node) StreamPID() int {
+	for pid, cmdline := range processes() {
+		if n.servesSessions(cmdline) {
+			return pid
+		}
+	}
+	return 0
 }
 
 // Mark makes the machine as it is now the one to which Leftovers compares.
