@@ -93,9 +93,9 @@ func (c *Claim) reached() step.Step {
 	return c.stage
 }
 
-func (c *Claim) over() bool {
+func closed(c <-chan struct{}) bool {
 	select {
-	case <-c.done:
+	case <-c:
 		return true
 	default:
 		return false
@@ -173,7 +173,7 @@ func (c *Claim) give(ctx context.Context) error {
 	switch {
 	case c.removed:
 		return errAgain
-	case c.isGiven():
+	case closed(c.given):
 		return nil
 	}
 	if err := ctx.Err(); err != nil { // nobody would get the answer
@@ -184,15 +184,6 @@ func (c *Claim) give(ctx context.Context) error {
 	}
 	close(c.given)
 	return nil
-}
-
-func (c *Claim) isGiven() bool {
-	select {
-	case <-c.given:
-		return true
-	default:
-		return false
-	}
 }
 
 // join gives the claim of a name, and begins an attempt if there is none.
@@ -262,7 +253,7 @@ func (t *Table) withdraw(ctx context.Context, c *Claim) func(context.Context) er
 	defer c.giving.Unlock()
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if c.isGiven() || t.claims[c.Name.Name] != c {
+	if closed(c.given) || t.claims[c.Name.Name] != c {
 		return nil
 	}
 	c.removed = true
@@ -337,7 +328,7 @@ func (t *Table) busy(group string) *Claim {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for _, c := range t.claims {
-		if c.Group == group && !c.over() {
+		if c.Group == group && !closed(c.done) {
 			return c
 		}
 	}

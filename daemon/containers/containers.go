@@ -145,8 +145,7 @@ type Options struct {
 	Shims    Shims
 	Sessions Sessions
 	Cgroups  Cgroups
-	// RejectAbsentMounts makes a mount source that does not exist an error.
-	// Otherwise it is made, as pods with an untyped hostPath rely on.
+	// RejectAbsentMounts is that of daemon.Config.
 	RejectAbsentMounts bool
 	// OwnPaths are those of the runtime itself: nothing is made there or below, as
 	// what a pod mounts.

@@ -445,16 +445,22 @@ func TestStoppedShim(t *testing.T) {
 }
 
 // A file that is missing or damaged ends nothing that lives, and keeps nobody from
-// stopping and removing it.
-func TestDamageWhileTheShimLives(t *testing.T) {
+// stopping and removing it. Of a shim that is killed behind it, what still runs is killed
+// with it, and what ran is not told to have succeeded, or never to have run.
+func TestDamage(t *testing.T) {
 	for name, damage := range fake.RunDirDamages() {
 		t.Run(name, func(t *testing.T) {
 			b := newBed(t)
-			fresh, ran := b.create("fresh"), b.run("ran", fake.Sleeps...)
-			for _, id := range []string{fresh, ran} {
-				if err := damage(string(b.Dir(id))); err != nil {
-					t.Fatal(err)
-				}
+			fresh, ran, killed := b.create("fresh"), b.run("ran", fake.Sleeps...), b.run("killed", fake.Sleeps...)
+			p, err := b.Dir(killed).FindShim()
+			for _, id := range []string{fresh, ran, killed} {
+				err = errors.Join(err, damage(string(b.Dir(id))))
+			}
+			if err == nil {
+				err = syscall.Kill(p.PID, syscall.SIGKILL)
+			}
+			if err != nil {
+				t.Fatal(err)
 			}
 			if s := b.Status(t, ran); s.State != running || !b.Lives(t, b.podID, ran) {
 				t.Errorf("the running one: %v", s)
@@ -474,32 +480,12 @@ func TestDamageWhileTheShimLives(t *testing.T) {
 				}
 				b.remove(id)
 			}
-		})
-	}
-}
-
-// A shim that is killed behind damaged files: what still runs is killed with it,
-// and what ran is not told to have succeeded, or never to have run.
-func TestDamageThenTheShimIsKilled(t *testing.T) {
-	for name, damage := range fake.RunDirDamages() {
-		t.Run(name, func(t *testing.T) {
-			b := newBed(t)
-			ran := b.run("ran", fake.Sleeps...)
-			p, err := b.Dir(ran).FindShim()
-			if err != nil {
-				t.Fatal(err)
+			s := b.Ended(t, killed)
+			if s.ExitCode == 0 || s.Reason != rundir.ReasonShimDied || s.StartedAt == 0 ||
+				b.Lives(t, b.podID, killed) {
+				t.Errorf("the one whose shim was killed: %v", s)
 			}
-			if err := damage(string(b.Dir(ran))); err != nil {
-				t.Fatal(err)
-			}
-			if err := syscall.Kill(p.PID, syscall.SIGKILL); err != nil {
-				t.Fatal(err)
-			}
-			s := b.Ended(t, ran)
-			if s.ExitCode == 0 || s.Reason != rundir.ReasonShimDied || s.StartedAt == 0 || b.Lives(t, b.podID, ran) {
-				t.Errorf("got %v", s)
-			}
-			b.remove(ran)
+			b.remove(killed)
 		})
 	}
 }

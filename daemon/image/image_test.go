@@ -279,9 +279,7 @@ func (k *sink) Apply(ctx context.Context, d digest.Digest, r io.Reader) error {
 	return nil
 }
 
-func (k *sink) request(ref string) PullRequest {
-	return PullRequest{Ref: ref, Layers: k}
-}
+func (k *sink) request(ref string) PullRequest { return PullRequest{Ref: ref, Layers: k} }
 
 func openAt(t testing.TB, root string, change ...func(*Options)) *Store {
 	t.Helper()

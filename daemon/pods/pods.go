@@ -59,11 +59,8 @@ type Options struct {
 	Host       spec.Host
 	// Pause is the static binary of a pod's init.
 	Pause string
-	// AlwaysInit gives every pod an init.
-	AlwaysInit bool
-	// UnprivilegedPorts lets everybody in a pod's own network listen on ports below
-	// 1024, UnprivilegedICMP lets everybody there ping.
-	UnprivilegedPorts, UnprivilegedICMP bool
+	// Of daemon.Config; AlwaysInit is its PauseMode.
+	AlwaysInit, UnprivilegedPorts, UnprivilegedICMP bool
 	// NoUserns says why no pod can have a user namespace; nil if one can.
 	NoUserns error
 	// Go runs f in the background, unless the daemon is closing. It ends with ctx.

@@ -51,13 +51,7 @@ func bind(f *os.File, at string) error {
 	if err != nil && !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("cannot make a place for a mount: %w", err)
 	}
-	const flags = unix.OPEN_TREE_CLONE | unix.OPEN_TREE_CLOEXEC | unix.AT_EMPTY_PATH
-	tree, err := unix.OpenTree(int(f.Fd()), "", flags)
-	if err != nil {
-		return fmt.Errorf("cannot copy the mount of %.200q: %w", f.Name(), err)
-	}
-	defer unix.Close(tree)
-	return attach(tree, at)
+	return mountAgain(fmt.Sprint(fdPrefix, f.Fd()), at)
 }
 
 // Volumes makes the directories that an image declares as volumes, where they are

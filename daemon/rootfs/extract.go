@@ -453,9 +453,7 @@ func (x *extractor) whiteout(parent int, base string) error {
 	return nil
 }
 
-func isWhiteout(st *unix.Stat_t) bool {
-	return st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == 0
-}
+func isWhiteout(st *unix.Stat_t) bool { return st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == 0 }
 
 // setOpaque hides what the layers below have in a directory.
 func (x *extractor) setOpaque(parent int, base string) error {

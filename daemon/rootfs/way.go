@@ -80,11 +80,11 @@ func (w Ways) Remove(id string) error {
 	return detach(dir)
 }
 
-// mountAgain mounts a directory on another one, without what is mounted below it.
-func mountAgain(dir, at string) error {
-	tree, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+// mountAgain mounts a file or directory on another one, without what is mounted below it.
+func mountAgain(path, at string) error {
+	tree, err := unix.OpenTree(unix.AT_FDCWD, path, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
 	if err != nil {
-		return fmt.Errorf("cannot copy the mount of %s: %w", dir, err)
+		return fmt.Errorf("cannot copy the mount of %s: %w", path, err)
 	}
 	defer unix.Close(tree)
 	return attach(tree, at)

@@ -93,9 +93,7 @@ func (in *Input) privileged() {
 }
 
 // validateAndBuild is what a request for a container passes.
-func validateAndBuild(in Input) (*Result, error) {
-	return buildFor(in, passwd, group)
-}
+func validateAndBuild(in Input) (*Result, error) { return buildFor(in, passwd, group) }
 
 func buildFor(in Input, passwd, group string) (*Result, error) {
 	err := Validate(in.Container, in.Sandbox)

@@ -278,13 +278,9 @@ func inPodContext(sc *cri.LinuxSandboxSecurityContext) changePod {
 	return func(s *podConfig) { s.Linux.SecurityContext = sc }
 }
 
-func withDNS(d *cri.DNSConfig) changePod {
-	return func(s *podConfig) { s.DnsConfig = d }
-}
+func withDNS(d *cri.DNSConfig) changePod { return func(s *podConfig) { s.DnsConfig = d } }
 
-func withHostname(h string) changePod {
-	return func(s *podConfig) { s.Hostname = h }
-}
+func withHostname(h string) changePod { return func(s *podConfig) { s.Hostname = h } }
 
 var podCases = []struct {
 	name   string

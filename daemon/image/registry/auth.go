@@ -250,7 +250,7 @@ func (r *Repository) tokenOptions(h host, resp *http.Response, c auth.Challenge)
 // taken to have the repository where its path leads.
 func (r *Repository) scopes(h host, resp *http.Response, asked string) []string {
 	l := strings.Fields(asked)
-	if atRoot := resp.Request.URL.Path == rootOf(h); atRoot {
+	if resp.Request.URL.Path == rootOf(h) {
 		l = nil
 	}
 	if !slices.ContainsFunc(l, func(s string) bool { return strings.HasPrefix(s, "repository:") }) {
