@@ -157,13 +157,15 @@ func (d *daemon) pull(images int) error {
 	g, ctx := errgroup.WithContext(ctx)
 	for i := range images {
 		g.Go(func() error {
-			ref := fmt.Sprintf("registry.test/bench:%d", i)
-			_, err := d.images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}})
+			_, err := d.images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: reference(i)}})
 			return err
 		})
 	}
 	return g.Wait()
 }
+
+// reference is the name of one of the images.
+func reference(n int) string { return fmt.Sprintf("registry.test/bench:%d", n) }
 
 func (s sample) String() string {
 	return fmt.Sprintf("%6.2fs, on the disk %6.2fs, cpu %6.2fs, memory %4d MiB, anonymous %4d MiB (registry cpu %.2fs)",
@@ -192,30 +194,57 @@ func median[T cmp.Ordered](l []T) T {
 }
 
 func (r results) print(w io.Writer) {
-	fmt.Fprintf(w, "%d image(s) of %d layers, %s: %.2f GiB in %d files, %.2f GiB compressed; median of %d\n\n%-26s",
-		r.images, r.layers, r.compress, float64(r.Unpacked)/(1<<30), r.Files, float64(r.Packed)/(1<<30), r.rounds, "")
-	for _, n := range r.names {
+	fmt.Fprintf(w, "%d image(s) of %d layers, %s: %.2f GiB in %d files, %.2f GiB compressed; median of %d\n\n",
+		r.images, r.layers, r.compress, float64(r.Unpacked)/(1<<30), r.Files, float64(r.Packed)/(1<<30), r.rounds)
+	t := table{names: r.names}
+	for _, f := range figures {
+		values := map[string][]float64{}
+		for n, samples := range r.samples {
+			for _, s := range samples {
+				values[n] = append(values[n], f.of(s))
+			}
+		}
+		t.rows = append(t.rows, row{f.name, f.goal, f.unit, values})
+	}
+	t.print(w)
+}
+
+// table is a report: what each daemon took, and the ratio if there are two.
+type table struct {
+	names []string
+	rows  []row
+}
+
+type row struct {
+	name   string
+	goal   float64 // of the ratio; 0: none
+	unit   string
+	values map[string][]float64 // of each daemon; their median is printed
+}
+
+// ratio is what the first daemon takes of what the second one takes.
+func (t table) ratio(r row) float64 {
+	return median(r.values[t.names[0]]) / median(r.values[t.names[1]])
+}
+
+func (t table) print(w io.Writer) {
+	fmt.Fprintf(w, "%-26s", "")
+	for _, n := range t.names {
 		fmt.Fprintf(w, "%16s", n)
 	}
-	compared := len(r.names) == 2
+	compared := len(t.names) == 2
 	if compared {
 		fmt.Fprintf(w, "%8s  goal", "ratio")
 	}
-	for _, f := range figures {
-		var values []float64
-		fmt.Fprintf(w, "\n%-26s", f.name)
-		for _, n := range r.names {
-			var l []float64
-			for _, s := range r.samples[n] {
-				l = append(l, f.of(s))
-			}
-			values = append(values, median(l))
-			fmt.Fprintf(w, "%12.1f %-3s", values[len(values)-1], f.unit)
+	for _, r := range t.rows {
+		fmt.Fprintf(w, "\n%-26s", r.name)
+		for _, n := range t.names {
+			fmt.Fprintf(w, "%12.1f %-3s", median(r.values[n]), r.unit)
 		}
 		if compared {
-			fmt.Fprintf(w, "%8.2f", values[0]/values[1])
-			if f.goal > 0 {
-				fmt.Fprintf(w, "  <= %.1f", f.goal)
+			fmt.Fprintf(w, "%8.2f", t.ratio(r))
+			if r.goal > 0 {
+				fmt.Fprintf(w, "  <= %.1f", r.goal)
 			}
 		}
 	}

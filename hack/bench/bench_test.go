@@ -17,9 +17,9 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// TestBench is a short run of all of it, without containerd and without a file
-// system of its own. What it measures is of no interest, only that it measures.
-func TestBench(t *testing.T) {
+// programs is the folder of the programs to measure.
+func programs(t *testing.T) string {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
@@ -34,6 +34,13 @@ func TestBench(t *testing.T) {
 	if _, err := os.Stat(filepath.Join(bin, "holdfastd")); err != nil {
 		t.Fatalf("cannot measure: run make build first: %v", err)
 	}
+	return bin
+}
+
+// TestBench is a short run of all of it, without containerd and without a file
+// system of its own. What it measures is of no interest, only that it measures.
+func TestBench(t *testing.T) {
+	bin := programs(t)
 	dir := t.TempDir()
 	o := options{dir: dir, bin: bin, images: 2, layers: 3, bytes: 8 << 20, compress: "gzip", rounds: 1, plain: true}
 	r, err := bench(o, t.Logf)
@@ -59,6 +66,24 @@ func TestBench(t *testing.T) {
 	again, err := makeImages(filepath.Join(dir, "image-2-3-8388608-gzip"), o)
 	if err != nil || again != r.made {
 		t.Errorf("made %+v again: %v", again, err)
+	}
+}
+
+// TestBenchExecs runs a few, without containerd.
+func TestBenchExecs(t *testing.T) {
+	dir := t.TempDir()
+	r, err := benchExecs(options{dir: dir, bin: programs(t), execs: 4})
+	if err != nil {
+		b, _ := os.ReadFile(filepath.Join(dir, "holdfast.log"))
+		t.Fatalf("%v\n%s", err, b)
+	}
+	for _, row := range r.rows {
+		if v := row.values["holdfast"]; len(v) != 4 || slices.Min(v) <= 0 {
+			t.Errorf("%s took %v ms", row.name, v)
+		}
+	}
+	if left, _ := filepath.Glob(filepath.Join(dir, "holdfast-*")); len(r.rows) != 2 || len(left) != 0 {
+		t.Errorf("%d rows; %v is left", len(r.rows), left)
 	}
 }
 

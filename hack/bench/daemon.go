@@ -120,8 +120,9 @@ func (p *process) peak() (stop func() int64) {
 // daemon is a runtime with everything it has below dir.
 type daemon struct {
 	*process
-	conn   *grpc.ClientConn
-	images cri.ImageServiceClient
+	conn    *grpc.ClientConn
+	images  cri.ImageServiceClient
+	runtime cri.RuntimeServiceClient
 }
 
 // A kind of daemon: how it is configured and started.
@@ -136,14 +137,16 @@ func socketDir(dir string) string { return filepath.Join("/run", "hf-bench-"+fil
 
 func kinds(o options) []kind {
 	l := []kind{{"holdfast", func(dir, socket, certs string) (string, []string) {
-		return fmt.Sprintf("root = %q\nstate = %q\naddress = %q\n[registry]\nconfig_dir = %q\n",
-				filepath.Join(dir, "root"), filepath.Join(dir, "state"), socket, certs),
+		return fmt.Sprintf("root = %q\nstate = %q\naddress = %q\n[registry]\nconfig_dir = %q\n[cni]\nconf_dir = %q\n",
+				filepath.Join(dir, "root"), filepath.Join(dir, "state"), socket, certs, filepath.Join(dir, "net.d")),
 			[]string{filepath.Join(o.bin, "holdfastd"), "-config"}
 	}}}
 	if o.containerd == "" {
 		return l
 	}
-	// Its defaults, but for the paths.
+	// Its defaults, but for the paths, and for what a machine like a container needs: a
+	// process without CAP_SYS_RESOURCE cannot lower the oom_score_adj of a sandbox. The
+	// OCI runtime is the same for both.
 	return append(l, kind{"containerd", func(dir, socket, certs string) (string, []string) {
 		return fmt.Sprintf(`version = 3
 root = '%[1]s/root'
@@ -161,9 +164,18 @@ imports = []
   path = '%[1]s/opt'
 [plugins.'io.containerd.nri.v1.nri']
   disable = true
+[plugins.'io.containerd.cri.v1.images'.pinned_images]
+  sandbox = '%[5]s'
+[plugins.'io.containerd.cri.v1.runtime']
+  restrict_oom_score_adj = true
 [plugins.'io.containerd.cri.v1.runtime'.cni]
   conf_dir = '%[1]s/net.d'
-`, dir, socket, certs, socketDir(dir)), []string{o.containerd, "-c"}
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
+  runtime_type = 'io.containerd.runc.v2'
+[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc.options]
+  BinaryName = '%[6]s'
+  Root = '%[1]s/state/runc'
+`, dir, socket, certs, socketDir(dir), reference(0), filepath.Join(o.bin, "runc")), []string{o.containerd, "-c"}
 	}})
 }
 
@@ -186,6 +198,8 @@ func (k kind) start(dir, host, logDir string) (*daemon, error) {
 	defer log.Close()
 	cmd := exec.Command(args[0], append(args[1:], filepath.Join(dir, "config.toml"))...)
 	cmd.Stdout, cmd.Stderr = log, log
+	// containerd looks for its shim on the path.
+	cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(args[0])+":"+os.Getenv("PATH"))
 	p, err := startProcess(cmd)
 	if err != nil {
 		return nil, err
@@ -194,6 +208,7 @@ func (k kind) start(dir, host, logDir string) (*daemon, error) {
 	plain := grpc.WithTransportCredentials(insecure.NewCredentials())
 	if d.conn, err = grpc.NewClient("unix://"+filepath.Join(dir, "sock"), plain); err == nil {
 		d.images = cri.NewImageServiceClient(d.conn)
+		d.runtime = cri.NewRuntimeServiceClient(d.conn)
 		err = d.ready()
 	}
 	if err != nil {

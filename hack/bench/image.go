@@ -59,7 +59,7 @@ func makeImages(dir string, o options) (m made, err error) {
 		m.Files += l.files
 	}
 	for i := range o.images {
-		if err := writeManifest(dir, i, layers[i*o.layers:][:o.layers]); err != nil {
+		if err := writeManifest(dir, i, ocispec.ImageConfig{}, layers[i*o.layers:][:o.layers]); err != nil {
 			return m, err
 		}
 	}
@@ -86,8 +86,9 @@ func split(bytes int64, n int) []int64 {
 	return sizes
 }
 
-func writeManifest(dir string, n int, layers []layer) error {
+func writeManifest(dir string, n int, run ocispec.ImageConfig, layers []layer) error {
 	config := ocispec.Image{
+		Config:   run,
 		Platform: ocispec.Platform{OS: "linux", Architecture: runtime.GOARCH},
 		RootFS:   ocispec.RootFS{Type: "layers"},
 	}
@@ -113,8 +114,9 @@ func writeManifest(dir string, n int, layers []layer) error {
 
 // layer is one generated layer.
 type layer struct {
-	seed  uint64
-	bytes int64 // of the files in it
+	seed    uint64
+	bytes   int64  // of the files in it
+	program string // a file that is all there is in it; empty: generated ones
 
 	desc   ocispec.Descriptor
 	diffID digest.Digest
@@ -139,7 +141,11 @@ func (l *layer) make(dir, compression string) error {
 		return err
 	}
 	w := bufio.NewWriterSize(io.MultiWriter(z, plain), 1<<20)
-	if err := l.fill(tar.NewWriter(w)); err != nil {
+	fill := l.fill
+	if l.program != "" {
+		fill = l.fillProgram
+	}
+	if err := fill(tar.NewWriter(w)); err != nil {
 		return err
 	}
 	if err := errors.Join(w.Flush(), z.Close()); err != nil {
@@ -209,6 +215,22 @@ func (l *layer) fill(w *tar.Writer) error {
 				return err
 			}
 		}
+	}
+	return w.Close()
+}
+
+// fillProgram writes the program as /program.
+func (l *layer) fillProgram(w *tar.Writer) error {
+	b, err := os.ReadFile(l.program)
+	if err != nil {
+		return err
+	}
+	h := &tar.Header{Typeflag: tar.TypeReg, Name: "program", Mode: 0o755, Size: int64(len(b))}
+	if err := writeHeader(w, h); err != nil {
+		return err
+	}
+	if _, err := w.Write(b); err != nil {
+		return err
 	}
 	return w.Close()
 }

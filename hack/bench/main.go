@@ -1,8 +1,10 @@
 // Command bench measures how fast images are pulled: wall time, processor time
 // and peak memory of holdfastd and, where there is one, of containerd, on the
-// same disk, from the same registry, in turns.
+// same disk, from the same registry, in turns. With -execs it measures instead how
+// long ExecSync takes, which probes are, alone and four at a time.
 //
 //	make bench [CONTAINERD=path-of-containerd] [BENCH='-layers 1 -bytes 1G']
+//	make bench [CONTAINERD=path-of-containerd] BENCH='-execs 100'
 //
 // It needs root and what `make build` makes, and room for three times the size
 // of the image. It leaves nothing behind but the logs of a run that failed; with
@@ -31,6 +33,7 @@ type options struct {
 	compress   string
 	rounds     int
 	plain      bool // on the file system of dir, not on a fresh one
+	execs      int  // instead of pulls: so many by each daemon, alone and four at a time
 }
 
 func main() {
@@ -54,6 +57,7 @@ func main() {
 	flag.StringVar(&o.compress, "compression", "gzip", "of the layers: gzip, zstd or none")
 	flag.BoolVar(&o.plain, "plain", false,
 		"use the file system of -dir as it is, instead of a fresh ext4 in a file there for every pull")
+	flag.IntVar(&o.execs, "execs", 0, "measure so many ExecSync of each daemon instead of pulls")
 	flag.IntVar(&o.rounds, "rounds", 3, "pulls by each daemon")
 	flag.Parse()
 	if err := command(o); err != nil {
@@ -93,6 +97,13 @@ func command(o options) (err error) {
 		if *p, err = filepath.Abs(*p); err != nil {
 			return err
 		}
+	}
+	if o.execs > 0 {
+		t, err := benchExecs(o)
+		if err == nil {
+			t.print(os.Stdout)
+		}
+		return err
 	}
 	r, err := bench(o, log.Printf)
 	if err != nil {
