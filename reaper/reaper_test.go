@@ -56,9 +56,7 @@ var one = sync.OnceValues(func() (*Reaper, error) {
 func newReaper(t *testing.T) *Reaper {
 	t.Helper()
 	r, err := one()
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return r
 }
 
@@ -73,20 +71,12 @@ func left(t *testing.T, r *Reaper, role string, args ...string) int {
 	t.Helper()
 	pidfile := filepath.Join(t.TempDir(), "pid")
 	cmd := command("leave", append([]string{pidfile, role}, args...)...)
-	if err := r.Start(cmd); err != nil {
-		t.Fatal(err)
-	}
-	if err := r.Wait(cmd); err != nil {
-		t.Fatal(err)
-	}
+	check(t, r.Start(cmd))
+	check(t, r.Wait(cmd))
 	b, err := os.ReadFile(pidfile)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	pid, err := strconv.Atoi(string(b))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	return pid
 }
 
@@ -134,9 +124,7 @@ func TestAdopt(t *testing.T) {
 			release := r.Hold()
 			defer release()
 			child, err := r.Adopt(left(t, r, c.role, strconv.Itoa(c.arg)))
-			if err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
 			release()
 			for range 2 { // Wait leaves the zombie, so it can be asked again
 				if got, err := child.Wait(t.Context()); err != nil || got != c.want {
@@ -169,9 +157,7 @@ func TestAdoptDead(t *testing.T) {
 		return strings.Contains(string(b), ") Z ")
 	})
 	child, err := r.Adopt(pid)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	release()
 	if got, err := child.Wait(t.Context()); err != nil || got.Code != 7 {
 		t.Errorf("got %+v, %v", got, err)
@@ -186,9 +172,7 @@ func TestAdoptOnlyChildren(t *testing.T) {
 	}
 	defer r.Hold()()
 	child, err := r.Adopt(left(t, r, "wait"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if _, err := r.Adopt(child.PID); err == nil {
 		t.Error("adopted twice")
 	}
@@ -225,9 +209,7 @@ func TestSweepGoesOnAfterOwned(t *testing.T) {
 	r := newReaper(t)
 	release := r.Hold()
 	owned, err := r.Adopt(left(t, r, "orphan", "1"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	owned.Wait(t.Context())
 	orphan := left(t, r, "orphan", "0")
 	release()
@@ -239,9 +221,7 @@ func TestKillStrays(t *testing.T) {
 	r := newReaper(t)
 	release := r.Hold()
 	owned, err := r.Adopt(left(t, r, "wait"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	stray := left(t, r, "wait")
 	if err := r.KillStrays(); err != nil {
 		t.Error(err)
@@ -254,4 +234,12 @@ func TestKillStrays(t *testing.T) {
 	owned.Signal(unix.SIGKILL)
 	owned.Wait(t.Context())
 	owned.Reap()
+}
+
+// check ends the test where something fails that it needs.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
 }

@@ -25,9 +25,7 @@ func TestConfigMistakes(t *testing.T) {
 		"x = [":                            name + ":1:6: array is incomplete",
 		"[images]\nkeep_blob = true":       "keep_blob",
 	} {
-		if err := os.WriteFile(name, []byte(text+"\n"), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.WriteFile(name, []byte(text+"\n"), 0o600))
 		if _, err := readConfig(name); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", text, err)
 		}
@@ -36,9 +34,7 @@ func TestConfigMistakes(t *testing.T) {
 		"not a regular file": func() error { return syscall.Mkfifo(name, 0o600) },
 		"larger than":        func() error { return os.WriteFile(name, make([]byte, maxConfig+1), 0o600) },
 	} {
-		if err := errors.Join(os.Remove(name), put()); err != nil {
-			t.Fatal(err)
-		}
+		check(t, errors.Join(os.Remove(name), put()))
 		if _, err := readConfig(name); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", want, err)
 		}
@@ -84,9 +80,7 @@ func TestStreamingConfig(t *testing.T) {
 		`idle_timeout = ""`:                            "is not a time",
 	} {
 		name := filepath.Join(t.TempDir(), "config.toml")
-		if err := os.WriteFile(name, []byte("[streaming]\n"+text+"\n"), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.WriteFile(name, []byte("[streaming]\n"+text+"\n"), 0o600))
 		f, err := readConfig(name)
 		var c daemon.Config
 		if err == nil {
@@ -104,17 +98,11 @@ func TestStreamingConfig(t *testing.T) {
 // Links in paths are followed once, at the start.
 func TestConfigLinks(t *testing.T) {
 	dir, err := filepath.EvalSymlinks(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	for link, to := range map[string]string{"link": ".", "dangling": "nowhere"} {
-		if err := os.Symlink(to, filepath.Join(dir, link)); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.Symlink(to, filepath.Join(dir, link)))
 	}
-	if err := os.Symlink("cri", filepath.Join(dir, "socket")); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Symlink("cri", filepath.Join(dir, "socket")))
 	f := defaults()
 	f.Root, f.State, f.Address = dir+"/link/link/new/root/", dir+"/link/state", dir+"/link/socket"
 	c, _ := f.resolve("info") // the binaries may be missing here

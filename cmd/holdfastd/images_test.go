@@ -13,13 +13,9 @@ func TestImagesConfig(t *testing.T) {
 	read := func(text string) file {
 		t.Helper()
 		name := filepath.Join(dir, "config.toml")
-		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		check(t, os.WriteFile(name, []byte(text), 0o600))
 		f, err := readConfig(name)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		return f
 	}
 	c, _ := read("").resolve("info") // the binaries may be missing here

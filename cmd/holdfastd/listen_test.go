@@ -15,9 +15,7 @@ func TestListen(t *testing.T) {
 	defer syscall.Umask(syscall.Umask(0))
 	address := filepath.Join(t.TempDir(), "new", "cri.sock")
 	first, err := listen(address)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	for _, name := range []string{address, address + ".lock"} {
 		if st, err := os.Stat(name); err != nil || st.Mode().Perm() != 0o600 {
 			t.Errorf("%s: %v, %v", name, st, err)
@@ -35,9 +33,7 @@ func TestListen(t *testing.T) {
 		t.Error(err)
 	}
 	again, err := listen(address)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if err := again.Close(); err != nil {
 		t.Error(err)
 	}
@@ -79,9 +75,7 @@ func TestListenInPlaceOf(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			address := filepath.Join(t.TempDir(), "cri.sock")
-			if err := c.make(address); err != nil {
-				t.Fatal(err)
-			}
+			check(t, c.make(address))
 			l, err := listen(address)
 			if err == nil {
 				l.Close()
@@ -94,5 +88,13 @@ func TestListenInPlaceOf(t *testing.T) {
 				t.Error(said)
 			}
 		})
+	}
+}
+
+// check ends the test where something fails that it needs.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
 	}
 }

@@ -35,21 +35,15 @@ func TestServeMetrics(t *testing.T) {
 	m := metrics.New("1")
 	log := slog.New(slog.DiscardHandler)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	address := l.Addr().String()
 	g := m.Gatherer(func() metrics.Snapshot { return metrics.Snapshot{} })
 	if _, err := serveMetrics(address, g, log); err == nil || !strings.Contains(err.Error(), "metrics.address") || !strings.Contains(err.Error(), "in use") {
 		t.Errorf("an address in use: %v", err)
 	}
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, l.Close())
 	s, err := serveMetrics(address, g, log)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	for _, r := range []struct {
 		method, path string
 		code         int
@@ -58,13 +52,9 @@ func TestServeMetrics(t *testing.T) {
 		{"GET", "/", 404}, {"GET", "/metrics/x", 404}, {"GET", "/debug/pprof/", 404}, {"GET", "/healthz", 404},
 	} {
 		req, err := http.NewRequestWithContext(t.Context(), r.method, "http://"+address+r.path, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
+		check(t, err)
 		b, _ := io.ReadAll(resp.Body)
 		resp.Body.Close()
 		if resp.StatusCode != r.code {

@@ -104,9 +104,7 @@ func TestLife(t *testing.T) {
 		t.Errorf("stop of a created one: %v", err)
 	}
 	for range 2 {
-		if err := b.Containers.Start(ctx, id); err != nil {
-			t.Fatal(err)
-		}
+		check(t, b.Containers.Start(ctx, id))
 	}
 	if s := b.Status(t, id); s.State != running || s.StartedAt == 0 || !b.Lives(t, b.podID, id) {
 		t.Errorf("after start: %v", s)
@@ -116,9 +114,7 @@ func TestLife(t *testing.T) {
 		t.Errorf("exec: %v, %v", out, err)
 	}
 	for range 2 {
-		if err := b.Containers.Stop(ctx, id, time.Minute); err != nil {
-			t.Fatal(err)
-		}
+		check(t, b.Containers.Stop(ctx, id, time.Minute))
 	}
 	s := b.Status(t, id)
 	if s.State != exited || s.ExitCode != 143 || s.FinishedAt < s.StartedAt || s.StartedAt == 0 {
@@ -459,9 +455,7 @@ func TestDamage(t *testing.T) {
 			if err == nil {
 				err = syscall.Kill(p.PID, syscall.SIGKILL)
 			}
-			if err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
 			if s := b.Status(t, ran); s.State != running || !b.Lives(t, b.podID, ran) {
 				t.Errorf("the running one: %v", s)
 			}
@@ -496,9 +490,7 @@ func TestRemovalOwes(t *testing.T) {
 	b := newBed(t)
 	id := b.run("c", fake.Sleeps...)
 	b.Roots.Unmounting.Fail(errors.New("busy"))
-	if err := b.Containers.Remove(t.Context(), id); err != nil {
-		t.Fatal(err)
-	}
+	check(t, b.Containers.Remove(t.Context(), id))
 	if _, err := b.Containers.Find(id); !errors.Is(err, kind.NotFound) || b.Lives(t, b.podID, id) {
 		t.Errorf("after the removal: %v", err)
 	}
@@ -536,5 +528,13 @@ func TestShortIDs(t *testing.T) {
 		if resp, err := b.Containers.Status(id[:20], false); err != nil || resp.Status.Id != id {
 			t.Errorf("got %v, %v", resp, err)
 		}
+	}
+}
+
+// check ends the test where something fails that it needs.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
 	}
 }

@@ -21,9 +21,7 @@ func TestSessions(t *testing.T) {
 	terminal.Tty, terminal.Stdin = true, true
 	plain, withTTY := b.run("plain", fake.Sleeps...), b.Run(t, b.podID, terminal)
 	ready, gone := b.create("created"), b.run("gone", fake.Sleeps...)
-	if err := b.Containers.Stop(ctx, gone, 0); err != nil {
-		t.Fatal(err)
-	}
+	check(t, b.Containers.Stop(ctx, gone, 0))
 	exec := func(id string) *runtimeapi.ExecRequest {
 		return &runtimeapi.ExecRequest{
 			ContainerId: id,

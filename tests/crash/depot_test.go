@@ -92,19 +92,13 @@ func openDepot(t *testing.T, n *harness.Node) *depot {
 		t.Fatalf("cannot make images: %v", err)
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	server := &http.Server{Handler: d, ReadHeaderTimeout: time.Minute}
 	go server.Serve(l) // ends with Close
 	t.Cleanup(func() { server.Close() })
 	path := n.Path(filepath.Join("certs.d", depotHost, "hosts.toml"))
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(path, fmt.Appendf(nil, "server = \"http://%s\"\n", l.Addr()), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.MkdirAll(filepath.Dir(path), 0o755))
+	check(t, os.WriteFile(path, fmt.Appendf(nil, "server = \"http://%s\"\n", l.Addr()), 0o644))
 	return d
 }
 

@@ -442,3 +442,11 @@ func settle(t *testing.T, n *harness.Node, d *depot) *holdings {
 	t.Fatalf("the store has %d faults:%s", len(h.faults), b.Bytes())
 	return nil
 }
+
+// check ends the test where something fails that it needs.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}

@@ -74,9 +74,7 @@ func TestRandomKills(t *testing.T) {
 	t.Logf("%d kills during %d lifecycles", <-kills, lifecycles)
 
 	giveUp()
-	if err := n.AwaitReady(); err != nil {
-		t.Fatal(err)
-	}
+	check(t, n.AwaitReady())
 	n.RemoveAllPods()
 	n.CheckClean()
 }

@@ -31,9 +31,7 @@ func TestManyShims(t *testing.T) {
 	stopped := 0
 	for _, pid := range n.ShimPIDs() {
 		if stopped < count/10 {
-			if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
-				t.Fatal(err)
-			}
+			check(t, unix.Kill(pid, unix.SIGSTOP))
 			t.Cleanup(func() { unix.Kill(pid, unix.SIGCONT) }) // runs before the node's end
 			stopped++
 		}
@@ -45,9 +43,7 @@ func TestManyShims(t *testing.T) {
 	ctx, cancel := harness.Deadline()
 	defer cancel()
 	list, err := n.Runtime.ListContainers(ctx, &cri.ListContainersRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	t.Logf("with %d shims, %d of them stopped: Version answered %s after the start, the full list %s after it",
 		count, stopped, served.Round(time.Millisecond), time.Since(from).Round(time.Millisecond))
 	if len(list.Containers) != count {

@@ -45,9 +45,7 @@ func TestPowerCut(t *testing.T) {
 		t.Fatalf("HOLDFAST_LOAD: %v", err)
 	}
 	before, err := os.ReadFile(os.Getenv("HOLDFAST_BEFORE"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	n := harness.New(t, harness.Options{Root: filepath.Join(mountDisk(t, device), "root")})
 	d := openDepot(t, n)
 	ctx, cancel := harness.Deadline()

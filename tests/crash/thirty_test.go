@@ -126,12 +126,8 @@ func TestThirtyContainers(t *testing.T) {
 func runWaiter(t *testing.T, n *harness.Node, pod *harness.Pod) *harness.Container {
 	t.Helper()
 	dir := filepath.Join(n.Dir, "marks", pod.Config.Metadata.Name)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Mkfifo(filepath.Join(dir, "go"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.MkdirAll(dir, 0o755))
+	check(t, syscall.Mkfifo(filepath.Join(dir, "go"), 0o600))
 	return pod.Run("wait", []string{"testbox", "wait", "/marks/go", "/marks/leaving"}, func(c *cri.ContainerConfig) {
 		c.Mounts = []*cri.Mount{{HostPath: dir, ContainerPath: "/marks"}}
 	})
@@ -148,22 +144,16 @@ type end struct {
 func letGo(t *testing.T, s *seen, code int) end {
 	t.Helper()
 	dir := s.Config.Mounts[0].HostPath
-	if err := os.WriteFile(filepath.Join(dir, "go"), fmt.Appendf(nil, "%d\n", code), 0); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(filepath.Join(dir, "go"), fmt.Appendf(nil, "%d\n", code), 0))
 	harness.Eventually(t, patience, s.Config.Metadata.Name+" was reaped", func() bool {
 		_, err := os.Stat(fmt.Sprintf("/proc/%d", s.init.PID))
 		return err != nil || !isProcess(s.init)
 	})
 	e := end{code: code, after: time.Now()}
 	b, err := os.ReadFile(filepath.Join(dir, "leaving"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	ns, err := strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	e.before = time.Unix(0, ns)
 	return e
 }
