@@ -80,6 +80,7 @@ func serve() error {
 		return err
 	}
 	if string(mode) == brief {
+		l.Close()
 		s.Close()
 	}
 	handshake.Write([]byte{0})
@@ -120,16 +121,13 @@ func newBed(t *testing.T) *bed {
 	return b
 }
 
-// install puts another file in the place of the program.
+// install puts another file in the place of the program. A process of its own writes it:
+// a child that is just being started could otherwise have it open, and it does not run.
 func (b *bed) install() {
 	b.t.Helper()
-	self, err := os.ReadFile("/proc/self/exe")
-	if err == nil {
-		os.Remove(b.binary)
-		err = os.WriteFile(b.binary, self, 0o700)
-	}
+	out, err := exec.Command("cp", "--remove-destination", os.Args[0], b.binary).CombinedOutput()
 	if err != nil {
-		b.t.Fatal(err)
+		b.t.Fatalf("%v: %s", err, out)
 	}
 }
 
