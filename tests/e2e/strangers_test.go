@@ -55,6 +55,7 @@ type kind struct {
 	pod     func(*cri.PodSandboxConfig)
 	edit    func(*cri.ContainerConfig)
 	end     func(*testing.T, *harness.Container) // what is done to a created container, instead of its start
+	beside  bool                                 // another one runs beside it
 }
 
 // plants is what a container leaves for users of the host, in files of any kind that
@@ -123,6 +124,7 @@ func withImages(c *cri.ContainerConfig) {
 func kindsOfPodConfigs(t *testing.T) map[string]kind {
 	port := harness.FreePort(t)
 	return map[string]kind{
+		"several":    {beside: true},
 		"privileged": {pod: privilegedPod, edit: privileged},
 		"host-port": {pod: func(c *cri.PodSandboxConfig) {
 			c.PortMappings = []*cri.PortMapping{{HostPort: int32(port), ContainerPort: 80}}
@@ -248,6 +250,9 @@ func (n *strangersNode) add(t *testing.T, name string, k kind) {
 	} else {
 		c.Start()
 		c.Exec(60, "sh", "-c", plants)
+	}
+	if k.beside {
+		pod.Run("beside", []string{"sleep", "1000"}, containerWith(k.options))
 	}
 	roots := []string{
 		filepath.Join(n.State, "containers", c.ID, "rootfs"),
