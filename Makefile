@@ -14,7 +14,7 @@ PREFIX  ?= /usr/local
 UNITDIR ?= /usr/lib/systemd/system
 LIBEXEC  = $(PREFIX)/libexec/holdfast
 
-PROGRAMS = holdfastd holdfast-shim holdfastctl holdfast-pause
+PROGRAMS = holdfastd holdfast-shim holdfast-stream holdfastctl holdfast-pause
 PLUGINS  = main/bridge main/loopback ipam/host-local meta/portmap
 
 # Both have to be linked anew only when the pinned modules change.

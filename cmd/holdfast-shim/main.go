@@ -1,20 +1,11 @@
-// Command holdfast-shim keeps one container. The daemon starts it; see package
-// shim for what it does, and package rundir for what lies in its directory.
-//
-// Descriptor 3, if it is a Unix socket, is a handshake with the launcher:
-//
-//	launcher: one byte      you are in your session and cgroup now; go
-//	shim:     0x00          ready: the lock is held, the socket listens
-//	shim:     0x01, text    why it could not become ready
-//
-// End of file before the first byte ends the shim, with nothing left behind.
+// Command holdfast-shim keeps one container. The daemon starts it, with a handshake
+// (package handshake); see package shim for what it does, and package rundir for what
+// lies in its directory.
 package main
 
 import (
-	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/signal"
@@ -24,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/proto/handshake"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/shim"
@@ -34,7 +26,7 @@ var version = "unknown"
 
 func main() {
 	// First of all, so that nothing can take the descriptor for another one.
-	launcher := handshake()
+	launcher := handshake.Take()
 	// The shim needs one processor, and each costs memory for the life of the
 	// container. A launcher that sets it in the environment saves what it costs
 	// to change it.
@@ -55,15 +47,14 @@ func main() {
 	}
 }
 
-func run(launcher *os.File, dir, level string, createTimeout time.Duration) (err error) {
-	proceed, err := awaitGo(launcher)
+func run(launcher *handshake.Launcher, dir, level string, createTimeout time.Duration) (err error) {
+	proceed, err := launcher.Await()
 	if !proceed || err != nil {
 		return err
 	}
-	ready := false
 	defer func() {
-		if err != nil && !ready && launcher != nil {
-			launcher.Write(append([]byte{1}, err.Error()...))
+		if err != nil {
+			launcher.Fail(err)
 		}
 	}()
 	var l slog.Level
@@ -88,38 +79,6 @@ func run(launcher *os.File, dir, level string, createTimeout time.Duration) (err
 			ReplaceAttr: kind.ShortenAttr})),
 		Stop:     stop,
 		Reappear: reappear,
-		Ready: func() {
-			ready = true
-			if launcher != nil {
-				launcher.Write([]byte{0}) // it may have died meanwhile
-				launcher.Close()
-			}
-		},
+		Ready:    launcher.Ready,
 	})
-}
-
-// handshake gives the launcher's socket, or nil for a shim started by hand.
-func handshake() *os.File {
-	const fd = 3
-	if domain, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN); err != nil || domain != unix.AF_UNIX {
-		return nil
-	}
-	unix.CloseOnExec(fd) // the container must not get it
-	return os.NewFile(fd, "launcher")
-}
-
-// awaitGo waits for the launcher's byte. false: the launcher has gone.
-func awaitGo(launcher *os.File) (bool, error) {
-	if launcher == nil {
-		return true, nil
-	}
-	var b [1]byte
-	n, err := launcher.Read(b[:])
-	if n == 1 {
-		return true, nil
-	}
-	if errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) {
-		return false, nil
-	}
-	return false, fmt.Errorf("cannot hear the launcher: %w", err)
 }

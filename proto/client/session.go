@@ -305,10 +305,15 @@ func (s *Session) Copy(ctx context.Context, st Streams) (SessionExit, error) {
 	return s.exit, s.err
 }
 
-// copyIn gives the process its input, and its end.
+// copyIn gives the process its input, and its end. What the process does not take is
+// read all the same: in from, sizes may come behind it.
 func (s *Session) copyIn(from io.Reader) {
-	_, err := io.CopyBuffer(struct{ io.Writer }{s.Stdin}, struct{ io.Reader }{from}, make([]byte, copySize))
-	if err == nil && (!s.Terminal || s.ID == "") {
+	_, err := io.Copy(struct{ io.Writer }{s.Stdin}, from)
+	switch {
+	case errors.Is(err, os.ErrClosed): // the session is over
+	case err != nil:
+		io.Copy(io.Discard, from)
+	case !s.Terminal || s.ID == "":
 		s.CloseStdin()
 	}
 }

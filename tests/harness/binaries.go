@@ -17,11 +17,11 @@ var Root = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	for d := dir; ; d = filepath.Dir(d) {
-		if _, err := os.Stat(filepath.Join(d, "go.mod")); err == nil {
+		if _, err := os.Stat(filepath.Join(d, "cmd/holdfastd")); err == nil {
 			return d, nil
 		}
 		if d == "/" {
-			return "", fmt.Errorf("cannot find go.mod above %s", dir)
+			return "", fmt.Errorf("cannot find cmd/holdfastd above %s", dir)
 		}
 	}
 })
@@ -60,7 +60,7 @@ func buildAll(flags ...string) (string, error) {
 			return "", err
 		}
 	}
-	plain := []string{"./cmd/holdfast-shim", "./cmd/holdfastctl", "./cmd/holdfast-pause"}
+	plain := []string{"./cmd/holdfast-shim", "./cmd/holdfast-stream", "./cmd/holdfastctl", "./cmd/holdfast-pause"}
 	if raceEnabled {
 		if err := goBuild(root, dir, "1", append(flags, "-race", "./cmd/holdfastd")...); err != nil {
 			return "", err
