@@ -2,7 +2,8 @@ package shim
 
 import (
 	"context"
-	"net"
+	"log/slog"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -13,12 +14,23 @@ import (
 // to, so that a shim does not end between a handler's return and its answer. The
 // server's own Shutdown is no help: it takes a connection whose only call is a
 // long poll for an idle one and cuts it.
+//
+// It also bounds what all clients together can make the shim hold; see conn.
 type calls struct {
+	slots chan struct{} // full while as many connections as may be are open
+	log   *slog.Logger
+
 	mu      sync.Mutex
-	open    int           // handlers that run
-	conns   int           // connections that are open
-	last    time.Time     // when a handler returned last, or an answer was written
-	changed chan struct{} // closed at the next change; nil if nobody waits
+	open    int                // handlers that run
+	served  int                // calls, since the start
+	conns   map[*conn]struct{} // connections that are open
+	held    share              // what the connections hold, but for those that were cut
+	last    time.Time          // when a handler returned last, or an answer was written
+	changed chan struct{}      // closed at the next change; nil if nobody waits
+}
+
+func newCalls(log *slog.Logger) *calls {
+	return &calls{slots: make(chan struct{}, maxConns), log: log, conns: map[*conn]struct{}{}}
 }
 
 func (c *calls) change(f func()) {
@@ -34,9 +46,19 @@ func (c *calls) change(f func()) {
 // count is the interceptor that sees calls come in.
 func (c *calls) count(ctx context.Context, u ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, m ttrpc.Method) (any, error) {
 	c.change(func() { c.open++ })
-	defer c.change(func() { c.open, c.last = c.open-1, time.Now() })
+	defer c.change(func() {
+		c.open, c.last = c.open-1, time.Now()
+		if c.served++; c.served%freeAfter == 0 {
+			go debug.FreeOSMemory()
+		}
+	})
 	return m(ctx, u)
 }
+
+// freeAfter is after how many calls their garbage is given back. The long polls of a
+// daemon leave some 2 kB a minute, and the collector lets a small heap grow to 4 MiB first.
+// Earlier would be worse: what the collector needs for itself takes 400 kB for good.
+const freeAfter = 256
 
 // quiet is how long after the last answer a connection stays open, unless the
 // client closes it first: a client that sees the end of the connection before it
@@ -54,7 +76,7 @@ func (c *calls) wait(limit time.Duration) {
 		if c.open == 0 {
 			until = c.last.Add(quiet)
 		}
-		over := c.open == 0 && c.conns == 0
+		over := c.open == 0 && len(c.conns) == 0
 		if c.changed == nil {
 			c.changed = make(chan struct{})
 		}
@@ -65,39 +87,4 @@ func (c *calls) wait(limit time.Duration) {
 		}
 		wait(changed, time.After(time.Until(until)))
 	}
-}
-
-// listener gives connections that note when they are written to.
-func (c *calls) listener(l net.Listener) net.Listener { return &notingListener{l, c} }
-
-type notingListener struct {
-	net.Listener
-	calls *calls
-}
-
-func (l *notingListener) Accept() (net.Conn, error) {
-	conn, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	c := l.calls
-	c.change(func() { c.conns++ })
-	return &notingConn{conn, c, sync.OnceFunc(func() { c.change(func() { c.conns-- }) })}, nil
-}
-
-type notingConn struct {
-	net.Conn
-	calls  *calls
-	closed func()
-}
-
-func (c *notingConn) Close() error {
-	defer c.closed()
-	return c.Conn.Close()
-}
-
-func (c *notingConn) Write(b []byte) (int, error) {
-	n, err := c.Conn.Write(b)
-	c.calls.change(func() { c.calls.last = time.Now() })
-	return n, err
 }

@@ -69,7 +69,7 @@ func open(cfg Config) (s *shim, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s = &shim{cfg: cfg, calls: new(calls), served: make(chan error, 1)}
+	s = &shim{cfg: cfg, calls: newCalls(cfg.Log), served: make(chan error, 1)}
 	s.server, err = ttrpc.NewServer(ttrpc.WithChainUnaryServerInterceptor(s.calls.count, convertErrors))
 	if err != nil {
 		return nil, err

@@ -12,7 +12,10 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/holdfast-cri/holdfast/proto/client"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/tests/harness"
 )
 
@@ -90,6 +93,29 @@ func TestIdleMemory(t *testing.T) {
 			t.Errorf("an idle shim has %d kB of private memory, more than %d", private, limit)
 		}
 	}
+}
+
+// A shim that has answered for days, to a daemon that asks once a minute, has given back
+// what the answers took.
+func TestMemoryAfterManyCalls(t *testing.T) {
+	const limit = 4096 // kB
+	n := harness.New(t)
+	id := n.RunPod("asked").Run("c", []string{"sleep", "1000"}).ID
+	c := client.New(rundir.Dir(n.Path("state/containers/" + id)))
+	defer c.Close()
+	for range 4000 {
+		if _, err := c.Events(t.Context(), 2, time.Millisecond); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pid := n.ShimPIDs()[id]
+	if pid == 0 {
+		t.Fatalf("cannot find the shim of %s", id)
+	}
+	harness.Eventually(t, time.Minute, "the memory is given back", func() bool {
+		return smaps(t, pid)["Anonymous"] < limit
+	})
+	t.Logf("after 4000 calls: %d kB anonymous", smaps(t, pid)["Anonymous"])
 }
 
 // smaps is /proc/PID/smaps_rollup, in kB.
