@@ -109,7 +109,7 @@ type Options struct {
 	// RegistryConfigDir has a directory per registry host, or _default, with a
 	// hosts.toml as containerd's users have it. Empty: none.
 	RegistryConfigDir string
-	Log               *slog.Logger // slog.Default()
+	Log               *slog.Logger
 	// Pinned images, by names as users write them.
 	Pinned []string
 	// Platform to choose from an index; the machine's own.

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -87,7 +86,6 @@ func Open(o Options) (*Store, error) {
 		p := machine(string(cpuinfo))
 		o.Platform = &p
 	}
-	o.Log = cmp.Or(o.Log, slog.Default())
 	o.Downloads = cmp.Or(o.Downloads, 6)
 	o.ProgressTimeout = cmp.Or(o.ProgressTimeout, 5*time.Minute)
 	o.MinRate = cmp.Or(o.MinRate, 1024)

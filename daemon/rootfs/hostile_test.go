@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -31,7 +32,7 @@ func layerWith(t *testing.T, headers ...tar.Header) (digest.Digest, *bytes.Buffe
 // archive has no large one, and a long one is no memory for as long as it lies there.
 func TestImpliedNamesAreBounded(t *testing.T) {
 	dir := t.TempDir()
-	s, err := Open(dir, nil)
+	s, err := Open(dir, slog.Default())
 	check(t, err)
 	deep := strings.Repeat(strings.Repeat("d", 250)+"/", 15)
 	var many []tar.Header
@@ -49,7 +50,7 @@ func TestImpliedNamesAreBounded(t *testing.T) {
 	for _, again := range []bool{false, true} {
 		if again {
 			s.Close()
-			if s, err = Open(dir, nil); err != nil {
+			if s, err = Open(dir, slog.Default()); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -86,7 +87,7 @@ func TestHolesAreCalledOff(t *testing.T) {
 	w.Write(body)
 	w.Close()
 	raw := bytes.ReplaceAll(b.Bytes(), []byte("XNU.sparse."), []byte("GNU.sparse."))
-	s, err := Open(t.TempDir(), nil)
+	s, err := Open(t.TempDir(), slog.Default())
 	check(t, err)
 	defer s.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)

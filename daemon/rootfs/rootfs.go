@@ -109,9 +109,6 @@ type Store struct {
 // used, or that may have lost data because the machine went down before it was
 // on the disk, is removed. It fails only if dir cannot be made or read.
 func Open(dir string, log *slog.Logger) (*Store, error) {
-	if log == nil {
-		log = slog.Default()
-	}
 	s := &Store{
 		Limits: DefaultLimits,
 		dir:    dir,
