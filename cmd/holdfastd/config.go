@@ -319,7 +319,9 @@ func (f file) resolveRuntimes(c *daemon.Config) (err error) {
 	if c.Shim, err = findBinary("holdfast-shim"); err != nil {
 		return err
 	}
-	c.Stream, _ = findBinary("holdfast-stream") // without it there are no sessions, and all else works
+	if c.Stream, err = findBinary("holdfast-stream"); err != nil {
+		return err
+	}
 	c.Pause, err = findBinary("holdfast-pause")
 	return err
 }

@@ -122,9 +122,6 @@ func (s *Sessions) serveLocked(ctx context.Context) (stream.Address, error) {
 
 // start starts a holdfast-stream, which listens when it returns.
 func (s *Sessions) start(ctx context.Context) error {
-	if s.Binary == "" {
-		return errors.New("holdfast-stream is neither beside holdfastd nor on the PATH: install it, and restart holdfastd")
-	}
 	p := spawn.Program{
 		Binary: s.Binary,
 		Args:   s.args(),
