@@ -20,6 +20,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/reaper"
 	"github.com/holdfast-cri/holdfast/runc"
+	"github.com/holdfast-cri/holdfast/runc/cgroup"
 	"github.com/holdfast-cri/holdfast/shim/process"
 )
 
@@ -131,6 +132,7 @@ func (t *task) newExec() (*exec, error) {
 	if t.status.Phase != rundir.PhaseRunning || t.over {
 		return nil, kind.Errorf(kind.State, "cannot exec: the container is not running")
 	}
+	cgroup.WaitAhead()
 	t.execSerial++
 	e := &exec{
 		task:    t,

@@ -1,0 +1,38 @@
+package cgroup
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// WaitAhead moves a process to where it is.
+func TestWaitAhead(t *testing.T) {
+	before, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := ownDir()
+	if dir == "" {
+		t.Skip("this process is in no cgroup of v1 but the roots")
+	}
+	members, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	if err != nil || !slices.Contains(strings.Fields(string(members)), strconv.Itoa(os.Getpid())) {
+		t.Errorf("%s has the processes %q, %v, but not %d", dir, members, err, os.Getpid())
+	}
+	for range 3 {
+		WaitAhead()
+	}
+	for end := time.Now().Add(10 * time.Second); waiting.Load(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("it waits for ever")
+		}
+	}
+	if after, err := os.ReadFile("/proc/self/cgroup"); err != nil || string(after) != string(before) {
+		t.Errorf("it was moved: %q, %v, before %q", after, err, before)
+	}
+}
