@@ -51,7 +51,11 @@ func (t *task) serveAttached(c *container, conn *net.UnixConn, wanted [3]bool) e
 	}
 	a := &attached{stdin: f.theirs[0]}
 	a.out[logfile.Stdout], a.out[logfile.Stderr] = f.theirs[1], f.theirs[2]
-	client := c.stdio.Attach(a, stdio.Options{Output: wanted[1] || wanted[2], Input: wanted[0]})
+	client := c.stdio.Attach(a, stdio.Options{
+		Output: wanted[1] || wanted[2],
+		Input:  wanted[0],
+		Queue:  attachQueue,
+	})
 	go func() { // ends with conn
 		for {
 			m, err := receive(conn)

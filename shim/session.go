@@ -28,6 +28,10 @@ const (
 	// maxSessions bounds the execs of a shim and the clients that are attached or
 	// awaited, each of which holds some descriptors and goroutines.
 	maxSessions = 500
+	// maxAttached bounds the clients that are attached to the container or awaited, as
+	// each of them may let attachQueue of output wait.
+	maxAttached = 64
+	attachQueue = 512 << 10 // bytes
 )
 
 // files are the standard files of a session: first the supervisor's ends, which its
@@ -411,11 +415,19 @@ func (t *task) attach(req *pb.OpenRequest) (socket string, err error) {
 	if err != nil {
 		return "", err
 	}
+	if req.Stdin && !c.stdio.TakesInput() {
+		return "", kind.Errorf(kind.State, "cannot attach stdin: the container takes no input, or no more")
+	}
 	wanted := [3]bool{req.Stdin, req.Stdout, req.Stderr && !c.traits.Terminal}
 	if wanted == [3]bool{} {
 		return "", kind.Errorf(kind.Invalid, "none of stdin, stdout and stderr is wanted")
 	}
-	return t.admit(c.life, admitTimeout, func(conn *net.UnixConn) {
+	if n := t.attached.Add(1); n > maxAttached {
+		t.attached.Add(-1)
+		return "", kind.Errorf(kind.Exhausted, "the container has %d clients already", maxAttached)
+	}
+	socket, err = t.admit(c.life, admitTimeout, func(conn *net.UnixConn) {
+		defer t.attached.Add(-1)
 		if conn == nil {
 			return
 		}
@@ -424,4 +436,8 @@ func (t *task) attach(req *pb.OpenRequest) (socket string, err error) {
 			t.log.Warn("client not attached", "err", err)
 		}
 	})
+	if err != nil {
+		t.attached.Add(-1)
+	}
+	return socket, err
 }

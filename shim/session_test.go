@@ -278,6 +278,29 @@ func TestAttach(t *testing.T) {
 	}
 }
 
+// More than a bound of clients are refused; when one has gone, the next one is let in.
+func TestTooManyAttached(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	var last *client.Session
+	for range 64 {
+		last = b.session(client.SessionOptions{Stdout: true})
+	}
+	c := client.New(b.dir)
+	defer c.Close()
+	if _, err := c.OpenSession(b.ctx(), client.SessionOptions{Stdout: true}); !errors.Is(err, kind.Exhausted) {
+		t.Errorf("one more: %v", err)
+	}
+	last.Close()
+	b.until("there is room again", func() bool {
+		s, err := c.OpenSession(b.ctx(), client.SessionOptions{Stdout: true})
+		if err == nil {
+			s.Close()
+		}
+		return err == nil
+	})
+}
+
 func TestSessionErrors(t *testing.T) {
 	b := newBox(t)
 	b.run("exec sleep 1000")

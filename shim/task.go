@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -41,6 +42,7 @@ type task struct {
 	over     bool // guarded by starting: init has ended, or the container was handed over
 
 	serving    sync.WaitGroup // for the clients of sessions
+	attached   atomic.Int32   // clients of the container, and those awaited
 	execStarts chan struct{}  // full while as many execs as may be are being started
 
 	mu            sync.Mutex

@@ -154,33 +154,34 @@ func setupDelete(a *app, fs *flag.FlagSet) runFunc {
 	}
 }
 
-func setupResize(a *app, _ *flag.FlagSet) runFunc {
+func setupResize(a *app, fs *flag.FlagSet) runFunc {
+	exec := fs.String("exec", "", "set that of the exec `EXEC`, such as exec-3")
 	return func(ctx context.Context, dir rundir.Dir, args []string) error {
-		width, height, err := size(args)
+		size, err := size(args)
 		if err != nil {
 			return err
 		}
-		return a.act(ctx, dir, func(c *client.Client) error { return c.Resize(ctx, "", client.Size{Width: width, Height: height}) })
+		return a.act(ctx, dir, func(c *client.Client) error { return c.Resize(ctx, *exec, size) })
 	}
 }
 
 // size reads WIDTHxHEIGHT; the kernel keeps 16 bits of each. Without an argument
 // it is that of the terminal that this command is run in.
-func size(args []string) (width, height uint16, err error) {
+func size(args []string) (client.Size, error) {
 	if len(args) == 0 {
-		s, err := unix.IoctlGetWinsize(int(os.Stdin.Fd()), unix.TIOCGWINSZ)
+		s, err := sizeOf(os.Stdin)
 		if err != nil {
-			return 0, 0, usagef("resize: stdin is no terminal whose size could be taken; give one, such as 120x40")
+			err = usagef("resize: stdin is no terminal whose size could be taken; give one, such as 120x40")
 		}
-		return s.Col, s.Row, nil
+		return s, err
 	}
 	w, h, _ := strings.Cut(strings.ToLower(args[0]), "x")
 	x, errW := strconv.ParseUint(w, 10, 16)
 	y, errH := strconv.ParseUint(h, 10, 16)
 	if errW != nil || errH != nil {
-		return 0, 0, usagef("resize: %q is no size; want columns and lines, such as 120x40", args[0])
+		return client.Size{}, usagef("resize: %q is no size; want columns and lines, such as 120x40", args[0])
 	}
-	return uint16(x), uint16(y), nil
+	return client.Size{Width: uint16(x), Height: uint16(y)}, nil
 }
 
 // signalFlag declares -s, which takes KILL, SIGKILL, kill and 9.

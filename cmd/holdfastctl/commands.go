@@ -32,6 +32,8 @@ func commands() []*command {
 		{"kill", "ID", setupKill},
 		{"stop", "ID", setupStop},
 		{"exec", "ID COMMAND [ARG...]", setupExec},
+		{"attach", "ID", setupAttach},
+		{"port-forward", "ID PORT...", setupPortForward},
 		{"resize", "ID [WIDTHxHEIGHT]", setupResize},
 		{"logs", "ID", setupLogs},
 		{"events", "[ID...]", setupEvents},
@@ -75,7 +77,7 @@ func (c *command) checkArgs(args []string) error {
 	least := slices.DeleteFunc(slices.Clone(most), func(s string) bool { return s[0] == '[' })
 	if len(args) >= len(least) && (len(args) <= len(most) || strings.Contains(c.args, "...")) {
 		if c.name == "resize" && len(args) == 2 {
-			_, _, err := size(args[1:])
+			_, err := size(args[1:])
 			return err
 		}
 		return nil

@@ -42,6 +42,11 @@ func setupExec(a *app, fs *flag.FlagSet) runFunc {
 	fs.StringVar(&p.Cwd, "w", "", "run in `DIR` of the container")
 	user := fs.String("u", "", "run as `UID[:GID]`, numbers")
 	stdin := fs.Bool("i", false, "pass on standard input")
+	fs.BoolVar(&p.Terminal, "t", false, "give it a terminal")
+	fs.BoolFunc("it", "-i and -t", func(string) error {
+		*stdin, p.Terminal = true, true
+		return nil
+	})
 	timeout := fs.Duration("timeout", 0, "kill it after `DURATION`, such as 5s (default never)")
 	return func(ctx context.Context, dir rundir.Dir, command []string) error {
 		if *timeout < 0 || *timeout > 0 && *timeout < time.Millisecond {
@@ -51,6 +56,22 @@ func setupExec(a *app, fs *flag.FlagSet) runFunc {
 			command = command[1:] // as kubectl wants it
 		}
 		p.Args = command
+		change := func() error {
+			err := client.Change(p, dir, env, *user)
+			if errors.Is(err, client.ErrUser) {
+				return usagef("exec: -u %q: %v", *user, err)
+			}
+			return err
+		}
+		if p.Terminal {
+			return a.execTerminal(ctx, dir, change, client.SessionOptions{
+				Process: p,
+				SetUser: *user != "",
+				Stdin:   *stdin,
+				Stdout:  true,
+				Timeout: *timeout,
+			})
+		}
 		e := client.Exec{Process: p, SetUser: *user != "", Timeout: *timeout}
 		// Hidden in a struct, so that the shim gets pipes and not our own files.
 		e.Stdout, e.Stderr = struct{ io.Writer }{a.stdout}, struct{ io.Writer }{a.stderr}
@@ -64,9 +85,7 @@ func setupExec(a *app, fs *flag.FlagSet) runFunc {
 		}
 		var r client.ExecResult
 		err := withShim(ctx, dir, func(c *client.Client) (err error) {
-			if err = client.Change(p, dir, env, *user); errors.Is(err, client.ErrUser) {
-				return usagef("exec: -u %q: %v", *user, err)
-			} else if err != nil {
+			if err = change(); err != nil {
 				return err
 			}
 			r, err = c.Exec(ctx, e)
@@ -87,4 +106,18 @@ func setupExec(a *app, fs *flag.FlagSet) runFunc {
 		}
 		return nil
 	}
+}
+
+// execTerminal runs a command with a terminal, as large as ours if we have one.
+func (a *app) execTerminal(ctx context.Context, dir rundir.Dir, change func() error, o client.SessionOptions) error {
+	if a.json {
+		return usagef("exec: --json and -t exclude each other")
+	}
+	if err := change(); err != nil {
+		return err
+	}
+	if size, err := sizeOf(a.stdin); err == nil {
+		o.Process.ConsoleSize = &specs.Box{Width: uint(size.Width), Height: uint(size.Height)}
+	}
+	return a.session(ctx, dir, o, o.Stdin)
 }

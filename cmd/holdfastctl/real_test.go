@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -16,8 +18,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/console"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 	"github.com/holdfast-cri/holdfast/daemon/placement"
 	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/proto/client"
@@ -143,6 +147,7 @@ func (n *node) run(t *testing.T, id, script string, terminal bool) rundir.Dir {
 	check(t, err)
 	_, err = c.Create(ctx, rundir.Launch{
 		RequestID:    "r",
+		Stdin:        terminal,
 		Runtime:      rundir.Runtime{Path: runc, Root: filepath.Join(n.state, "runc")},
 		LogDirectory: n.state,
 		LogPath:      id + ".log",
@@ -304,4 +309,121 @@ func TestRealShimKilled(t *testing.T) {
 	if r := n.ctl(t, "shims"); !strings.Contains(r.stdout, "(lost)") {
 		t.Errorf("shims: %+v", r)
 	}
+}
+
+// local runs the real program in a terminal of its own. typed is what goes to it, screen
+// what it shows until a text has come.
+func (n *node) local(t *testing.T, width, height uint16, args ...string) (master console.Console, cmd *exec.Cmd) {
+	t.Helper()
+	master, path, err := console.NewPty()
+	check(t, err)
+	t.Cleanup(func() { master.Close() })
+	check(t, master.Resize(console.WinSize{Width: width, Height: height}))
+	slave, err := os.OpenFile(path, os.O_RDWR|syscall.O_NOCTTY, 0)
+	check(t, err)
+	defer slave.Close()
+	cmd = exec.CommandContext(t.Context(), n.bin+"/holdfastctl", append([]string{"--state", n.state}, args...)...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, slave, slave
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
+	check(t, cmd.Start())
+	return master, cmd
+}
+
+// shows reads a terminal until a text has come.
+func shows(t *testing.T, from io.Reader, text string) string {
+	t.Helper()
+	var all []byte
+	for b := make([]byte, 4096); !strings.Contains(string(all), text); {
+		n, err := from.Read(b)
+		if all = append(all, b[:n]...); err != nil {
+			t.Fatalf("%q, then %v, without %q", all, err, text)
+		}
+	}
+	return string(all)
+}
+
+func TestRealSessions(t *testing.T) {
+	n := newNode(t)
+	n.run(t, "shell", "stty -echo; while read x; do echo got $x; done", true)
+
+	at, cmd := n.local(t, 101, 31, "exec", "-it", "shell", "sh")
+	io.WriteString(at, "stty -echo; echo size $(stty size)\n")
+	shows(t, at, "size 31 101")
+	check(t, at.Resize(console.WinSize{Width: 77, Height: 22}))
+	eventually(t, "the new size", func() bool {
+		io.WriteString(at, "echo size $(stty size) END\n")
+		return strings.Contains(shows(t, at, "END"), "size 22 77")
+	})
+	io.WriteString(at, "x=kept\n\x10\x11")
+	screen := shows(t, at, " shell\r\n")
+	check(t, cmd.Wait())
+	_, exec, _ := strings.Cut(screen, "--exec ")
+	exec, _, _ = strings.Cut(exec, " ")
+
+	at, cmd = n.local(t, 80, 25, "attach", "-i", "--exec", exec, "shell")
+	io.WriteString(at, "echo x is $x; exit 4\n")
+	shows(t, at, "x is kept")
+	if cmd.Wait(); cmd.ProcessState.ExitCode() != 4 {
+		t.Errorf("exit code %d of a command that came back", cmd.ProcessState.ExitCode())
+	}
+
+	at, cmd = n.local(t, 80, 25, "attach", "-i", "shell")
+	io.WriteString(at, "something\n")
+	shows(t, at, "got something")
+	io.WriteString(at, "\x10\x11")
+	check(t, cmd.Wait())
+	if r := n.ctl(t, "shims"); !strings.Contains(r.stdout, "running") {
+		t.Errorf("after detaching: %+v", r)
+	}
+}
+
+func TestRealAttachWithoutInput(t *testing.T) {
+	n := newNode(t)
+	n.run(t, "deaf", "sleep 600", false)
+	if r := n.ctl(t, "attach", "-i", "deaf"); r.code != 1 || !strings.Contains(r.stderr, "no input") {
+		t.Errorf("attach -i: %+v", r)
+	}
+}
+
+func TestRealPortForward(t *testing.T) {
+	n := newNode(t)
+	dir := n.run(t, "net", "sleep 600", false)
+	status, err := dir.ReadStatus()
+	check(t, err)
+	pod := fmt.Sprintf("/proc/%d/ns/net", status.Init.PID)
+	check(t, exec.Command("nsenter", "--net="+pod, "ip", "link", "set", "lo", "up").Run())
+	var l net.Listener
+	check(t, netns.OnThread(func() (err error) {
+		if err = netns.Enter(pod); err == nil {
+			l, err = net.Listen("tcp", "[::1]:0")
+		}
+		return err
+	}))
+	defer l.Close()
+	go func() { // answers behind the end of the question
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			b, _ := io.ReadAll(c)
+			fmt.Fprintf(c, "you said %s", b)
+			c.Close()
+		}
+	}()
+	at, cmd := n.local(t, 80, 25, "port-forward", "net", fmt.Sprint("0:", l.Addr().(*net.TCPAddr).Port))
+	_, address, _ := strings.Cut(shows(t, at, "to port"), "from ")
+	address, _, _ = strings.Cut(address, " ")
+	for range 3 {
+		c, err := net.Dial("tcp", address)
+		check(t, err)
+		io.WriteString(c, "hello")
+		check(t, c.(*net.TCPConn).CloseWrite())
+		if b, err := io.ReadAll(c); string(b) != "you said hello" {
+			t.Errorf("%q, %v", b, err)
+		}
+		c.Close()
+	}
+	check(t, cmd.Process.Signal(syscall.SIGINT))
+	check(t, cmd.Wait())
 }

@@ -34,6 +34,13 @@ func (h *Hub) SetInput(file *os.File, terminal, once bool, closed func()) {
 	in.file, in.terminal, in.once, in.closed = file, terminal, once, closed
 }
 
+// TakesInput says whether input of clients goes anywhere.
+func (h *Hub) TakesInput() bool {
+	h.input.mu.Lock()
+	defer h.input.mu.Unlock()
+	return h.input.file != nil && !h.input.ending
+}
+
 // write writes for a client. false: the container takes no input, or not from this
 // client any more.
 func (in *input) write(c *Client, b []byte) bool {

@@ -84,7 +84,7 @@ var allowed = map[string][]string{
 		module + "proto/stream", "golang.org/x/sys/unix", "k8s.io/klog/v2",
 	},
 	"cmd/holdfastctl": {
-		module + "proto/...", module + "daemon/records",
+		module + "proto/...", module + "daemon/records", module + "daemon/network/netns",
 		"github.com/opencontainers/runtime-spec/specs-go", "github.com/pelletier/go-toml/v2", "golang.org/x/sys/unix",
 		"google.golang.org/grpc", "google.golang.org/grpc/codes", "google.golang.org/grpc/credentials/insecure",
 		"google.golang.org/grpc/status", "k8s.io/cri-api/pkg/apis/runtime/v1", "k8s.io/cri-api/pkg/errors",
