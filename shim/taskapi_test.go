@@ -1,7 +1,12 @@
 package shim_test
 
 import (
+	"bufio"
 	"context"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -9,9 +14,13 @@ import (
 	taskv2 "github.com/containerd/containerd/api/runtime/task/v2"
 	taskv3 "github.com/containerd/containerd/api/runtime/task/v3"
 	tasktypes "github.com/containerd/containerd/api/types/task"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	pb "github.com/holdfast-cri/holdfast/proto"
 )
 
 // taskClient is a client of containerd's task API.
@@ -198,4 +207,346 @@ func TestTaskAPIWaitEndsWithItsCaller(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "deadline") {
 		t.Errorf("got %v", err)
 	}
+}
+
+// fifoExec is an exec through containerd's task API, with the client's ends of its FIFOs.
+type fifoExec struct {
+	b     *box
+	c     taskv3.TTRPCTaskService
+	id    string
+	paths [3]string
+	req   *taskv3.ExecProcessRequest
+}
+
+func (b *box) fifoExec(id string, process *specs.Process) *fifoExec {
+	b.t.Helper()
+	x := &fifoExec{b: b, c: b.taskClient(), id: id}
+	dir := b.t.TempDir()
+	for i, name := range []string{"stdin", "stdout", "stderr"} {
+		x.paths[i] = filepath.Join(dir, name)
+		if err := unix.Mkfifo(x.paths[i], 0o600); err != nil {
+			b.t.Fatal(err)
+		}
+	}
+	a, err := pb.MarshalAny(process)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	x.req = &taskv3.ExecProcessRequest{
+		ID:       b.id,
+		ExecID:   id,
+		Terminal: process.Terminal,
+		Stdin:    x.paths[0],
+		Stdout:   x.paths[1],
+		Stderr:   x.paths[2],
+		Spec:     a,
+	}
+	if _, err := x.c.Exec(b.ctx(), x.req); err != nil {
+		b.t.Fatal(err)
+	}
+	return x
+}
+
+func (x *fifoExec) start() (pid uint32) {
+	x.b.t.Helper()
+	r, err := x.c.Start(x.b.ctx(), &taskv3.StartRequest{ID: x.b.id, ExecID: x.id})
+	if err != nil {
+		x.b.t.Fatal(err)
+	}
+	return r.Pid
+}
+
+// read reads an output to its end, from a reader that comes now.
+func (x *fifoExec) read(i int) <-chan string {
+	got := make(chan string, 1)
+	go func() {
+		b, err := os.ReadFile(x.paths[i])
+		if err != nil {
+			b = []byte(err.Error())
+		}
+		got <- string(b)
+	}()
+	return got
+}
+
+func (x *fifoExec) status() tasktypes.Status {
+	x.b.t.Helper()
+	r, err := x.c.State(x.b.ctx(), &taskv3.StateRequest{ID: x.b.id, ExecID: x.id})
+	if err != nil || r.ExecID != x.id || r.Stdout != x.paths[1] || r.ID != x.b.id {
+		x.b.t.Fatalf("state: %v, %v", r, err)
+	}
+	return r.Status
+}
+
+func (x *fifoExec) wait() *taskv3.WaitResponse {
+	x.b.t.Helper()
+	r, err := x.c.Wait(x.b.ctx(), &taskv3.WaitRequest{ID: x.b.id, ExecID: x.id})
+	if err != nil || time.Since(r.ExitedAt.AsTime()).Abs() > limit {
+		x.b.t.Fatalf("wait: %v, %v", r, err)
+	}
+	return r
+}
+
+func (x *fifoExec) delete() (*taskv3.DeleteResponse, error) {
+	return x.c.Delete(x.b.ctx(), &taskv3.DeleteRequest{ID: x.b.id, ExecID: x.id})
+}
+
+// An exec as containerd's client does it: the FIFOs' other ends are opened at any time,
+// and Wait is called before Start.
+func TestTaskAPIExec(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	const script = "read a; echo got $a; cat; echo oops >&2; exit 5"
+	x := b.fifoExec("of the client", sh(script))
+	if s := x.status(); s != tasktypes.Status_CREATED {
+		t.Errorf("%s before the start", s)
+	}
+	if _, err := x.c.Exec(b.ctx(), x.req); code(err) != codes.AlreadyExists {
+		t.Errorf("the same once more: %v", err)
+	}
+	code5 := make(chan *taskv3.WaitResponse, 1)
+	go func() { code5 <- x.wait() }()
+	pid := x.start()
+	if s := x.status(); s != tasktypes.Status_RUNNING || !alive(int(pid)) {
+		t.Errorf("%s after the start", s)
+	}
+	if _, err := x.delete(); code(err) != codes.FailedPrecondition {
+		t.Errorf("delete while it runs: %v", err)
+	}
+	w, err := os.OpenFile(x.paths[0], os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	more := strings.Repeat("0123456789abcde\n", 1<<14)
+	go func() {
+		w.WriteString("hello\n" + more)
+		w.Close()
+	}()
+	stdout, stderr := x.read(1), x.read(2)
+	if r := <-code5; r.ExitStatus != 5 {
+		t.Errorf("exit: %v", r)
+	}
+	r, err := x.delete()
+	if err != nil || r.ExitStatus != 5 || r.Pid != pid {
+		t.Errorf("delete: %v, %v", r, err)
+	}
+	if s := <-stdout; s != "got hello\n"+more {
+		t.Errorf("%d bytes of stdout, want %d", len(s), len("got hello\n"+more))
+	}
+	if s := <-stderr; s != "oops\n" {
+		t.Errorf("stderr %q", s)
+	}
+	if _, err := x.c.State(b.ctx(), &taskv3.StateRequest{ID: b.id, ExecID: x.id}); code(err) != codes.NotFound {
+		t.Errorf("state of one that is deleted: %v", err)
+	}
+	if n := b.state().Execs; n != 0 {
+		t.Errorf("%d execs left", n)
+	}
+}
+
+// Output that nobody reads yet is kept after the end, and goes when it is deleted.
+func TestTaskAPIExecUnread(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	late := b.fifoExec("late", sh("echo kept; exec true"))
+	late.start()
+	late.wait()
+	f, err := os.Open(late.paths[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := late.delete(); err != nil {
+		t.Error(err)
+	}
+	if s, err := io.ReadAll(f); err != nil || string(s) != "kept\n" {
+		t.Errorf("read late: %q, %v", s, err)
+	}
+	// 64 KiB are in the FIFO and no more can be.
+	never := b.fifoExec("never", sh("head -c 100000 /dev/zero; exit 3"))
+	never.start()
+	if r := never.wait(); r.ExitStatus != 3 {
+		t.Errorf("exit: %v", r)
+	}
+	if _, err := never.delete(); err != nil {
+		t.Error(err)
+	}
+	b.until("no exec is left", func() bool { return b.state().Execs == 0 })
+}
+
+// CloseIO ends the input though its writer is still there, after what that has written.
+func TestTaskAPICloseIO(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	x := b.fifoExec("x", sh("exec wc -c"))
+	w, err := os.OpenFile(x.paths[0], os.O_RDWR, 0) // is its own reader: does not wait for one
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	w.Write(make([]byte, 30000))
+	request := &taskv3.CloseIORequest{ID: b.id, ExecID: x.id, Stdin: true}
+	if _, err := x.c.CloseIO(b.ctx(), request); code(err) != codes.FailedPrecondition {
+		t.Errorf("before the start: %v", err)
+	}
+	x.start()
+	stdout := x.read(1)
+	if _, err := x.c.CloseIO(b.ctx(), request); err != nil {
+		t.Error(err)
+	}
+	if s := <-stdout; s != "30000\n" {
+		t.Errorf("output %q", s)
+	}
+	if _, err := x.c.CloseIO(b.ctx(), &taskv3.CloseIORequest{ID: b.id, Stdin: true}); code(err) != codes.Unimplemented {
+		t.Errorf("of the container: %v", err)
+	}
+}
+
+func TestTaskAPIExecTerminal(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	process := sh("stty size; trap 'stty size; exit' WINCH; while :; do sleep 0.05; done")
+	process.Terminal = true
+	x := b.fifoExec("t", process)
+	resize := func(width, height uint32) {
+		t.Helper()
+		request := &taskv3.ResizePtyRequest{ID: b.id, ExecID: "t", Width: width, Height: height}
+		if _, err := x.c.ResizePty(b.ctx(), request); err != nil {
+			t.Error(err)
+		}
+	}
+	resize(80, 25)
+	x.start()
+	out, err := os.Open(x.paths[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	lines := bufio.NewScanner(out)
+	if lines.Scan(); lines.Text() != "25 80" {
+		t.Errorf("size %q", lines.Text())
+	}
+	resize(132, 43)
+	ended := make(chan bool, 1)
+	go func() { x.wait(); ended <- true }()
+	b.until("it has seen the new size", func() bool { // busybox may not have its trap yet
+		resizeAgain := &taskv3.KillRequest{ID: b.id, ExecID: "t", Signal: uint32(unix.SIGWINCH)}
+		x.c.Kill(b.ctx(), resizeAgain)
+		return len(ended) > 0
+	})
+	if lines.Scan(); lines.Text() != "43 132" {
+		t.Errorf("size %q", lines.Text())
+	}
+}
+
+// ctr sends the id of an exec where that of the container belongs.
+func TestTaskAPIExecOfCtr(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	ctx := b.ctx()
+	x := b.fifoExec("first", sh("true"))
+	for _, want := range []string{"one\n", "two\n"} { // it never deletes an exec
+		a, _ := pb.MarshalAny(sh("echo " + want + "exec sleep 0"))
+		x.req.ID, x.req.ExecID, x.req.Spec = "mine", "", a
+		if _, err := x.c.Exec(ctx, x.req); err != nil {
+			t.Fatal(err)
+		}
+		stdout := x.read(1)
+		if _, err := x.c.Start(ctx, &taskv3.StartRequest{ID: "mine"}); err != nil {
+			t.Fatal(err)
+		}
+		if s := <-stdout; s != want {
+			t.Errorf("output %q, want %q", s, want)
+		}
+		if r, err := x.c.Wait(ctx, &taskv3.WaitRequest{ID: "mine"}); err != nil || r.ExitStatus != 0 {
+			t.Errorf("wait: %v, %v", r, err)
+		}
+	}
+}
+
+func TestTaskAPIExecRefusals(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	ctx := b.ctx()
+	x := b.fifoExec("x", sh("exec sleep 1000"))
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(x.paths[1], link); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{"relative", "binary:///bin/true", file, link, "/dev/null", file + ".not-there"} {
+		x.req.ExecID, x.req.Stdout = "path "+path, path
+		_, err := x.c.Exec(ctx, x.req)
+		if err == nil {
+			_, err = x.c.Start(ctx, &taskv3.StartRequest{ID: b.id, ExecID: x.req.ExecID})
+		}
+		if code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "stdout") {
+			t.Errorf("stdout %s: %v", path, err)
+		}
+	}
+	x.req.ExecID, x.req.Stdout = "", x.paths[1]
+	if _, err := x.c.Exec(ctx, x.req); code(err) != codes.InvalidArgument {
+		t.Errorf("no exec_id: %v", err)
+	}
+	for _, id := range []string{b.id, "other"} {
+		_, err := x.c.Kill(ctx, &taskv3.KillRequest{ID: b.id, ExecID: id, Signal: 9})
+		if code(err) != codes.NotFound {
+			t.Errorf("kill of exec %s: %v", id, err)
+		}
+	}
+	// What cannot be started can be deleted, and so can what was not.
+	x.req.ExecID, x.req.Spec = "bad", &anypb.Any{TypeUrl: x.req.Spec.TypeUrl, Value: []byte("{")}
+	if _, err := x.c.Exec(ctx, x.req); err != nil {
+		t.Error(err)
+	}
+	_, err := x.c.Start(ctx, &taskv3.StartRequest{ID: b.id, ExecID: "bad"})
+	if code(err) != codes.InvalidArgument {
+		t.Errorf("start without a spec: %v", err)
+	}
+	for _, id := range []string{"bad", "x"} {
+		if _, err := x.c.Delete(ctx, &taskv3.DeleteRequest{ID: b.id, ExecID: id}); err != nil {
+			t.Errorf("delete %s: %v", id, err)
+		}
+	}
+	b.onlyInit()
+}
+
+// A signal reaches an exec, and the end of the container ends all of them.
+func TestTaskAPIExecEnds(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	for i, all := range []bool{false, true} {
+		x := b.fifoExec(fmt.Sprint(i), sh("sleep 1234 & exec sleep 1235"))
+		x.start()
+		if _, err := x.c.Kill(b.ctx(), &taskv3.KillRequest{ID: b.id, ExecID: x.id, Signal: 9, All: all}); err != nil {
+			t.Error(err)
+		}
+		if r := x.wait(); r.ExitStatus != 137 {
+			t.Errorf("exit: %v", r)
+		}
+		if _, err := x.c.Kill(b.ctx(), &taskv3.KillRequest{ID: b.id, ExecID: x.id, Signal: 9}); err != nil {
+			t.Errorf("kill after the end: %v", err)
+		}
+		if _, err := x.delete(); err != nil {
+			t.Error(err)
+		}
+	}
+	x := b.fifoExec("last", sh("exec sleep 1236"))
+	x.start()
+	stdout := x.read(1)
+	ended := make(chan *taskv3.WaitResponse, 1)
+	go func() { ended <- x.wait() }()
+	if _, err := x.c.Kill(b.ctx(), &taskv3.KillRequest{ID: b.id, Signal: 9}); err != nil {
+		t.Error(err)
+	}
+	if r := <-ended; r.ExitStatus != 137 {
+		t.Errorf("exit: %v", r)
+	}
+	if s := <-stdout; s != "" {
+		t.Errorf("output %q", s)
+	}
+	b.gone()
 }

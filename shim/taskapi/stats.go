@@ -98,29 +98,38 @@ func value(word string) uint64 {
 	return v
 }
 
-// transfers adds the bytes and the operations of block devices.
-func transfers(metrics message, set cgroup.Set, v1 bool) (message, error) {
-	if !v1 {
-		words, err := set.Words("", "io.stat")
-		for _, w := range words { // 8:0 rbytes=1 wbytes=2 rios=3 wios=4 ...
-			entry := putDevice(nil, w[0], 1)
-			for i, key := range []string{"rbytes", "wbytes", "rios", "wios"} {
-				for _, pair := range w[1:] {
-					if n, ok := strings.CutPrefix(pair, key+"="); ok {
-						entry = entry.putUint(number(3+i), value(n))
-					}
-				}
-			}
-			metrics = metrics.putMessage(6, message(nil).putMessage(1, entry))
-		}
-		return metrics, err
+// reading gives the words of each line of a file in the cgroup of a controller.
+type reading func(controller, file string) ([][]string, error)
+
+// metricsOf gives a Metrics message of cgroup v1 or v2.
+func metricsOf(read reading, v1 bool) (metrics message, err error) {
+	table, transfers := metricsV2, transfersV2
+	if v1 {
+		table, transfers = metricsV1, transfersV1
 	}
-	for i, file := range []string{"blkio.throttle.io_service_bytes_recursive", "blkio.throttle.io_serviced_recursive"} {
-		words, err := set.Words("blkio", file)
+	for i := range table {
+		controller := ""
+		if v1 {
+			controller, _, _ = strings.Cut(table[i].file, ".")
+		}
+		words, err := read(controller, table[i].file)
 		if err != nil {
 			return nil, err
 		}
-		for _, w := range words { // 8:0 Read 1; and a line with the total
+		metrics = table[i].put(metrics, words)
+	}
+	return transfers(metrics, read)
+}
+
+// transfersV1 adds the bytes and the operations of block devices. A line is
+// "8:0 Read 1", or has a total.
+func transfersV1(metrics message, read reading) (message, error) {
+	for i, file := range []string{"blkio.throttle.io_service_bytes_recursive", "blkio.throttle.io_serviced_recursive"} {
+		words, err := read("blkio", file)
+		if err != nil {
+			return nil, err
+		}
+		for _, w := range words {
 			if len(w) == 3 {
 				entry := putDevice(message(nil).putText(1, w[1]), w[0], 3).putUint(5, value(w[2]))
 				metrics = metrics.putMessage(5, message(nil).putMessage(number(1+i), entry))
@@ -128,6 +137,24 @@ func transfers(metrics message, set cgroup.Set, v1 bool) (message, error) {
 		}
 	}
 	return metrics, nil
+}
+
+// transfersV2 is the same of v2. A line is "8:0 rbytes=1 wbytes=2 rios=3 wios=4", and
+// more.
+func transfersV2(metrics message, read reading) (message, error) {
+	words, err := read("", "io.stat")
+	for _, w := range words {
+		entry := putDevice(nil, w[0], 1)
+		for i, key := range []string{"rbytes", "wbytes", "rios", "wios"} {
+			for _, pair := range w[1:] {
+				if n, ok := strings.CutPrefix(pair, key+"="); ok {
+					entry = entry.putUint(number(3+i), value(n))
+				}
+			}
+		}
+		metrics = metrics.putMessage(6, message(nil).putMessage(1, entry))
+	}
+	return metrics, err
 }
 
 // putDevice adds the two numbers of a block device.
@@ -147,25 +174,13 @@ func (s *service) stats(ctx context.Context, m message) (message, error) {
 	if st.Phase != pb.Phase_PHASE_CREATED && st.Phase != pb.Phase_PHASE_RUNNING {
 		return nil, kind.Errorf(kind.State, "the container has no counters: it is not created yet, or has ended")
 	}
-	set := cgroup.Set(st.Cgroups)
-	name, table := "io.containerd.cgroups.v2.Metrics", metricsV2
-	_, v1 := set["memory"]
+	name := "io.containerd.cgroups.v2.Metrics"
+	_, v1 := st.Cgroups["memory"]
 	if v1 {
-		name, table = "io.containerd.cgroups.v1.Metrics", metricsV1
+		name = "io.containerd.cgroups.v1.Metrics"
 	}
-	var metrics message
-	for i := range table {
-		controller := ""
-		if v1 {
-			controller, _, _ = strings.Cut(table[i].file, ".")
-		}
-		words, err := set.Words(controller, table[i].file)
-		if err != nil {
-			return nil, err
-		}
-		metrics = table[i].put(metrics, words)
-	}
-	if metrics, err = transfers(metrics, set, v1); err != nil {
+	metrics, err := metricsOf(cgroup.Set(st.Cgroups).Words, v1)
+	if err != nil {
 		return nil, err
 	}
 	return message(nil).putMessage(1, anyOf(name, metrics)), nil

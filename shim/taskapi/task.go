@@ -31,6 +31,8 @@ type Shim interface {
 	ResizePty(context.Context, *pb.ResizePtyRequest) (*pb.ResizePtyResponse, error)
 	// Shutdown ends the shim if it has no container.
 	Shutdown() error
+	// StartExec starts a command, whose caller need not wait for it.
+	StartExec(ExecOptions) (Exec, error)
 }
 
 // Register offers the API of the shim that keeps the container id, whose bundle is a
@@ -38,21 +40,20 @@ type Shim interface {
 func Register(server *ttrpc.Server, shim Shim, id, bundle string) {
 	s := &service{shim: shim, id: id, bundle: bundle}
 	desc := &ttrpc.ServiceDesc{Methods: map[string]ttrpc.Method{
-		"State":    method(s.state),
-		"Start":    method(s.start),
-		"Delete":   method(s.delete),
-		"Pids":     method(s.pids),
-		"Kill":     method(s.kill),
-		"Wait":     method(s.wait),
-		"Stats":    method(s.stats),
-		"Connect":  method(s.connect),
-		"Shutdown": method(s.shutdown),
-
+		"State":     method(s.state),
+		"Start":     method(s.start),
+		"Delete":    method(s.delete),
+		"Pids":      method(s.pids),
+		"Kill":      method(s.kill),
+		"Exec":      method(s.exec),
 		"ResizePty": method(s.resizePty),
+		"CloseIO":   method(s.closeIO),
+		"Wait":      method(s.wait),
+		"Stats":     method(s.stats),
+		"Connect":   method(s.connect),
+		"Shutdown":  method(s.shutdown),
 
 		"Create":     refuse("a container is created by the shim's own Create: this one cannot say where its log goes"),
-		"Exec":       refuse("an exec is begun by the shim's own ExecSync"),
-		"CloseIO":    refuse("the input of the container belongs to the clients that are attached"),
 		"Pause":      refuse("a container is not paused here: its stop deadline would go on"),
 		"Resume":     refuse("a container is not paused here"),
 		"Update":     refuse("resources are changed through the daemon, which keeps them on record"),
@@ -92,6 +93,7 @@ type service struct {
 	shim   Shim
 	id     string
 	bundle string
+	execs  execs
 }
 
 // The fields by which nearly every request says whom it means.
@@ -137,8 +139,10 @@ func (s *service) look(ctx context.Context) (*pb.StateResponse, error) {
 func (s *service) state(ctx context.Context, m message) (message, error) {
 	// ctr sends no id where its user gives none, and there is one container only.
 	if m.text(fieldID) != "" {
-		if err := s.check(m); err != nil {
+		if x, err := s.target(m); err != nil {
 			return nil, err
+		} else if x != nil {
+			return s.stateOf(x), nil
 		}
 	}
 	st, err := s.look(ctx)
@@ -174,8 +178,12 @@ func (s *service) connect(ctx context.Context, m message) (message, error) {
 }
 
 func (s *service) start(ctx context.Context, m message) (message, error) {
-	if err := s.check(m); err != nil {
+	x, err := s.target(m)
+	if err != nil {
 		return nil, err
+	}
+	if x != nil {
+		return s.startExec(x)
 	}
 	r, err := s.shim.Start(ctx, &pb.StartRequest{Id: s.id})
 	if err != nil {
@@ -185,8 +193,12 @@ func (s *service) start(ctx context.Context, m message) (message, error) {
 }
 
 func (s *service) wait(ctx context.Context, m message) (message, error) {
-	if err := s.check(m); err != nil {
+	x, err := s.target(m)
+	if err != nil {
 		return nil, err
+	}
+	if x != nil {
+		return s.waitFor(ctx, x)
 	}
 	for {
 		r, err := s.shim.Wait(ctx, &pb.WaitRequest{Id: s.id})
@@ -200,10 +212,15 @@ func (s *service) wait(ctx context.Context, m message) (message, error) {
 }
 
 func (s *service) kill(ctx context.Context, m message) (message, error) {
-	if err := s.check(m); err != nil {
+	signal, all := uint32(m.uint(3)), m.bool(4)
+	x, running, err := s.targetStarted(m)
+	switch {
+	case err != nil:
 		return nil, err
+	case x != nil:
+		return nil, running.Kill(signal, all)
 	}
-	_, err := s.shim.Kill(ctx, &pb.KillRequest{Id: s.id, Signal: uint32(m.uint(3)), All: m.bool(4)})
+	_, err = s.shim.Kill(ctx, &pb.KillRequest{Id: s.id, Signal: signal, All: all})
 	return nil, err
 }
 
@@ -224,8 +241,12 @@ func (s *service) pids(ctx context.Context, m message) (message, error) {
 
 // delete is for a container that was never started. One that has ended goes by itself.
 func (s *service) delete(ctx context.Context, m message) (message, error) {
-	if err := s.check(m); err != nil {
+	x, err := s.target(m)
+	if err != nil {
 		return nil, err
+	}
+	if x != nil {
+		return s.deleteExec(x)
 	}
 	st, err := s.look(ctx)
 	if err != nil {
@@ -242,10 +263,14 @@ func (s *service) delete(ctx context.Context, m message) (message, error) {
 }
 
 func (s *service) resizePty(ctx context.Context, m message) (message, error) {
-	if err := s.check(m); err != nil {
+	x, err := s.target(m)
+	if err != nil {
 		return nil, err
 	}
-	_, err := s.shim.ResizePty(ctx, &pb.ResizePtyRequest{
+	if x != nil {
+		return nil, s.resizeExec(x, m.uint(3), m.uint(4))
+	}
+	_, err = s.shim.ResizePty(ctx, &pb.ResizePtyRequest{
 		Id:     s.id,
 		Width:  uint32(m.uint(3)),
 		Height: uint32(m.uint(4)),

@@ -13,24 +13,30 @@ type number = protowire.Number
 // each shim memory from its start.
 type message []byte
 
+// split takes the first field off; n 0: there is none.
+func (m message) split() (n number, t protowire.Type, value, rest message) {
+	n, t, tag := protowire.ConsumeTag(m)
+	if tag < 0 {
+		return 0, 0, nil, nil
+	}
+	size := protowire.ConsumeFieldValue(n, t, m[tag:])
+	if size < 0 {
+		return 0, 0, nil, nil
+	}
+	return n, t, m[tag : tag+size], m[tag+size:]
+}
+
 // last gives the value of a field, of which the last one counts; empty: there is none.
 // Fields that are not asked for, or have another type, do not matter.
-func (m message) last(n number, t protowire.Type) (value message) {
+func (m message) last(n number, t protowire.Type) (last message) {
 	for len(m) > 0 {
-		num, typ, tag := protowire.ConsumeTag(m)
-		if tag < 0 {
-			return value
-		}
-		size := protowire.ConsumeFieldValue(num, typ, m[tag:])
-		if size < 0 {
-			return value
-		}
+		num, typ, value, rest := m.split()
 		if num == n && typ == t {
-			value = m[tag : tag+size]
+			last = value
 		}
-		m = m[tag+size:]
+		m = rest
 	}
-	return value
+	return last
 }
 
 func (m message) uint(n number) uint64 {

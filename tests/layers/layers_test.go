@@ -60,7 +60,7 @@ var allowed = map[string][]string{
 	"shim/taskapi": {
 		module + "proto", module + "proto/kind", module + "runc/cgroup", "github.com/containerd/ttrpc",
 		"google.golang.org/protobuf/encoding/protowire", "google.golang.org/protobuf/reflect/protoreflect",
-		"google.golang.org/protobuf/types/known/timestamppb",
+		"google.golang.org/protobuf/types/known/anypb", "google.golang.org/protobuf/types/known/timestamppb",
 	},
 
 	"daemon/beneath": {"golang.org/x/sys/unix"},
