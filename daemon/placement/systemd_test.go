@@ -103,6 +103,27 @@ func TestScope(t *testing.T) {
 	}
 }
 
+// What serves sessions does not end with the daemon's service, and its scope ends with it.
+func TestStreamScope(t *testing.T) {
+	m := newSystemd(t)
+	service := fmt.Sprintf("holdfast-test-stream-%d.service", os.Getpid())
+	pid := startService(t, service)
+	process, err := os.FindProcess(pid)
+	check(t, err)
+	t.Cleanup(func() { process.Kill() })
+	check(t, m.PlaceStream(t.Context(), pid))
+	run(t, "systemctl", "stop", service)
+	if err := process.Signal(syscall.Signal(0)); err != nil {
+		t.Errorf("it ended with the daemon's service: %v", err)
+	}
+	scope := fmt.Sprintf("holdfast-stream-%d.scope", pid)
+	if !inScope(pid, scope) {
+		t.Errorf("it is in %q, want %s", cgroupsOf(t, pid), scope)
+	}
+	process.Kill()
+	check(t, removeScope(t.Context(), scope))
+}
+
 // The scope of a process that is just dying does not keep the next one out.
 func TestScopeAgain(t *testing.T) {
 	m := newSystemd(t)

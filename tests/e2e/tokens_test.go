@@ -231,6 +231,29 @@ func TestTokensExpire(t *testing.T) {
 	n.CheckClean()
 }
 
+// What serves sessions ends when nobody has had one for five minutes, and the next
+// request starts another.
+func TestStreamEndsWhenIdle(t *testing.T) {
+	if os.Getenv("HOLDFAST_DRILL") == "" {
+		t.Skip("only HOLDFAST_DRILL=1 waits for minutes")
+	}
+	n := harness.New(t)
+	c := n.RunPod("idle").Run("c", []string{"sleep", "1000"})
+	n.Mark()
+	address, err := execURL(c, "echo", "first")
+	check(t, err)
+	wantSession(t, address, "first\n")
+	harness.Eventually(t, 7*time.Minute, "it has ended", func() bool { return n.StreamPID() == 0 })
+	n.CheckClean()
+	again, err := execURL(c, "echo", "again")
+	check(t, err)
+	if host(again) != host(address) {
+		t.Errorf("%s was the address before, %s is it now", address, again)
+	}
+	wantSession(t, again, "again\n")
+	n.CheckClean()
+}
+
 // What serves sessions is killed: the next request starts another one, at the same port,
 // and what was given out before is valid there.
 func TestStreamIsKilled(t *testing.T) {
