@@ -13,6 +13,7 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
@@ -59,6 +60,9 @@ func (b *box) idle() {
 	b.t.Helper()
 	b.until("no exec is left", func() bool {
 		entries, _ := os.ReadDir(b.dir.Path(rundir.ExecsName))
+		if len(entries) > 0 && b.state().Execs == 0 { // of a child that has outlived it, a later exec removes the rest
+			b.exec(sh("true"), &pb.ExecSyncRequest{})
+		}
 		return b.state().Execs == 0 && len(entries) == 0
 	})
 }
