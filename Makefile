@@ -33,9 +33,10 @@ build: .cache/modules programs $(FOREIGN) ## fill bin/ and bin/cni/
 
 # All modules are fetched at once, those of the tests included: whatever is made
 # after a first build needs no network.
-.cache/modules: go.sum | deps
+.cache/modules: go.sum tests/sessions/go.sum | deps
 	@mkdir -p .cache
 	go list -deps -test ./... >/dev/null
+	cd tests/sessions && go list -deps -test ./... >/dev/null
 	@touch $@
 
 programs: deps
@@ -64,12 +65,12 @@ proto: deps ## generate proto/*.pb.go from proto/*.proto
 check-proto: deps ## fail if the generated code is not what `make proto` makes
 	@hack/proto.sh --check
 
-test: build ## run everything: format, vet, unit and root tests with -race, e2e, crash
+test: build ## run everything: format, vet, unit and root tests with -race, e2e, sessions, crash
 	@hack/deps.sh test || echo 'going on without; the tests that need it are skipped'
 	@hack/test.sh
 
-drill: build ## run the e2e and crash tests in full length, and the fuzzers
-	HOLDFAST_DRILL=1 hack/test.sh e2e crash fuzz
+drill: build ## run the e2e, session and crash tests in full length, and the fuzzers
+	HOLDFAST_DRILL=1 hack/test.sh e2e sessions crash fuzz
 
 fuzz: deps ## run each fuzzer for FUZZTIME (1m)
 	@hack/test.sh fuzz

@@ -2,9 +2,9 @@
 # Runs the checks and tests, all of them or the named ones, and ends with a
 # summary. One that fails does not keep the others from running.
 #
-#   test.sh [gofmt] [vet] [proto] [unit] [layers] [footprint] [e2e] [crash] [fuzz]
+#   test.sh [gofmt] [vet] [proto] [unit] [layers] [footprint] [e2e] [sessions] [crash] [fuzz]
 #
-# HOLDFAST_DRILL=1 runs e2e and crash in full length. fuzz, only if named, takes
+# HOLDFAST_DRILL=1 runs e2e, sessions and crash in full length. fuzz, only if named, takes
 # FUZZTIME, 1m, for each target. The whole output of each step stays in
 # .cache/test/STEP.log.
 set -u
@@ -66,6 +66,7 @@ step() {
 	layers) gotest ./tests/layers ;;
 	footprint) gotest ./tests/footprint ;; # measures the shim as it is shipped
 	e2e) gotest -race ./tests/e2e ;;
+	sessions) (cd tests/sessions && go vet . && gotest .) ;; # a module of its own
 	crash) gotest -race ./tests/crash ;;
 	fuzz)
 		fuzz || return
@@ -76,7 +77,7 @@ step() {
 }
 
 steps=("$@")
-[ $# -gt 0 ] || steps=(gofmt vet proto unit layers footprint e2e crash)
+[ $# -gt 0 ] || steps=(gofmt vet proto unit layers footprint e2e sessions crash)
 status=0
 summary=
 for s in "${steps[@]}"; do

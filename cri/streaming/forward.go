@@ -98,6 +98,7 @@ func (f *forwarder) PortForward(_ context.Context, _, _ string, port int32, clie
 	if s, ok := client.(counted); ok && f.guard != nil {
 		from = reader{s, f.guard}
 		defer f.guard.ended(s.Identifier())
+		f.guard.awaitAnswer(f.ctx, s.Identifier())
 	}
 	if len(f.request.Ports) > 0 && !slices.Contains(f.request.Ports, port) {
 		return fmt.Errorf("port %d is none of %v, which were asked for", port, f.request.Ports)

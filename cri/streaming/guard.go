@@ -3,6 +3,7 @@ package streaming
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -87,8 +88,8 @@ type guard struct {
 	// Under the lock of the budget.
 	open       int // streams
 	streams    map[uint32]*inflow
-	unanswered map[uint32]struct{}
-	settled    chan struct{} // closed when all are answered; nil: nobody waits
+	unanswered map[uint32]chan struct{} // closed with the answer
+	settled    chan struct{}            // closed when all are answered; nil: nobody waits
 }
 
 // frame is what is left of a data frame.
@@ -113,7 +114,7 @@ func newGuard(l *link, r io.Reader, write func(head, payload []byte) error, b *b
 		budget:     b,
 		limit:      limit,
 		streams:    map[uint32]*inflow{},
-		unanswered: map[uint32]struct{}{},
+		unanswered: map[uint32]chan struct{}{},
 	}
 	g.headers, _ = spdy.NewFramerWithOptions(io.Discard, &g.block, // fails for writers alone
 		spdy.WithMaxHeaderCount(maxHeaders), spdy.WithMaxHeaderFieldSize(maxHeaderField))
@@ -244,7 +245,7 @@ func (g *guard) opened(b []byte) error {
 		return fmt.Errorf("%w: more than %d streams are open", errProtocol, g.limit)
 	}
 	g.streams[id] = &inflow{wanted: syn.Headers.Get(typeHeader) != typeError}
-	g.unanswered[id] = struct{}{}
+	g.unanswered[id] = make(chan struct{})
 	return nil
 }
 
@@ -377,11 +378,29 @@ func (g *guard) Write(p []byte) (int, error) {
 	return n, nil
 }
 
+// awaitAnswer waits until a stream is answered: a reset that came before would be all
+// that the client sees. spdystream answers as soon as it has handed out the stream.
+func (g *guard) awaitAnswer(ctx context.Context, id uint32) {
+	g.budget.mu.Lock()
+	answer := g.unanswered[id]
+	g.budget.mu.Unlock()
+	if answer == nil {
+		return
+	}
+	select {
+	case <-answer:
+	case <-ctx.Done():
+	}
+}
+
 // answered takes note of the answer to a stream that the client has opened.
 func (g *guard) answered(id uint32) {
 	g.budget.mu.Lock()
 	defer g.budget.mu.Unlock()
-	delete(g.unanswered, id)
+	if answer, ok := g.unanswered[id]; ok {
+		close(answer)
+		delete(g.unanswered, id)
+	}
 	if g.settled != nil && len(g.unanswered) == 0 {
 		close(g.settled)
 		g.settled = nil

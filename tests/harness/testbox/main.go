@@ -6,6 +6,8 @@
 //	testbox flood [-rate BYTES] [-line N] numbered lines of N bytes, BYTES a second
 //	testbox wait FIFO MARK                reads a number from FIFO, writes the time
 //	                                      into MARK, and exits with that number
+//	testbox echo PORT                     sends back what comes on connections, with
+//	                                      its end
 //
 // All of them end with 0 on SIGTERM. Lines count from 1: "line 00000001".
 package main
@@ -15,6 +17,8 @@ import (
 	"bytes"
 	"flag"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"os/signal"
 	"strings"
@@ -37,7 +41,7 @@ func main() {
 
 func run(args []string) error {
 	if len(args) == 0 {
-		return fmt.Errorf("say print, flood or wait")
+		return fmt.Errorf("say print, flood, wait or echo")
 	}
 	f := flag.NewFlagSet(args[0], flag.ExitOnError)
 	every := f.Duration("every", 10*time.Millisecond, "between lines")
@@ -63,8 +67,27 @@ func run(args []string) error {
 			return fmt.Errorf("wait needs FIFO and MARK")
 		}
 		return wait(f.Arg(0), f.Arg(1))
+	case "echo":
+		return echo(":" + f.Arg(0))
 	}
 	return fmt.Errorf("there is no %q", args[0])
+}
+
+func echo(address string) error {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return err
+	}
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go func() {
+			io.Copy(conn, conn)
+			conn.Close()
+		}()
+	}
 }
 
 // lines writes batch lines each time, until count is reached.

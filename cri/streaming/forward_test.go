@@ -1,0 +1,243 @@
+package streaming
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/gorilla/websocket"
+	"k8s.io/streaming/pkg/httpstream"
+	"k8s.io/streaming/pkg/httpstream/spdy"
+
+	"github.com/holdfast-cri/holdfast/proto/stream"
+)
+
+// serve answers each connection to a port with f.
+func serve(t *testing.T, f func(c *net.TCPConn)) (port int32) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go f(c.(*net.TCPConn))
+		}
+	}()
+	return int32(l.Addr().(*net.TCPAddr).Port)
+}
+
+func echo(c *net.TCPConn) {
+	io.Copy(c, c)
+	c.Close()
+}
+
+// webConn is a WebSocket as a connection, as client-go has it.
+type webConn struct {
+	net.Conn
+	ws *websocket.Conn
+	r  io.Reader
+}
+
+func (c *webConn) Read(p []byte) (int, error) {
+	for {
+		if c.r == nil {
+			_, r, err := c.ws.NextReader()
+			if err != nil {
+				return 0, err
+			}
+			c.r = r
+		}
+		n, err := c.r.Read(p)
+		if n > 0 || !errors.Is(err, io.EOF) {
+			return n, err
+		}
+		c.r = nil
+	}
+}
+
+func (c *webConn) Write(p []byte) (int, error) {
+	return len(p), c.ws.WriteMessage(websocket.BinaryMessage, p)
+}
+
+var ways = []string{"SPDY", "tunnel"}
+
+// forwarding opens a session.
+func (f *fake) forwarding(t *testing.T, way string, ports ...int32) httpstream.Connection {
+	t.Helper()
+	path := f.put(stream.Request{Kind: stream.PortForward, ID: "p", Ports: ports})
+	if way == "SPDY" {
+		conn, _, err := f.spdyDial(path, "portforward.k8s.io")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { conn.Close() })
+		return conn
+	}
+	ws, err := f.webDial(path, "SPDY/3.1+portforward.k8s.io")
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := spdy.NewClientConnection(&webConn{Conn: ws.NetConn(), ws: ws})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ws.Close() })
+	return conn
+}
+
+// open opens the pair of streams of a connection to a port.
+func open(t *testing.T, conn httpstream.Connection, id int, port int32) (data, errs httpstream.Stream) {
+	t.Helper()
+	h := http.Header{}
+	h.Set("port", strconv.Itoa(int(port)))
+	h.Set("requestID", strconv.Itoa(id))
+	h.Set("streamType", "error")
+	errs, err := conn.CreateStream(h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	errs.Close()
+	h.Set("streamType", "data")
+	if data, err = conn.CreateStream(h); err != nil {
+		t.Fatal(err)
+	}
+	return data, errs
+}
+
+// Many connections share one session: a port at which nobody listens is an error of its
+// own stream, and the end of each direction arrives behind its bytes.
+func TestForward(t *testing.T) {
+	for _, way := range ways {
+		t.Run(way, func(t *testing.T) {
+			f := newFake(t, nil)
+			nothingLeft(t)
+			good := serve(t, echo)
+			closed, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			bad := int32(closed.Addr().(*net.TCPAddr).Port)
+			closed.Close()
+			conn := f.forwarding(t, way)
+
+			_, errs := open(t, conn, 0, bad)
+			if b, err := io.ReadAll(errs); err != nil || !strings.Contains(string(b), "connection refused") {
+				t.Errorf("a port that nobody has: %q, %v", b, err)
+			}
+			var wg sync.WaitGroup
+			for i := range 50 {
+				data, errs := open(t, conn, i+1, good)
+				wg.Go(func() {
+					want := bytes.Repeat([]byte(fmt.Sprintf("stream %02d ", i)), 20000)
+					go func() {
+						data.Write(want)
+						data.Close()
+					}()
+					if got, err := io.ReadAll(data); err != nil || !bytes.Equal(got, want) {
+						t.Errorf("%d bytes came back, %d were sent: %v", len(got), len(want), err)
+					}
+					if b, err := io.ReadAll(errs); err != nil || len(b) > 0 {
+						t.Errorf("error %q, %v", b, err)
+					}
+				})
+			}
+			wg.Wait()
+		})
+	}
+}
+
+// A pod that closes its side still gets what the client sends.
+func TestPodClosesItsSide(t *testing.T) {
+	for _, way := range ways {
+		f := newFake(t, nil)
+		got := make(chan string, 1)
+		port := serve(t, func(c *net.TCPConn) {
+			io.WriteString(c, "hello")
+			c.CloseWrite()
+			b, _ := io.ReadAll(c)
+			c.Close()
+			got <- string(b)
+		})
+		data, errs := open(t, f.forwarding(t, way), 1, port)
+		if b, err := io.ReadAll(data); err != nil || string(b) != "hello" {
+			t.Errorf("%s: the client got %q, %v", way, b, err)
+		}
+		io.WriteString(data, "and back")
+		data.Close()
+		if s := <-got; s != "and back" {
+			t.Errorf("%s: the pod got %q", way, s)
+		}
+		if b, err := io.ReadAll(errs); err != nil || len(b) > 0 {
+			t.Errorf("%s: error %q, %v", way, b, err)
+		}
+	}
+}
+
+// What a client has sent arrives although it has gone, and nothing is left of it.
+func TestForwardWithoutClient(t *testing.T) {
+	for _, way := range ways {
+		f := newFake(t, nil)
+		got := make(chan string, 1)
+		port := serve(t, func(c *net.TCPConn) {
+			b, _ := io.ReadAll(c)
+			c.Close()
+			got <- string(b)
+		})
+		conn := f.forwarding(t, way)
+		data, _ := open(t, conn, 1, port)
+		io.WriteString(data, "last words")
+		conn.Close()
+		if s := <-got; s != "last words" {
+			t.Errorf("%s: the pod got %q", way, s)
+		}
+		eventually(t, "nothing is forwarded", func() bool { return f.forwarded.Load() == 0 })
+	}
+}
+
+func TestPortsThatWereAskedFor(t *testing.T) {
+	f := newFake(t, nil)
+	good := serve(t, echo)
+	_, errs := open(t, f.forwarding(t, "SPDY", good+1, good+2), 1, good)
+	if b, _ := io.ReadAll(errs); !strings.Contains(string(b), "which were asked for") {
+		t.Errorf("another port: %q", b)
+	}
+}
+
+// The older protocols have a pair of channels for each port, which begin with its number.
+func TestForwardChannels(t *testing.T) {
+	f := newFake(t, nil)
+	port := serve(t, echo)
+	ws, err := f.webDial(f.put(stream.Request{Kind: stream.PortForward, Ports: []int32{port}}), "v4.channel.k8s.io")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ws.Close()
+	want := binary.LittleEndian.AppendUint16(nil, uint16(port))
+	for channel := range 2 {
+		if _, b, err := ws.ReadMessage(); err != nil || !bytes.Equal(b, append([]byte{byte(channel)}, want...)) {
+			t.Fatalf("channel %d begins with %v, %v", channel, b, err)
+		}
+	}
+	if err := ws.WriteMessage(websocket.BinaryMessage, []byte("\x00hello")); err != nil {
+		t.Fatal(err)
+	}
+	if _, b, err := ws.ReadMessage(); err != nil || string(b) != "\x00hello" {
+		t.Errorf("%q came back, %v", b, err)
+	}
+	ws.Close()
+	eventually(t, "nothing is forwarded", func() bool { return f.forwarded.Load() == 0 })
+}
