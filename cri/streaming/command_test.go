@@ -231,31 +231,36 @@ func TestCommandThatCannotStart(t *testing.T) {
 	}
 }
 
-// Much goes both ways, and the end of the input arrives behind it.
+// Much goes both ways, and the end of the input arrives behind it; over TLS as well.
 func TestEcho(t *testing.T) {
-	f := newFake(t, nil)
-	nothingLeft(t)
 	block := bytes.Repeat([]byte("0123456789abcde\n"), 1<<14)
-	for _, p := range []string{"spdy v4.channel.k8s.io", "ws v5.channel.k8s.io"} {
-		t.Run(p, func(t *testing.T) {
-			c := f.dial(t, p, stream.Request{Kind: stream.Exec, Cmd: []string{"/bin/cat"}, Stdin: true, Stdout: true})
-			want := sha256.New()
-			for range 32 {
-				want.Write(block)
-				if _, err := c.stdin.Write(block); err != nil {
+	for _, secure := range []bool{false, true} {
+		f := newFake(t, nil)
+		if secure {
+			f.withTLS()
+		}
+		for _, p := range []string{"spdy v4.channel.k8s.io", "ws v5.channel.k8s.io"} {
+			t.Run(fmt.Sprintf("%s %v", p, secure), func(t *testing.T) {
+				nothingLeft(t)
+				c := f.dial(t, p, stream.Request{Kind: stream.Exec, Cmd: []string{"/bin/cat"}, Stdin: true, Stdout: true})
+				want := sha256.New()
+				for range 32 {
+					want.Write(block)
+					if _, err := c.stdin.Write(block); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := c.closeStdin(); err != nil {
 					t.Fatal(err)
 				}
-			}
-			if err := c.closeStdin(); err != nil {
-				t.Fatal(err)
-			}
-			if s := <-c.status; s != `{"status":"Success"}` {
-				t.Errorf("status %s", s)
-			}
-			if got := sha256.Sum256(c.stdout.Bytes()); !bytes.Equal(got[:], want.Sum(nil)) {
-				t.Errorf("%d bytes came back, and not those that were sent", c.stdout.Len())
-			}
-		})
+				if s := <-c.status; s != `{"status":"Success"}` {
+					t.Errorf("status %s", s)
+				}
+				if got := sha256.Sum256(c.stdout.Bytes()); !bytes.Equal(got[:], want.Sum(nil)) {
+					t.Errorf("%d bytes came back, and not those that were sent", c.stdout.Len())
+				}
+			})
+		}
 	}
 }
 

@@ -2,12 +2,14 @@ package streaming
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os/exec"
 	"runtime"
 	"strings"
@@ -32,6 +34,7 @@ type fake struct {
 	*Server
 	t    *testing.T
 	addr string
+	tls  *tls.Config // of clients; nil: none
 
 	mu       sync.Mutex
 	requests map[string]stream.Request
@@ -206,11 +209,11 @@ func nothingLeft(t *testing.T) {
 
 // spdyDial upgrades to SPDY.
 func (f *fake) spdyDial(path string, protocols ...string) (httpstream.Connection, string, error) {
-	rt, err := spdy.NewRoundTripper(nil)
+	rt, err := spdy.NewRoundTripper(f.tls)
 	if err != nil {
 		return nil, "", err
 	}
-	req, err := http.NewRequest("POST", "http://"+f.addr+path, nil)
+	req, err := http.NewRequest("POST", "http"+f.secure()+"://"+f.addr+path, nil)
 	if err != nil {
 		return nil, "", err
 	}
@@ -225,9 +228,37 @@ func (f *fake) spdyDial(path string, protocols ...string) (httpstream.Connection
 	return conn, resp.Header.Get(httpstream.HeaderProtocolVersion), err
 }
 
+func (f *fake) secure() string {
+	if f.tls != nil {
+		return "s"
+	}
+	return ""
+}
+
+// withTLS has a server with TLS take the place of the one without.
+func (f *fake) withTLS() {
+	f.t.Helper()
+	lender := httptest.NewTLSServer(nil) // of a certificate
+	defer lender.Close()
+	config := f.Config
+	config.TLS = &tls.Config{Certificates: lender.TLS.Certificates}
+	s, err := New(config)
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	f.Server, f.tls = s, &tls.Config{InsecureSkipVerify: true}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	f.addr = l.Addr().String()
+	go s.Serve(l)
+	f.t.Cleanup(func() { l.Close() })
+}
+
 // webDial upgrades to WebSocket.
 func (f *fake) webDial(path string, protocols ...string) (*websocket.Conn, error) {
-	d := websocket.Dialer{Subprotocols: protocols}
-	ws, _, err := d.Dial("ws://"+f.addr+path, nil)
+	d := websocket.Dialer{Subprotocols: protocols, TLSClientConfig: f.tls}
+	ws, _, err := d.Dial("ws"+f.secure()+"://"+f.addr+path, nil)
 	return ws, err
 }

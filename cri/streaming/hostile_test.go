@@ -222,6 +222,7 @@ func TestGuard(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			fk := newFake(t, nil)
+			fk.CreationTimeout = time.Second
 			nothingLeft(t)
 			r := fk.raw(t, stream.Request{Kind: stream.PortForward}, "portforward.k8s.io")
 			r.SetDeadline(time.Now().Add(2 * patient))
@@ -242,6 +243,7 @@ func TestAbandoned(t *testing.T) {
 		return client.SessionExit{}, context.Cause(ctx)
 	}
 	f := newFake(t, block)
+	f.CreationTimeout = time.Second
 	nothingLeft(t)
 	sink := serve(t, func(c *net.TCPConn) { // it takes nothing
 		<-t.Context().Done()

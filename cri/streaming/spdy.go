@@ -17,13 +17,17 @@ import (
 )
 
 // patience is how much longer the library waits for streams than this package, which
-// ends the connection: a stream that comes when the library has just stopped waiting
+// closes the connection: a stream that comes when the library has just stopped waiting
 // would never be answered.
-const patience = 10 * time.Second
+const patience = time.Second
 
 // spdyCommand serves exec and attach over SPDY.
 func (s *Server) spdyCommand(u *upgrade, req *http.Request, r stream.Request) {
-	c := &command{server: s, request: r, timeout: time.AfterFunc(s.CreationTimeout, func() { u.conn.cancel(errSlow) })}
+	c := &command{server: s, request: r}
+	c.timeout = time.AfterFunc(s.CreationTimeout, func() {
+		u.conn.cancel(errSlow)
+		u.conn.Close()
+	})
 	defer c.timeout.Stop()
 	u.wrap = func(l *link) net.Conn {
 		c.guard = newGuard(l, l, l.write, &s.budget, streamsOf(req, r))

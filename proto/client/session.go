@@ -342,21 +342,64 @@ func copyOut(to io.Writer, from *os.File, ended <-chan struct{}) error {
 		case <-over:
 		}
 	}()
-	b := make([]byte, copySize)
+	p := pace{file: from, buf: make([]byte, copySize)}
 	for {
-		n, err := from.Read(b)
+		n, err := from.Read(p.buf)
 		if n > 0 {
-			if _, werr := to.Write(b[:n]); werr != nil {
+			if _, werr := to.Write(p.buf[:n]); werr != nil {
 				return werr
 			}
 			select {
 			case <-ended:
 				from.SetReadDeadline(time.Now().Add(quietTimeout))
 			default:
+				p.after(n)
 			}
 		}
 		if err != nil { // the end, the time, EIO of a terminal, or Close
 			return nil
 		}
+	}
+}
+
+// pace has a busy output read in large pieces: of one that comes in many small ones,
+// most of the time goes into waking up for each. An output is busy when some pieces came
+// within some milliseconds; of anything slower no byte waits.
+type pace struct {
+	file   *os.File
+	buf    []byte
+	pieces int
+	since  time.Time // of the first of busyPieces
+	busy   bool
+}
+
+const (
+	busyPieces = 16
+	busyTime   = busyPieces * time.Millisecond
+	collect    = 200 * time.Microsecond // for the next piece to grow
+	busySize   = 256 << 10
+	busyPipe   = 1 << 20
+)
+
+// after is called with the size of each piece.
+func (p *pace) after(n int) {
+	if p.pieces%busyPieces == 0 {
+		now := time.Now()
+		p.busy = p.pieces > 0 && now.Sub(p.since) < busyTime
+		p.since = now
+	}
+	p.pieces++
+	if !p.busy {
+		return
+	}
+	if len(p.buf) < busySize {
+		p.buf = make([]byte, busySize)
+		if raw, err := p.file.SyscallConn(); err == nil {
+			// It fails for a terminal, and where the user has too many such pipes.
+			raw.Control(func(fd uintptr) { unix.FcntlInt(fd, unix.F_SETPIPE_SZ, busyPipe) })
+		}
+	}
+	if n < copySize/2 {
+		time.Sleep(collect)
 	}
 }
