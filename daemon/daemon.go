@@ -186,6 +186,7 @@ func (d *Daemon) openPods() error {
 		},
 		Sessions:           sessions,
 		Cgroups:            cgroups{d.cgroups},
+		CDI:                d.openCDI(),
 		RejectAbsentMounts: cfg.RejectAbsentMounts,
 		OwnPaths:           []string{cfg.Root, cfg.State, string(d.ways()), cfg.Address, cfg.Address + LockSuffix},
 		Go:                 d.background,

@@ -7,11 +7,13 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/holdfast-cri/holdfast/daemon/cdi"
 	"github.com/holdfast-cri/holdfast/daemon/containers"
 	"github.com/holdfast-cri/holdfast/daemon/network"
 	"github.com/holdfast-cri/holdfast/daemon/placement"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
+	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
@@ -66,6 +68,25 @@ func (r roots) Volumes(root string, names []string, owner records.Owner, at stri
 }
 
 func (r roots) PinPID(p rundir.Process, path string) error { return containers.PinPID(p, path) }
+
+// cdiDevices is containers.CDI.
+type cdiDevices struct{ *cdi.Store }
+
+func (c cdiDevices) Find(devices []spec.CDIDevice) (containers.Edits, error) {
+	list := make([]cdi.Device, len(devices))
+	for i, d := range devices {
+		list[i] = cdi.Device(d)
+	}
+	return c.Store.Find(list)
+}
+
+// openCDI gives no interface where there are no such devices.
+func (d *Daemon) openCDI() containers.CDI {
+	if len(d.cfg.CDIDirs) == 0 {
+		return nil
+	}
+	return cdiDevices{cdi.New(d.cfg.CDIDirs)}
+}
 
 // cgroups is containers.Cgroups.
 type cgroups struct{ *placement.Manager }

@@ -84,6 +84,10 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 		return err
 	}
 	cfg, pr := rec.Config.M, pod.Record()
+	devices, err := m.cdiDevices(cfg)
+	if err != nil {
+		return err
+	}
 	img, release, err := m.Images.Hold(ctx, "config.image.image", cfg.GetImage().GetImage())
 	if err != nil {
 		return err
@@ -111,7 +115,7 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 			return err
 		}
 	}
-	b := &builder{m: m, pod: pod.Record(), rec: rec, image: img, pidns: pidns}
+	b := &builder{m: m, pod: pod.Record(), rec: rec, image: img, pidns: pidns, cdi: devices}
 	defer b.release()
 	c, err := m.Launch(ctx, cl, pod, rec, b.build)
 	if err != nil {
@@ -122,6 +126,20 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 	}
 	m.Follow(c)
 	return nil
+}
+
+// cdiDevices finds the devices of the CDI that a container asks for; nil for none. A
+// container without its device would only seem to run.
+func (m *Manager) cdiDevices(cfg *runtimeapi.ContainerConfig) (Edits, error) {
+	devices, err := spec.CDIDevices(cfg)
+	switch {
+	case err != nil || len(devices) == 0:
+		return nil, err
+	case m.CDI == nil:
+		return nil, kind.Errorf(kind.Unsupported, "%s: cannot add %.200q: CDI devices are turned off on this node ([cdi] enabled)",
+			devices[0].Field, devices[0].Name)
+	}
+	return m.CDI.Find(devices)
 }
 
 // Built is the spec of a container and what was decided on the way to it.

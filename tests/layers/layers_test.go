@@ -64,6 +64,11 @@ var allowed = map[string][]string{
 	},
 
 	"daemon/beneath": {"golang.org/x/sys/unix"},
+	"daemon/cdi": {
+		module + "daemon/beneath", module + "proto/kind", "github.com/opencontainers/runtime-spec/specs-go",
+		"tags.cncf.io/container-device-interface/pkg/cdi", "tags.cncf.io/container-device-interface/pkg/parser",
+		"tags.cncf.io/container-device-interface/specs-go",
+	},
 	"daemon/metrics": {
 		module + "daemon/records",
 		"github.com/prometheus/client_golang/prometheus", "github.com/prometheus/client_golang/prometheus/collectors",
@@ -175,6 +180,7 @@ var ofTheModule = map[string][]string{
 		"daemon/spec", "daemon/state", "proto", "proto/kind", "proto/record", "proto/rundir", "proto/stream", "reaper/pidfd", "runc",
 	},
 
+	"daemon/cdi":     {"daemon/beneath", "proto/kind"},
 	"daemon/metrics": {"daemon/records"},
 	"daemon/beneath": {},
 	"daemon/dirs":    {},
