@@ -147,6 +147,12 @@ func (s *Server) ContainerStatus(_ context.Context, r *runtimeapi.ContainerStatu
 	return s.d.Containers.Status(r.GetContainerId(), r.GetVerbose())
 }
 
+// UpdateContainerResources changes the limits of a container that has not ended.
+func (s *Server) UpdateContainerResources(ctx context.Context, r *runtimeapi.UpdateContainerResourcesRequest,
+) (*runtimeapi.UpdateContainerResourcesResponse, error) {
+	return &runtimeapi.UpdateContainerResourcesResponse{}, s.d.Containers.Update(ctx, r.GetContainerId(), r.GetLinux())
+}
+
 // ExecSync runs a command in a container.
 func (s *Server) ExecSync(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
 	timeout, err := seconds("timeout", r.GetTimeout())

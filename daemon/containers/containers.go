@@ -303,6 +303,17 @@ func (c *Container) save(change func(*records.Container)) error {
 	return nil
 }
 
+// note is save for what is so whether or not the disk takes it: then it is kept in memory
+// alone, and what it stands for is found out again after a restart.
+func (c *Container) note(change func(*records.Container)) {
+	if err := c.save(change); err != nil {
+		rec := *c.Record()
+		change(&rec)
+		c.record.Store(&rec)
+		c.m.Log.Warn("cannot write down the state of a container", "container", rec.ID, "error", err)
+	}
+}
+
 // observe is the one place where what is seen changes. News may come twice and
 // from several sides; a container never goes back, and its first end stays.
 func (c *Container) observe(change func(*records.Seen)) {
