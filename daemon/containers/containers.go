@@ -164,6 +164,8 @@ type Options struct {
 	// OwnPaths are those of the runtime itself: nothing is made there or below, as
 	// what a pod mounts.
 	OwnPaths []string
+	// Given is told that a container more is listed. It returns at once, and may be nil.
+	Given func()
 	// Go runs f in the background, unless the daemon is closing. It ends with ctx.
 	Go  func(f func(ctx context.Context))
 	Log *slog.Logger

@@ -224,6 +224,9 @@ func (c *Container) Give(ctx context.Context) error {
 	if err := c.save(func(r *records.Container) { r.Phase = records.ContainerCreated }); err != nil {
 		return err
 	}
+	if c.m.Given != nil {
+		c.m.Given()
+	}
 	return step.Reach(step.ContainerCreated)
 }
 
@@ -289,7 +292,7 @@ func (c *Container) createOnWay(ctx context.Context, rec *records.Container, s *
 // from all of the container that the host sees. The container itself has mounts of
 // its own by now. That the directories are closed is the first line.
 func (c *Container) disarm() error {
-	paths := []string{c.dir.Path(rundir.RootfsName), c.upper()}
+	paths := []string{c.dir.Path(rundir.RootfsName), c.Layer()}
 	for _, name := range []string{imagesName, volumesName} {
 		below, _ := filepath.Glob(c.dir.Path(name) + "/*")
 		paths = append(paths, below...)
@@ -301,8 +304,8 @@ func (c *Container) disarm() error {
 	return errors.Join(errs...)
 }
 
-// upper is the writable layer of the container.
-func (c *Container) upper() string {
+// Layer is the writable layer of the container.
+func (c *Container) Layer() string {
 	return filepath.Join(c.m.State.Dir(state.Containers, c.ID()), "upper")
 }
 

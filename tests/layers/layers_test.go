@@ -164,6 +164,7 @@ var ofTheModule = map[string][]string{
 	"daemon/placement": {"runc/cgroup"},
 	"daemon/shims":     {"daemon/spawn", "proto/client", "proto/rundir", "reaper/pidfd"},
 	"daemon/spawn":     {"proto/step"},
+	"daemon/stats":     {"daemon/network/netns", "runc/cgroup"},
 	"daemon/streams":   {"daemon/spawn", "proto/kind", "proto/rundir", "proto/stream", "reaper/pidfd"},
 	"daemon/rootfs":    {"daemon/beneath", "daemon/dirs", "proto/kind", "proto/record", "proto/rundir"},
 	"daemon/image": {"daemon/dirs", "daemon/records", "daemon/image/registry", "proto/kind", "proto/record",
