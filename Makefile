@@ -82,7 +82,7 @@ vm-test: build ## test under systemd and cgroup v2, in a machine that VM=PROGRAM
 lint: deps ## check the format and go vet
 	@hack/test.sh gofmt vet
 
-bench: build ## pull 60 layers of 2 GiB, or BENCH='-execs 100', beside CONTAINERD=PROGRAM (or one on PATH)
+bench: build ## pull 60 layers of 2 GiB, or BENCH='-execs 100' or '-sessions 64', beside CONTAINERD=PROGRAM
 	go run ./hack/bench -bin bin $(if $(CONTAINERD),-containerd '$(CONTAINERD)') $(BENCH)
 
 demo: build ## see a pod survive its runtime, in under two minutes

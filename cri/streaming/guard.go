@@ -407,11 +407,10 @@ func (g *guard) answered(id uint32) {
 	}
 }
 
-// counted is a stream of spdystream.
+// counted is a stream of spdystream, as it is or as the library wraps it.
 type counted interface {
 	io.Reader
 	Identifier() uint32
-	ReadData() ([]byte, error) // a frame, without a copy
 }
 
 // reader is a stream of spdystream, whose reads are counted.
@@ -428,9 +427,13 @@ func (r reader) Read(p []byte) (int, error) {
 
 // WriteTo writes what comes until its end.
 func (r reader) WriteTo(w io.Writer) (int64, error) {
+	frames, ok := r.stream.(interface{ ReadData() ([]byte, error) })
+	if !ok {
+		return io.Copy(w, struct{ io.Reader }{r})
+	}
 	var total int64
 	for {
-		b, err := r.stream.ReadData()
+		b, err := frames.ReadData() // without a copy
 		r.guard.consumed(r.stream.Identifier(), len(b))
 		if errors.Is(err, io.EOF) {
 			return total, nil

@@ -87,6 +87,26 @@ func TestBenchExecs(t *testing.T) {
 	}
 }
 
+// TestBenchSessions runs a few, without containerd.
+func TestBenchSessions(t *testing.T) {
+	dir := t.TempDir()
+	o := options{dir: dir, bin: programs(t), sessions: 1, rounds: 1, bytes: 16 << 20}
+	r, err := benchSessions(o, t.Logf)
+	if err != nil {
+		b, _ := os.ReadFile(filepath.Join(dir, "holdfast.log"))
+		t.Fatalf("%v\n%s", err, b)
+	}
+	for _, row := range r.rows {
+		v := row.values["holdfast"]
+		if len(v) == 0 || slices.Min(v) < 0 || row.goal == 0 && slices.Min(v) == 0 {
+			t.Errorf("%s took %v ms", row.name, v)
+		}
+	}
+	if len(r.rows) != 2*(2+8) {
+		t.Errorf("%d rows", len(r.rows))
+	}
+}
+
 func TestImagesAreDeterministic(t *testing.T) {
 	for _, c := range []string{"gzip", "zstd", "none"} {
 		var manifests []string

@@ -58,24 +58,35 @@ func (p *process) stop() error {
 
 // cpu is the processor time of the process and of its children that have ended.
 func (p *process) cpu() (time.Duration, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+	own, children, err := cpuOf(p.cmd.Process.Pid)
+	return own + children, err
+}
+
+// cpuOf is the processor time of a process, user and system, and that of its children
+// that have ended.
+func cpuOf(pid int) (own, children time.Duration, err error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	// The name may have spaces. After it: state is field 3, utime field 14.
 	f := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:]))
 	if len(f) < 15 {
-		return 0, fmt.Errorf("cannot use /proc/%d/stat", p.cmd.Process.Pid)
+		return 0, 0, fmt.Errorf("cannot use /proc/%d/stat", pid)
 	}
-	ticks := 0
-	for _, s := range f[11:15] {
+	for i, s := range f[11:15] {
 		n, err := strconv.Atoi(s)
 		if err != nil {
-			return 0, err
+			return 0, 0, err
 		}
-		ticks += n
+		ticks := time.Duration(n) * (time.Second / 100) // USER_HZ, on every Linux architecture that Go has
+		if i < 2 {
+			own += ticks
+		} else {
+			children += ticks
+		}
 	}
-	return time.Duration(ticks) * (time.Second / 100), nil // USER_HZ, on every Linux architecture that Go has
+	return own, children, nil
 }
 
 // memory reads fields of /proc/PID/status that are in kB, as bytes.

@@ -29,51 +29,62 @@ var (
 )
 
 // benchExecs runs ExecSync in one container of each daemon. They take turns from call to
-// call, so that whatever else the machine does meets all of them.
+// call.
 func benchExecs(o options) (t table, err error) {
-	image := filepath.Join(o.dir, "image-program")
-	if err := makeProgramImage(image); err != nil {
-		return t, err
-	}
-	reg, err := startRegistry(image)
+	targets, stop, err := startTargets(o)
+	defer func() { err = errors.Join(err, stop()) }()
 	if err != nil {
 		return t, err
 	}
-	defer func() { err = errors.Join(err, reg.stop()) }()
-	var targets []*target
-	defer func() {
-		for _, x := range targets {
-			err = errors.Join(err, x.remove())
-		}
-	}()
-	for _, k := range kinds(o) {
-		x, xerr := newTarget(o, k, reg.host)
-		if x != nil {
-			targets = append(targets, x)
-		}
-		if xerr != nil {
-			return t, fmt.Errorf("%s: %w", k.name, xerr)
-		}
-		t.names = append(t.names, k.name)
+	for _, x := range targets {
+		t.names = append(t.names, x.name)
 	}
 	for _, at := range []int{1, 4} {
-		r := row{fmt.Sprintf("ExecSync, %d at a time", at), goalExec, "ms", map[string][]float64{}}
-		turns := slices.Clone(targets)
-		for i := range 2 + o.execs/at {
-			for _, x := range turns {
-				took, err := x.execs(at)
-				if err != nil {
-					return t, fmt.Errorf("%s: %w", x.name, err)
-				}
-				if i >= 2 { // the first ones find nothing in caches
-					r.values[x.name] = append(r.values[x.name], took...)
-				}
+		r := newRow(fmt.Sprintf("ExecSync, %d at a time", at), goalExec, "ms")
+		err := inTurns(targets, 2+o.execs/at, func(round int, x *target) error {
+			took, err := x.execs(at)
+			if round >= 2 { // the first ones find nothing in caches
+				r.values[x.name] = append(r.values[x.name], took...)
 			}
-			slices.Reverse(turns) // who goes first may matter
+			return err
+		})
+		if err != nil {
+			return t, err
 		}
 		t.rows = append(t.rows, r)
 	}
 	return t, nil
+}
+
+// startTargets starts all daemons, each with a container. Call stop, after an error too.
+func startTargets(o options) (targets []*target, stop func() error, err error) {
+	var stops []func() error
+	stop = func() (err error) {
+		for _, f := range slices.Backward(stops) {
+			err = errors.Join(err, f())
+		}
+		return err
+	}
+	image := filepath.Join(o.dir, "image-program")
+	if err := makeProgramImage(image); err != nil {
+		return nil, stop, err
+	}
+	reg, err := startRegistry(image)
+	if err != nil {
+		return nil, stop, err
+	}
+	stops = append(stops, reg.stop)
+	for _, k := range kinds(o) {
+		x, err := newTarget(o, k, reg.host)
+		if x != nil {
+			stops = append(stops, x.remove)
+		}
+		if err != nil {
+			return nil, stop, fmt.Errorf("%s: %w", k.name, err)
+		}
+		targets = append(targets, x)
+	}
+	return targets, stop, nil
 }
 
 // makeProgramImage makes an image with one static program.

@@ -1,10 +1,14 @@
 // Command bench measures how fast images are pulled: wall time, processor time
 // and peak memory of holdfastd and, where there is one, of containerd, on the
 // same disk, from the same registry, in turns. With -execs it measures instead how
-// long ExecSync takes, which probes are, alone and four at a time.
+// long ExecSync takes, which probes are, alone and four at a time. With -sessions it
+// measures sessions of exec, alone and 16 at a time, over SPDY and WebSocket: how long
+// they take from the call of the CRI to the exit code, and the time and processor time
+// of a GiB of stdout and of stdin.
 //
 //	make bench [CONTAINERD=path-of-containerd] [BENCH='-layers 1 -bytes 1G']
 //	make bench [CONTAINERD=path-of-containerd] BENCH='-execs 100'
+//	make bench [CONTAINERD=path-of-containerd] BENCH='-sessions 64'
 //
 // It needs root and what `make build` makes, and room for three times the size
 // of the image. It leaves nothing behind but the logs of a run that failed; with
@@ -34,6 +38,7 @@ type options struct {
 	rounds     int
 	plain      bool // on the file system of dir, not on a fresh one
 	execs      int  // instead of pulls: so many by each daemon, alone and four at a time
+	sessions   int  // instead of pulls: so many short ones by each daemon, alone and 16 at a time
 }
 
 func main() {
@@ -50,7 +55,7 @@ func main() {
 		"containerd `program` to compare with, 2.0 or later (default: on PATH; none: no comparison)")
 	flag.IntVar(&o.images, "images", 1, "images pulled at the same time")
 	flag.IntVar(&o.layers, "layers", 60, "layers of each image")
-	flag.Func("bytes", "content of all images together, such as 40M (default 2G)", func(s string) (err error) {
+	flag.Func("bytes", "content of all images together, or of a transfer, such as 40M (default 2G)", func(s string) (err error) {
 		o.bytes, err = parseBytes(s)
 		return err
 	})
@@ -58,7 +63,9 @@ func main() {
 	flag.BoolVar(&o.plain, "plain", false,
 		"use the file system of -dir as it is, instead of a fresh ext4 in a file there for every pull")
 	flag.IntVar(&o.execs, "execs", 0, "measure so many ExecSync of each daemon instead of pulls")
-	flag.IntVar(&o.rounds, "rounds", 3, "pulls by each daemon")
+	flag.IntVar(&o.sessions, "sessions", 0,
+		"measure so many sessions of each daemon, and bytes through them, instead of pulls")
+	flag.IntVar(&o.rounds, "rounds", 3, "pulls by each daemon, or transfers through sessions")
 	flag.Parse()
 	if err := command(o); err != nil {
 		log.Fatal(err)
@@ -98,8 +105,8 @@ func command(o options) (err error) {
 			return err
 		}
 	}
-	if o.execs > 0 {
-		t, err := benchExecs(o)
+	if o.execs > 0 || o.sessions > 0 {
+		t, err := benchCalls(o)
 		if err == nil {
 			t.print(os.Stdout)
 		}
@@ -111,6 +118,14 @@ func command(o options) (err error) {
 	}
 	r.print(os.Stdout)
 	return nil
+}
+
+// benchCalls measures what is done with a container that runs.
+func benchCalls(o options) (table, error) {
+	if o.execs > 0 {
+		return benchExecs(o)
+	}
+	return benchSessions(o, log.Printf)
 }
 
 // parseBytes reads a number with K, M or G for powers of 1024.

@@ -8,6 +8,8 @@
 //	                                      into MARK, and exits with that number
 //	testbox echo PORT                     sends back what comes on connections, with
 //	                                      its end
+//	testbox pour N                        zeros: "-", and after a byte of input N bytes
+//	testbox drain N                       "-", and then reads N bytes
 //
 // All of them end with 0 on SIGTERM. Lines count from 1: "line 00000001".
 package main
@@ -21,6 +23,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -41,7 +44,7 @@ func main() {
 
 func run(args []string) error {
 	if len(args) == 0 {
-		return fmt.Errorf("say print, flood, wait or echo")
+		return fmt.Errorf("say print, flood, wait, echo, pour or drain")
 	}
 	f := flag.NewFlagSet(args[0], flag.ExitOnError)
 	every := f.Duration("every", 10*time.Millisecond, "between lines")
@@ -69,6 +72,8 @@ func run(args []string) error {
 		return wait(f.Arg(0), f.Arg(1))
 	case "echo":
 		return echo(":" + f.Arg(0))
+	case "pour", "drain":
+		return bulk(args[0] == "pour", f.Arg(0))
 	}
 	return fmt.Errorf("there is no %q", args[0])
 }
@@ -88,6 +93,39 @@ func echo(address string) error {
 			conn.Close()
 		}()
 	}
+}
+
+// bulk writes or reads bytes, in pieces of what a pipe holds. A byte before shows that
+// the process runs.
+func bulk(write bool, number string) error {
+	n, err := strconv.ParseInt(number, 10, 64)
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stdout.WriteString("-"); err != nil {
+		return err
+	}
+	b := make([]byte, 64<<10)
+	if write {
+		if _, err := os.Stdin.Read(b[:1]); err != nil {
+			return err
+		}
+		clear(b)
+	}
+	for n > 0 {
+		piece := b[:min(n, int64(len(b)))]
+		done := 0
+		if write {
+			done, err = os.Stdout.Write(piece)
+		} else {
+			done, err = os.Stdin.Read(piece)
+		}
+		if err != nil {
+			return err
+		}
+		n -= int64(done)
+	}
+	return nil
 }
 
 // lines writes batch lines each time, until count is reached.
