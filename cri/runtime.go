@@ -147,6 +147,53 @@ func (s *Server) ContainerStatus(_ context.Context, r *runtimeapi.ContainerStatu
 	return s.d.Containers.Status(r.GetContainerId(), r.GetVerbose())
 }
 
+// UpdateContainerResources changes the limits of a container that has not ended.
+func (s *Server) UpdateContainerResources(ctx context.Context, r *runtimeapi.UpdateContainerResourcesRequest,
+) (*runtimeapi.UpdateContainerResourcesResponse, error) {
+	return &runtimeapi.UpdateContainerResourcesResponse{}, s.d.Containers.Update(ctx, r.GetContainerId(), r.GetLinux())
+}
+
+// ContainerStats tells what one container uses.
+func (s *Server) ContainerStats(_ context.Context, r *runtimeapi.ContainerStatsRequest,
+) (*runtimeapi.ContainerStatsResponse, error) {
+	stats, err := s.d.Stats.Container(r.GetContainerId())
+	return &runtimeapi.ContainerStatsResponse{Stats: stats}, err
+}
+
+// ListContainerStats tells what containers use.
+func (s *Server) ListContainerStats(ctx context.Context, r *runtimeapi.ListContainerStatsRequest,
+) (*runtimeapi.ListContainerStatsResponse, error) {
+	list, err := s.d.Stats.Containers(ctx, r.GetFilter())
+	return &runtimeapi.ListContainerStatsResponse{Stats: list}, err
+}
+
+// PodSandboxStats tells what one pod and its containers use.
+func (s *Server) PodSandboxStats(_ context.Context, r *runtimeapi.PodSandboxStatsRequest,
+) (*runtimeapi.PodSandboxStatsResponse, error) {
+	stats, err := s.d.Stats.Pod(r.GetPodSandboxId())
+	return &runtimeapi.PodSandboxStatsResponse{Stats: stats}, err
+}
+
+// ListPodSandboxStats tells what pods and their containers use.
+func (s *Server) ListPodSandboxStats(ctx context.Context, r *runtimeapi.ListPodSandboxStatsRequest,
+) (*runtimeapi.ListPodSandboxStatsResponse, error) {
+	list, err := s.d.Stats.Pods(ctx, r.GetFilter())
+	return &runtimeapi.ListPodSandboxStatsResponse{Stats: list}, err
+}
+
+// ListMetricDescriptors tells which metrics there are.
+func (s *Server) ListMetricDescriptors(context.Context, *runtimeapi.ListMetricDescriptorsRequest,
+) (*runtimeapi.ListMetricDescriptorsResponse, error) {
+	return &runtimeapi.ListMetricDescriptorsResponse{Descriptors: s.d.Stats.Descriptors()}, nil
+}
+
+// ListPodSandboxMetrics gives the metrics of all pods and their containers.
+func (s *Server) ListPodSandboxMetrics(ctx context.Context, _ *runtimeapi.ListPodSandboxMetricsRequest,
+) (*runtimeapi.ListPodSandboxMetricsResponse, error) {
+	list, err := s.d.Stats.Metrics(ctx)
+	return &runtimeapi.ListPodSandboxMetricsResponse{PodMetrics: list}, err
+}
+
 // ExecSync runs a command in a container.
 func (s *Server) ExecSync(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
 	timeout, err := seconds("timeout", r.GetTimeout())

@@ -35,6 +35,42 @@ func (s *Server) StreamImages(r *runtimeapi.StreamImagesRequest,
 	})
 }
 
+// StreamContainerStats is ListContainerStats in parts.
+func (s *Server) StreamContainerStats(r *runtimeapi.StreamContainerStatsRequest,
+	to grpc.ServerStreamingServer[runtimeapi.StreamContainerStatsResponse]) error {
+	list, err := s.d.Stats.Containers(to.Context(), r.GetFilter())
+	if err != nil {
+		return err
+	}
+	return sendParts(list, func(part []*runtimeapi.ContainerStats) error {
+		return to.Send(&runtimeapi.StreamContainerStatsResponse{ContainerStats: part})
+	})
+}
+
+// StreamPodSandboxStats is ListPodSandboxStats in parts.
+func (s *Server) StreamPodSandboxStats(r *runtimeapi.StreamPodSandboxStatsRequest,
+	to grpc.ServerStreamingServer[runtimeapi.StreamPodSandboxStatsResponse]) error {
+	list, err := s.d.Stats.Pods(to.Context(), r.GetFilter())
+	if err != nil {
+		return err
+	}
+	return sendParts(list, func(part []*runtimeapi.PodSandboxStats) error {
+		return to.Send(&runtimeapi.StreamPodSandboxStatsResponse{PodSandboxStats: part})
+	})
+}
+
+// StreamPodSandboxMetrics is ListPodSandboxMetrics in parts.
+func (s *Server) StreamPodSandboxMetrics(_ *runtimeapi.StreamPodSandboxMetricsRequest,
+	to grpc.ServerStreamingServer[runtimeapi.StreamPodSandboxMetricsResponse]) error {
+	list, err := s.d.Stats.Metrics(to.Context())
+	if err != nil {
+		return err
+	}
+	return sendParts(list, func(part []*runtimeapi.PodSandboxMetrics) error {
+		return to.Send(&runtimeapi.StreamPodSandboxMetricsResponse{PodSandboxMetrics: part})
+	})
+}
+
 // sendParts sends each item once, in parts of at most maxPart bytes and at least one
 // item. A list without items is no part.
 func sendParts[T proto.Message](list []T, send func(part []T) error) error {

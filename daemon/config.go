@@ -50,6 +50,10 @@ type Config struct {
 	// rely on.
 	RejectAbsentMounts bool
 
+	// CDIDirs have the files of CDI devices, a later one before an earlier one; none:
+	// there are no such devices.
+	CDIDirs []string
+
 	// UnprivilegedPorts lets everybody in a pod's own network listen on ports below
 	// 1024, UnprivilegedICMP lets everybody there ping.
 	UnprivilegedPorts, UnprivilegedICMP bool

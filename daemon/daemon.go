@@ -26,6 +26,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/shims"
 	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/daemon/stats"
 	"github.com/holdfast-cri/holdfast/daemon/streams"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/stream"
@@ -38,6 +39,7 @@ type Daemon struct {
 	Containers *containers.Manager
 	Images     *Images
 	Runtimes   *runtimes.Set
+	Stats      *stats.Collector
 
 	cfg     Config
 	log     *slog.Logger
@@ -80,6 +82,7 @@ func Open(cfg Config, log *slog.Logger) (_ *Daemon, err error) {
 	if err != nil {
 		return nil, err
 	}
+	d.background(d.Stats.Run)
 	d.background(func(ctx context.Context) {
 		collect := cfg.CNIGC && found.complete()
 		if cfg.CNIGC && !collect {
@@ -171,6 +174,12 @@ func (d *Daemon) openPods() error {
 	}
 	d.claims = claims.NewTable(d.log)
 	sessions := d.sessions()
+	d.Stats = stats.New(stats.Options{
+		Node:    statsNode{d},
+		Root:    cfg.Root,
+		Measure: measureLayer,
+		Log:     d.log,
+	})
 	d.Containers = containers.New(containers.Options{
 		State:    d.state,
 		Claims:   d.claims,
@@ -186,8 +195,10 @@ func (d *Daemon) openPods() error {
 		},
 		Sessions:           sessions,
 		Cgroups:            cgroups{d.cgroups},
+		CDI:                d.openCDI(),
 		RejectAbsentMounts: cfg.RejectAbsentMounts,
 		OwnPaths:           []string{cfg.Root, cfg.State, string(d.ways()), cfg.Address, cfg.Address + LockSuffix},
+		Given:              d.Stats.Added,
 		Go:                 d.background,
 		Log:                d.log,
 	})

@@ -100,7 +100,9 @@ func (r *recovery) loadContainer(id string) loaded {
 	if err == nil && rec.ID != id {
 		err = wrongID(rec.ID)
 	}
-	if err != nil {
+	if err == nil {
+		r.takeUpdate(dir, rec)
+	} else {
 		rec = kept
 		if !errors.Is(err, fs.ErrNotExist) {
 			r.quarantined++
@@ -139,6 +141,7 @@ func (r *recovery) launched(dir rundir.Dir) *records.Container {
 	if json.Unmarshal(launch.Container.Value, rec) != nil || rec.ID != dir.ID() {
 		return nil
 	}
+	r.takeUpdate(dir, rec)
 	pod := new(records.Pod)
 	if json.Unmarshal(launch.Sandbox.Value, pod) == nil && pod.ID != "" && rec.Phase != records.ContainerCreating {
 		if old := r.kept[pod.ID]; old == nil || len(old.IPs()) == 0 {
@@ -146,6 +149,13 @@ func (r *recovery) launched(dir rundir.Dir) *records.Container {
 		}
 	}
 	return rec
+}
+
+// takeUpdate gives a record the resources that the shim has on record.
+func (r *recovery) takeUpdate(dir rundir.Dir, rec *records.Container) {
+	if err := rec.TakeUpdate(dir); err != nil {
+		r.log.Error("cannot read the resources of a container that were changed last", "container", rec.ID, "error", err)
+	}
 }
 
 func wrongID(id string) error { return kind.Errorf(record.ErrDamaged, "it is the record of %q", id) }
@@ -338,6 +348,9 @@ func (r *recovery) serve(l loaded) {
 	}
 	r.Containers.Add(c, func() error { return nil })
 	r.act(c, l.Do)
+	if l.rec.Updating {
+		r.Containers.EndUpdate(c)
+	}
 }
 
 // act has done what is due of a container that is known.

@@ -6,12 +6,17 @@ import (
 	"fmt"
 
 	"github.com/opencontainers/go-digest"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/holdfast-cri/holdfast/daemon/cdi"
 	"github.com/holdfast-cri/holdfast/daemon/containers"
 	"github.com/holdfast-cri/holdfast/daemon/network"
 	"github.com/holdfast-cri/holdfast/daemon/placement"
+	"github.com/holdfast-cri/holdfast/daemon/pods"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
+	"github.com/holdfast-cri/holdfast/daemon/spec"
+	"github.com/holdfast-cri/holdfast/daemon/stats"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
@@ -67,6 +72,25 @@ func (r roots) Volumes(root string, names []string, owner records.Owner, at stri
 
 func (r roots) PinPID(p rundir.Process, path string) error { return containers.PinPID(p, path) }
 
+// cdiDevices is containers.CDI.
+type cdiDevices struct{ *cdi.Store }
+
+func (c cdiDevices) Find(devices []spec.CDIDevice) (containers.Edits, error) {
+	list := make([]cdi.Device, len(devices))
+	for i, d := range devices {
+		list[i] = cdi.Device(d)
+	}
+	return c.Store.Find(list)
+}
+
+// openCDI gives no interface where there are no such devices.
+func (d *Daemon) openCDI() containers.CDI {
+	if len(d.cfg.CDIDirs) == 0 {
+		return nil
+	}
+	return cdiDevices{cdi.New(d.cfg.CDIDirs)}
+}
+
 // cgroups is containers.Cgroups.
 type cgroups struct{ *placement.Manager }
 
@@ -93,4 +117,80 @@ func sysctlError(err error) error {
 		return kind.As(kind.Invalid, fmt.Errorf("config.linux.sysctls: %w", err))
 	}
 	return kind.As(kind.Unavailable, err)
+}
+
+// statsNode is stats.Node.
+type statsNode struct{ d *Daemon }
+
+func (n statsNode) Container(id string) (stats.Container, error) {
+	c, err := n.d.Containers.Find(id)
+	if err != nil {
+		return stats.Container{}, err
+	}
+	return n.container(c), nil
+}
+
+func (n statsNode) Containers(f *runtimeapi.ContainerStatsFilter) (list []stats.Container) {
+	for _, c := range n.d.Containers.Select(&runtimeapi.ContainerFilter{
+		Id:            f.GetId(),
+		PodSandboxId:  f.GetPodSandboxId(),
+		LabelSelector: f.GetLabelSelector(),
+	}) {
+		list = append(list, n.container(c))
+	}
+	return list
+}
+
+func (n statsNode) container(c *containers.Container) stats.Container {
+	rec, seen := c.Record(), c.Seen()
+	s := stats.Container{
+		ID:     rec.ID,
+		Config: rec.Config.M,
+		Image:  containers.ImageOf(rec.Config.M).GetImage(),
+		Layer:  c.Layer(),
+		Start:  seen.StartedAt,
+	}
+	if seen.Exit == nil {
+		s.Cgroup, s.Init = n.d.cgroups.ContainerCgroup(rec.CgroupsPath), seen.Init.PID
+	}
+	return s
+}
+
+func (n statsNode) Pod(id string) (stats.Pod, error) {
+	p, err := n.d.Pods.Find(id)
+	if err != nil {
+		return stats.Pod{}, err
+	}
+	return n.pod(p, n.Containers(&runtimeapi.ContainerStatsFilter{PodSandboxId: p.ID()})), nil
+}
+
+func (n statsNode) Pods(f *runtimeapi.PodSandboxStatsFilter) (list []stats.Pod) {
+	of := map[string][]stats.Container{}
+	for _, c := range n.d.Containers.Select(nil) {
+		of[c.Record().PodID] = append(of[c.Record().PodID], n.container(c))
+	}
+	for _, p := range n.d.Pods.Select(&runtimeapi.PodSandboxFilter{
+		Id:            f.GetId(),
+		LabelSelector: f.GetLabelSelector(),
+	}) {
+		list = append(list, n.pod(p, of[p.ID()]))
+	}
+	return list
+}
+
+func (n statsNode) pod(p *pods.Pod, list []stats.Container) stats.Pod {
+	rec := p.Record()
+	return stats.Pod{
+		ID:         rec.ID,
+		Config:     rec.Config.M,
+		Cgroup:     n.d.cgroups.PodCgroup(rec.Config.M.GetLinux().GetCgroupParent(), rec.ID),
+		Netns:      rec.Namespaces.Net,
+		Containers: list,
+	}
+}
+
+// measureLayer is stats.Options.Measure.
+func measureLayer(ctx context.Context, dir string) (bytes, inodes uint64, err error) {
+	u, err := rootfs.Measure(ctx, dir)
+	return u.Bytes, u.Inodes, err
 }

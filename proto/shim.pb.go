@@ -2498,6 +2498,94 @@ func (x *EventsResponse) GetEvents() []*Event {
 	return nil
 }
 
+type UpdateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Update        []byte                 `protobuf:"bytes,2,opt,name=update,proto3" json:"update,omitempty"` // as update.json has it (rundir.Update), in JSON
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateRequest) Reset() {
+	*x = UpdateRequest{}
+	mi := &file_shim_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateRequest) ProtoMessage() {}
+
+func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shim_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
+func (*UpdateRequest) Descriptor() ([]byte, []int) {
+	return file_shim_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *UpdateRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *UpdateRequest) GetUpdate() []byte {
+	if x != nil {
+		return x.Update
+	}
+	return nil
+}
+
+type UpdateResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateResponse) Reset() {
+	*x = UpdateResponse{}
+	mi := &file_shim_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateResponse) ProtoMessage() {}
+
+func (x *UpdateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shim_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateResponse.ProtoReflect.Descriptor instead.
+func (*UpdateResponse) Descriptor() ([]byte, []int) {
+	return file_shim_proto_rawDescGZIP(), []int{38}
+}
+
 var File_shim_proto protoreflect.FileDescriptor
 
 const file_shim_proto_rawDesc = "" +
@@ -2684,7 +2772,11 @@ const file_shim_proto_rawDesc = "" +
 	"\x05after\x18\x02 \x01(\x04R\x05after\x12\x17\n" +
 	"\await_ms\x18\x03 \x01(\rR\x06waitMs\"A\n" +
 	"\x0eEventsResponse\x12/\n" +
-	"\x06events\x18\x01 \x03(\v2\x17.holdfast.shim.v1.EventR\x06events*{\n" +
+	"\x06events\x18\x01 \x03(\v2\x17.holdfast.shim.v1.EventR\x06events\"7\n" +
+	"\rUpdateRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06update\x18\x02 \x01(\fR\x06update\"\x10\n" +
+	"\x0eUpdateResponse*{\n" +
 	"\x05Phase\x12\x15\n" +
 	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vPHASE_EMPTY\x10\x01\x12\x12\n" +
@@ -2698,7 +2790,7 @@ const file_shim_proto_rawDesc = "" +
 	"\x12EVENT_TYPE_STARTED\x10\x02\x12\x12\n" +
 	"\x0eEVENT_TYPE_OOM\x10\x03\x12\x17\n" +
 	"\x13EVENT_TYPE_STOPPING\x10\x04\x12\x15\n" +
-	"\x11EVENT_TYPE_EXITED\x10\x052\xf4\b\n" +
+	"\x11EVENT_TYPE_EXITED\x10\x052\xc1\t\n" +
 	"\x04Shim\x12H\n" +
 	"\x05Hello\x12\x1e.holdfast.shim.v1.HelloRequest\x1a\x1f.holdfast.shim.v1.HelloResponse\x12K\n" +
 	"\x06Create\x12\x1f.holdfast.shim.v1.CreateRequest\x1a .holdfast.shim.v1.CreateResponse\x12H\n" +
@@ -2714,7 +2806,8 @@ const file_shim_proto_rawDesc = "" +
 	"\tReopenLog\x12\".holdfast.shim.v1.ReopenLogRequest\x1a#.holdfast.shim.v1.ReopenLogResponse\x12E\n" +
 	"\x04Pids\x12\x1d.holdfast.shim.v1.PidsRequest\x1a\x1e.holdfast.shim.v1.PidsResponse\x12K\n" +
 	"\x06Delete\x12\x1f.holdfast.shim.v1.DeleteRequest\x1a .holdfast.shim.v1.DeleteResponse\x12K\n" +
-	"\x06Events\x12\x1f.holdfast.shim.v1.EventsRequest\x1a .holdfast.shim.v1.EventsResponseB.Z,github.com/holdfast-cri/holdfast/proto;protob\x06proto3"
+	"\x06Events\x12\x1f.holdfast.shim.v1.EventsRequest\x1a .holdfast.shim.v1.EventsResponse\x12K\n" +
+	"\x06Update\x12\x1f.holdfast.shim.v1.UpdateRequest\x1a .holdfast.shim.v1.UpdateResponseB.Z,github.com/holdfast-cri/holdfast/proto;protob\x06proto3"
 
 var (
 	file_shim_proto_rawDescOnce sync.Once
@@ -2729,7 +2822,7 @@ func file_shim_proto_rawDescGZIP() []byte {
 }
 
 var file_shim_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_shim_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
+var file_shim_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_shim_proto_goTypes = []any{
 	(Phase)(0),                    // 0: holdfast.shim.v1.Phase
 	(EventType)(0),                // 1: holdfast.shim.v1.EventType
@@ -2770,39 +2863,41 @@ var file_shim_proto_goTypes = []any{
 	(*Event)(nil),                 // 36: holdfast.shim.v1.Event
 	(*EventsRequest)(nil),         // 37: holdfast.shim.v1.EventsRequest
 	(*EventsResponse)(nil),        // 38: holdfast.shim.v1.EventsResponse
-	nil,                           // 39: holdfast.shim.v1.StateResponse.CgroupsEntry
-	(*anypb.Any)(nil),             // 40: google.protobuf.Any
-	(*timestamppb.Timestamp)(nil), // 41: google.protobuf.Timestamp
+	(*UpdateRequest)(nil),         // 39: holdfast.shim.v1.UpdateRequest
+	(*UpdateResponse)(nil),        // 40: holdfast.shim.v1.UpdateResponse
+	nil,                           // 41: holdfast.shim.v1.StateResponse.CgroupsEntry
+	(*anypb.Any)(nil),             // 42: google.protobuf.Any
+	(*timestamppb.Timestamp)(nil), // 43: google.protobuf.Timestamp
 }
 var file_shim_proto_depIdxs = []int32{
 	2,  // 0: holdfast.shim.v1.HelloResponse.shim:type_name -> holdfast.shim.v1.Process
 	5,  // 1: holdfast.shim.v1.CreateRequest.runtime:type_name -> holdfast.shim.v1.Runtime
-	40, // 2: holdfast.shim.v1.CreateRequest.spec:type_name -> google.protobuf.Any
+	42, // 2: holdfast.shim.v1.CreateRequest.spec:type_name -> google.protobuf.Any
 	6,  // 3: holdfast.shim.v1.CreateRequest.log:type_name -> holdfast.shim.v1.Log
-	40, // 4: holdfast.shim.v1.CreateRequest.container_record:type_name -> google.protobuf.Any
-	40, // 5: holdfast.shim.v1.CreateRequest.sandbox_record:type_name -> google.protobuf.Any
+	42, // 4: holdfast.shim.v1.CreateRequest.container_record:type_name -> google.protobuf.Any
+	42, // 5: holdfast.shim.v1.CreateRequest.sandbox_record:type_name -> google.protobuf.Any
 	2,  // 6: holdfast.shim.v1.CreateResponse.init:type_name -> holdfast.shim.v1.Process
 	2,  // 7: holdfast.shim.v1.StartResponse.init:type_name -> holdfast.shim.v1.Process
-	41, // 8: holdfast.shim.v1.StartResponse.started_at:type_name -> google.protobuf.Timestamp
-	41, // 9: holdfast.shim.v1.Exit.exited_at:type_name -> google.protobuf.Timestamp
-	41, // 10: holdfast.shim.v1.StopIntent.requested_at:type_name -> google.protobuf.Timestamp
-	41, // 11: holdfast.shim.v1.StopIntent.kill_at:type_name -> google.protobuf.Timestamp
+	43, // 8: holdfast.shim.v1.StartResponse.started_at:type_name -> google.protobuf.Timestamp
+	43, // 9: holdfast.shim.v1.Exit.exited_at:type_name -> google.protobuf.Timestamp
+	43, // 10: holdfast.shim.v1.StopIntent.requested_at:type_name -> google.protobuf.Timestamp
+	43, // 11: holdfast.shim.v1.StopIntent.kill_at:type_name -> google.protobuf.Timestamp
 	0,  // 12: holdfast.shim.v1.StateResponse.phase:type_name -> holdfast.shim.v1.Phase
 	2,  // 13: holdfast.shim.v1.StateResponse.shim:type_name -> holdfast.shim.v1.Process
 	2,  // 14: holdfast.shim.v1.StateResponse.init:type_name -> holdfast.shim.v1.Process
-	41, // 15: holdfast.shim.v1.StateResponse.created_at:type_name -> google.protobuf.Timestamp
-	41, // 16: holdfast.shim.v1.StateResponse.started_at:type_name -> google.protobuf.Timestamp
+	43, // 15: holdfast.shim.v1.StateResponse.created_at:type_name -> google.protobuf.Timestamp
+	43, // 16: holdfast.shim.v1.StateResponse.started_at:type_name -> google.protobuf.Timestamp
 	11, // 17: holdfast.shim.v1.StateResponse.exit:type_name -> holdfast.shim.v1.Exit
 	12, // 18: holdfast.shim.v1.StateResponse.stop:type_name -> holdfast.shim.v1.StopIntent
 	13, // 19: holdfast.shim.v1.StateResponse.log:type_name -> holdfast.shim.v1.LogCounters
-	39, // 20: holdfast.shim.v1.StateResponse.cgroups:type_name -> holdfast.shim.v1.StateResponse.CgroupsEntry
+	41, // 20: holdfast.shim.v1.StateResponse.cgroups:type_name -> holdfast.shim.v1.StateResponse.CgroupsEntry
 	11, // 21: holdfast.shim.v1.WaitResponse.exit:type_name -> holdfast.shim.v1.Exit
-	41, // 22: holdfast.shim.v1.StopResponse.kill_at:type_name -> google.protobuf.Timestamp
-	40, // 23: holdfast.shim.v1.ExecSyncRequest.process:type_name -> google.protobuf.Any
-	40, // 24: holdfast.shim.v1.ExecRequest.process:type_name -> google.protobuf.Any
+	43, // 22: holdfast.shim.v1.StopResponse.kill_at:type_name -> google.protobuf.Timestamp
+	42, // 23: holdfast.shim.v1.ExecSyncRequest.process:type_name -> google.protobuf.Any
+	42, // 24: holdfast.shim.v1.ExecRequest.process:type_name -> google.protobuf.Any
 	2,  // 25: holdfast.shim.v1.ExecResponse.process:type_name -> holdfast.shim.v1.Process
 	11, // 26: holdfast.shim.v1.DeleteResponse.exit:type_name -> holdfast.shim.v1.Exit
-	41, // 27: holdfast.shim.v1.Event.at:type_name -> google.protobuf.Timestamp
+	43, // 27: holdfast.shim.v1.Event.at:type_name -> google.protobuf.Timestamp
 	1,  // 28: holdfast.shim.v1.Event.type:type_name -> holdfast.shim.v1.EventType
 	2,  // 29: holdfast.shim.v1.Event.init:type_name -> holdfast.shim.v1.Process
 	11, // 30: holdfast.shim.v1.Event.exit:type_name -> holdfast.shim.v1.Exit
@@ -2822,23 +2917,25 @@ var file_shim_proto_depIdxs = []int32{
 	32, // 44: holdfast.shim.v1.Shim.Pids:input_type -> holdfast.shim.v1.PidsRequest
 	34, // 45: holdfast.shim.v1.Shim.Delete:input_type -> holdfast.shim.v1.DeleteRequest
 	37, // 46: holdfast.shim.v1.Shim.Events:input_type -> holdfast.shim.v1.EventsRequest
-	4,  // 47: holdfast.shim.v1.Shim.Hello:output_type -> holdfast.shim.v1.HelloResponse
-	8,  // 48: holdfast.shim.v1.Shim.Create:output_type -> holdfast.shim.v1.CreateResponse
-	10, // 49: holdfast.shim.v1.Shim.Start:output_type -> holdfast.shim.v1.StartResponse
-	15, // 50: holdfast.shim.v1.Shim.State:output_type -> holdfast.shim.v1.StateResponse
-	17, // 51: holdfast.shim.v1.Shim.Wait:output_type -> holdfast.shim.v1.WaitResponse
-	19, // 52: holdfast.shim.v1.Shim.Kill:output_type -> holdfast.shim.v1.KillResponse
-	21, // 53: holdfast.shim.v1.Shim.Stop:output_type -> holdfast.shim.v1.StopResponse
-	23, // 54: holdfast.shim.v1.Shim.ExecSync:output_type -> holdfast.shim.v1.ExecSyncResponse
-	25, // 55: holdfast.shim.v1.Shim.Exec:output_type -> holdfast.shim.v1.ExecResponse
-	27, // 56: holdfast.shim.v1.Shim.Open:output_type -> holdfast.shim.v1.OpenResponse
-	29, // 57: holdfast.shim.v1.Shim.ResizePty:output_type -> holdfast.shim.v1.ResizePtyResponse
-	31, // 58: holdfast.shim.v1.Shim.ReopenLog:output_type -> holdfast.shim.v1.ReopenLogResponse
-	33, // 59: holdfast.shim.v1.Shim.Pids:output_type -> holdfast.shim.v1.PidsResponse
-	35, // 60: holdfast.shim.v1.Shim.Delete:output_type -> holdfast.shim.v1.DeleteResponse
-	38, // 61: holdfast.shim.v1.Shim.Events:output_type -> holdfast.shim.v1.EventsResponse
-	47, // [47:62] is the sub-list for method output_type
-	32, // [32:47] is the sub-list for method input_type
+	39, // 47: holdfast.shim.v1.Shim.Update:input_type -> holdfast.shim.v1.UpdateRequest
+	4,  // 48: holdfast.shim.v1.Shim.Hello:output_type -> holdfast.shim.v1.HelloResponse
+	8,  // 49: holdfast.shim.v1.Shim.Create:output_type -> holdfast.shim.v1.CreateResponse
+	10, // 50: holdfast.shim.v1.Shim.Start:output_type -> holdfast.shim.v1.StartResponse
+	15, // 51: holdfast.shim.v1.Shim.State:output_type -> holdfast.shim.v1.StateResponse
+	17, // 52: holdfast.shim.v1.Shim.Wait:output_type -> holdfast.shim.v1.WaitResponse
+	19, // 53: holdfast.shim.v1.Shim.Kill:output_type -> holdfast.shim.v1.KillResponse
+	21, // 54: holdfast.shim.v1.Shim.Stop:output_type -> holdfast.shim.v1.StopResponse
+	23, // 55: holdfast.shim.v1.Shim.ExecSync:output_type -> holdfast.shim.v1.ExecSyncResponse
+	25, // 56: holdfast.shim.v1.Shim.Exec:output_type -> holdfast.shim.v1.ExecResponse
+	27, // 57: holdfast.shim.v1.Shim.Open:output_type -> holdfast.shim.v1.OpenResponse
+	29, // 58: holdfast.shim.v1.Shim.ResizePty:output_type -> holdfast.shim.v1.ResizePtyResponse
+	31, // 59: holdfast.shim.v1.Shim.ReopenLog:output_type -> holdfast.shim.v1.ReopenLogResponse
+	33, // 60: holdfast.shim.v1.Shim.Pids:output_type -> holdfast.shim.v1.PidsResponse
+	35, // 61: holdfast.shim.v1.Shim.Delete:output_type -> holdfast.shim.v1.DeleteResponse
+	38, // 62: holdfast.shim.v1.Shim.Events:output_type -> holdfast.shim.v1.EventsResponse
+	40, // 63: holdfast.shim.v1.Shim.Update:output_type -> holdfast.shim.v1.UpdateResponse
+	48, // [48:64] is the sub-list for method output_type
+	32, // [32:48] is the sub-list for method input_type
 	32, // [32:32] is the sub-list for extension type_name
 	32, // [32:32] is the sub-list for extension extendee
 	0,  // [0:32] is the sub-list for field type_name
@@ -2855,7 +2952,7 @@ func file_shim_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shim_proto_rawDesc), len(file_shim_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   38,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -23,6 +23,7 @@ type ShimService interface {
 	Pids(context.Context, *PidsRequest) (*PidsResponse, error)
 	Delete(context.Context, *DeleteRequest) (*DeleteResponse, error)
 	Events(context.Context, *EventsRequest) (*EventsResponse, error)
+	Update(context.Context, *UpdateRequest) (*UpdateResponse, error)
 }
 
 func RegisterShimService(srv *ttrpc.Server, svc ShimService) {
@@ -132,6 +133,13 @@ func RegisterShimService(srv *ttrpc.Server, svc ShimService) {
 					return nil, err
 				}
 				return svc.Events(ctx, &req)
+			},
+			"Update": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req UpdateRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Update(ctx, &req)
 			},
 		},
 	})
@@ -262,6 +270,14 @@ func (c *shimClient) Delete(ctx context.Context, req *DeleteRequest) (*DeleteRes
 func (c *shimClient) Events(ctx context.Context, req *EventsRequest) (*EventsResponse, error) {
 	var resp EventsResponse
 	if err := c.client.Call(ctx, "holdfast.shim.v1.Shim", "Events", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *shimClient) Update(ctx context.Context, req *UpdateRequest) (*UpdateResponse, error) {
+	var resp UpdateResponse
+	if err := c.client.Call(ctx, "holdfast.shim.v1.Shim", "Update", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -116,6 +116,12 @@ func (r *Runtime) Exec(ctx context.Context, id string, o ExecOptions) error {
 	return r.run(ctx, id, o.IO, append(args, id)...)
 }
 
+// Update sets the limits of a container that has not ended to those in a file: the JSON of
+// linux.resources of a spec. Where it fails, some of them may be set.
+func (r *Runtime) Update(ctx context.Context, id, resources string) error {
+	return r.run(ctx, id, IO{}, "update", "--resources", resources, id)
+}
+
 // Delete removes what the runtime keeps of a container, its cgroups included.
 // With force it kills what lives, and a missing container is no error.
 func (r *Runtime) Delete(ctx context.Context, id string, force bool) error {

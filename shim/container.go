@@ -255,6 +255,8 @@ func (t *task) resumeExecsLocked(c *container) {
 // connections end with this process. It is to be followed by an execve(2) or by the
 // end of this process.
 func (t *task) handOver() (*Files, error) {
+	t.updating.Lock()
+	defer t.updating.Unlock()
 	t.starting.Lock()
 	defer t.starting.Unlock()
 	t.mu.Lock()

@@ -156,6 +156,8 @@ func (t *task) announceExit(message string) {
 
 // cleanUp removes what the OCI runtime keeps of a container that has ended.
 func (t *task) cleanUp(c *container) {
+	t.updating.Lock() // an OCI runtime that updates would bring back what is removed
+	defer t.updating.Unlock()
 	ctx, cancel := context.WithTimeout(context.Background(), deleteTimeout)
 	defer cancel()
 	err := c.init.Cgroups.Kill(ctx)

@@ -18,7 +18,9 @@ import (
 )
 
 // Capabilities tell a daemon what this build can do beyond the protocol's version.
-var Capabilities = []string{"pty", "exec-sync", "exec-cgroup", "exec-user", "sessions", "payload", "oom", "stop-deadline", "events"}
+var Capabilities = []string{
+	"pty", "exec-sync", "exec-cgroup", "exec-user", "sessions", "payload", "oom", "stop-deadline", "events", "update",
+}
 
 // longPoll is the longest that Wait and Events keep a caller, whatever it asked
 // for. A client's own deadline should be longer.
@@ -318,6 +320,13 @@ func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.Delete
 		return nil, err
 	}
 	return &pb.DeleteResponse{Exit: pb.ExitOf(e)}, nil
+}
+
+func (s *service) Update(_ context.Context, req *pb.UpdateRequest) (*pb.UpdateResponse, error) {
+	if err := s.check(req.Id); err != nil {
+		return nil, err
+	}
+	return &pb.UpdateResponse{}, s.task.Update(req.Update)
 }
 
 // Shutdown is for package taskapi.

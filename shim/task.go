@@ -41,6 +41,10 @@ type task struct {
 	starting sync.Mutex
 	over     bool // guarded by starting: init has ended, or the container was handed over
 
+	// updating is held by an update of resources, and by the removal of what the OCI
+	// runtime keeps. It is taken before starting.
+	updating sync.Mutex
+
 	serving    sync.WaitGroup // for the clients of sessions
 	attached   atomic.Int32   // clients of the container, and those awaited
 	execStarts chan struct{}  // full while as many execs as may be are being started

@@ -64,6 +64,10 @@ type file struct {
 	Containers struct {
 		AbsentMountSource string `toml:"absent_mount_source"`
 	} `toml:"containers"`
+	CDI struct {
+		Enabled  bool     `toml:"enabled"`
+		SpecDirs []string `toml:"spec_dirs"`
+	} `toml:"cdi"`
 	Streaming struct {
 		Address         string `toml:"address"`
 		TLSCertFile     string `toml:"tls_cert_file"`
@@ -94,6 +98,7 @@ func defaults() file {
 	f.Sandbox.Mode = "namespaces"
 	f.Sandbox.UnprivilegedPorts, f.Sandbox.UnprivilegedICMP = true, true
 	f.Containers.AbsentMountSource = "create"
+	f.CDI.Enabled, f.CDI.SpecDirs = true, []string{"/etc/cdi", "/var/run/cdi"}
 	f.Streaming.Address = "127.0.0.1:0"
 	f.Streaming.IdleTimeout, f.Streaming.CreationTimeout = "4h", "30s"
 	return f
@@ -183,7 +188,7 @@ func (f file) resolve(logLevel string) (daemon.Config, error) {
 		UnprivilegedICMP:  f.Sandbox.UnprivilegedICMP,
 	}
 	for _, step := range []func(*daemon.Config) error{
-		f.resolvePaths, f.resolveImages, f.resolveModes, f.resolveStreaming, f.resolveRuntimes,
+		f.resolvePaths, f.resolveImages, f.resolveModes, f.resolveCDI, f.resolveStreaming, f.resolveRuntimes,
 	} {
 		if err := step(&c); err != nil {
 			return c, err
@@ -247,6 +252,19 @@ func (f file) resolveModes(c *daemon.Config) error {
 			return fmt.Errorf("config: metrics.address = %q is not host:port: %w", address, err)
 		}
 		c.Metrics = metrics.New(version)
+	}
+	return nil
+}
+
+// resolveCDI checks where devices are described.
+func (f file) resolveCDI(c *daemon.Config) error {
+	for _, dir := range f.CDI.SpecDirs {
+		if !filepath.IsAbs(dir) {
+			return fmt.Errorf("config: cdi.spec_dirs: %q is not an absolute path", dir)
+		}
+	}
+	if f.CDI.Enabled {
+		c.CDIDirs = f.CDI.SpecDirs
 	}
 	return nil
 }

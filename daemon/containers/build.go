@@ -34,6 +34,7 @@ type builder struct {
 	rec   *records.Container
 	image Image
 	pidns string // of the pod, if the container joins that
+	cdi   Edits  // of devices, nil for none
 
 	mounts []records.ImageMount
 	held   []func() // release what mounts hold
@@ -81,6 +82,12 @@ func (b *builder) build(ctx context.Context, root string) (*Built, error) {
 	result, err := spec.Build(in)
 	if err != nil {
 		return nil, err
+	}
+	if b.cdi != nil {
+		if err := b.cdi.Apply(result.Spec); err != nil {
+			return nil, err
+		}
+		result.User = spec.StatusUser(result.Spec) // a device may come with groups
 	}
 	return &Built{Spec: result.Spec, User: result.User, ImageMounts: b.mounts, Warnings: result.Warnings}, nil
 }

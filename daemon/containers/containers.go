@@ -20,6 +20,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sync/semaphore"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -109,6 +110,18 @@ type Shims interface {
 	End(ctx context.Context, dir rundir.Dir, c *client.Client) error
 }
 
+// CDI finds devices that vendors describe in files.
+type CDI interface {
+	// Find gives what the devices change in a spec. An error is of the kind kind.State.
+	Find(devices []spec.CDIDevice) (Edits, error)
+}
+
+// Edits change a spec that has been built.
+type Edits interface {
+	// Apply changes a spec. An error is of the kind kind.State.
+	Apply(s *specs.Spec) error
+}
+
 // Sessions gives the address at which one client can have a session, within a minute.
 type Sessions interface {
 	URL(ctx context.Context, r stream.Request) (string, error)
@@ -145,11 +158,14 @@ type Options struct {
 	Shims    Shims
 	Sessions Sessions
 	Cgroups  Cgroups
+	CDI      CDI // nil: there are no such devices on this node
 	// RejectAbsentMounts is that of daemon.Config.
 	RejectAbsentMounts bool
 	// OwnPaths are those of the runtime itself: nothing is made there or below, as
 	// what a pod mounts.
 	OwnPaths []string
+	// Given is told that a container more is listed. It returns at once, and may be nil.
+	Given func()
 	// Go runs f in the background, unless the daemon is closing. It ends with ctx.
 	Go  func(f func(ctx context.Context))
 	Log *slog.Logger
@@ -287,6 +303,17 @@ func (c *Container) save(change func(*records.Container)) error {
 	}
 	c.record.Store(&rec)
 	return nil
+}
+
+// note is save for what is so whether or not the disk takes it: then it is kept in memory
+// alone, and what it stands for is found out again after a restart.
+func (c *Container) note(change func(*records.Container)) {
+	if err := c.save(change); err != nil {
+		rec := *c.Record()
+		change(&rec)
+		c.record.Store(&rec)
+		c.m.Log.Warn("cannot write down the state of a container", "container", rec.ID, "error", err)
+	}
 }
 
 // observe is the one place where what is seen changes. News may come twice and

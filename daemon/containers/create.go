@@ -84,6 +84,10 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 		return err
 	}
 	cfg, pr := rec.Config.M, pod.Record()
+	devices, err := m.cdiDevices(cfg)
+	if err != nil {
+		return err
+	}
 	img, release, err := m.Images.Hold(ctx, "config.image.image", cfg.GetImage().GetImage())
 	if err != nil {
 		return err
@@ -111,7 +115,7 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 			return err
 		}
 	}
-	b := &builder{m: m, pod: pod.Record(), rec: rec, image: img, pidns: pidns}
+	b := &builder{m: m, pod: pod.Record(), rec: rec, image: img, pidns: pidns, cdi: devices}
 	defer b.release()
 	c, err := m.Launch(ctx, cl, pod, rec, b.build)
 	if err != nil {
@@ -122,6 +126,20 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 	}
 	m.Follow(c)
 	return nil
+}
+
+// cdiDevices finds the devices of the CDI that a container asks for; nil for none. A
+// container without its device would only seem to run.
+func (m *Manager) cdiDevices(cfg *runtimeapi.ContainerConfig) (Edits, error) {
+	devices, err := spec.CDIDevices(cfg)
+	switch {
+	case err != nil || len(devices) == 0:
+		return nil, err
+	case m.CDI == nil:
+		return nil, kind.Errorf(kind.Unsupported, "%s: cannot add %.200q: CDI devices are turned off on this node ([cdi] enabled)",
+			devices[0].Field, devices[0].Name)
+	}
+	return m.CDI.Find(devices)
 }
 
 // Built is the spec of a container and what was decided on the way to it.
@@ -206,6 +224,9 @@ func (c *Container) Give(ctx context.Context) error {
 	if err := c.save(func(r *records.Container) { r.Phase = records.ContainerCreated }); err != nil {
 		return err
 	}
+	if c.m.Given != nil {
+		c.m.Given()
+	}
 	return step.Reach(step.ContainerCreated)
 }
 
@@ -271,7 +292,7 @@ func (c *Container) createOnWay(ctx context.Context, rec *records.Container, s *
 // from all of the container that the host sees. The container itself has mounts of
 // its own by now. That the directories are closed is the first line.
 func (c *Container) disarm() error {
-	paths := []string{c.dir.Path(rundir.RootfsName), c.upper()}
+	paths := []string{c.dir.Path(rundir.RootfsName), c.Layer()}
 	for _, name := range []string{imagesName, volumesName} {
 		below, _ := filepath.Glob(c.dir.Path(name) + "/*")
 		paths = append(paths, below...)
@@ -283,8 +304,8 @@ func (c *Container) disarm() error {
 	return errors.Join(errs...)
 }
 
-// upper is the writable layer of the container.
-func (c *Container) upper() string {
+// Layer is the writable layer of the container.
+func (c *Container) Layer() string {
 	return filepath.Join(c.m.State.Dir(state.Containers, c.ID()), "upper")
 }
 

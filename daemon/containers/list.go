@@ -17,28 +17,32 @@ import (
 // Everything here answers from memory: the kubelet lists once a second. Only the
 // verbose part of a status reads files.
 
+// Select gives the containers that a filter, which may be nil, lets through.
+func (m *Manager) Select(f *runtimeapi.ContainerFilter) []*Container {
+	return slices.DeleteFunc(m.All(), func(c *Container) bool {
+		rec := c.Record()
+		return rec.Phase == records.ContainerCreating || // whoever asked for it has not got it yet
+			!strings.HasPrefix(rec.ID, f.GetId()) ||
+			!strings.HasPrefix(rec.PodID, f.GetPodSandboxId()) ||
+			f.GetState() != nil && f.GetState().GetState() != c.Seen().State() ||
+			!Matches(f.GetLabelSelector(), rec.Config.M.GetLabels())
+	})
+}
+
 // List lists the containers that a filter, which may be nil, lets through.
 func (m *Manager) List(f *runtimeapi.ContainerFilter) []*runtimeapi.Container {
 	list := []*runtimeapi.Container{}
-	for _, c := range m.All() {
-		rec, state := c.Record(), c.Seen().State()
+	for _, c := range m.Select(f) {
+		rec := c.Record()
 		cfg := rec.Config.M
-		switch {
-		case rec.Phase == records.ContainerCreating, // whoever asked for it has not got it yet
-			!strings.HasPrefix(rec.ID, f.GetId()),
-			!strings.HasPrefix(rec.PodID, f.GetPodSandboxId()),
-			f.GetState() != nil && f.GetState().GetState() != state,
-			!Matches(f.GetLabelSelector(), cfg.GetLabels()):
-			continue
-		}
 		list = append(list, &runtimeapi.Container{
 			Id:           rec.ID,
 			PodSandboxId: rec.PodID,
 			Metadata:     cfg.GetMetadata(),
-			Image:        imageOf(cfg),
+			Image:        ImageOf(cfg),
 			ImageRef:     rec.ImageRef,
 			ImageId:      rec.ImageID,
-			State:        state,
+			State:        c.Seen().State(),
 			CreatedAt:    rec.CreatedAt.UnixNano(),
 			Labels:       cfg.GetLabels(),
 			Annotations:  cfg.GetAnnotations(),
@@ -47,9 +51,9 @@ func (m *Manager) List(f *runtimeapi.ContainerFilter) []*runtimeapi.Container {
 	return list
 }
 
-// imageOf is the image as whoever made the pod named it: a kubelet creates by id,
+// ImageOf is the image as whoever made the pod named it: a kubelet creates by id,
 // and says beside it what the user wrote.
-func imageOf(cfg *runtimeapi.ContainerConfig) *runtimeapi.ImageSpec {
+func ImageOf(cfg *runtimeapi.ContainerConfig) *runtimeapi.ImageSpec {
 	name := cfg.GetImage().GetUserSpecifiedImage()
 	if name == "" {
 		return cfg.GetImage()
@@ -91,7 +95,7 @@ func (c *Container) status() *runtimeapi.ContainerStatus {
 		Metadata:    cfg.GetMetadata(),
 		State:       s.State(),
 		CreatedAt:   rec.CreatedAt.UnixNano(),
-		Image:       imageOf(cfg),
+		Image:       ImageOf(cfg),
 		ImageRef:    rec.ImageRef,
 		ImageId:     rec.ImageID,
 		Labels:      cfg.GetLabels(),

@@ -97,7 +97,7 @@ func (c *Container) giveBack(ctx context.Context) error {
 }
 
 func (c *Container) unmount() error {
-	errs := []error{c.m.Roots.RemoveWay(c.ID()), c.m.Roots.Unmount(c.upper())}
+	errs := []error{c.m.Roots.RemoveWay(c.ID()), c.m.Roots.Unmount(c.Layer())}
 	for _, name := range []string{imagesName, volumesName} {
 		errs = append(errs, c.m.Roots.UnmountBelow(c.dir.Path(name)))
 	}

@@ -2,6 +2,7 @@ package fake
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -362,6 +363,27 @@ func (s *shim) Delete(ctx context.Context, r *proto.DeleteRequest) (*proto.Delet
 	s.mu.Unlock()
 	s.await(ctx, time.Minute, func() bool { return s.exit != nil })
 	return &proto.DeleteResponse{}, ctx.Err()
+}
+
+// TooLittle is a memory limit that the shim refuses, in bytes.
+const TooLittle = 4096
+
+// Update writes down what it is asked for.
+func (s *shim) Update(_ context.Context, r *proto.UpdateRequest) (*proto.UpdateResponse, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(r.Update) == 0 {
+		return &proto.UpdateResponse{}, nil
+	}
+	var u rundir.Update
+	var set specs.LinuxResources
+	if err := errors.Join(json.Unmarshal(r.Update, &u), json.Unmarshal(u.Resources, &set)); err != nil {
+		return nil, kind.As(kind.Invalid, err)
+	}
+	if set.Memory != nil && set.Memory.Limit != nil && *set.Memory.Limit == TooLittle {
+		return nil, kind.Errorf(kind.State, "the container uses more")
+	}
+	return &proto.UpdateResponse{}, s.dir.WriteUpdate(u)
 }
 
 // ExecSync knows stdout and the exit code.

@@ -139,6 +139,33 @@ func hierarchies(t *testing.T) []string {
 	return dirs
 }
 
+func TestPodCgroup(t *testing.T) {
+	for _, c := range []struct {
+		driver       Driver
+		parent, want string
+	}{
+		{Cgroupfs, "", "/holdfast/pods/p1"},
+		{Cgroupfs, "/kubepods/burstable/podX/", "/kubepods/burstable/podX"},
+		{Cgroupfs, "kubepods/podX", "/kubepods/podX"},
+		{Systemd, "", ""},
+		{Systemd, "/kubepods.slice/kubepods-podX.slice", "/kubepods.slice/kubepods-podX.slice"},
+		{Systemd, "kubepods-podX.slice", "/kubepods.slice/kubepods-podX.slice"},
+		{Systemd, "/kubepods/podX", ""},
+	} {
+		m := &Manager{driver: c.driver}
+		if got := m.PodCgroup(c.parent, "p1"); got != c.want {
+			t.Errorf("%s, parent %q: the pod is in %q, want %q", c.driver, c.parent, got, c.want)
+		}
+		if c.want == "" {
+			continue
+		}
+		inside, err := m.ContainerPath(c.parent, "p1", "c1")
+		if got := path.Dir(m.ContainerCgroup(inside)); err != nil || got != c.want {
+			t.Errorf("%s, parent %q: its container is in %q, %v, want it in %q", c.driver, c.parent, got, err, c.want)
+		}
+	}
+}
+
 func TestShim(t *testing.T) {
 	m := newManager(t)
 	id := shimID(t, m, "test")

@@ -48,6 +48,29 @@ func (m *Manager) ContainerCgroups(cgroupsPath string) cgroup.Set {
 	return cgroup.Find(cgroupsPath, m.driver == Systemd)
 }
 
+// ContainerCgroup is where these are in every hierarchy.
+func (m *Manager) ContainerCgroup(cgroupsPath string) string {
+	return cgroup.Path(cgroupsPath, m.driver == Systemd)
+}
+
+// PodCgroup is the cgroup of a pod, of which ContainerPath makes those of its
+// containers, in every hierarchy. "": it has none of its own.
+func (m *Manager) PodCgroup(parent, podID string) string {
+	switch {
+	case m.driver != Systemd && parent == "":
+		return path.Join(podsPath, podID)
+	case m.driver != Systemd:
+		return path.Join("/", parent)
+	case parent == "":
+		return "" // its containers are beside those of other pods
+	}
+	slice, err := sliceName(parent)
+	if err != nil {
+		return ""
+	}
+	return cgroup.SlicePath(slice)
+}
+
 // RemoveShim removes the cgroup of a shim that has ended. It waits a little for
 // a process that is just dying, no longer than ctx allows, and never kills one:
 // the error is ErrBusy then. No cgroup is no error.

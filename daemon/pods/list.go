@@ -1,6 +1,7 @@
 package pods
 
 import (
+	"slices"
 	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -20,23 +21,27 @@ func (p *Pod) State() runtimeapi.PodSandboxState {
 	return runtimeapi.PodSandboxState_SANDBOX_READY
 }
 
+// Select gives the pods that a filter, which may be nil, lets through.
+func (m *Manager) Select(f *runtimeapi.PodSandboxFilter) []*Pod {
+	return slices.DeleteFunc(m.All(), func(p *Pod) bool {
+		rec := p.Record()
+		return rec.Phase == records.PodCreating || // whoever asked for it has not got it yet
+			!strings.HasPrefix(rec.ID, f.GetId()) ||
+			f.GetState() != nil && f.GetState().GetState() != p.State() ||
+			!containers.Matches(f.GetLabelSelector(), rec.Config.M.GetLabels())
+	})
+}
+
 // List lists the pods that a filter, which may be nil, lets through.
 func (m *Manager) List(f *runtimeapi.PodSandboxFilter) []*runtimeapi.PodSandbox {
 	list := []*runtimeapi.PodSandbox{}
-	for _, p := range m.All() {
-		rec, state := p.Record(), p.State()
+	for _, p := range m.Select(f) {
+		rec := p.Record()
 		cfg := rec.Config.M
-		switch {
-		case rec.Phase == records.PodCreating, // whoever asked for it has not got it yet
-			!strings.HasPrefix(rec.ID, f.GetId()),
-			f.GetState() != nil && f.GetState().GetState() != state,
-			!containers.Matches(f.GetLabelSelector(), cfg.GetLabels()):
-			continue
-		}
 		list = append(list, &runtimeapi.PodSandbox{
 			Id:             rec.ID,
 			Metadata:       cfg.GetMetadata(),
-			State:          state,
+			State:          p.State(),
 			CreatedAt:      rec.CreatedAt.UnixNano(),
 			Labels:         cfg.GetLabels(),
 			Annotations:    cfg.GetAnnotations(),

@@ -15,7 +15,9 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 	"time"
 
@@ -31,6 +33,7 @@ import (
 const (
 	ContainerURL = "holdfast.dev/daemon/container.v1"
 	PodURL       = "holdfast.dev/daemon/pod.v1"
+	ResourcesURL = "holdfast.dev/daemon/resources.v1" // linux.resources of a container's config
 )
 
 // PodPhase is how far a pod has come.
@@ -124,6 +127,39 @@ type Container struct {
 	StopSignal  runtimeapi.Signal                       `json:"stopSignal"`
 	User        Message[*runtimeapi.LinuxContainerUser] `json:"user"`
 	CgroupsPath string                                  `json:"cgroupsPath"`
+	// Updating says that the shim was asked for other resources than those of Config, and
+	// has not answered.
+	Updating bool `json:"updating,omitempty"`
+}
+
+// SetResources replaces the resources of the config.
+func (c *Container) SetResources(r *runtimeapi.LinuxContainerResources) error {
+	cfg := proto.Clone(c.Config.M).(*runtimeapi.ContainerConfig)
+	if cfg.Linux == nil {
+		cfg.Linux = &runtimeapi.LinuxContainerConfig{}
+	}
+	cfg.Linux.Resources = r
+	config, err := Encoded(cfg)
+	if err == nil {
+		c.Config = config
+	}
+	return err
+}
+
+// TakeUpdate replaces them by what the shim keeps of an update, if there was one.
+func (c *Container) TakeUpdate(dir rundir.Dir) error {
+	u, err := dir.ReadUpdate()
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	var m Message[*runtimeapi.LinuxContainerResources]
+	if err == nil {
+		err = m.UnmarshalJSON(u.Record.Value)
+	}
+	if err != nil {
+		return err
+	}
+	return c.SetResources(m.M)
 }
 
 // AllLayers are those of the image, and of images mounted as volumes.

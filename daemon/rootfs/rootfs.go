@@ -55,7 +55,7 @@ type Limits struct {
 // DefaultLimits are above any layer that is meant to be one.
 var DefaultLimits = Limits{Bytes: 512 << 30, Entries: 32 << 20}
 
-// Usage is what layers take on the file system.
+// Usage is what layers, or other trees, take on the file system.
 type Usage struct{ Bytes, Inodes uint64 }
 
 const (

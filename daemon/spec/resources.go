@@ -16,7 +16,20 @@ const fieldResources = "config.linux.resources"
 // resources sets only what the config sets. oom_score_adj is not among them: it
 // is no property of a cgroup.
 func (b *builder) resources() error {
-	r, out := b.Container.GetLinux().GetResources(), b.spec.Linux.Resources
+	set, warnings, err := limits(b.Host, fieldResources, b.Container.GetLinux().GetResources())
+	if err != nil {
+		return err
+	}
+	out := b.spec.Linux.Resources
+	out.CPU, out.Memory, out.HugepageLimits, out.Unified = set.CPU, set.Memory, set.HugepageLimits, set.Unified
+	b.warnings = append(b.warnings, warnings...)
+	return nil
+}
+
+// limits are the resources r, which the request has under the name field.
+func limits(h Host, field string, r *runtimeapi.LinuxContainerResources,
+) (out *specs.LinuxResources, warnings []string, err error) {
+	out = &specs.LinuxResources{}
 	cpu := specs.LinuxCPU{Cpus: r.GetCpusetCpus(), Mems: r.GetCpusetMems()}
 	if n := r.GetCpuShares(); n != 0 {
 		cpu.Shares = new(uint64(n))
@@ -41,7 +54,7 @@ func (b *builder) resources() error {
 		// what a memory limit in Kubernetes means unless it says otherwise.
 		swap = limit
 	}
-	if swap != 0 && b.SwapSupported {
+	if swap != 0 && h.SwapSupported {
 		memory.Swap = new(swap)
 	}
 	if memory != (specs.LinuxMemory{}) {
@@ -49,10 +62,10 @@ func (b *builder) resources() error {
 	}
 
 	for _, l := range r.GetHugepageLimits() {
-		if !b.HugetlbSupported {
+		if !h.HugetlbSupported {
 			if l.GetLimit() != 0 {
-				b.warn("%s.hugepage_limits: there is no hugetlb controller: the limit of %s pages is not set",
-					fieldResources, l.GetPageSize())
+				warnings = append(warnings, fmt.Sprintf("%s.hugepage_limits: there is no hugetlb controller: "+
+					"the limit of %s pages is not set", field, l.GetPageSize()))
 			}
 			continue
 		}
@@ -60,12 +73,12 @@ func (b *builder) resources() error {
 		out.HugepageLimits = append(out.HugepageLimits, limit)
 	}
 	if len(r.GetUnified()) > 0 {
-		if !b.CgroupV2 {
-			return unsupported(fieldResources+".unified", "needs cgroup v2, and this machine has v1")
+		if !h.CgroupV2 {
+			return nil, nil, unsupported(field+".unified", "needs cgroup v2, and this machine has v1")
 		}
 		out.Unified = maps.Clone(r.GetUnified())
 	}
-	return nil
+	return out, warnings, nil
 }
 
 // The bounds that the kernel puts on the CFS, in microseconds.

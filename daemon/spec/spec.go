@@ -131,12 +131,17 @@ func Build(in Input) (*Result, error) {
 			return nil, err
 		}
 	}
-	u := b.spec.Process.User
+	return &Result{Spec: b.spec, User: StatusUser(b.spec), Warnings: b.warnings}, nil
+}
+
+// StatusUser is who the first process of a spec runs as, for ContainerStatus.
+func StatusUser(s *specs.Spec) *runtimeapi.LinuxContainerUser {
+	u := s.Process.User
 	user := &runtimeapi.LinuxContainerUser{Uid: int64(u.UID), Gid: int64(u.GID)}
 	for _, g := range u.AdditionalGids {
 		user.SupplementalGroups = append(user.SupplementalGroups, int64(g))
 	}
-	return &Result{Spec: b.spec, User: user, Warnings: b.warnings}, nil
+	return user
 }
 
 // builder is what the steps of Build share. Each step owns some fields of the

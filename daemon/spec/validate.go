@@ -2,7 +2,6 @@ package spec
 
 import (
 	"fmt"
-	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -42,7 +41,7 @@ func Validate(c *runtimeapi.ContainerConfig, s *runtimeapi.PodSandboxConfig) err
 	if c.GetWindows() != nil {
 		return unsupported("config.windows", "is set, and this is Linux")
 	}
-	if err := validateCDI(c); err != nil {
+	if _, err := CDIDevices(c); err != nil {
 		return err
 	}
 	if _, ok := runtimeapi.Signal_name[int32(c.GetStopSignal())]; !ok {
@@ -57,21 +56,6 @@ func Validate(c *runtimeapi.ContainerConfig, s *runtimeapi.PodSandboxConfig) err
 		ValidateResources(fieldResources, c.GetLinux().GetResources()),
 		validateContext(c.GetLinux().GetSecurityContext(), s.GetLinux().GetSecurityContext()),
 	)
-}
-
-// validateCDI refuses devices in both forms: clients from before the field name
-// them in annotations. A container without its device would only seem to run.
-func validateCDI(c *runtimeapi.ContainerConfig) error {
-	if len(c.GetCDIDevices()) > 0 {
-		return unsupported("config.CDI_devices", "CDI devices are not supported: %q", c.GetCDIDevices()[0].GetName())
-	}
-	for _, key := range slices.Sorted(maps.Keys(c.GetAnnotations())) {
-		if strings.HasPrefix(key, "cdi.k8s.io/") {
-			field := fmt.Sprintf("config.annotations[%s]", key)
-			return unsupported(field, "CDI devices are not supported: %q", c.GetAnnotations()[key])
-		}
-	}
-	return nil
 }
 
 func validateProcess(c *runtimeapi.ContainerConfig) error {

@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"encoding/json"
 	"io"
 	"time"
 
@@ -149,6 +150,20 @@ func (c *Client) Resize(ctx context.Context, execID string, size Size) error {
 		Width:  uint32(size.Width),
 		Height: uint32(size.Height),
 	})
+	return err
+}
+
+// Update has the shim set the resources of the container, all of them or none. With nil
+// it waits for an update that is under way.
+func (c *Client) Update(ctx context.Context, u *rundir.Update) error {
+	req := &proto.UpdateRequest{Id: c.dir.ID()}
+	if u != nil {
+		var err error
+		if req.Update, err = json.Marshal(u); err != nil {
+			return kind.As(kind.Invalid, err)
+		}
+	}
+	_, err := call(ctx, c, slow, proto.ShimService.Update, req)
 	return err
 }
 

@@ -10,6 +10,7 @@
 //	config.json  the OCI spec; the directory is also the OCI bundle
 //	process.json the process of the spec, for execs
 //	state.json   Status, replaced at each change
+//	update.json  Update: the resources, once they were changed
 //	exit.json    Exit, written once, before the process is reaped
 //	shim.log     the shim's own log; runc.log: the OCI runtime's
 //	init.pid     written by the OCI runtime

@@ -35,6 +35,8 @@ const (
 	ContainerRuntime  Step = "container-runtime"  // the shim has created it
 	ContainerCreated  Step = "container-created"  // its record says created, no answer was given
 	ContainerStarted  Step = "container-started"  // the shim has started it, no answer was given
+	ContainerUpdating Step = "container-updating" // its record says that an update may be under way
+	ContainerUpdated  Step = "container-updated"  // the shim has new resources, which is not on record
 	ContainerRemoving Step = "container-removing" // its record says removing
 	ContainerEnded    Step = "container-ended"    // its shim and its processes are gone
 	ContainerBuried   Step = "container-buried"   // what a dead shim left is killed, no exit record
@@ -53,6 +55,8 @@ const (
 	ShimReopened      Step = "shim-reopened"       // the log was opened anew, no answer was given
 	ShimExecRecord    Step = "shim-exec-record"    // an exec has its record, and does not run
 	ShimExecStarted   Step = "shim-exec-started"   // it runs, which is not on record
+	ShimUpdated       Step = "shim-updated"        // the kernel has new resources, which is not on record
+	ShimUpdateKept    Step = "shim-update-kept"    // update.json says so, no answer was given
 	ShimExitSeen      Step = "shim-exit-seen"      // init is a zombie, there is no exit record
 	ShimExitRecorded  Step = "shim-exit-recorded"  // exit.json is there, init is not reaped
 	ShimReaped        Step = "shim-reaped"         // init is reaped, the output is not drained

@@ -105,29 +105,33 @@ func At(path string) Set {
 // Find gives the cgroups that exist now where the OCI runtime makes those of a
 // container: cgroupsPath is linux.cgroupsPath of its spec, which is a path for
 // the cgroupfs driver, and SLICE:PREFIX:NAME for the systemd driver.
-func Find(cgroupsPath string, systemd bool) Set {
-	if systemd {
-		cgroupsPath = scopePath(cgroupsPath)
-	}
-	return At(filepath.Clean(cgroupsPath))
-}
+func Find(cgroupsPath string, systemd bool) Set { return At(Path(cgroupsPath, systemd)) }
 
-// scopePath is where systemd puts a scope: the name of a slice says which
-// slices are above (systemd.slice(5)). "" if cgroupsPath names no scope.
-func scopePath(cgroupsPath string) string {
+// Path is where that is in every hierarchy. It names nothing if cgroupsPath names no
+// scope of systemd, and should.
+func Path(cgroupsPath string, systemd bool) string {
+	if !systemd {
+		return filepath.Clean(cgroupsPath)
+	}
 	parts := strings.Split(cgroupsPath, ":")
 	if len(parts) != 3 {
 		return ""
 	}
+	return filepath.Join(SlicePath(parts[0]), parts[1]+"-"+parts[2]+".scope")
+}
+
+// SlicePath is where systemd puts a slice: its name says which slices are above
+// (systemd.slice(5)).
+func SlicePath(slice string) string {
 	path := "/"
-	if stem := strings.TrimSuffix(parts[0], ".slice"); stem != "-" { // the root slice
+	if stem := strings.TrimSuffix(slice, ".slice"); stem != "-" { // the root slice
 		for i, r := range stem + "-" {
 			if r == '-' {
 				path = filepath.Join(path, stem[:i]+".slice")
 			}
 		}
 	}
-	return filepath.Join(path, parts[1]+"-"+parts[2]+".scope")
+	return path
 }
 
 // dir is the directory of a controller's cgroup.

@@ -260,8 +260,8 @@ func TestFind(t *testing.T) {
 		"/kubepods/burstable/podX/c1":         "",
 		"system.slice:holdfast":               "",
 	} {
-		if got := scopePath(path); got != want {
-			t.Errorf("scopePath(%q) = %q, want %q", path, got, want)
+		if got := Path(path, true); got != want {
+			t.Errorf("Path(%q, true) = %q, want %q", path, got, want)
 		}
 	}
 	c := newCgroup(t)

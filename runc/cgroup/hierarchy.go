@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 )
@@ -171,3 +172,23 @@ func unified(hs []hierarchy) bool {
 
 // blank says whether a file of the kernel holds nothing.
 func blank(b []byte) bool { return len(bytes.TrimSpace(b)) == 0 }
+
+// hugePageSizes are the sizes of huge pages that this kernel has, as the files of cgroups
+// name them.
+var hugePageSizes = sync.OnceValue(func() (sizes []string) {
+	dirs, _ := os.ReadDir("/sys/kernel/mm/hugepages")
+	for _, d := range dirs {
+		number, ok := strings.CutPrefix(d.Name(), "hugepages-")
+		kB, err := strconv.ParseUint(strings.TrimSuffix(number, "kB"), 10, 64)
+		switch {
+		case !ok || err != nil:
+		case kB >= 1<<20:
+			sizes = append(sizes, strconv.FormatUint(kB>>20, 10)+"GB")
+		case kB >= 1<<10:
+			sizes = append(sizes, strconv.FormatUint(kB>>10, 10)+"MB")
+		default:
+			sizes = append(sizes, strconv.FormatUint(kB, 10)+"KB")
+		}
+	}
+	return sizes
+})

@@ -53,10 +53,11 @@ const (
 	stopped       // the container that stays is stopped with a grace
 	reopened      // its log is opened anew
 	visited       // a command is executed in it
+	updated       // it gets other resources
 )
 
 func (l life) String() string {
-	return [...]string{"plain", "with init", "dead shim", "stopped", "reopened", "visited"}[l]
+	return [...]string{"plain", "with init", "dead shim", "stopped", "reopened", "visited", "updated"}[l]
 }
 
 func (d disaster) String() string {
@@ -108,6 +109,8 @@ var disasters = []disaster{
 	{at: step.ContainerCreated, life: withInit},
 	{at: step.ContainerStarted},
 	{at: step.ContainerStarted, life: withInit},
+	{at: step.ContainerUpdating, life: updated},
+	{at: step.ContainerUpdated, life: updated},
 	{at: step.ContainerRemoving},
 	{at: step.ContainerRemoving, nth: 2},
 	{at: step.ContainerRemoving, life: withInit},
@@ -132,6 +135,8 @@ var disasters = []disaster{
 	{ofShim: true, at: step.ShimReopened, life: reopened, lost: ending},
 	{ofShim: true, at: step.ShimExecRecord, life: visited, lost: ending},
 	{ofShim: true, at: step.ShimExecStarted, life: visited, lost: ending},
+	{ofShim: true, at: step.ShimUpdated, life: updated, lost: ending},
+	{ofShim: true, at: step.ShimUpdateKept, life: updated, lost: ending},
 	{ofShim: true, at: step.ShimExitSeen, lost: ending},
 	{ofShim: true, at: step.ShimExitRecorded, lost: output},
 	{ofShim: true, at: step.ShimReaped, lost: output},
@@ -268,7 +273,44 @@ func (k *kubelet) disturb(c *harness.Container) {
 			}
 			return k.unlessLost(ctx, c, err)
 		})
+	case updated:
+		k.update(c)
 	}
+}
+
+// update gives a container other resources. Whenever that fails, it has the old ones or
+// the new ones, and the status says which.
+func (k *kubelet) update(c *harness.Container) {
+	k.t.Helper()
+	const shares, memory = 512, 512 << 20
+	pid := c.Info().PID
+	agree := func() bool {
+		var s *cri.ContainerStatus
+		k.do("ContainerStatus", func(ctx context.Context) (err error) {
+			s, err = k.status(ctx, c)
+			return err
+		})
+		if s.State == cri.ContainerState_CONTAINER_EXITED {
+			return true
+		}
+		limit, err := harness.CgroupFile(pid, "memory", "memory.limit_in_bytes", "memory.max")
+		weight, werr := harness.CgroupFile(pid, "cpu", "cpu.shares", "cpu.weight")
+		r := s.GetResources().GetLinux()
+		now := limit == fmt.Sprint(memory) && (weight == fmt.Sprint(shares) || weight == "59")
+		shown := r.GetMemoryLimitInBytes() == memory && r.GetCpuShares() == shares
+		return err == nil && werr == nil && now == shown && (now || limit != fmt.Sprint(memory) && r.GetCpuShares() == 0)
+	}
+	k.do("UpdateContainerResources", func(ctx context.Context) error {
+		_, err := k.n.Runtime.UpdateContainerResources(ctx, &cri.UpdateContainerResourcesRequest{
+			ContainerId: c.ID,
+			Linux:       &cri.LinuxContainerResources{CpuShares: shares, MemoryLimitInBytes: memory},
+		})
+		if err != nil {
+			k.revive()
+		}
+		k.eventually("status and kernel agree about resources", agree)
+		return k.unlessLost(ctx, c, err)
+	})
 }
 
 // unlessLost forgives the error of a call to a container that ended with its shim.

@@ -237,6 +237,27 @@ func cgroups() []string {
 	return paths
 }
 
+// CgroupFile reads a file in the cgroup of a process: v1 is its name where the controller is
+// on cgroup v1, v2 where it is not.
+func CgroupFile(pid int, controller, v1, v2 string) (string, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	if err != nil {
+		return "", err
+	}
+	path := ""
+	for line := range strings.Lines(string(b)) {
+		f := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		switch {
+		case len(f) == 3 && slices.Contains(strings.Split(f[1], ","), controller):
+			path = filepath.Join("/sys/fs/cgroup", controller, f[2], v1)
+		case len(f) == 3 && f[1] == "" && path == "":
+			path = filepath.Join("/sys/fs/cgroup", f[2], v2)
+		}
+	}
+	b, err = os.ReadFile(path)
+	return strings.TrimSpace(string(b)), err
+}
+
 func procs(cgroup string) []int {
 	b, _ := os.ReadFile(filepath.Join(cgroup, "cgroup.procs"))
 	var pids []int

@@ -64,6 +64,11 @@ var allowed = map[string][]string{
 	},
 
 	"daemon/beneath": {"golang.org/x/sys/unix"},
+	"daemon/cdi": {
+		module + "daemon/beneath", module + "proto/kind", "github.com/opencontainers/runtime-spec/specs-go",
+		"tags.cncf.io/container-device-interface/pkg/cdi", "tags.cncf.io/container-device-interface/pkg/parser",
+		"tags.cncf.io/container-device-interface/specs-go",
+	},
 	"daemon/metrics": {
 		module + "daemon/records",
 		"github.com/prometheus/client_golang/prometheus", "github.com/prometheus/client_golang/prometheus/collectors",
@@ -159,6 +164,7 @@ var ofTheModule = map[string][]string{
 	"daemon/placement": {"runc/cgroup"},
 	"daemon/shims":     {"daemon/spawn", "proto/client", "proto/rundir", "reaper/pidfd"},
 	"daemon/spawn":     {"proto/step"},
+	"daemon/stats":     {"daemon/network/netns", "runc/cgroup"},
 	"daemon/streams":   {"daemon/spawn", "proto/kind", "proto/rundir", "proto/stream", "reaper/pidfd"},
 	"daemon/rootfs":    {"daemon/beneath", "daemon/dirs", "proto/kind", "proto/record", "proto/rundir"},
 	"daemon/image": {"daemon/dirs", "daemon/records", "daemon/image/registry", "proto/kind", "proto/record",
@@ -175,6 +181,7 @@ var ofTheModule = map[string][]string{
 		"daemon/spec", "daemon/state", "proto", "proto/kind", "proto/record", "proto/rundir", "proto/stream", "reaper/pidfd", "runc",
 	},
 
+	"daemon/cdi":     {"daemon/beneath", "proto/kind"},
 	"daemon/metrics": {"daemon/records"},
 	"daemon/beneath": {},
 	"daemon/dirs":    {},

@@ -1,0 +1,148 @@
+package shim
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/step"
+	"github.com/holdfast-cri/holdfast/runc/cgroup"
+)
+
+// updateTimeout bounds one run of the OCI runtime: lowering a limit has the kernel
+// reclaim memory, and systemd may be slow.
+const updateTimeout = time.Minute
+
+// resources is the part of linux.resources that the shim cares about.
+type resources struct {
+	Memory struct{ Limit *int64 }
+
+	HugepageLimits []struct {
+		Pagesize string
+		Limit    uint64
+	}
+	Unified map[string]string
+}
+
+// Update sets the resources of the container, all of them or none. update is a
+// rundir.Update in JSON; without one nothing is done but to wait for an update that is
+// under way. It owes nothing to the call that asked for it: it ends by itself.
+func (t *task) Update(update []byte) error {
+	t.updating.Lock()
+	defer t.updating.Unlock()
+	if len(update) == 0 {
+		return nil
+	}
+	u := &updating{dir: t.dir}
+	err := json.Unmarshal(update, &u.Update)
+	if err == nil {
+		err = errors.Join(json.Unmarshal(u.Resources, &u.now), json.Unmarshal(u.Undo, &u.was))
+	}
+	if err != nil {
+		return kind.Errorf(kind.Invalid, "update: %w", err)
+	}
+	c, err := t.alive()
+	if err != nil {
+		return err
+	}
+	if c == nil {
+		return kind.Errorf(kind.State, "cannot update: the container is %s", rundir.PhaseExited)
+	}
+	u.c = c
+	if err := u.check(); err != nil {
+		return err
+	}
+	if err := u.apply(); err != nil {
+		t.log.Error("update undone", "err", err)
+		if uerr := u.undo(); uerr != nil {
+			t.log.Error("something is left of an update", "err", uerr)
+		}
+		if c.init.Ended() {
+			err = kind.As(kind.State, err)
+		}
+		return err
+	}
+	t.log.Info("container updated")
+	return step.Reach(step.ShimUpdateKept)
+}
+
+// updating is an update under way.
+type updating struct {
+	rundir.Update
+	dir      rundir.Dir
+	c        *container
+	now, was resources
+	before   cgroup.Limits // what the kernel had
+}
+
+// check refuses a memory limit below what is used. The kernel of cgroup v2 would kill
+// processes until it holds.
+func (u *updating) check() error {
+	limit, old := u.now.Memory.Limit, u.was.Memory.Limit
+	if limit == nil || *limit < 0 || old != nil && *old == *limit {
+		return nil
+	}
+	used, err := u.c.init.Cgroups.MemoryUsed()
+	if err == nil && used > uint64(*limit) {
+		err = kind.Errorf(kind.State, "the memory limit of %d bytes is below the %d bytes that the container uses",
+			*limit, used)
+	}
+	return err
+}
+
+// apply makes the change. What it has done when it fails is for undo to take back.
+func (u *updating) apply() (err error) {
+	var files []string
+	for _, r := range []resources{u.was, u.now} {
+		for name := range r.Unified {
+			files = append(files, name)
+		}
+	}
+	if u.before, err = u.c.init.Cgroups.Limits(files...); err != nil {
+		return err
+	}
+	if err := u.run(u.Resources); err != nil {
+		return err
+	}
+	// Not every OCI runtime updates them; some set them again as they were at create.
+	for _, l := range u.now.HugepageLimits {
+		if err := u.c.init.Cgroups.LimitHugePages(l.Pagesize, l.Limit); err != nil {
+			return err
+		}
+	}
+	if err := u.c.init.Cgroups.AdjustOOMScore(u.OOMScoreAdj[0], u.OOMScoreAdj[1]); err != nil {
+		return err
+	}
+	if err := step.Reach(step.ShimUpdated); err != nil {
+		return err
+	}
+	return u.dir.WriteUpdate(u.Update)
+}
+
+// undo takes back what apply has done. The OCI runtime comes first, for its own record
+// and for systemd's; what it cannot express, the files of the kernel say.
+func (u *updating) undo() error {
+	return errors.Join(
+		u.run(u.Undo),
+		u.before.Restore(),
+		u.c.init.Cgroups.AdjustOOMScore(u.OOMScoreAdj[1], u.OOMScoreAdj[0]),
+	)
+}
+
+// run has the OCI runtime set resources.
+func (u *updating) run(resources json.RawMessage) error {
+	// The run directory is closed, so the name needs no secret.
+	path := u.dir.Path("." + rundir.UpdateName + ".oci")
+	if err := os.WriteFile(path, resources, 0o600); err != nil {
+		return fmt.Errorf("cannot hand resources to the OCI runtime: %w", err)
+	}
+	defer os.Remove(path)
+	ctx, cancel := context.WithTimeout(context.Background(), updateTimeout)
+	defer cancel()
+	return u.c.host.Runtime.Update(ctx, u.dir.ID(), path)
+}

@@ -1,0 +1,103 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/tests/harness"
+)
+
+const mib = 1 << 20
+
+// update asks for other resources of a container.
+func update(c *harness.Container, r *cri.LinuxContainerResources) error {
+	ctx, cancel := harness.Deadline()
+	defer cancel()
+	_, err := c.N.Runtime.UpdateContainerResources(ctx,
+		&cri.UpdateContainerResourcesRequest{ContainerId: c.ID, Linux: r})
+	return err
+}
+
+// checkResources compares what the kernel has with what the status shows and what is wanted.
+func checkResources(t *testing.T, c *harness.Container, pid int, memory, shares int64) {
+	t.Helper()
+	r := c.Status().GetResources().GetLinux()
+	if r.GetMemoryLimitInBytes() != memory || r.GetCpuShares() != shares {
+		t.Errorf("the status shows %v", r)
+	}
+	limit, err := harness.CgroupFile(pid, "memory", "memory.limit_in_bytes", "memory.max")
+	if err != nil || limit != fmt.Sprint(memory) {
+		t.Errorf("the kernel has a memory limit of %s, %v; want %d", limit, err, memory)
+	}
+	weights := map[int64]string{256: "35", 512: "59"} // of v2, as the OCI runtimes convert shares
+	got, err := harness.CgroupFile(pid, "cpu", "cpu.shares", "cpu.weight")
+	if err != nil || got != fmt.Sprint(shares) && got != weights[shares] {
+		t.Errorf("the kernel has cpu shares of %s, %v; want %d", got, err, shares)
+	}
+}
+
+// A container that is created or runs gets other limits: all of them or none. Its status
+// shows them, also to the next daemon, and to one that has lost its records.
+func TestUpdateContainerResources(t *testing.T) {
+	n := harness.New(t)
+	pod := n.RunPod("update")
+	script := "while ! [ -e /go ]; do sleep 0.1; done; dd if=/dev/zero of=/dev/shm/f bs=1M count=20; echo full; sleep 1000"
+	c := pod.Create("box", []string{"sh", "-c", script}, func(c *cri.ContainerConfig) {
+		c.Linux.Resources = &cri.LinuxContainerResources{CpuShares: 256, MemoryLimitInBytes: 64 * mib}
+	})
+	var pid int
+	harness.Eventually(t, patience, "the first process is known", func() bool {
+		pid = c.Info().PID
+		return pid != 0
+	})
+	checkResources(t, c, pid, 64*mib, 256)
+	check(t, update(c, &cri.LinuxContainerResources{MemoryLimitInBytes: 128 * mib})) // created
+	checkResources(t, c, pid, 128*mib, 256)
+	c.Start()
+	check(t, update(c, &cri.LinuxContainerResources{CpuShares: 512, CpuPeriod: 50000, CpuQuota: 25000}))
+	checkResources(t, c, pid, 128*mib, 512)
+	c.Output("touch", "/go")
+	c.WaitLog(patience, "full")
+
+	for name, refused := range map[string]struct {
+		r    *cri.LinuxContainerResources
+		code codes.Code
+		says string
+	}{
+		"below what is used": {
+			&cri.LinuxContainerResources{CpuShares: 1024, MemoryLimitInBytes: 10 * mib}, codes.FailedPrecondition, "uses",
+		},
+		"invalid": {&cri.LinuxContainerResources{CpuShares: 1024, CpuPeriod: 1}, codes.InvalidArgument, "linux.cpu_period: "},
+		"a cpu that is not there": {
+			&cri.LinuxContainerResources{CpuShares: 1024, MemoryLimitInBytes: 200 * mib, CpusetCpus: "4000"},
+			codes.Unknown, "cpuset",
+		},
+	} {
+		err := update(c, refused.r)
+		if status.Code(err) != refused.code || !strings.Contains(err.Error(), refused.says) {
+			t.Errorf("%s: %v", name, err)
+		}
+		checkResources(t, c, pid, 128*mib, 512)
+	}
+
+	n.Kill()
+	n.Start()
+	checkResources(t, c, pid, 128*mib, 512)
+	n.Kill()
+	check(t, os.RemoveAll(filepath.Join(n.Root, "containers", c.ID, "record.json")))
+	n.Start()
+	checkResources(t, c, pid, 128*mib, 512)
+	check(t, update(c, &cri.LinuxContainerResources{MemoryLimitInBytes: 96 * mib}))
+	checkResources(t, c, pid, 96*mib, 512)
+	c.Stop(0)
+	if err := update(c, &cri.LinuxContainerResources{CpuShares: 2}); status.Code(err) != codes.FailedPrecondition {
+		t.Errorf("of a container that has ended: %v", err)
+	}
+}
