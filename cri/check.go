@@ -42,6 +42,8 @@ func check(req any) error {
 		return cmp.Or(require("container_id", r.GetContainerId()), checkCommand(r.GetCmd(), r), checkStreams(r))
 	case *runtimeapi.AttachRequest:
 		return cmp.Or(require("container_id", r.GetContainerId()), checkStreams(r))
+	case *runtimeapi.UpdateContainerResourcesRequest:
+		return cmp.Or(require("container_id", r.GetContainerId()), checkUpdate(r))
 	case *runtimeapi.PortForwardRequest:
 		return cmp.Or(require("pod_sandbox_id", r.GetPodSandboxId()), checkPorts(r.GetPort()))
 	case *runtimeapi.PullImageRequest:
@@ -82,6 +84,17 @@ func checkStreams(r interface {
 		return invalid("stderr", "is true with tty: all output of a terminal is stdout")
 	case !r.GetStdin() && !r.GetStdout() && !r.GetStderr():
 		return invalid("stdout", "is false, as stdin and stderr are: at least one of them is needed")
+	}
+	return nil
+}
+
+// checkUpdate refuses what an update would leave out.
+func checkUpdate(r *runtimeapi.UpdateContainerResourcesRequest) error {
+	switch {
+	case r.GetWindows() != nil:
+		return kind.Errorf(kind.Unsupported, "windows: is set, and this is Linux")
+	case len(r.GetAnnotations()) > 0:
+		return kind.Errorf(kind.Unsupported, "annotations: no option of an update is known by that way")
 	}
 	return nil
 }

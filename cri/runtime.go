@@ -38,7 +38,7 @@ func (s *Server) Status(ctx context.Context, r *runtimeapi.StatusRequest) (*runt
 		Features: &runtimeapi.RuntimeFeatures{
 			SupplementalGroupsPolicy:  true,
 			MountOptions:              true,
-			UserNamespacesHostNetwork: true,
+			UserNamespacesHostNetwork: s.d.Userns(),
 		},
 	}
 	if !r.GetVerbose() {

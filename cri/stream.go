@@ -29,6 +29,9 @@ func (s *Server) StreamContainers(r *runtimeapi.StreamContainersRequest,
 // StreamImages is ListImages in parts.
 func (s *Server) StreamImages(r *runtimeapi.StreamImagesRequest,
 	to grpc.ServerStreamingServer[runtimeapi.StreamImagesResponse]) error {
+	if err := s.d.Runtimes.Check("filter.image", r.GetFilter().GetImage()); err != nil {
+		return err
+	}
 	images := s.d.Images.List(r.GetFilter().GetImage().GetImage())
 	return sendParts(images, func(part []*runtimeapi.Image) error {
 		return to.Send(&runtimeapi.StreamImagesResponse{Images: part})

@@ -209,7 +209,12 @@ func (b *builder) mountImage(ctx context.Context, i int, m *runtimeapi.Mount) (s
 		return "", err
 	}
 	b.held = append(b.held, release)
-	b.mounts = append(b.mounts, records.ImageMount{Index: i, ImageID: img.ID, Layers: img.Layers})
+	b.mounts = append(b.mounts, records.ImageMount{
+		Index:   i,
+		ImageID: img.ID,
+		Ref:     img.Ref,
+		Layers:  img.Layers,
+	})
 	target := b.m.dir(b.rec.ID).Path(filepath.Join(imagesName, strconv.Itoa(i)))
 	// Only the spec makes it read-only: the writable layer below stays empty.
 	rw := filepath.Join(b.m.State.Dir(state.Containers, b.rec.ID), imagesName, strconv.Itoa(i))

@@ -42,6 +42,12 @@ func (m *Manager) Create(ctx context.Context, pod Pod, cfg *runtimeapi.Container
 	if err := spec.Validate(cfg, pod.Record().Config.M); err != nil {
 		return "", err
 	}
+	if err := spec.CheckLabels(m.Host, cfg, pod.Record().Config.M); err != nil {
+		return "", err
+	}
+	if err := m.checkHandlers(cfg); err != nil {
+		return "", err
+	}
 	fingerprint, err := records.Fingerprint(cfg)
 	if err != nil {
 		return "", kind.As(kind.Invalid, err)
@@ -128,6 +134,20 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 	return nil
 }
 
+// checkHandlers refuses images for a handler that is not known. All handlers have the
+// same ones.
+func (m *Manager) checkHandlers(cfg *runtimeapi.ContainerConfig) error {
+	if err := m.Runtimes.Check("config.image", cfg.GetImage()); err != nil {
+		return err
+	}
+	for i, mount := range cfg.GetMounts() {
+		if err := m.Runtimes.Check(fmt.Sprintf("config.mounts[%d].image", i), mount.GetImage()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // cdiDevices finds the devices of the CDI that a container asks for; nil for none. A
 // container without its device would only seem to run.
 func (m *Manager) cdiDevices(cfg *runtimeapi.ContainerConfig) (Edits, error) {
@@ -136,7 +156,7 @@ func (m *Manager) cdiDevices(cfg *runtimeapi.ContainerConfig) (Edits, error) {
 	case err != nil || len(devices) == 0:
 		return nil, err
 	case m.CDI == nil:
-		return nil, kind.Errorf(kind.Unsupported, "%s: cannot add %.200q: CDI devices are turned off on this node ([cdi] enabled)",
+		return nil, kind.Errorf(kind.Unsupported, "%s: cannot add %.200q: CDI devices are turned off on this node (cdi.enabled)",
 			devices[0].Field, devices[0].Name)
 	}
 	return m.CDI.Find(devices)

@@ -1,6 +1,7 @@
 package containers
 
 import (
+	"cmp"
 	"encoding/json"
 	"slices"
 	"strings"
@@ -120,7 +121,8 @@ func (c *Container) status() *runtimeapi.ContainerStatus {
 	return status
 }
 
-// mounts are those asked for, each image with the id that it stood for.
+// mounts are those asked for, each image with the digest that it stood for, as the
+// container's own image has it.
 func mounts(rec *records.Container) []*runtimeapi.Mount {
 	mounts := rec.Config.M.GetMounts()
 	if len(rec.ImageMounts) == 0 {
@@ -132,7 +134,7 @@ func mounts(rec *records.Container) []*runtimeapi.Mount {
 			continue // a record that was edited
 		}
 		m := proto.Clone(mounts[im.Index]).(*runtimeapi.Mount)
-		m.Image.ImageRef = im.ImageID
+		m.Image.ImageRef = cmp.Or(im.Ref, im.ImageID)
 		mounts[im.Index] = m
 	}
 	return mounts

@@ -110,6 +110,15 @@ func (s *Set) For(name string) (Handler, error) {
 	return h, nil
 }
 
+// Check refuses an image that the request has under the name field, for a handler that
+// is not known.
+func (s *Set) Check(field string, image *runtimeapi.ImageSpec) error {
+	if name := image.GetRuntimeHandler(); name != "" && s.handlers[name].Path == "" {
+		return kind.Errorf(kind.Invalid, "%s.runtime_handler: there is no handler %.200q in the config", field, name)
+	}
+	return nil
+}
+
 // List describes the handlers for the kubelet, the default one also as "".
 // userns says whether this machine has user namespaces for pods.
 func (s *Set) List(userns bool) []*runtimeapi.RuntimeHandler {

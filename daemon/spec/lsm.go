@@ -2,6 +2,7 @@ package spec
 
 import (
 	"cmp"
+	"fmt"
 	"strings"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -50,13 +51,44 @@ func (b *builder) apparmor() error {
 	return nil
 }
 
+// CheckLabels refuses SELinux options that would confine a container, or a volume's new
+// label, where they cannot be had: without them it would run with more rights than
+// somebody meant it to have. A type that confines nothing is had everywhere.
+func CheckLabels(h Host, c *runtimeapi.ContainerConfig, pod *runtimeapi.PodSandboxConfig) error {
+	sc := c.GetLinux().GetSecurityContext()
+	o, field := selinuxOf(sc, pod), fieldContext+"selinux_options"
+	if sc.GetPrivileged() || o.GetType() == unconfinedType {
+		return nil
+	}
+	asked := o.GetUser()+o.GetRole()+o.GetType()+o.GetLevel() != ""
+	if asked && !h.SELinuxEnabled {
+		return unsupported(field, "%q cannot be applied: this kernel does not enforce SELinux", o.String())
+	}
+	for i, m := range c.GetMounts() {
+		if asked && m.GetSelinuxRelabel() && m.GetImage() == nil {
+			return unsupported(fmt.Sprintf("config.mounts[%d].selinux_relabel", i),
+				"relabelling is not supported: label %s on the host, or leave selinux_options out", m.GetHostPath())
+		}
+	}
+	return nil
+}
+
+// unconfinedType is that of a container with all the rights of the host.
+const unconfinedType = "spc_t"
+
+// selinuxOf gives the container's options, else the pod's.
+func selinuxOf(sc *runtimeapi.LinuxContainerSecurityContext,
+	pod *runtimeapi.PodSandboxConfig) *runtimeapi.SELinuxOption {
+	if o := sc.GetSelinuxOptions(); o != nil {
+		return o
+	}
+	return pod.GetLinux().GetSecurityContext().GetSelinuxOptions()
+}
+
 // selinux applies the container's options, else the pod's. Parts that are left
 // out are those of the reference policy for containers.
 func (b *builder) selinux() {
-	o := b.sc.GetSelinuxOptions()
-	if o == nil {
-		o = b.Sandbox.GetLinux().GetSecurityContext().GetSelinuxOptions()
-	}
+	o := selinuxOf(b.sc, b.Sandbox)
 	if o == nil {
 		return
 	}

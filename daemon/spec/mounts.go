@@ -192,9 +192,6 @@ func (b *builder) criMounts() ([]specs.Mount, error) {
 		if m.GetRecursiveReadOnly() && !b.RecursiveReadOnly {
 			return nil, unsupported(field+"recursive_read_only", "needs Linux 5.12 and an OCI runtime that knows rro")
 		}
-		if m.GetSelinuxRelabel() && b.SELinuxEnabled && !b.sc.GetPrivileged() {
-			b.warn("%sselinux_relabel: %s keeps its label: relabelling is not supported", field, src)
-		}
 		mount := specs.Mount{
 			Destination: path.Clean(m.GetContainerPath()),
 			Type:        "bind",

@@ -885,6 +885,44 @@ func TestSELinux(t *testing.T) {
 	}
 }
 
+// What confines is refused where it cannot be had.
+func TestCheckLabels(t *testing.T) {
+	none, with := Host{}, Host{SELinuxEnabled: true}
+	level := &runtimeapi.SELinuxOption{Level: "s0:c1"}
+	relabel := []*runtimeapi.Mount{{HostPath: "/a", ContainerPath: "/a"}, {HostPath: "/b", SelinuxRelabel: true}}
+	for name, tt := range map[string]struct {
+		host  Host
+		edit  func(in *Input)
+		field string // empty: allowed
+	}{
+		"nothing asked":          {none, func(*Input) {}, ""},
+		"empty options":          {none, func(in *Input) { in.security().SelinuxOptions = &runtimeapi.SELinuxOption{} }, ""},
+		"no SELinux":             {none, func(in *Input) { in.security().SelinuxOptions = level }, fieldContext + "selinux_options"},
+		"no SELinux, of the pod": {none, func(in *Input) { in.pod().SelinuxOptions = level }, fieldContext + "selinux_options"},
+		"privileged": {none, func(in *Input) {
+			in.security().SelinuxOptions, in.security().Privileged = level, true
+		}, ""},
+		"unconfined": {none, func(in *Input) {
+			in.security().SelinuxOptions = &runtimeapi.SELinuxOption{Type: "spc_t", Level: "s0"}
+		}, ""},
+		"SELinux":            {with, func(in *Input) { in.security().SelinuxOptions = level }, ""},
+		"relabel, no label":  {with, func(in *Input) { in.Container.Mounts = relabel }, ""},
+		"relabel, no kernel": {none, func(in *Input) { in.Container.Mounts = relabel }, ""},
+		"relabel": {with, func(in *Input) {
+			in.Container.Mounts, in.security().SelinuxOptions = relabel, level
+		}, "config.mounts[1].selinux_relabel"},
+	} {
+		in := input()
+		tt.edit(&in)
+		err := CheckLabels(tt.host, in.Container, in.Sandbox)
+		if tt.field == "" && err != nil {
+			t.Errorf("%s: %v", name, err)
+		} else if tt.field != "" {
+			wantField(t, err, kind.Unsupported, tt.field)
+		}
+	}
+}
+
 func TestMounts(t *testing.T) {
 	find := func(s *specs.Spec, dst string) []specs.Mount {
 		return slices.DeleteFunc(slices.Clone(s.Mounts), func(m specs.Mount) bool { return m.Destination != dst })

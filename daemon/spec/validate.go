@@ -2,6 +2,7 @@ package spec
 
 import (
 	"fmt"
+	"maps"
 	"path"
 	"slices"
 	"strings"
@@ -138,8 +139,16 @@ func validateLogPath(p string) error {
 
 func hasDotDot(p string) bool { return slices.Contains(strings.Split(p, "/"), "..") }
 
-// mountOptions are those that the CRI names.
-var mountOptions = []string{"noexec", "nodev", "nosuid"}
+// mountOptions are those that a mount can have beside what other fields say, each with
+// what takes it away again, where the source's own mount has it.
+var mountOptions = map[string]string{
+	"noexec":      "exec",
+	"nodev":       "dev",
+	"nosuid":      "suid",
+	"nosymfollow": "symfollow",
+	"noatime":     "atime",
+	"nodiratime":  "diratime",
+}
 
 func validateMounts(mounts []*runtimeapi.Mount) error {
 	for i, m := range mounts {
@@ -195,12 +204,30 @@ func validateMount(field string, m *runtimeapi.Mount) error {
 	if err != nil {
 		return err
 	}
-	for _, o := range m.GetMountOptions() {
-		if !slices.Contains(mountOptions, o) {
-			return invalid(field+"mount_options", "%q is not one of %s", o, strings.Join(mountOptions, ", "))
+	return first(
+		validateMountOptions(field+"mount_options", m.GetMountOptions()),
+		relative(field+"image_sub_path", m.GetImageSubPath()),
+	)
+}
+
+// validateMountOptions takes options that other fields do not have, and no two that
+// contradict each other.
+func validateMountOptions(field string, options []string) error {
+	for i, o := range options {
+		known := false
+		for adds, removes := range mountOptions {
+			known = known || o == adds || o == removes
+			if o == adds && slices.Contains(options, removes) {
+				return invalid(field, "has both %s and %s", adds, removes)
+			}
+		}
+		if !known {
+			names := slices.Sorted(maps.Keys(mountOptions))
+			return invalid(fmt.Sprintf("%s[%d]", field, i), "%q is not one of %s, each with or without its \"no\"", o,
+				strings.Join(names, ", "))
 		}
 	}
-	return relative(field+"image_sub_path", m.GetImageSubPath())
+	return nil
 }
 
 func validateDevices(devices []*runtimeapi.Device) error {

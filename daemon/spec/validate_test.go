@@ -172,7 +172,13 @@ var containerCases = []struct {
 	},
 	{"idmap", withMount(&cri.Mount{HostPath: "/a", ContainerPath: "/b", UidMappings: []*cri.IDMapping{{}}}),
 		kind.Invalid, "config.mounts[0].uidMappings"},
-	{"other option", withMount(&cri.Mount{HostPath: "/a", ContainerPath: "/b", MountOptions: []string{"suid"}}),
+	{"removing options", withMount(
+		&cri.Mount{HostPath: "/a", ContainerPath: "/b", MountOptions: []string{"suid", "dev", "exec", "noatime"}}), nil, ""},
+	{"option of another field", withMount(
+		&cri.Mount{HostPath: "/a", ContainerPath: "/b", MountOptions: []string{"suid", "ro"}}),
+		kind.Invalid, "config.mounts[0].mount_options[1]"},
+	{"contradicting options", withMount(
+		&cri.Mount{HostPath: "/a", ContainerPath: "/b", MountOptions: []string{"exec", "nodev", "noexec"}}),
 		kind.Invalid, "config.mounts[0].mount_options"},
 
 	{"device", withDevice(&cri.Device{HostPath: "/dev/null", Permissions: "rm"}), nil, ""},

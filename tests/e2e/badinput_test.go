@@ -285,7 +285,15 @@ func TestBadInput(t *testing.T) {
 			}, codes.NotFound, "pod_sandbox_id"},
 			{"UpdateContainerResources", func(x context.Context) (any, error) {
 				return rt.UpdateContainerResources(x, &cri.UpdateContainerResourcesRequest{ContainerId: good.ID})
-			}, codes.Unimplemented, "UpdateContainerResources"},
+			}, codes.InvalidArgument, "linux"},
+			{"an update for Windows", func(x context.Context) (any, error) {
+				return rt.UpdateContainerResources(x, &cri.UpdateContainerResourcesRequest{ContainerId: good.ID,
+					Linux: &cri.LinuxContainerResources{CpuShares: 2}, Windows: &cri.WindowsContainerResources{}})
+			}, codes.Unimplemented, "windows"},
+			{"an update with options", func(x context.Context) (any, error) {
+				return rt.UpdateContainerResources(x, &cri.UpdateContainerResourcesRequest{ContainerId: good.ID,
+					Linux: &cri.LinuxContainerResources{CpuShares: 2}, Annotations: map[string]string{"a": "b"}})
+			}, codes.Unimplemented, "annotations"},
 			{"CheckpointContainer", func(x context.Context) (any, error) {
 				return rt.CheckpointContainer(x, &cri.CheckpointContainerRequest{ContainerId: good.ID})
 			}, codes.Unimplemented, "CheckpointContainer"},
