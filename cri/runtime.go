@@ -194,6 +194,12 @@ func (s *Server) ListPodSandboxMetrics(ctx context.Context, _ *runtimeapi.ListPo
 	return &runtimeapi.ListPodSandboxMetricsResponse{PodMetrics: list}, err
 }
 
+// UpdatePodSandboxResources notes other resources and overhead of a pod.
+func (s *Server) UpdatePodSandboxResources(ctx context.Context, r *runtimeapi.UpdatePodSandboxResourcesRequest,
+) (*runtimeapi.UpdatePodSandboxResourcesResponse, error) {
+	return &runtimeapi.UpdatePodSandboxResourcesResponse{}, s.d.Pods.Update(ctx, r)
+}
+
 // ExecSync runs a command in a container.
 func (s *Server) ExecSync(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
 	timeout, err := seconds("timeout", r.GetTimeout())

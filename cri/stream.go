@@ -74,6 +74,12 @@ func (s *Server) StreamPodSandboxMetrics(_ *runtimeapi.StreamPodSandboxMetricsRe
 	})
 }
 
+// GetContainerEvents tells what happens to pods and containers from now on.
+func (s *Server) GetContainerEvents(_ *runtimeapi.GetEventsRequest,
+	to grpc.ServerStreamingServer[runtimeapi.ContainerEventResponse]) error {
+	return s.d.Events.Serve(to.Context(), to.Send)
+}
+
 // sendParts sends each item once, in parts of at most maxPart bytes and at least one
 // item. A list without items is no part.
 func sendParts[T proto.Message](list []T, send func(part []T) error) error {

@@ -14,8 +14,11 @@ import (
 	"sync"
 	"time"
 
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
 	"github.com/holdfast-cri/holdfast/daemon/claims"
 	"github.com/holdfast-cri/holdfast/daemon/containers"
+	"github.com/holdfast-cri/holdfast/daemon/events"
 	"github.com/holdfast-cri/holdfast/daemon/image"
 	"github.com/holdfast-cri/holdfast/daemon/network"
 	"github.com/holdfast-cri/holdfast/daemon/placement"
@@ -40,6 +43,7 @@ type Daemon struct {
 	Images     *Images
 	Runtimes   *runtimes.Set
 	Stats      *stats.Collector
+	Events     *events.Hub
 
 	cfg     Config
 	log     *slog.Logger
@@ -62,7 +66,7 @@ type Daemon struct {
 // container can be told of: no shim has to answer for that.
 func Open(cfg Config, log *slog.Logger) (_ *Daemon, err error) {
 	start := time.Now()
-	d := &Daemon{cfg: cfg, log: log}
+	d := &Daemon{cfg: cfg, log: log, Events: events.New()}
 	d.ctx, d.stop = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {
@@ -199,6 +203,7 @@ func (d *Daemon) openPods() error {
 		RejectAbsentMounts: cfg.RejectAbsentMounts,
 		OwnPaths:           []string{cfg.Root, cfg.State, string(d.ways()), cfg.Address, cfg.Address + LockSuffix},
 		Given:              d.Stats.Added,
+		Announce:           func(c *containers.Container, t runtimeapi.ContainerEventType) { d.Pods.AnnounceContainer(c, t) },
 		Go:                 d.background,
 		Log:                d.log,
 	})
@@ -218,6 +223,7 @@ func (d *Daemon) openPods() error {
 		UnprivilegedICMP:  cfg.UnprivilegedICMP,
 
 		NoUserns: d.userns,
+		Publish:  d.Events.Publish,
 		Go:       d.background,
 		Log:      d.log,
 	})

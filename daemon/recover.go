@@ -8,7 +8,10 @@ import (
 	"io/fs"
 	"slices"
 
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
 	"github.com/holdfast-cri/holdfast/daemon/containers"
+	"github.com/holdfast-cri/holdfast/daemon/events"
 	"github.com/holdfast-cri/holdfast/daemon/pods"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
@@ -34,6 +37,7 @@ type recovery struct {
 	kept         map[string]*records.Pod       // pods as shims keep them
 	anyContainer map[string]*records.Container // one container of each pod that has any
 	later        []func(context.Context)       // done in the background, in order
+	ended        []*containers.Container       // those that are served, and have ended
 }
 
 // loaded is a container's record, and what was decided about it.
@@ -75,6 +79,7 @@ func (d *Daemon) recover() (*recovery, error) {
 	undoPods := r.loadPods(podIDs)
 	r.actOnContainers(list)
 	r.later = append(r.later, undoPods...) // after their containers
+	d.Events.Found(r.found())
 	r.pods, r.containers = len(d.Pods.All()), len(d.Containers.All())
 	d.background(func(ctx context.Context) {
 		for _, f := range r.later {
@@ -84,6 +89,35 @@ func (d *Daemon) recover() (*recovery, error) {
 		d.Images.CollectAll()
 	})
 	return r, nil
+}
+
+// found are the events of what has ended before this daemon came: containers, in the order
+// of their ends, and pods. Which of them the one before has told of is not known.
+func (r *recovery) found() (all []func() events.Event) {
+	const stopped = runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT
+	slices.SortFunc(r.ended, func(a, b *containers.Container) int {
+		return a.Seen().Exit.ExitedAt.Compare(b.Seen().Exit.ExitedAt)
+	})
+	for _, c := range r.ended {
+		all = append(all, func() events.Event {
+			p, err := r.Pods.Find(c.Record().PodID)
+			if _, cerr := r.Containers.Find(c.ID()); err != nil || cerr != nil {
+				return nil // it was removed since
+			}
+			return p.Event(c.ID(), stopped)
+		})
+	}
+	for _, p := range r.Pods.All() {
+		if p.Ready() != nil {
+			all = append(all, func() events.Event {
+				if _, err := r.Pods.Find(p.ID()); err != nil {
+					return nil
+				}
+				return p.Event(p.ID(), stopped)
+			})
+		}
+	}
+	return all
 }
 
 // complete says whether podIDs are all pods of this node: nothing was damaged or
@@ -348,6 +382,9 @@ func (r *recovery) serve(l loaded) {
 	}
 	r.Containers.Add(c, func() error { return nil })
 	r.act(c, l.Do)
+	if l.Seen.Exit != nil {
+		r.ended = append(r.ended, c)
+	}
 	if l.rec.Updating {
 		r.Containers.EndUpdate(c)
 	}

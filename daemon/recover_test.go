@@ -58,6 +58,7 @@ func (b *bed) open() *recovery {
 		claims:     b.Claims,
 		Containers: b.Containers,
 		Pods:       b.Pods,
+		Events:     b.Daemon.Events,
 		log:        b.Log,
 	}
 	d.ctx, d.stop = context.WithCancel(context.Background())

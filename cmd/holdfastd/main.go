@@ -139,6 +139,7 @@ func serve(cfg daemon.Config, metricsAddress string, log *slog.Logger) error {
 // finished or undone by the next start.
 func shutdown(d *daemon.Daemon, server *grpc.Server, scraped *metricsServer) error {
 	d.EndPulls()
+	d.Events.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	if server != nil {

@@ -166,6 +166,10 @@ type Options struct {
 	OwnPaths []string
 	// Given is told that a container more is listed. It returns at once, and may be nil.
 	Given func()
+	// Announce tells subscribers what has happened to a container, in order; nil: nobody
+	// is told. It is called under the lock of what is seen. Of the init of a pod it tells
+	// the end alone.
+	Announce func(c *Container, t runtimeapi.ContainerEventType)
 	// Go runs f in the background, unless the daemon is closing. It ends with ctx.
 	Go  func(f func(ctx context.Context))
 	Log *slog.Logger
@@ -205,9 +209,10 @@ type Container struct {
 
 	record atomic.Pointer[records.Container] // replaced by save, never changed in place
 
-	seeing sync.Mutex // held by observe
-	seen   atomic.Pointer[records.Seen]
-	exited chan struct{} // closed when an exit is seen
+	seeing    sync.Mutex // held by observe, and while events are announced
+	seen      atomic.Pointer[records.Seen]
+	announced runtimeapi.ContainerEventType // the next event that is to be announced; guarded by seeing
+	exited    chan struct{}                 // closed when an exit is seen
 }
 
 // Adopt makes a container of a record. Add makes it known.
@@ -227,6 +232,8 @@ func (m *Manager) Adopt(rec *records.Container, pod Pod, seen records.Seen) *Con
 	if seen.Exit != nil {
 		close(c.exited)
 	}
+	// What has happened before is not announced again.
+	c.announced = c.happened()
 	return c
 }
 
@@ -335,6 +342,7 @@ func (c *Container) observe(change func(*records.Seen)) {
 		close(c.exited)
 		c.logExit(now.Exit)
 	}
+	c.announceLocked(c.happened())
 }
 
 func (c *Container) logExit(e *rundir.Exit) {

@@ -247,6 +247,7 @@ func (c *Container) Give(ctx context.Context) error {
 	if c.m.Given != nil {
 		c.m.Given()
 	}
+	c.announce(c.happened())
 	return step.Reach(step.ContainerCreated)
 }
 

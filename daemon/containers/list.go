@@ -88,6 +88,18 @@ func (m *Manager) Status(id string, verbose bool) (*runtimeapi.ContainerStatusRe
 	return resp, err
 }
 
+// Statuses tells all about the containers of a pod, the oldest first.
+func (m *Manager) Statuses(podID string) []*runtimeapi.ContainerStatus {
+	list := []*runtimeapi.ContainerStatus{}
+	for _, c := range m.Of(podID) {
+		if c.Record().Phase != records.ContainerCreating {
+			list = append(list, c.status())
+		}
+	}
+	slices.SortFunc(list, func(a, b *runtimeapi.ContainerStatus) int { return cmp.Compare(a.CreatedAt, b.CreatedAt) })
+	return list
+}
+
 func (c *Container) status() *runtimeapi.ContainerStatus {
 	rec, s := c.Record(), c.Seen()
 	cfg := rec.Config.M

@@ -49,6 +49,7 @@ func (c *Container) Remove(ctx context.Context) error {
 		c.m.owe(c, err)
 	}
 	c.m.forget(c)
+	c.announce(deleted + 1)
 	c.m.Images.Unwanted(rec.AllLayers()) // it may have been the last one that used a removed image
 	if !rec.Init {
 		c.m.Claims.Release(NameOf(rec).Name, rec.ID)

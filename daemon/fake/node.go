@@ -9,8 +9,11 @@ import (
 	"syscall"
 	"testing"
 
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
 	"github.com/holdfast-cri/holdfast/daemon/claims"
 	"github.com/holdfast-cri/holdfast/daemon/containers"
+	"github.com/holdfast-cri/holdfast/daemon/events"
 	"github.com/holdfast-cri/holdfast/daemon/pods"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/runtimes"
@@ -87,6 +90,7 @@ type Daemon struct {
 	Claims     *claims.Table
 	Containers *containers.Manager
 	Pods       *pods.Manager
+	Events     *events.Hub
 	Log        *slog.Logger
 
 	ctx  context.Context
@@ -105,6 +109,7 @@ func (n *Node) Open(t *testing.T) *Daemon {
 	}
 	t.Cleanup(d.Close)
 	d.Claims = claims.NewTable(d.Log)
+	d.Events = events.New()
 	d.Containers = containers.New(containers.Options{
 		State:    d.Store,
 		Claims:   d.Claims,
@@ -115,6 +120,7 @@ func (n *Node) Open(t *testing.T) *Daemon {
 		Shims:    n.Shims,
 		Sessions: n.Sessions,
 		Cgroups:  n.Cgroups,
+		Announce: func(c *containers.Container, t runtimeapi.ContainerEventType) { d.Pods.AnnounceContainer(c, t) },
 		Go:       d.Go,
 		Log:      d.Log,
 	})
@@ -128,6 +134,7 @@ func (n *Node) Open(t *testing.T) *Daemon {
 		Cgroups:    n.Cgroups,
 		Host:       spec.Host{NodeName: "node"},
 		Pause:      "/bin/true",
+		Publish:    d.Events.Publish,
 		Go:         d.Go,
 		Log:        d.Log,
 	})

@@ -176,6 +176,7 @@ func (m *Manager) give(ctx context.Context, id string) error {
 	if err := p.save(false, func(r *records.Pod) { r.Phase = records.PodReady }); err != nil {
 		return err
 	}
+	p.announce(stopped - 1)
 	return step.Reach(step.PodReady)
 }
 

@@ -3,6 +3,7 @@ package pods
 import (
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -57,7 +58,11 @@ func (m *Manager) Status(id string, verbose bool) (*runtimeapi.PodSandboxStatusR
 	if err != nil {
 		return nil, err
 	}
+	at := time.Now() // before the states are read: they are at least as new
 	resp := &runtimeapi.PodSandboxStatusResponse{Status: p.status()}
+	if list, ok := p.statuses(); ok { // without a time the kubelet asks for them one by one
+		resp.ContainersStatuses, resp.Timestamp = list, at.UnixNano()
+	}
 	if verbose {
 		resp.Info, err = containers.InfoJSON(p.info())
 	}

@@ -17,6 +17,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
 	"github.com/holdfast-cri/holdfast/daemon/claims"
 	"github.com/holdfast-cri/holdfast/daemon/containers"
 	"github.com/holdfast-cri/holdfast/daemon/records"
@@ -63,6 +65,8 @@ type Options struct {
 	AlwaysInit, UnprivilegedPorts, UnprivilegedICMP bool
 	// NoUserns says why no pod can have a user namespace; nil if one can.
 	NoUserns error
+	// Publish tells subscribers of an event; nil: there are none.
+	Publish func(describe func() *runtimeapi.ContainerEventResponse)
 	// Go runs f in the background, unless the daemon is closing. It ends with ctx.
 	Go  func(f func(ctx context.Context))
 	Log *slog.Logger
@@ -89,6 +93,9 @@ type Pod struct {
 	rec  atomic.Pointer[records.Pod]          // replaced by save, never changed in place
 	init atomic.Pointer[containers.Container] // nil: there is none; changed under op
 
+	announcing sync.Mutex
+	announced  runtimeapi.ContainerEventType // the next event that is to be announced; guarded by announcing
+
 	owing time.Time // since when its debts are paid in the background; guarded by Manager.mu
 }
 
@@ -98,6 +105,13 @@ var _ containers.Pod = (*Pod)(nil)
 func (m *Manager) Adopt(rec *records.Pod) *Pod {
 	p := &Pod{m: m, op: claims.NewLock()}
 	p.rec.Store(rec)
+	switch rec.Phase { // what has happened before is not announced again
+	case records.PodCreating:
+	case records.PodReady, records.PodStopping:
+		p.announced = stopped
+	default:
+		p.announced = deleted
+	}
 	return p
 }
 

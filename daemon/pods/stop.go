@@ -61,6 +61,7 @@ func (p *Pod) stopLocked(ctx context.Context) error {
 		return kerr
 	}
 	p.note(func(r *records.Pod) { r.Phase = records.PodStopped })
+	p.announce(stopped)
 	meta := p.Record().Config.M.GetMetadata()
 	p.m.Log.Info("pod stopped", "pod", p.ID(), "namespace", meta.GetNamespace(), "name", meta.GetName())
 	return step.Reach(step.PodStopped)
@@ -125,6 +126,7 @@ func (m *Manager) Remove(ctx context.Context, id string) error {
 	m.mu.Lock()
 	delete(m.all, p.ID())
 	m.mu.Unlock()
+	p.announce(deleted)
 	m.Claims.Release(NameOf(p.Record()).Name, p.ID())
 	m.Log.Info("pod removed", "pod", p.ID())
 	return nil

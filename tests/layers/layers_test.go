@@ -157,6 +157,7 @@ var ofTheModule = map[string][]string{
 	},
 
 	"daemon/claims":    {"proto/kind", "proto/step"},
+	"daemon/events":    {"proto/kind"},
 	"daemon/records":   {"proto/kind", "proto/record", "proto/rundir"},
 	"daemon/runtimes":  {"proto/kind", "runc"},
 	"daemon/state":     {"proto/record"},
@@ -177,7 +178,7 @@ var ofTheModule = map[string][]string{
 	"daemon/network/netns": {},
 
 	"daemon/fake": {
-		"daemon/claims", "daemon/containers", "daemon/pods", "daemon/records", "daemon/runtimes", "daemon/shims",
+		"daemon/claims", "daemon/containers", "daemon/events", "daemon/pods", "daemon/records", "daemon/runtimes", "daemon/shims",
 		"daemon/spec", "daemon/state", "proto", "proto/kind", "proto/record", "proto/rundir", "proto/stream", "reaper/pidfd", "runc",
 	},
 

@@ -1,0 +1,199 @@
+package pods_test
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/daemon/events"
+	"github.com/holdfast-cri/holdfast/daemon/fake"
+)
+
+// watcher has all events so far.
+type watcher struct {
+	mu  sync.Mutex
+	all []events.Event
+}
+
+func (b *bed) watch() *watcher {
+	b.t.Helper()
+	w := &watcher{}
+	subscribed := make(chan struct{})
+	ctx, cancel := context.WithCancel(b.t.Context())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		b.Events.Serve(ctx, func(e events.Event) error {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.all = append(w.all, e)
+			return nil
+		})
+	}()
+	go func() { // nothing tells when it is subscribed but what it gets
+		defer close(subscribed)
+		for n := 0; n == 0; {
+			b.Events.Publish(func() events.Event { return &runtimeapi.ContainerEventResponse{ContainerId: "probe"} })
+			w.mu.Lock()
+			n = len(w.all)
+			w.mu.Unlock()
+			time.Sleep(time.Millisecond)
+		}
+	}()
+	<-subscribed
+	b.t.Cleanup(func() { cancel(); <-done })
+	return w
+}
+
+// of are the events of an object, with the states that they tell of it.
+func (w *watcher) of(id string) (list []string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, e := range w.all {
+		if e.ContainerId != id {
+			continue
+		}
+		state := "gone"
+		for _, s := range e.ContainersStatuses {
+			if s.Id == id {
+				state = fmt.Sprint(s.State, " ", s.ExitCode)
+			}
+		}
+		if p := e.PodSandboxStatus; p.GetId() == id {
+			state = p.State.String()
+		}
+		list = append(list, e.ContainerEventType.String()+" "+state)
+	}
+	return list
+}
+
+// rest are all but those of watch itself.
+func (w *watcher) rest() []events.Event {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(w.all), func(e events.Event) bool { return e.ContainerId == "probe" })
+}
+
+func (w *watcher) want(t *testing.T, what, id string, want ...string) {
+	t.Helper()
+	fake.Until(t, "events of "+what+fmt.Sprint(w.of(id)), func() bool { return len(w.of(id)) >= len(want) })
+	if got := w.of(id); !slices.Equal(got, want) {
+		t.Errorf("events of %s: %q, want %q", what, got, want)
+	}
+}
+
+// Each thing that happens to a pod and its containers is told once, in order, with the
+// state that it leads to, and with the pod.
+func TestEvents(t *testing.T) {
+	b := newBed(t)
+	ctx := t.Context()
+	w := b.watch()
+	pod := b.RunPod(t, "pod")
+	short := b.Run(t, pod, fake.ContainerConfig("short", "sh", "-c", "exit 3"))
+	b.Ended(t, short)
+	long := b.Run(t, pod, fake.ContainerConfig("long"))
+	idle := b.Create(t, pod, fake.ContainerConfig("idle"))
+	again := b.Create(t, pod, fake.ContainerConfig("idle")) // the same request
+	if again != idle {
+		t.Fatal("made twice")
+	}
+	for _, id := range []string{short, idle} {
+		if err := b.Containers.Remove(ctx, id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 2 {
+		if err := b.Pods.Stop(ctx, pod); err != nil {
+			t.Fatal(err)
+		}
+	}
+	b.remove(pod)
+	w.want(t, "one that ends", short,
+		"CONTAINER_CREATED_EVENT CONTAINER_CREATED 0", "CONTAINER_STARTED_EVENT CONTAINER_RUNNING 0",
+		"CONTAINER_STOPPED_EVENT CONTAINER_EXITED 3", "CONTAINER_DELETED_EVENT gone")
+	w.want(t, "one that is stopped", long,
+		"CONTAINER_CREATED_EVENT CONTAINER_CREATED 0", "CONTAINER_STARTED_EVENT CONTAINER_RUNNING 0",
+		"CONTAINER_STOPPED_EVENT CONTAINER_EXITED 137", "CONTAINER_DELETED_EVENT gone")
+	w.want(t, "one that is not started", idle,
+		"CONTAINER_CREATED_EVENT CONTAINER_CREATED 0", "CONTAINER_DELETED_EVENT gone")
+	w.want(t, "the pod", pod,
+		"CONTAINER_CREATED_EVENT SANDBOX_READY", "CONTAINER_STARTED_EVENT SANDBOX_READY",
+		"CONTAINER_STOPPED_EVENT SANDBOX_NOTREADY", "CONTAINER_DELETED_EVENT SANDBOX_NOTREADY")
+	at := int64(0)
+	for _, e := range w.rest() {
+		if e.PodSandboxStatus.GetId() != pod || e.CreatedAt < at {
+			t.Errorf("after %d: %v", at, e)
+		}
+		at = e.CreatedAt
+	}
+}
+
+// Of what fails to be made nothing is told.
+func TestEventsOfFailures(t *testing.T) {
+	b := newBed(t)
+	w := b.watch()
+	pod := b.RunPod(t, "pod")
+	p, err := b.Pods.Find(pod)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.Roots.Mounting.Fail(context.DeadlineExceeded)
+	if _, err := b.Containers.Create(t.Context(), p, fake.ContainerConfig("c")); err == nil {
+		t.Error("created")
+	}
+	b.Network.Adding.Fail(context.DeadlineExceeded)
+	if _, err := b.Pods.Run(t.Context(), fake.PodConfig("other"), ""); err == nil {
+		t.Error("created")
+	}
+	b.remove(pod)
+	w.want(t, "the pod", pod,
+		"CONTAINER_CREATED_EVENT SANDBOX_READY", "CONTAINER_STARTED_EVENT SANDBOX_READY",
+		"CONTAINER_STOPPED_EVENT SANDBOX_NOTREADY", "CONTAINER_DELETED_EVENT SANDBOX_NOTREADY")
+	for _, e := range w.rest() {
+		if e.ContainerId != pod {
+			t.Errorf("of another one: %v", e)
+		}
+	}
+}
+
+// The end of its init is the end of a pod, and no event of a container.
+func TestEventsOfInit(t *testing.T) {
+	b := newBed(t)
+	w := b.watch()
+	pod := b.RunPod(t, "pod")
+	b.Run(t, pod, fake.Shared("c"))
+	b.KillShim(t, pod)
+	w.want(t, "the pod", pod,
+		"CONTAINER_CREATED_EVENT SANDBOX_READY", "CONTAINER_STARTED_EVENT SANDBOX_READY",
+		"CONTAINER_STOPPED_EVENT SANDBOX_NOTREADY")
+	b.remove(pod)
+	w.want(t, "the pod", pod,
+		"CONTAINER_CREATED_EVENT SANDBOX_READY", "CONTAINER_STARTED_EVENT SANDBOX_READY",
+		"CONTAINER_STOPPED_EVENT SANDBOX_NOTREADY", "CONTAINER_DELETED_EVENT SANDBOX_NOTREADY")
+}
+
+// The status of a pod has those of its containers, and a time that is not after them.
+func TestStatusHasContainers(t *testing.T) {
+	b := newBed(t)
+	pod := b.RunPod(t, "pod")
+	before := time.Now().UnixNano()
+	first := b.Run(t, pod, fake.ContainerConfig("first"))
+	second := b.Create(t, pod, fake.ContainerConfig("second"))
+	at := time.Now().UnixNano()
+	r, err := b.Pods.Status(pod, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, s := range r.ContainersStatuses {
+		got = append(got, s.Id)
+	}
+	if want := []string{first, second}; !slices.Equal(got, want) || r.Timestamp < at || before > r.Timestamp {
+		t.Errorf("statuses of %v at %d, want %v", got, r.Timestamp, want)
+	}
+}

@@ -1,0 +1,50 @@
+package pods
+
+import (
+	"context"
+
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/daemon/spec"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+)
+
+// Update notes other resources and overhead of a pod that is ready. The pod's cgroup is
+// the kubelet's, which has set its limits before it says so; one of our own has none.
+// What is nil stays as it is.
+func (m *Manager) Update(ctx context.Context, r *runtimeapi.UpdatePodSandboxResourcesRequest) error {
+	if err := spec.ValidateResources("overhead", r.GetOverhead()); err != nil {
+		return err
+	}
+	if err := spec.ValidateResources("resources", r.GetResources()); err != nil {
+		return err
+	}
+	p, err := m.Find(r.GetPodSandboxId())
+	if err != nil {
+		return err
+	}
+	if err := p.op.Lock(ctx, p.String()); err != nil {
+		return err
+	}
+	defer p.op.Unlock()
+	if err := p.Ready(); err != nil {
+		return err
+	}
+	cfg := proto.Clone(p.Record().Config.M).(*runtimeapi.PodSandboxConfig)
+	if cfg.Linux == nil {
+		cfg.Linux = &runtimeapi.LinuxPodSandboxConfig{}
+	}
+	if r.GetOverhead() != nil {
+		cfg.Linux.Overhead = r.GetOverhead()
+	}
+	if r.GetResources() != nil {
+		cfg.Linux.Resources = r.GetResources()
+	}
+	config, err := records.Encoded(cfg)
+	if err != nil {
+		return kind.As(kind.Invalid, err)
+	}
+	return p.save(false, func(r *records.Pod) { r.Config = config })
+}

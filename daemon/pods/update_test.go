@@ -1,0 +1,59 @@
+package pods_test
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"google.golang.org/protobuf/proto"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/daemon/fake"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+)
+
+// What is noted of a pod is on record, and the pod is the same for whoever asks for it
+// again.
+func TestUpdate(t *testing.T) {
+	b := newBed(t)
+	id := b.RunPod(t, "updated")
+	const mib = 1 << 20
+	overhead := &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 10 * mib}
+	resources := &runtimeapi.LinuxContainerResources{CpuShares: 512, MemoryLimitInBytes: 100 * mib}
+	for _, r := range []*runtimeapi.UpdatePodSandboxResourcesRequest{{Overhead: overhead}, {Resources: resources}, {}} {
+		r.PodSandboxId = id
+		if err := b.Pods.Update(t.Context(), r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p, err := b.Pods.Find(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := p.Record().Config.M.Linux
+	if !proto.Equal(got.Overhead, overhead) || !proto.Equal(got.Resources, resources) {
+		t.Errorf("the record has %v", got)
+	}
+	if got.SecurityContext == nil || b.RunPod(t, "updated") != id {
+		t.Errorf("it is another pod now: %v", got)
+	}
+	bad := &runtimeapi.LinuxContainerResources{CpuPeriod: 1}
+	for field, r := range map[string]*runtimeapi.UpdatePodSandboxResourcesRequest{
+		"overhead.cpu_period: ":  {PodSandboxId: id, Overhead: bad},
+		"resources.cpu_period: ": {PodSandboxId: id, Resources: bad},
+	} {
+		if err := b.Pods.Update(t.Context(), r); !errors.Is(err, kind.Invalid) || !strings.HasPrefix(err.Error(), field) {
+			t.Errorf("got %v, want one about %s", err, field)
+		}
+	}
+	if err := b.Pods.Stop(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	for id, want := range map[string]error{id: kind.State, "missing": kind.NotFound} {
+		err := b.Pods.Update(t.Context(), &runtimeapi.UpdatePodSandboxResourcesRequest{PodSandboxId: id})
+		if !errors.Is(err, want) {
+			t.Errorf("got %v, want %v", err, want)
+		}
+	}
+	fake.Until(t, "the pod to go", func() bool { return b.Pods.Remove(t.Context(), id) == nil })
+}
