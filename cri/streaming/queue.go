@@ -11,14 +11,23 @@ const queueSize = 128 << 10
 // queue is the input of a process on its way from one goroutine that reads the
 // connection to one that writes to the process. It is a ring: both work on parts of
 // it of their own, so bytes are not copied in between.
+//
+// A direct queue is one only until its bytes are taken by WriteTo: from then on the
+// goroutine that reads the connection writes to the process itself. To wake another one
+// for each piece would take more time than all the rest.
 type queue struct {
-	mu    sync.Mutex
-	cond  *sync.Cond
-	buf   []byte // made with the first byte: many clients send none
-	first int    // of the bytes that wait
-	n     int    // how many wait
-	err   error  // what comes after the last one
-	gone  bool   // nobody takes any more
+	direct bool // set before use
+	mu     sync.Mutex
+	cond   *sync.Cond
+	buf    []byte // made with the first byte: many clients send none
+	first  int    // of the bytes that wait
+	n      int    // how many wait
+	err    error  // what comes after the last one
+	gone   bool   // nobody takes any more
+
+	to     io.Writer // of a direct queue, while WriteTo waits
+	toErr  error     // of to
+	passed int64     // bytes that were written to to
 }
 
 func newQueue() *queue {
@@ -32,17 +41,21 @@ func newQueue() *queue {
 func (q *queue) ReadFrom(r io.Reader) (int64, error) {
 	var total int64
 	for {
-		room := q.room()
+		room, to := q.room()
 		if room == nil {
 			n, err := io.Copy(io.Discard, r)
 			return total + n, err
 		}
 		n, err := r.Read(room)
 		total += int64(n)
-		q.mu.Lock()
-		q.n += n
-		q.cond.Broadcast()
-		q.mu.Unlock()
+		if to != nil {
+			q.pass(to, room[:n])
+		} else {
+			q.mu.Lock()
+			q.n += n
+			q.cond.Broadcast()
+			q.mu.Unlock()
+		}
 		if err == io.EOF {
 			return total, nil
 		}
@@ -52,8 +65,21 @@ func (q *queue) ReadFrom(r io.Reader) (int64, error) {
 	}
 }
 
-// room waits for free bytes and gives them. nil: nobody takes any more.
-func (q *queue) room() []byte {
+// pass writes bytes past the queue. After an error WriteTo returns it.
+func (q *queue) pass(to io.Writer, b []byte) {
+	n, err := to.Write(b)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.passed += int64(n)
+	if err != nil {
+		q.to, q.toErr = nil, err
+		q.cond.Broadcast()
+	}
+}
+
+// room waits for free bytes and gives them, with a writer if what they get is to be
+// written to it at once. nil: nobody takes any more.
+func (q *queue) room() ([]byte, io.Writer) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.buf == nil {
@@ -63,24 +89,34 @@ func (q *queue) room() []byte {
 		q.cond.Wait()
 	}
 	if q.gone || q.err != nil {
-		return nil
+		return nil, nil
+	}
+	if q.n == 0 && q.to != nil {
+		return q.buf, q.to
 	}
 	last := (q.first + q.n) % len(q.buf)
 	if last < q.first {
-		return q.buf[last:q.first]
+		return q.buf[last:q.first], nil
 	}
-	return q.buf[last:]
+	return q.buf[last:], nil
 }
 
 // waiting waits for bytes and gives them. Without an error there is at least one.
-func (q *queue) waiting() ([]byte, error) {
+// to, if it is not nil, gets what comes while the queue is empty.
+func (q *queue) waiting(to io.Writer) ([]byte, error) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	for q.n == 0 && q.err == nil && !q.gone {
+	q.to = to
+	for q.n == 0 && q.err == nil && q.toErr == nil && !q.gone {
 		q.cond.Wait()
 	}
 	if q.gone {
 		return nil, io.ErrClosedPipe
+	}
+	if q.toErr != nil {
+		err := q.toErr
+		q.toErr = nil
+		return nil, err
 	}
 	if q.n == 0 {
 		return nil, q.err
@@ -98,7 +134,7 @@ func (q *queue) taken(n int) {
 
 // Read takes bytes.
 func (q *queue) Read(p []byte) (int, error) {
-	b, err := q.waiting()
+	b, err := q.waiting(nil)
 	if err != nil {
 		return 0, err
 	}
@@ -108,10 +144,20 @@ func (q *queue) Read(p []byte) (int, error) {
 }
 
 // WriteTo takes all bytes until the end.
-func (q *queue) WriteTo(w io.Writer) (int64, error) {
-	var total int64
+func (q *queue) WriteTo(w io.Writer) (total int64, err error) {
+	var to io.Writer
+	if q.direct {
+		to = w
+	}
+	defer func() {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		q.to = nil
+		total += q.passed
+		q.passed = 0
+	}()
 	for {
-		b, err := q.waiting()
+		b, err := q.waiting(to)
 		if err == io.EOF {
 			return total, nil
 		}

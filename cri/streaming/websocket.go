@@ -38,6 +38,9 @@ var protocols = []channels{
 	{name: remotecommand.StreamProtocolV5Name, close: true, status: true},
 }
 
+// readSize is how much is read of a WebSocket at a time, in bytes.
+const readSize = 64 << 10
+
 // maxSize bounds the message with a terminal's size, in bytes.
 const maxSize = 1 << 10
 
@@ -51,7 +54,8 @@ type webSocket struct {
 // upgradeTo makes a request a WebSocket. On an error the client has its answer.
 func upgradeTo(u *upgrade, req *http.Request, names []string) (*webSocket, error) {
 	upgrader := websocket.Upgrader{
-		Subprotocols: names,
+		Subprotocols:   names,
+		ReadBufferSize: readSize,
 		// A token is proof enough: nobody has one because of a cookie.
 		CheckOrigin: func(*http.Request) bool { return true },
 	}
@@ -126,6 +130,7 @@ func (s *Server) webCommand(u *upgrade, req *http.Request, r stream.Request) {
 	lowest := byte(remotecommand.StreamErr)
 	if r.Stdin {
 		w.stdin = newQueue()
+		w.stdin.direct = !r.TTY // behind the input of a terminal its size may come
 		defer w.stdin.abandon()
 		st.Stdin = w.stdin
 	}

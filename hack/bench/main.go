@@ -55,7 +55,7 @@ func main() {
 		"containerd `program` to compare with, 2.0 or later (default: on PATH; none: no comparison)")
 	flag.IntVar(&o.images, "images", 1, "images pulled at the same time")
 	flag.IntVar(&o.layers, "layers", 60, "layers of each image")
-	flag.Func("bytes", "content of all images together, or of a transfer, such as 40M (default 2G)", func(s string) (err error) {
+	flag.Func("bytes", "content of all images, or of a transfer, such as 40M (default 2G)", func(s string) (err error) {
 		o.bytes, err = parseBytes(s)
 		return err
 	})

@@ -308,13 +308,37 @@ func (s *Session) Copy(ctx context.Context, st Streams) (SessionExit, error) {
 // copyIn gives the process its input, and its end. What the process does not take is
 // read all the same: in from, sizes may come behind it.
 func (s *Session) copyIn(from io.Reader) {
-	_, err := io.Copy(struct{ io.Writer }{s.Stdin}, from)
+	_, err := io.Copy(&input{file: s.Stdin}, from)
 	switch {
 	case errors.Is(err, os.ErrClosed): // the session is over
 	case err != nil:
 		io.Copy(io.Discard, from)
 	case !s.Terminal || s.ID == "":
 		s.CloseStdin()
+	}
+}
+
+// input writes to a process. After some bytes it has the pipe hold more, so that the two
+// sides wake each other less often.
+type input struct {
+	file    *os.File
+	written int
+}
+
+func (i *input) Write(p []byte) (int, error) {
+	if i.written < copySize {
+		if i.written += len(p); i.written >= copySize {
+			enlarge(i.file)
+		}
+	}
+	return i.file.Write(p)
+}
+
+// enlarge has a pipe hold more. It fails for a terminal, and where the user has too many
+// such pipes.
+func enlarge(f *os.File) {
+	if raw, err := f.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) { unix.FcntlInt(fd, unix.F_SETPIPE_SZ, busyPipe) })
 	}
 }
 
@@ -394,10 +418,7 @@ func (p *pace) after(n int) {
 	}
 	if len(p.buf) < busySize {
 		p.buf = make([]byte, busySize)
-		if raw, err := p.file.SyscallConn(); err == nil {
-			// It fails for a terminal, and where the user has too many such pipes.
-			raw.Control(func(fd uintptr) { unix.FcntlInt(fd, unix.F_SETPIPE_SZ, busyPipe) })
-		}
+		enlarge(p.file)
 	}
 	if n < copySize/2 {
 		time.Sleep(collect)
