@@ -136,6 +136,28 @@ func readWhileFrozen(t *testing.T, n *harness.Node, podID, id string) {
 			_, err := n.Runtime.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: podID})
 			return err
 		},
+		"ContainerStats": func(ctx context.Context) error {
+			_, err := n.Runtime.ContainerStats(ctx, &cri.ContainerStatsRequest{ContainerId: id})
+			return err
+		},
+		"ListContainerStats": func(ctx context.Context) error {
+			r, err := n.Runtime.ListContainerStats(ctx, &cri.ListContainerStatsRequest{})
+			if err == nil && (len(r.Stats) != 2 || r.Stats[0].WritableLayer == nil) {
+				err = fmt.Errorf("got %v", r.Stats)
+			}
+			return err
+		},
+		"ListPodSandboxStats": func(ctx context.Context) error {
+			r, err := n.Runtime.ListPodSandboxStats(ctx, &cri.ListPodSandboxStatsRequest{})
+			if err == nil && (len(r.Stats) != 1 || r.Stats[0].GetLinux().GetNetwork() == nil) {
+				err = fmt.Errorf("got %v", r.Stats)
+			}
+			return err
+		},
+		"ListPodSandboxMetrics": func(ctx context.Context) error {
+			_, err := n.Runtime.ListPodSandboxMetrics(ctx, &cri.ListPodSandboxMetricsRequest{})
+			return err
+		},
 		"ListImages": func(ctx context.Context) error {
 			_, err := n.Images.ListImages(ctx, &cri.ListImagesRequest{})
 			return err
