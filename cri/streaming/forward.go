@@ -53,6 +53,7 @@ func (s *Server) forward(u *upgrade, req *http.Request, r stream.Request) {
 	}
 	guarded := func(l *link, from io.Reader, write func(a, b []byte) error) net.Conn {
 		f.guard = newGuard(l, from, write, &s.budget, maxStreams)
+		f.guard.ports = true
 		return f.guard
 	}
 	f.ctx = req.Context()
@@ -117,7 +118,8 @@ func (f *forwarder) PortForward(_ context.Context, _, _ string, port int32, clie
 }
 
 func (f *forwarder) dial(port int32) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(f.ctx, dialLimit)
+	// A client that has sent something and gone is no reason not to deliver it.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(f.ctx), dialLimit)
 	defer cancel()
 	select {
 	case f.server.dials <- struct{}{}:

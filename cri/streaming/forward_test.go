@@ -189,23 +189,27 @@ func TestPodClosesItsSide(t *testing.T) {
 
 // What a client has sent arrives although it has gone, and nothing is left of it.
 func TestForwardWithoutClient(t *testing.T) {
-	for _, way := range ways {
-		f := newFake(t, nil)
-		got := make(chan string, 1)
-		port := serve(t, func(c *net.TCPConn) {
-			b, _ := io.ReadAll(c)
-			c.Close()
-			got <- string(b)
-		})
-		conn := f.forwarding(t, way)
-		data, _ := open(t, conn, 1, port)
-		io.WriteString(data, "last words")
-		conn.Close()
-		if s := <-got; s != "last words" {
-			t.Errorf("%s: the pod got %q", way, s)
+	f := newFake(t, nil)
+	nothingLeft(t)
+	got := make(chan int, 1)
+	port := serve(t, func(c *net.TCPConn) {
+		b, _ := io.ReadAll(c)
+		c.Close()
+		got <- len(b)
+	})
+	for range 20 {
+		r := f.raw(t, stream.Request{Kind: stream.PortForward}, "portforward.k8s.io")
+		r.syn(1, "streamtype", "error", "port", fmt.Sprint(port), "requestid", "1")
+		r.syn(3, "streamtype", "data", "port", fmt.Sprint(port), "requestid", "1")
+		r.data(3, 100_000)
+		r.Conn.(*net.TCPConn).CloseWrite()
+		if n := <-got; n != 100_000 {
+			t.Errorf("the pod got %d bytes", n)
 		}
-		eventually(t, "nothing is forwarded", func() bool { return f.forwarded.Load() == 0 })
+		r.closed()
+		r.Conn.Close()
 	}
+	eventually(t, "nothing is forwarded", func() bool { return f.forwarded.Load() == 0 })
 }
 
 func TestPortsThatWereAskedFor(t *testing.T) {

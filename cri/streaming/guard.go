@@ -9,10 +9,13 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
+	"strconv"
 	"sync"
 	"time"
 
 	"github.com/moby/spdystream/spdy"
+	"k8s.io/cri-streaming/pkg/streaming/portforward"
 )
 
 // Bounds on what a client may ask of spdystream, which has none of its own that hold.
@@ -29,9 +32,6 @@ const (
 	// unreadLimit is how many bytes of clients may wait in the queues of spdystream, of
 	// all connections together. One more, and the connection with the most is closed.
 	unreadLimit = 128 << 20
-	// settleLimit is how long the end of a connection waits for streams that are being
-	// opened.
-	settleLimit = 30 * time.Second
 )
 
 // Parts of a SPDY/3.1 frame: eight bytes of header, and what follows.
@@ -73,7 +73,8 @@ type guard struct {
 	r        *bufio.Reader
 	write    func(head, payload []byte) error
 	budget   *budget
-	limit    int // of streams that are open
+	limit    int  // of streams that are open
+	ports    bool // streams come in pairs, for a port
 
 	// Of the one goroutine that reads.
 	ready   []byte // comes next
@@ -238,6 +239,9 @@ func (g *guard) opened(b []byte) error {
 	if id%2 == 0 || id <= g.last || id > 1<<31-1 || syn.CFHeader.Flags != 0 {
 		return fmt.Errorf("%w: it opens stream %d with flags %x", errProtocol, id, syn.CFHeader.Flags)
 	}
+	if g.ports && !forPort(syn.Headers) { // the library would never answer
+		return fmt.Errorf("%w: a stream for no port", errProtocol)
+	}
 	g.last = id
 	g.budget.mu.Lock()
 	defer g.budget.mu.Unlock()
@@ -247,6 +251,13 @@ func (g *guard) opened(b []byte) error {
 	g.streams[id] = &inflow{wanted: syn.Headers.Get(typeHeader) != typeError}
 	g.unanswered[id] = make(chan struct{})
 	return nil
+}
+
+// forPort says whether the headers of a stream are those of one for a port.
+func forPort(h http.Header) bool {
+	port, err := strconv.ParseUint(h.Get(portforward.PortHeader), 10, 16)
+	kind := h.Get(typeHeader)
+	return err == nil && port > 0 && (kind == typeError || kind == portforward.StreamTypeData)
 }
 
 // reset takes note of a stream that the client ends.
@@ -307,6 +318,7 @@ func (g *guard) consumed(id uint32, n int) {
 	if s := g.streams[id]; s != nil {
 		s.waiting -= n
 		g.budget.total -= n
+		g.settleLocked()
 	}
 }
 
@@ -323,29 +335,42 @@ func (g *guard) forgetLocked(id uint32) {
 	if s := g.streams[id]; s != nil {
 		g.budget.total -= s.waiting
 		delete(g.streams, id)
+		g.settleLocked()
 	}
 }
 
 // end ends what spdystream reads. It waits until the streams that were opened have
 // been answered: the library's handler takes no stream after the end, and whoever
-// brings one then would wait for ever.
+// brings one then would wait for ever. Nor does that handler leave the streams of ports
+// the time to be read.
 func (g *guard) end(err error) error {
 	if errors.Is(err, errProtocol) {
 		g.conn.cancel(err)
 	}
 	settled := make(chan struct{})
 	g.budget.mu.Lock()
-	if len(g.unanswered) == 0 {
-		close(settled)
-	} else {
-		g.settled = settled
-	}
+	g.settled = settled
+	g.settleLocked()
 	g.budget.mu.Unlock()
 	select {
 	case <-settled:
-	case <-time.After(settleLimit):
+	case <-time.After(drainLimit):
 	}
 	return io.EOF
+}
+
+// settleLocked tells the end, if it waits, that nothing is under way.
+func (g *guard) settleLocked() {
+	if g.settled == nil || len(g.unanswered) > 0 {
+		return
+	}
+	for _, s := range g.streams {
+		if g.ports && s.waiting > 0 {
+			return
+		}
+	}
+	close(g.settled)
+	g.settled = nil
 }
 
 // Write collects what spdystream writes until it is a whole frame.
@@ -364,12 +389,9 @@ func (g *guard) Write(p []byte) (int, error) {
 		return n, nil
 	}
 	err := g.write(g.out, p)
-	kind := first & 0xffff
-	if first&controlBit != 0 && (kind == kindReply || kind == kindReset) {
+	if first&controlBit != 0 && first&0xffff == kindReply {
 		g.answered(binary.BigEndian.Uint32(append(g.out, p...)[headSize:]))
-		if kind == kindReply {
-			err = nil // else whoever writes to this stream would wait for ever
-		}
+		err = nil // else whoever writes to this stream would wait for ever
 	}
 	g.out = g.out[:0]
 	if err != nil {
@@ -401,10 +423,7 @@ func (g *guard) answered(id uint32) {
 		close(answer)
 		delete(g.unanswered, id)
 	}
-	if g.settled != nil && len(g.unanswered) == 0 {
-		close(g.settled)
-		g.settled = nil
-	}
+	g.settleLocked()
 }
 
 // counted is a stream of spdystream, as it is or as the library wraps it.

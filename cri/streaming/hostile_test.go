@@ -201,6 +201,7 @@ func TestGuard(t *testing.T) {
 	}
 	for name, f := range map[string]func(r *raw){
 		"headers that are a bomb": func(r *raw) { r.Conn.Write(bomb()) },
+		"a stream for no port":    func(r *raw) { r.syn(1, "streamtype", "data", "port", "0", "requestid", "1") },
 		"a large header":          func(r *raw) { r.syn(1, "streamtype", strings.Repeat("x", 300)) },
 		"a large control frame": func(r *raw) {
 			r.Conn.Write(binary.BigEndian.AppendUint64(nil, (1<<31|3<<16|kindSyn)<<32|1<<20))
