@@ -94,7 +94,8 @@ func TestReadersDoNotWaitForTheDisk(t *testing.T) {
 		t.Errorf("a call that writes did not wait for the disk: %s", s)
 	case <-time.After(300 * time.Millisecond): // they are at it by now, most likely
 	}
-	readWhileFrozen(t, n, pod.ID, running.ID)
+	callAll(t, reads(n, pod.ID, running.ID))
+	callAll(t, readsOfStats(n, running.ID))
 	if s := scrape(t, address); s.value("holdfast_pods", "state", "ready") != 1 {
 		t.Errorf("the metrics have %v ready pods", s.value("holdfast_pods", "state", "ready"))
 	}
@@ -107,9 +108,46 @@ func TestReadersDoNotWaitForTheDisk(t *testing.T) {
 	}
 }
 
-func readWhileFrozen(t *testing.T, n *harness.Node, podID, id string) {
+func callAll(t *testing.T, calls map[string]func(context.Context) error) {
 	t.Helper()
-	for name, f := range map[string]func(context.Context) error{
+	for name, f := range calls {
+		ctx, cancel := harness.Deadline()
+		if err := f(ctx); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		cancel()
+	}
+}
+
+func readsOfStats(n *harness.Node, id string) map[string]func(context.Context) error {
+	return map[string]func(context.Context) error{
+		"ContainerStats": func(ctx context.Context) error {
+			_, err := n.Runtime.ContainerStats(ctx, &cri.ContainerStatsRequest{ContainerId: id})
+			return err
+		},
+		"ListContainerStats": func(ctx context.Context) error {
+			r, err := n.Runtime.ListContainerStats(ctx, &cri.ListContainerStatsRequest{})
+			if err == nil && (len(r.Stats) != 2 || r.Stats[0].WritableLayer == nil) {
+				err = fmt.Errorf("got %v", r.Stats)
+			}
+			return err
+		},
+		"ListPodSandboxStats": func(ctx context.Context) error {
+			r, err := n.Runtime.ListPodSandboxStats(ctx, &cri.ListPodSandboxStatsRequest{})
+			if err == nil && (len(r.Stats) != 1 || r.Stats[0].GetLinux().GetNetwork() == nil) {
+				err = fmt.Errorf("got %v", r.Stats)
+			}
+			return err
+		},
+		"ListPodSandboxMetrics": func(ctx context.Context) error {
+			_, err := n.Runtime.ListPodSandboxMetrics(ctx, &cri.ListPodSandboxMetricsRequest{})
+			return err
+		},
+	}
+}
+
+func reads(n *harness.Node, podID, id string) map[string]func(context.Context) error {
+	return map[string]func(context.Context) error{
 		"Status": func(ctx context.Context) error {
 			_, err := n.Runtime.Status(ctx, &cri.StatusRequest{})
 			return err
@@ -136,28 +174,6 @@ func readWhileFrozen(t *testing.T, n *harness.Node, podID, id string) {
 			_, err := n.Runtime.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: podID})
 			return err
 		},
-		"ContainerStats": func(ctx context.Context) error {
-			_, err := n.Runtime.ContainerStats(ctx, &cri.ContainerStatsRequest{ContainerId: id})
-			return err
-		},
-		"ListContainerStats": func(ctx context.Context) error {
-			r, err := n.Runtime.ListContainerStats(ctx, &cri.ListContainerStatsRequest{})
-			if err == nil && (len(r.Stats) != 2 || r.Stats[0].WritableLayer == nil) {
-				err = fmt.Errorf("got %v", r.Stats)
-			}
-			return err
-		},
-		"ListPodSandboxStats": func(ctx context.Context) error {
-			r, err := n.Runtime.ListPodSandboxStats(ctx, &cri.ListPodSandboxStatsRequest{})
-			if err == nil && (len(r.Stats) != 1 || r.Stats[0].GetLinux().GetNetwork() == nil) {
-				err = fmt.Errorf("got %v", r.Stats)
-			}
-			return err
-		},
-		"ListPodSandboxMetrics": func(ctx context.Context) error {
-			_, err := n.Runtime.ListPodSandboxMetrics(ctx, &cri.ListPodSandboxMetricsRequest{})
-			return err
-		},
 		"ListImages": func(ctx context.Context) error {
 			_, err := n.Images.ListImages(ctx, &cri.ListImagesRequest{})
 			return err
@@ -170,11 +186,5 @@ func readWhileFrozen(t *testing.T, n *harness.Node, podID, id string) {
 			_, err := n.Images.ImageFsInfo(ctx, &cri.ImageFsInfoRequest{})
 			return err
 		},
-	} {
-		ctx, cancel := harness.Deadline()
-		if err := f(ctx); err != nil {
-			t.Errorf("%s: %v", name, err)
-		}
-		cancel()
 	}
 }

@@ -80,86 +80,94 @@ func metricsOf(t *testing.T, c *harness.Container) map[string]uint64 {
 	return all
 }
 
+// load is something that a container does, and how it shows.
+type load struct {
+	name, script string
+	shown        func(s *cri.ContainerStats, p *cri.LinuxPodSandboxStats) bool
+	metrics      map[string]uint64 // at least
+}
+
+func v(u *cri.UInt64Value) uint64 { return u.GetValue() }
+
+var loads = []load{
+	{
+		"cpu", "while :; do :; done",
+		func(s *cri.ContainerStats, p *cri.LinuxPodSandboxStats) bool {
+			used, rate := v(s.Cpu.UsageCoreNanoSeconds), v(s.Cpu.UsageNanoCores)
+			return used > 1200e6 && rate > 50e6 && rate < 1e9
+		},
+		map[string]uint64{
+			"container_cpu_usage_seconds_total total":    1,
+			"container_cpu_cfs_periods_total":            1,
+			"container_cpu_cfs_throttled_periods_total":  1,
+			"container_spec_cpu_period":                  100000,
+			"container_spec_cpu_quota":                   50000,
+			"container_start_time_seconds":               1e9,
+			"container_last_seen":                        1e9,
+			"container_processes":                        1,
+			"container_threads":                          1,
+			"container_file_descriptors":                 1,
+			"container_ulimits_soft max_open_files":      1,
+			"container_memory_max_usage_bytes":           1,
+			"container_memory_working_set_bytes":         1,
+			"container_network_receive_bytes_total eth0": 1,
+		},
+	},
+	{
+		"memory", "x=$(head -c 33554432 /dev/zero | tr '\\0' x); while sleep 1000; do :; done",
+		func(s *cri.ContainerStats, p *cri.LinuxPodSandboxStats) bool {
+			m := s.Memory
+			return v(m.UsageBytes) > 32*mib && v(m.WorkingSetBytes) > 32*mib && v(m.RssBytes) > 32*mib &&
+				v(m.PageFaults) > 8000 && m.AvailableBytes != nil && v(m.AvailableBytes) < 224*mib &&
+				v(m.AvailableBytes)+v(m.WorkingSetBytes) == 256*mib && s.Swap != nil
+		},
+		map[string]uint64{
+			"container_memory_usage_bytes":                      32 * mib,
+			"container_memory_working_set_bytes":                32 * mib,
+			"container_memory_rss":                              32 * mib,
+			"container_memory_max_usage_bytes":                  32 * mib,
+			"container_memory_failures_total pgfault container": 8000,
+			"container_spec_memory_limit_bytes":                 256 * mib,
+		},
+	},
+	{
+		"disk", "for i in 1 2 3 4; do dd if=/dev/zero of=/file$i bs=1M count=8; done; sleep 1000",
+		func(s *cri.ContainerStats, p *cri.LinuxPodSandboxStats) bool {
+			w := s.WritableLayer
+			return v(w.GetUsedBytes()) > 32*mib && v(w.GetInodesUsed()) > 4 && w.GetFsId().GetMountpoint() != "" &&
+				v(s.Memory.UsageBytes) > v(s.Memory.WorkingSetBytes)+8*mib
+		},
+		map[string]uint64{"container_memory_cache": 16 * mib, "container_memory_total_inactive_file_bytes": 8 * mib},
+	},
+	{
+		"processes", "for i in 1 2 3 4 5; do sleep 1000 & done; wait",
+		func(s *cri.ContainerStats, p *cri.LinuxPodSandboxStats) bool {
+			return v(p.GetProcess().GetProcessCount()) >= 6
+		},
+		map[string]uint64{"container_processes": 6, "container_threads": 6, "container_file_descriptors": 12},
+	},
+	{
+		"oom", "(x=$(head -c 536870912 /dev/zero | tr '\\0' x)); while sleep 1000; do :; done",
+		func(s *cri.ContainerStats, p *cri.LinuxPodSandboxStats) bool { return true },
+		map[string]uint64{"container_oom_events_total": 1},
+	},
+}
+
 // Real load of each kind shows in the stats, in the pod's, and in the metrics.
 func TestStatsOfLoads(t *testing.T) {
 	n := harness.New(t)
 	pod := n.RunPod("loads", ownCgroup)
-	v := func(u *cri.UInt64Value) uint64 { return u.GetValue() }
-	for _, c := range []struct {
-		name, script string
-		shown        func(s *cri.ContainerStats) bool
-		metrics      map[string]uint64 // at least
-	}{
-		{
-			"cpu", "while :; do :; done",
-			func(s *cri.ContainerStats) bool {
-				used, rate := v(s.Cpu.UsageCoreNanoSeconds), v(s.Cpu.UsageNanoCores)
-				return used > 1200e6 && rate > 50e6 && rate < 1e9
-			},
-			map[string]uint64{
-				"container_cpu_usage_seconds_total total":    1,
-				"container_cpu_cfs_periods_total":            1,
-				"container_cpu_cfs_throttled_periods_total":  1,
-				"container_spec_cpu_period":                  100000,
-				"container_spec_cpu_quota":                   50000,
-				"container_start_time_seconds":               1e9,
-				"container_last_seen":                        1e9,
-				"container_processes":                        1,
-				"container_threads":                          1,
-				"container_file_descriptors":                 1,
-				"container_ulimits_soft max_open_files":      1,
-				"container_memory_max_usage_bytes":           1,
-				"container_memory_working_set_bytes":         1,
-				"container_network_receive_bytes_total eth0": 1,
-			},
-		},
-		{
-			"memory", "x=$(head -c 33554432 /dev/zero | tr '\\0' x); while sleep 1000; do :; done",
-			func(s *cri.ContainerStats) bool {
-				m := s.Memory
-				return v(m.UsageBytes) > 32*mib && v(m.WorkingSetBytes) > 32*mib && v(m.RssBytes) > 32*mib &&
-					v(m.PageFaults) > 8000 && m.AvailableBytes != nil && v(m.AvailableBytes) < 224*mib &&
-					v(m.AvailableBytes)+v(m.WorkingSetBytes) == 256*mib && s.Swap != nil
-			},
-			map[string]uint64{
-				"container_memory_usage_bytes":                      32 * mib,
-				"container_memory_working_set_bytes":                32 * mib,
-				"container_memory_rss":                              32 * mib,
-				"container_memory_max_usage_bytes":                  32 * mib,
-				"container_memory_failures_total pgfault container": 8000,
-				"container_spec_memory_limit_bytes":                 256 * mib,
-			},
-		},
-		{
-			"disk", "for i in 1 2 3 4; do dd if=/dev/zero of=/file$i bs=1M count=8; done; sleep 1000",
-			func(s *cri.ContainerStats) bool {
-				w := s.WritableLayer
-				return v(w.GetUsedBytes()) > 32*mib && v(w.GetInodesUsed()) > 4 && w.GetFsId().GetMountpoint() == n.Root &&
-					v(s.Memory.UsageBytes) > v(s.Memory.WorkingSetBytes)+8*mib
-			},
-			map[string]uint64{"container_memory_cache": 16 * mib, "container_memory_total_inactive_file_bytes": 8 * mib},
-		},
-		{
-			"processes", "for i in 1 2 3 4 5; do sleep 1000 & done; wait",
-			func(s *cri.ContainerStats) bool {
-				return podStatsOf(t, pod).GetProcess().GetProcessCount().GetValue() >= 6
-			},
-			map[string]uint64{"container_processes": 6, "container_threads": 6, "container_file_descriptors": 12},
-		},
-		{
-			"oom", "(x=$(head -c 536870912 /dev/zero | tr '\\0' x)); while sleep 1000; do :; done",
-			func(s *cri.ContainerStats) bool { return true },
-			map[string]uint64{"container_oom_events_total": 1},
-		},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			one := pod.With(t).Run(c.name, []string{"sh", "-c", c.script}, memoryLimit(256*mib))
-			harness.Eventually(t, patience, "the load shows in the stats", func() bool { return c.shown(statsOf(t, one)) })
+	for _, l := range loads {
+		t.Run(l.name, func(t *testing.T) {
+			one := pod.With(t).Run(l.name, []string{"sh", "-c", l.script}, memoryLimit(256*mib))
+			harness.Eventually(t, patience, "the load shows in the stats", func() bool {
+				return l.shown(statsOf(t, one), podStatsOf(t, pod))
+			})
 			var got map[string]uint64
 			defer func() { t.Logf("the metrics are %v", got) }()
 			harness.Eventually(t, patience, "the load shows in the metrics", func() bool {
 				got = metricsOf(t, one)
-				for name, least := range c.metrics {
+				for name, least := range l.metrics {
 					if got[name] < least {
 						return false
 					}
@@ -171,6 +179,9 @@ func TestStatsOfLoads(t *testing.T) {
 			if v(p.Cpu.UsageCoreNanoSeconds) < v(s.Cpu.UsageCoreNanoSeconds) || v(p.Memory.UsageBytes) < mib/16 ||
 				len(p.Containers) != 1 || p.Containers[0].Attributes.Id != one.ID {
 				t.Errorf("the container uses %v, its pod %v", s, p)
+			}
+			if at := s.WritableLayer.GetFsId().GetMountpoint(); at != n.Root {
+				t.Errorf("its layer is on %q, want %q", at, n.Root)
 			}
 			some := s.Cpu.Psi != nil && s.Memory.Psi != nil && s.Io.GetPsi() != nil
 			if _, err := os.Stat("/proc/pressure/cpu"); err == nil && !some {

@@ -9,6 +9,22 @@ import (
 	"github.com/holdfast-cri/holdfast/tests/harness"
 )
 
+// busyMetrics are those of the container of usage, at least.
+var busyMetrics = map[string]uint64{
+	"container_cpu_usage_seconds_total":         2,
+	"container_cpu_cfs_throttled_periods_total": 1,
+	"container_spec_cpu_quota":                  50000,
+	"container_spec_cpu_shares":                 512,
+	"container_memory_working_set_bytes":        8 << 20,
+	"container_memory_max_usage_bytes":          32 << 20,
+	"container_memory_kernel_usage":             1,
+	"container_memory_failcnt":                  1,
+	"container_oom_events_total":                1,
+	"container_spec_memory_limit_bytes":         64 << 20,
+	"container_threads":                         1,
+	"container_fs_inodes_total":                 1,
+}
+
 // usage is what a container with load and its pod, in the cgroup parent, use on v2.
 func usage(t *testing.T, pod *harness.Pod, parent string) {
 	c := pod.Run("busy", []string{"sh", "-c",
@@ -44,25 +60,17 @@ func usage(t *testing.T, pod *harness.Pod, parent string) {
 		l.Network.GetDefaultInterface().GetName() != "eth0" {
 		t.Errorf("the pod uses %v", l)
 	}
-	got := metricsOf(t, n, c.ID, parent+"/holdfast-"+c.ID+".scope")
-	for name, least := range map[string]uint64{
-		"container_cpu_usage_seconds_total":         2,
-		"container_cpu_cfs_throttled_periods_total": 1,
-		"container_spec_cpu_quota":                  50000,
-		"container_spec_cpu_shares":                 512,
-		"container_memory_working_set_bytes":        8 << 20,
-		"container_memory_max_usage_bytes":          32 << 20,
-		"container_memory_kernel_usage":             1,
-		"container_memory_failcnt":                  1,
-		"container_oom_events_total":                1,
-		"container_spec_memory_limit_bytes":         64 << 20,
-		"container_threads":                         1,
-		"container_fs_inodes_total":                 1,
-	} {
-		if got[name] < least {
-			t.Errorf("%s is %d, want %d at least", name, got[name], least)
+	var got map[string]uint64
+	defer func() { t.Logf("the metrics are %v", got) }()
+	harness.Eventually(t, patience, "the load shows in the metrics", func() bool {
+		got = metricsOf(t, n, c.ID, parent+"/holdfast-"+c.ID+".scope")
+		for name, least := range busyMetrics {
+			if got[name] < least {
+				return false
+			}
 		}
-	}
+		return true
+	})
 	_, err := os.Stat("/proc/pressure/cpu")
 	if b := err == nil; b != (busy.Cpu.Psi != nil) || b != (l.Io.GetPsi() != nil) {
 		t.Errorf("the kernel tells of pressure: %t; the container has %v, the pod %v", b, busy.Cpu.Psi, l.Io)
