@@ -40,11 +40,14 @@ type fake struct {
 	requests map[string]stream.Request
 	sizes    []client.Size // that processes have seen, the first at their start
 	hungUp   chan error    // why the context of a session ended
-	run      func(ctx context.Context, r stream.Request, st client.Streams) (client.SessionExit, error)
+	run      sessionFunc
 }
 
+// sessionFunc is what a session does.
+type sessionFunc func(ctx context.Context, r stream.Request, st client.Streams) (client.SessionExit, error)
+
 // newFake starts a server. run is what a session does; nil: it runs the command.
-func newFake(t *testing.T, run func(ctx context.Context, r stream.Request, st client.Streams) (client.SessionExit, error)) *fake {
+func newFake(t *testing.T, run sessionFunc) *fake {
 	t.Helper()
 	f := &fake{t: t, requests: map[string]stream.Request{}, hungUp: make(chan error, 64), run: run}
 	if run == nil {

@@ -47,7 +47,8 @@ func answer(t *testing.T, c net.Conn, request string) int {
 // decent runs a session, as a check that others are served.
 func (f *fake) decent(t *testing.T) {
 	t.Helper()
-	c := f.dial(t, "ws v5.channel.k8s.io", stream.Request{Kind: stream.Exec, Cmd: []string{"/bin/echo", "hi"}, Stdout: true})
+	r := stream.Request{Kind: stream.Exec, Cmd: []string{"/bin/echo", "hi"}, Stdout: true}
+	c := f.dial(t, "ws v5.channel.k8s.io", r)
 	if s := <-c.status; s != `{"status":"Success"}` || c.stdout.String() != "hi\n" {
 		t.Errorf("another client is not served: status %s, stdout %q", s, c.stdout)
 	}

@@ -115,7 +115,9 @@ func TestShell(t *testing.T) {
 	both(t, func(t *testing.T, protocol string) {
 		term := newTerminal(t, 101, 33)
 		// The size is right at the first byte, and the shell comes when it changes.
-		const script = `stty size; trap 'echo "window changed"; stty size; PS1="$ " exec sh' WINCH; while :; do sleep 0.1; done`
+		const script = `stty size
+			trap 'echo "window changed"; stty size; PS1="$ " exec sh' WINCH
+			while :; do sleep 0.1; done`
 		url := execURL(t, c.With(t), &cri.ExecRequest{
 			Cmd:    []string{"sh", "-c", script},
 			Stdin:  true,
