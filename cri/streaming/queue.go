@@ -12,20 +12,19 @@ const queueSize = 128 << 10
 // connection to one that writes to the process. It is a ring: both work on parts of
 // it of their own, so bytes are not copied in between.
 //
-// A direct queue is one only until its bytes are taken by WriteTo: from then on the
-// goroutine that reads the connection writes to the process itself. To wake another one
-// for each piece would take more time than all the rest.
+// While WriteTo waits for bytes, with a writer that wants it (direct), the goroutine that
+// reads the connection writes to the process itself. To wake another one for each piece
+// would take more time than all the rest.
 type queue struct {
-	direct bool // set before use
-	mu     sync.Mutex
-	cond   *sync.Cond
-	buf    []byte // made with the first byte: many clients send none
-	first  int    // of the bytes that wait
-	n      int    // how many wait
-	err    error  // what comes after the last one
-	gone   bool   // nobody takes any more
+	mu    sync.Mutex
+	cond  *sync.Cond
+	buf   []byte // made with the first byte: many clients send none
+	first int    // of the bytes that wait
+	n     int    // how many wait
+	err   error  // what comes after the last one
+	gone  bool   // nobody takes any more
 
-	to     io.Writer // of a direct queue, while WriteTo waits
+	to     io.Writer // a direct one, while WriteTo waits
 	toErr  error     // of to
 	passed int64     // bytes that were written to to
 }
@@ -35,6 +34,9 @@ func newQueue() *queue {
 	q.cond = sync.NewCond(&q.mu)
 	return q
 }
+
+// direct is a writer that may hold up whoever reads the connection.
+type direct interface{ Direct() bool }
 
 // ReadFrom puts what r gives, until its end. It waits for room, and throws away what
 // nobody takes any more. Its error is one of r.
@@ -146,7 +148,7 @@ func (q *queue) Read(p []byte) (int, error) {
 // WriteTo takes all bytes until the end.
 func (q *queue) WriteTo(w io.Writer) (total int64, err error) {
 	var to io.Writer
-	if q.direct {
+	if d, ok := w.(direct); ok && d.Direct() {
 		to = w
 	}
 	defer func() {

@@ -34,18 +34,25 @@ func randomBytes(n int) []byte {
 	return b
 }
 
+// to is a writer for a queue.
+type to struct {
+	io.Writer
+	direct bool
+}
+
+func (t to) Direct() bool { return t.direct }
+
 // Every byte arrives once and in order, whoever writes it.
 func TestQueue(t *testing.T) {
 	all := randomBytes(4 << 20)
 	for _, direct := range []bool{false, true} {
 		for range 4 {
 			q := newQueue()
-			q.direct = direct
 			done := fill(q, all)
 			var first [100]byte
 			io.ReadFull(q, first[:])
 			got := bytes.NewBuffer(bytes.Clone(first[:]))
-			n, err := q.WriteTo(got)
+			n, err := q.WriteTo(to{got, direct})
 			if err != nil || int(n) != len(all)-len(first) || !bytes.Equal(got.Bytes(), all) {
 				t.Errorf("direct %v: %d bytes arrived, %d are counted: %v", direct, got.Len(), n, err)
 			}
@@ -60,16 +67,15 @@ func TestQueue(t *testing.T) {
 func TestQueueOfFailingWriter(t *testing.T) {
 	for _, direct := range []bool{false, true} {
 		q := newQueue()
-		q.direct = direct
 		done := fill(q, randomBytes(4<<20))
 		broken := errors.New("broken")
 		taken := 0
-		_, err := q.WriteTo(writerFunc(func(p []byte) (int, error) {
+		_, err := q.WriteTo(to{writerFunc(func(p []byte) (int, error) {
 			if taken += len(p); taken > 1<<20 {
 				return 0, broken
 			}
 			return len(p), nil
-		}))
+		}), direct})
 		if !errors.Is(err, broken) {
 			t.Errorf("direct %v: the writer has failed: %v", direct, err)
 		}
@@ -85,13 +91,12 @@ func TestQueueOfFailingWriter(t *testing.T) {
 // One whose writer blocks can be abandoned; what comes is thrown away.
 func TestAbandonedQueue(t *testing.T) {
 	q := newQueue()
-	q.direct = true
 	done := fill(q, randomBytes(4<<20))
 	blocked, release := make(chan struct{}), make(chan struct{})
 	result := make(chan error, 1)
 	go func() {
 		once := true
-		_, err := q.WriteTo(writerFunc(func(p []byte) (int, error) {
+		_, err := q.WriteTo(to{writerFunc(func(p []byte) (int, error) {
 			if once {
 				once = false
 				return len(p), nil
@@ -99,7 +104,7 @@ func TestAbandonedQueue(t *testing.T) {
 			close(blocked)
 			<-release
 			return 0, io.ErrClosedPipe
-		}))
+		}), true})
 		result <- err
 	}()
 	<-blocked

@@ -130,7 +130,6 @@ func (s *Server) webCommand(u *upgrade, req *http.Request, r stream.Request) {
 	lowest := byte(remotecommand.StreamErr)
 	if r.Stdin {
 		w.stdin = newQueue()
-		w.stdin.direct = !r.TTY // behind the input of a terminal its size may come
 		defer w.stdin.abandon()
 		st.Stdin = w.stdin
 	}

@@ -200,7 +200,7 @@ func (x *target) remove() error {
 		errs = append(errs, err, err2)
 	}
 	if x.daemon != nil {
-		errs = append(errs, x.stop())
+		errs = append(errs, x.stop(), x.endRest())
 	}
 	os.RemoveAll(socketDir(x.dir))
 	return errors.Join(append(errs, os.RemoveAll(x.dir))...)

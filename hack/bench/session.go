@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -199,13 +200,26 @@ func (x *target) openSessions(l load, command string, bytes int64) (clients []*c
 	return slices.DeleteFunc(opened, func(c *client) bool { return c == nil }), err
 }
 
-// cpuOfAll is the processor time of all processes of the runtime that live: their
-// command lines name its folder. That of their children is not in it, as it is that of
-// the commands that were run.
+// cpuOfAll is the processor time of all processes of the runtime that live. That of
+// their children is not in it, as it is that of the commands that were run.
 func (x *target) cpuOfAll() (sum time.Duration, err error) {
+	pids, err := x.processes()
+	for _, pid := range pids {
+		if own, _, err := cpuOf(pid); err == nil {
+			sum += own
+		}
+	}
+	if err == nil && sum == 0 {
+		err = fmt.Errorf("no process has %s in its command line", x.dir)
+	}
+	return sum, err
+}
+
+// processes are those whose command line names the folder of the runtime.
+func (x *target) processes() (pids []int, err error) {
 	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
 	for _, f := range files {
 		b, err := os.ReadFile(f)
@@ -214,16 +228,22 @@ func (x *target) cpuOfAll() (sum time.Duration, err error) {
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(f)))
 		if err != nil {
-			return 0, err
+			return nil, err
 		}
-		if own, _, err := cpuOf(pid); err == nil {
-			sum += own
+		pids = append(pids, pid)
+	}
+	return pids, nil
+}
+
+// endRest ends what a daemon leaves behind that has stopped: what serves sessions.
+func (x *target) endRest() error {
+	pids, err := x.processes()
+	for _, pid := range pids {
+		if kerr := syscall.Kill(pid, syscall.SIGTERM); kerr != syscall.ESRCH {
+			err = errors.Join(err, kerr)
 		}
 	}
-	if sum == 0 {
-		return 0, fmt.Errorf("no process has %s in its command line", x.dir)
-	}
-	return sum, nil
+	return err
 }
 
 func ownCPU() time.Duration {

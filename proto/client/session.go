@@ -308,7 +308,7 @@ func (s *Session) Copy(ctx context.Context, st Streams) (SessionExit, error) {
 // copyIn gives the process its input, and its end. What the process does not take is
 // read all the same: in from, sizes may come behind it.
 func (s *Session) copyIn(from io.Reader) {
-	_, err := io.Copy(&input{file: s.Stdin}, from)
+	_, err := io.Copy(&input{file: s.Stdin, terminal: s.Terminal}, from)
 	switch {
 	case errors.Is(err, os.ErrClosed): // the session is over
 	case err != nil:
@@ -321,9 +321,14 @@ func (s *Session) copyIn(from io.Reader) {
 // input writes to a process. After some bytes it has the pipe hold more, so that the two
 // sides wake each other less often.
 type input struct {
-	file    *os.File
-	written int
+	file     *os.File
+	terminal bool
+	written  int
 }
+
+// Direct says that whoever reads a connection may write here itself. Behind the input of
+// a terminal there may be its size, which must not wait.
+func (i *input) Direct() bool { return !i.terminal }
 
 func (i *input) Write(p []byte) (int, error) {
 	if i.written < copySize {
