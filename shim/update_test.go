@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -44,18 +43,42 @@ func (b *box) update(u *rundir.Update) error {
 	return err
 }
 
+// updateV1 says that cpu and memory are those of cgroup v1.
+var updateV1 = func() bool {
+	_, err := os.Stat("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes")
+	return err == nil
+}()
+
+// weights are what an OCI runtime makes of shares on cgroup v2.
+var weights = map[uint64]int{128: 21, 256: 35, 512: 59, 1024: 100}
+
+// limits are what the kernel has of cpu, memory, and swap.
+func (b *box) limits() string {
+	b.t.Helper()
+	files := []string{"cpu/%s/cpu.shares", "memory/%s/memory.limit_in_bytes", "memory/%s/memory.memsw.limit_in_bytes"}
+	if !updateV1 {
+		files = []string{"%s/cpu.weight", "%s/memory.max", "%s/memory.swap.max"}
+	}
+	var all []string
+	for _, f := range files {
+		got, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", fmt.Sprintf(f, b.cgroup)))
+		if err != nil {
+			b.t.Fatal(err)
+		}
+		all = append(all, strings.TrimSpace(string(got)))
+	}
+	return strings.Join(all, " ")
+}
+
 // has checks what kernel, OCI runtime and run directory say of the limits.
 func (b *box) has(shares uint64, memory int64, kept string) {
 	b.t.Helper()
-	for name, want := range map[string]int64{
-		"cpu/" + b.cgroup + "/cpu.shares":                     int64(shares),
-		"memory/" + b.cgroup + "/memory.limit_in_bytes":       memory,
-		"memory/" + b.cgroup + "/memory.memsw.limit_in_bytes": memory,
-	} {
-		got, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", name))
-		if err != nil || strings.TrimSpace(string(got)) != fmt.Sprint(want) {
-			b.t.Errorf("%s is %q, %v; want %d", name, got, err, want)
-		}
+	want := fmt.Sprintf("%d %d %d", shares, memory, memory)
+	if !updateV1 {
+		want = fmt.Sprintf("%d %d 0", weights[shares], memory)
+	}
+	if got := b.limits(); got != want {
+		b.t.Errorf("the limits are %s, want %s", got, want)
 	}
 	var state struct {
 		Config struct {
@@ -77,16 +100,8 @@ func (b *box) has(shares uint64, memory int64, kept string) {
 	}
 }
 
-func needsMemoryV1(t *testing.T) {
-	t.Helper()
-	if _, err := os.Stat("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes"); err != nil {
-		t.Skip("needs memory and swap of cgroup v1")
-	}
-}
-
 // An update changes all, for kernel, OCI runtime and the run directory, or nothing.
 func TestUpdate(t *testing.T) {
-	needsMemoryV1(t)
 	const mib = 1 << 20
 	b := newBox(t)
 	spec := b.spec("dd if=/dev/zero of=/tmp/f bs=1M count=20 2>/dev/null; echo full; exec sleep 1000")
@@ -156,26 +171,16 @@ func TestUpdate(t *testing.T) {
 
 // What was never set has no limit again after an update that failed.
 func TestUpdateOfNothing(t *testing.T) {
-	needsMemoryV1(t)
 	b := newBox(t)
 	b.run("exec sleep 1000")
-	read := func() string {
-		b.t.Helper()
-		out, err := exec.Command("sh", "-c", "cd /sys/fs/cgroup; cat cpu/"+b.cgroup+"/cpu.shares memory/"+b.cgroup+
-			"/memory.limit_in_bytes memory/"+b.cgroup+"/memory.memsw.limit_in_bytes").CombinedOutput()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(out)
-	}
-	before := read()
+	before := b.limits()
 	r := limitsOf(300, 80<<20)
 	r.HugepageLimits = []specs.LinuxHugepageLimit{{Pagesize: "3MB", Limit: 1}}
 	if err := b.update(updateOf(limitsOf(1024, -1), r)); err == nil {
 		t.Error("no error")
 	}
-	if now := read(); now != before {
-		t.Errorf("limits were\n%s and are\n%s", before, now)
+	if now := b.limits(); now != before {
+		t.Errorf("limits were %s and are %s", before, now)
 	}
 }
 

@@ -50,6 +50,7 @@ func ProbeHost() (Host, error) {
 		return h, fmt.Errorf("cannot learn the node's name: %w", err)
 	}
 	h.ExecLimit = execLimit()
+	h.CPUs, h.Mems = readList("/sys/devices/system/cpu/possible"), readList("/sys/devices/system/node/possible")
 	enabled, _ := os.ReadFile("/sys/module/apparmor/parameters/enabled")
 	h.AppArmorEnabled = bytes.HasPrefix(enabled, []byte("Y")) && exists("/sys/kernel/security/apparmor")
 	h.SELinuxEnabled = exists("/sys/fs/selinux/enforce")
@@ -72,6 +73,12 @@ func execLimit() int {
 		return execDefault
 	}
 	return int(max(execMin, min(stack.Cur/4, execMax)))
+}
+
+// readList is what a file of the kernel lists; empty: there is none.
+func readList(path string) string {
+	b, _ := os.ReadFile(path)
+	return strings.TrimSpace(string(b))
 }
 
 func exists(p string) bool { _, err := os.Stat(p); return err == nil }

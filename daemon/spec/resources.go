@@ -1,9 +1,11 @@
 package spec
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -29,6 +31,14 @@ func (b *builder) resources() error {
 // limits are the resources r, which the request has under the name field.
 func limits(h Host, field string, r *runtimeapi.LinuxContainerResources,
 ) (out *specs.LinuxResources, warnings []string, err error) {
+	for _, set := range []struct{ name, list, all string }{
+		{"cpuset_cpus", r.GetCpusetCpus(), h.CPUs},
+		{"cpuset_mems", r.GetCpusetMems(), h.Mems},
+	} {
+		if !within(set.list, set.all) {
+			return nil, nil, invalid(field+"."+set.name, "%q is not within %q, which the machine has", set.list, set.all)
+		}
+	}
 	out = &specs.LinuxResources{}
 	cpu := specs.LinuxCPU{Cpus: r.GetCpusetCpus(), Mems: r.GetCpusetMems()}
 	if n := r.GetCpuShares(); n != 0 {
@@ -150,6 +160,14 @@ func cpuset(field, list string) error {
 	if list == "" {
 		return nil
 	}
+	if _, err := parseSet(list); err != nil {
+		return invalid(field, "%q is not a list like 0-3,8", list)
+	}
+	return nil
+}
+
+// parseSet gives the ranges of a list like "0-3,8", each with its ends.
+func parseSet(list string) (ranges [][2]uint64, err error) {
 	for part := range strings.SplitSeq(list, ",") {
 		from, to, isRange := strings.Cut(part, "-")
 		if !isRange {
@@ -157,11 +175,31 @@ func cpuset(field, list string) error {
 		}
 		a, err1 := strconv.ParseUint(from, 10, 31)
 		z, err2 := strconv.ParseUint(to, 10, 31)
-		if err1 != nil || err2 != nil || a > z {
-			return invalid(field, "%q is not a list like 0-3,8", list)
+		if err := errors.Join(err1, err2); err != nil {
+			return nil, err
+		}
+		if a > z {
+			return nil, fmt.Errorf("%s ends before it begins", part)
+		}
+		ranges = append(ranges, [2]uint64{a, z})
+	}
+	return ranges, nil
+}
+
+// within says whether all of a list is in another one, which is sorted and has no two
+// ranges that touch. What cannot be read is for others to refuse.
+func within(list, all string) bool {
+	want, err := parseSet(list)
+	have, herr := parseSet(all)
+	if err != nil || herr != nil {
+		return true
+	}
+	for _, w := range want {
+		if !slices.ContainsFunc(have, func(h [2]uint64) bool { return h[0] <= w[0] && w[1] <= h[1] }) {
+			return false
 		}
 	}
-	return nil
+	return true
 }
 
 func first(errs ...error) error {

@@ -28,6 +28,9 @@ type Host struct {
 	// MinOOMScoreAdj is the least oom_score_adj that a process started from
 	// here may have. Lower values are raised to it.
 	MinOOMScoreAdj int
+	// CPUs and Mems are the processors and memory nodes that the machine may have, as
+	// cpusets list them; empty: not known.
+	CPUs, Mems string
 	// KnownCaps are the capabilities that the kernel knows and that the daemon
 	// itself may give, named CAP_X; nil for all that have a name. Privileged
 	// containers get them all.

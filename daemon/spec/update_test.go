@@ -14,7 +14,14 @@ import (
 
 type res = cri.LinuxContainerResources
 
-var wholeHost = Host{CgroupV2: true, SwapSupported: true, HugetlbSupported: true, MinOOMScoreAdj: -10}
+var wholeHost = Host{
+	CgroupV2:         true,
+	SwapSupported:    true,
+	HugetlbSupported: true,
+	MinOOMScoreAdj:   -10,
+	CPUs:             "0-3",
+	Mems:             "0",
+}
 
 // What a request does not set stays. Everything that is set the first time has the
 // kernel's default in what takes it back.
@@ -130,8 +137,12 @@ func TestUpdateRefuses(t *testing.T) {
 		"swap without a limit": {
 			&res{MemoryLimitInBytes: -1}, wholeHost, "linux.memory_swap_limit_in_bytes", kind.Invalid,
 		},
-		"a cpuset":  {&res{CpusetCpus: "3-1"}, wholeHost, "linux.cpuset_cpus", kind.Invalid},
-		"oom score": {&res{OomScoreAdj: 1001}, wholeHost, "linux.oom_score_adj", kind.Invalid},
+		"a cpuset": {&res{CpusetCpus: "3-1"}, wholeHost, "linux.cpuset_cpus", kind.Invalid},
+		"a cpu that the machine does not have": {
+			&res{CpusetCpus: "0,2-4"}, wholeHost, "linux.cpuset_cpus", kind.Invalid,
+		},
+		"a node that the machine does not have": {&res{CpusetMems: "1"}, wholeHost, "linux.cpuset_mems", kind.Invalid},
+		"oom score":                             {&res{OomScoreAdj: 1001}, wholeHost, "linux.oom_score_adj", kind.Invalid},
 		"a page": {
 			&res{HugepageLimits: []*cri.HugepageLimit{{PageSize: "2M"}}}, wholeHost,
 			"linux.hugepage_limits[0].page_size", kind.Invalid,

@@ -77,7 +77,7 @@ func TestUpdateContainerResources(t *testing.T) {
 		"invalid": {&cri.LinuxContainerResources{CpuShares: 1024, CpuPeriod: 1}, codes.InvalidArgument, "linux.cpu_period: "},
 		"a cpu that is not there": {
 			&cri.LinuxContainerResources{CpuShares: 1024, MemoryLimitInBytes: 200 * mib, CpusetCpus: "4000"},
-			codes.Unknown, "cpuset",
+			codes.InvalidArgument, "linux.cpuset_cpus: ",
 		},
 	} {
 		err := update(c, refused.r)
@@ -100,4 +100,49 @@ func TestUpdateContainerResources(t *testing.T) {
 	if err := update(c, &cri.LinuxContainerResources{CpuShares: 2}); status.Code(err) != codes.FailedPrecondition {
 		t.Errorf("of a container that has ended: %v", err)
 	}
+}
+
+// Files of cgroup v2 are set by name, cleared by their defaults, and left alone where one of
+// them is refused. What is set stays when systemd reads its units anew.
+func TestUpdateUnified(t *testing.T) {
+	n := harness.New(t)
+	pod := n.RunPod("unified")
+	c := pod.Run("box", []string{"sleep", "1000"})
+	pid := c.Info().PID
+	first := &cri.LinuxContainerResources{
+		MemoryLimitInBytes: 128 * mib,
+		Unified:            map[string]string{"memory.min": "4194304", "memory.low": "8388608", "memory.high": "67108864"},
+	}
+	err := update(c, first)
+	if _, serr := os.Stat("/sys/fs/cgroup/cgroup.controllers"); serr != nil { // cgroup v1
+		wantError(t, err, codes.Unimplemented, "linux.unified")
+		return
+	}
+	check(t, err)
+	has := func(when, min, low, high string) {
+		t.Helper()
+		for file, want := range map[string]string{"memory.min": min, "memory.low": low, "memory.high": high} {
+			if got, err := harness.CgroupFile(pid, "memory", "", file); err != nil || got != want {
+				t.Errorf("%s: %s is %s, %v; want %s", when, file, got, err, want)
+			}
+		}
+	}
+	has("set", "4194304", "8388608", "67108864")
+	harness.Systemctl("daemon-reload") // fails where there is no systemd
+	has("read anew", "4194304", "8388608", "67108864")
+	err = update(c, &cri.LinuxContainerResources{
+		CpuShares: 512,
+		Unified:   map[string]string{"memory.high": "1048576000", "memory.nonsense": "1"},
+	})
+	if err == nil {
+		t.Error("a file that does not exist is set")
+	}
+	has("refused", "4194304", "8388608", "67108864")
+	if got := c.Status().Resources.Linux; got.CpuShares != 0 || got.Unified["memory.high"] != "67108864" {
+		t.Errorf("the status shows %v", got)
+	}
+	check(t, update(c, &cri.LinuxContainerResources{Unified: map[string]string{"memory.min": "0", "memory.high": "max"}}))
+	has("cleared", "0", "8388608", "max")
+	harness.Systemctl("daemon-reload")
+	has("cleared, read anew", "0", "8388608", "max")
 }

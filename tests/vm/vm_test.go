@@ -48,8 +48,9 @@ var suites = []suite{
 	{"tests/vm/guest", "."},
 	// What is not here has nothing to do with cgroups or systemd, or needs a
 	// faster machine than an emulated one.
-	{"tests/e2e",
-		"^(TestStop|TestStopOutlivesTheDaemon|TestKilledShim|TestSharedPIDNamespace|TestNamespaces|TestTerminal|TestPodNetwork|TestLostRecords|TestWedgedShim|TestUserNamespace|TestUserNamespaceAnd)$"},
+	{"tests/e2e", "^(TestStop|TestStopOutlivesTheDaemon|TestKilledShim|TestSharedPIDNamespace|TestNamespaces|" +
+		"TestTerminal|TestPodNetwork|TestLostRecords|TestWedgedShim|TestUserNamespace|TestUserNamespaceAnd|" +
+		"TestUpdate.*|TestGetContainerEvents)$"},
 	{"tests/crash", "^TestRandomKills$"},
 }
 
