@@ -63,7 +63,7 @@ step() {
 		gotest -race -tags=failpoint ./proto/step || failed=1
 		return $failed
 		;;
-	layers) gotest ./tests/layers ;;
+	layers) gotest ./tests/layers ./tests/crifields ;; # what the tree and the table of the CRI promise
 	footprint) gotest ./tests/footprint ;; # measures the shim as it is shipped
 	e2e) gotest -race ./tests/e2e ;;
 	sessions) (cd tests/sessions && go vet . && gotest .) ;; # a module of its own
