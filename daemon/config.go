@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/holdfast-cri/holdfast/daemon/metrics"
+	"github.com/holdfast-cri/holdfast/daemon/nri"
 	"github.com/holdfast-cri/holdfast/daemon/streams"
 )
 
@@ -40,6 +41,8 @@ type Config struct {
 
 	Stream    string           // binary of holdfast-stream
 	Streaming streams.Settings // of exec, attach and port-forward
+
+	NRI nri.Config // plugins of pods and containers
 
 	CgroupDriver string // auto, cgroupfs, systemd
 	// PauseMode gives every pod an init process; otherwise only a pod that

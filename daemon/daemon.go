@@ -21,6 +21,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/events"
 	"github.com/holdfast-cri/holdfast/daemon/image"
 	"github.com/holdfast-cri/holdfast/daemon/network"
+	"github.com/holdfast-cri/holdfast/daemon/nri"
 	"github.com/holdfast-cri/holdfast/daemon/placement"
 	"github.com/holdfast-cri/holdfast/daemon/pods"
 	"github.com/holdfast-cri/holdfast/daemon/records"
@@ -52,7 +53,8 @@ type Daemon struct {
 	net     *network.Network
 	cgroups *placement.Manager
 	claims  *claims.Table
-	userns  error // why this machine has no user namespaces for pods; nil if it has
+	plugins *nri.Plugins[*pods.Pod, *containers.Container] // nil: off
+	userns  error                                          // why this machine has no user namespaces for pods; nil if it has
 
 	ctx  context.Context // of background work; ends with Close
 	stop context.CancelFunc
@@ -87,6 +89,10 @@ func Open(cfg Config, log *slog.Logger) (_ *Daemon, err error) {
 		return nil, err
 	}
 	d.background(d.Stats.Run)
+	d.plugins.Adopt(d.Pods.All(), d.Containers.All())
+	if err := d.plugins.Start(); err != nil {
+		return nil, err
+	}
 	d.background(func(ctx context.Context) {
 		collect := cfg.CNIGC && found.complete()
 		if cfg.CNIGC && !collect {
@@ -177,6 +183,9 @@ func (d *Daemon) openPods() error {
 		return err
 	}
 	d.claims = claims.NewTable(d.log)
+	if d.plugins, err = nri.New[*pods.Pod, *containers.Container](d.nriOptions(host)); err != nil {
+		return err
+	}
 	sessions := d.sessions()
 	d.Stats = stats.New(stats.Options{
 		Node:    statsNode{d},
@@ -200,6 +209,7 @@ func (d *Daemon) openPods() error {
 		Sessions:           sessions,
 		Cgroups:            cgroups{d.cgroups},
 		CDI:                d.openCDI(),
+		Plugins:            d.plugins,
 		RejectAbsentMounts: cfg.RejectAbsentMounts,
 		OwnPaths:           []string{cfg.Root, cfg.State, string(d.ways()), cfg.Address, cfg.Address + LockSuffix},
 		Given:              d.Stats.Added,
@@ -215,6 +225,7 @@ func (d *Daemon) openPods() error {
 		Runtimes:   d.Runtimes,
 		Network:    networkOfPods{d.net},
 		Cgroups:    d.cgroups,
+		Plugins:    d.plugins,
 		Host:       host,
 		Pause:      cfg.Pause,
 		AlwaysInit: cfg.PauseMode,
@@ -277,6 +288,7 @@ func (d *Daemon) Close(ctx context.Context) error {
 
 // closeParts closes what has been opened.
 func (d *Daemon) closeParts() (err error) {
+	d.plugins.Close()
 	if d.Images != nil {
 		err = d.Images.Close()
 	}

@@ -6,11 +6,13 @@ import (
 	"fmt"
 
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/cdi"
 	"github.com/holdfast-cri/holdfast/daemon/containers"
 	"github.com/holdfast-cri/holdfast/daemon/network"
+	"github.com/holdfast-cri/holdfast/daemon/nri"
 	"github.com/holdfast-cri/holdfast/daemon/placement"
 	"github.com/holdfast-cri/holdfast/daemon/pods"
 	"github.com/holdfast-cri/holdfast/daemon/records"
@@ -193,4 +195,33 @@ func (n statsNode) pod(p *pods.Pod, list []stats.Container) stats.Pod {
 func measureLayer(ctx context.Context, dir string) (bytes, inodes uint64, err error) {
 	u, err := rootfs.Measure(ctx, dir)
 	return u.Bytes, u.Inodes, err
+}
+
+// nriOptions say what plugins can do.
+func (d *Daemon) nriOptions(host spec.Host) nri.Options {
+	return nri.Options{
+		Config:           d.cfg.NRI,
+		SwapSupported:    host.SwapSupported,
+		HugetlbSupported: host.HugetlbSupported,
+		InjectDevices:    d.injectDevices,
+		Update: func(ctx context.Context, id string, r *runtimeapi.LinuxContainerResources) error {
+			return d.Containers.UpdateAsPluginWants(ctx, id, r)
+		},
+		Evict: func(ctx context.Context, id string) error { return d.Containers.Stop(ctx, id, 0) },
+		Go:    d.background,
+		Log:   d.log,
+	}
+}
+
+// injectDevices adds devices of the CDI to a spec, which a plugin names.
+func (d *Daemon) injectDevices(s *specs.Spec, names []string) error {
+	devices := make([]spec.CDIDevice, len(names))
+	for i, name := range names {
+		devices[i] = spec.CDIDevice{Field: "CDI_devices of an NRI plugin", Name: name}
+	}
+	edits, err := d.Containers.FindDevices(devices)
+	if err != nil {
+		return err
+	}
+	return edits.Apply(s)
 }

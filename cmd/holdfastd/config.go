@@ -23,6 +23,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon"
 	"github.com/holdfast-cri/holdfast/daemon/beneath"
 	"github.com/holdfast-cri/holdfast/daemon/metrics"
+	"github.com/holdfast-cri/holdfast/daemon/nri"
 	"github.com/holdfast-cri/holdfast/daemon/streams"
 )
 
@@ -79,6 +80,16 @@ type file struct {
 	Metrics struct {
 		Address string `toml:"address"`
 	} `toml:"metrics"`
+	NRI struct { // the keys are those of containerd
+		Disable             bool          `toml:"disable"`
+		DisableConnections  bool          `toml:"disable_connections"`
+		Socket              string        `toml:"socket_path"`
+		PluginDir           string        `toml:"plugin_path"`
+		ConfigDir           string        `toml:"plugin_config_path"`
+		RegistrationTimeout string        `toml:"plugin_registration_timeout"`
+		RequestTimeout      string        `toml:"plugin_request_timeout"`
+		Validator           nri.Validator `toml:"default_validator"`
+	} `toml:"nri"`
 	Runtimes map[string]runtimeConfig `toml:"runtimes"`
 }
 
@@ -101,6 +112,9 @@ func defaults() file {
 	f.CDI.Enabled, f.CDI.SpecDirs = true, []string{"/etc/cdi", "/var/run/cdi"}
 	f.Streaming.Address = "127.0.0.1:0"
 	f.Streaming.IdleTimeout, f.Streaming.CreationTimeout = "4h", "30s"
+	f.NRI.Socket, f.NRI.PluginDir, f.NRI.ConfigDir = nri.DefaultSocket, nri.DefaultPluginDir, nri.DefaultConfigDir
+	f.NRI.RegistrationTimeout = nri.DefaultRegistrationTimeout.String()
+	f.NRI.RequestTimeout = nri.DefaultRequestTimeout.String()
 	return f
 }
 
@@ -188,7 +202,7 @@ func (f file) resolve(logLevel string) (daemon.Config, error) {
 		UnprivilegedICMP:  f.Sandbox.UnprivilegedICMP,
 	}
 	for _, step := range []func(*daemon.Config) error{
-		f.resolvePaths, f.resolveImages, f.resolveModes, f.resolveCDI, f.resolveStreaming, f.resolveRuntimes,
+		f.resolvePaths, f.resolveImages, f.resolveModes, f.resolveCDI, f.resolveStreaming, f.resolveNRI, f.resolveRuntimes,
 	} {
 		if err := step(&c); err != nil {
 			return c, err
@@ -303,6 +317,43 @@ func (f file) resolveStreaming(c *daemon.Config) error {
 	} {
 		if *timeout.to, err = time.ParseDuration(timeout.text); err != nil || *timeout.to <= 0 {
 			return fmt.Errorf("config: streaming.%s = %q is not a time such as 4h", timeout.key, timeout.text)
+		}
+	}
+	return nil
+}
+
+// resolveNRI checks what is said of NRI plugins.
+func (f file) resolveNRI(c *daemon.Config) (err error) {
+	n := f.NRI
+	c.NRI = nri.Config{
+		Disable:   n.Disable,
+		Socket:    n.Socket,
+		PluginDir: n.PluginDir,
+		ConfigDir: n.ConfigDir,
+		Validator: n.Validator,
+		Version:   version,
+	}
+	for _, p := range []struct{ key, path string }{
+		{"socket_path", n.Socket},
+		{"plugin_path", n.PluginDir},
+		{"plugin_config_path", n.ConfigDir},
+	} {
+		if !filepath.IsAbs(p.path) {
+			return fmt.Errorf("config: nri.%s = %q is not an absolute path", p.key, p.path)
+		}
+	}
+	if n.DisableConnections {
+		c.NRI.Socket = ""
+	}
+	for _, timeout := range []struct {
+		key, text string
+		to        *time.Duration
+	}{
+		{"plugin_registration_timeout", n.RegistrationTimeout, &c.NRI.RegistrationTimeout},
+		{"plugin_request_timeout", n.RequestTimeout, &c.NRI.RequestTimeout},
+	} {
+		if *timeout.to, err = time.ParseDuration(timeout.text); err != nil || *timeout.to <= 0 {
+			return fmt.Errorf("config: nri.%s = %q is not a time such as 2s", timeout.key, timeout.text)
 		}
 	}
 	return nil

@@ -147,6 +147,26 @@ type Cgroup interface {
 	Remove(ctx context.Context) error
 }
 
+// Plugins are told of containers, and may change them (NRI). Each call ends in bounded
+// time. The init of a pod is none of theirs.
+type Plugins interface {
+	// CreateContainer may change the spec. It gives the resources that a request for what
+	// they are now would have; nil if they are not changed. RemoveContainer is due after
+	// an error, too.
+	CreateContainer(ctx context.Context, c *Container, s *specs.Spec) (*runtimeapi.LinuxContainerResources, error)
+	PostCreateContainer(ctx context.Context, c *Container)
+	StartContainer(ctx context.Context, c *Container) error
+	PostStartContainer(ctx context.Context, c *Container)
+	// UpdateContainer gives the limits that the container is to have.
+	UpdateContainer(ctx context.Context, c *Container,
+		r *runtimeapi.LinuxContainerResources) (*runtimeapi.LinuxContainerResources, error)
+	PostUpdateContainer(ctx context.Context, c *Container)
+	// StopContainer tells of an end, RemoveContainer of a removal, and of the end
+	// before it unless that was told. What was told is not told again.
+	StopContainer(ctx context.Context, c *Container)
+	RemoveContainer(ctx context.Context, c *Container)
+}
+
 // Options are what containers are made of.
 type Options struct {
 	State    *state.Store
@@ -159,6 +179,7 @@ type Options struct {
 	Sessions Sessions
 	Cgroups  Cgroups
 	CDI      CDI // nil: there are no such devices on this node
+	Plugins  Plugins
 	// RejectAbsentMounts is that of daemon.Config.
 	RejectAbsentMounts bool
 	// OwnPaths are those of the runtime itself: nothing is made there or below, as
@@ -341,6 +362,9 @@ func (c *Container) observe(change func(*records.Seen)) {
 	if was.Exit == nil && now.Exit != nil {
 		close(c.exited)
 		c.logExit(now.Exit)
+		if !c.Record().Init {
+			c.m.Go(func(ctx context.Context) { c.m.Plugins.StopContainer(ctx, c) })
+		}
 	}
 	c.announceLocked(c.happened())
 }

@@ -1,6 +1,7 @@
 package containers
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"testing"
@@ -23,7 +24,7 @@ func newManager(t *testing.T) *Manager {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { s.Close() })
-	return New(Options{State: s, Log: log})
+	return New(Options{State: s, Log: log, Go: func(func(context.Context)) {}})
 }
 
 // News that come late or twice never take a container back.

@@ -131,6 +131,7 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 		return undo(ctx, c, err)
 	}
 	m.Follow(c)
+	m.Plugins.PostCreateContainer(ctx, c)
 	return nil
 }
 
@@ -152,11 +153,17 @@ func (m *Manager) checkHandlers(cfg *runtimeapi.ContainerConfig) error {
 // container without its device would only seem to run.
 func (m *Manager) cdiDevices(cfg *runtimeapi.ContainerConfig) (Edits, error) {
 	devices, err := spec.CDIDevices(cfg)
-	switch {
-	case err != nil || len(devices) == 0:
+	if err != nil || len(devices) == 0 {
 		return nil, err
-	case m.CDI == nil:
-		return nil, kind.Errorf(kind.Unsupported, "%s: cannot add %.200q: CDI devices are turned off on this node (cdi.enabled)",
+	}
+	return m.FindDevices(devices)
+}
+
+// FindDevices finds devices of the CDI, of which there is at least one.
+func (m *Manager) FindDevices(devices []spec.CDIDevice) (Edits, error) {
+	if m.CDI == nil {
+		return nil, kind.Errorf(kind.Unsupported,
+			"%s: cannot add %.200q: CDI devices are turned off on this node (cdi.enabled)",
 			devices[0].Field, devices[0].Name)
 	}
 	return m.CDI.Find(devices)
@@ -276,6 +283,9 @@ func (c *Container) prepare(ctx context.Context, cl *claims.Claim, build Build) 
 	}()
 	built, err := build(ctx, c.dir.Path(rundir.RootfsName))
 	if err == nil {
+		err = c.adjust(ctx, built.Spec)
+	}
+	if err == nil {
 		err = cl.Reach(step.ContainerRoot)
 	}
 	if lerr := <-launched; err == nil && lerr != nil {
@@ -285,6 +295,31 @@ func (c *Container) prepare(ctx context.Context, cl *claims.Claim, build Build) 
 		err = cl.Reach(step.ContainerShim)
 	}
 	return built, err
+}
+
+// adjust lets plugins change the spec. What the record has to know of it, it knows before
+// the OCI runtime does.
+func (c *Container) adjust(ctx context.Context, s *specs.Spec) error {
+	if c.Record().Init {
+		return nil
+	}
+	resources, err := c.m.Plugins.CreateContainer(ctx, c, s)
+	if err != nil {
+		return err
+	}
+	now := *c.Record()
+	if s.Linux != nil {
+		now.CgroupsPath = s.Linux.CgroupsPath
+	}
+	if resources != nil {
+		if err := now.SetResources(resources); err != nil {
+			return err
+		}
+	}
+	if resources == nil && now.CgroupsPath == c.Record().CgroupsPath {
+		return nil
+	}
+	return c.save(func(r *records.Container) { r.CgroupsPath, r.Config = now.CgroupsPath, now.Config })
 }
 
 // createOnWay has the container created. In a user namespace the OCI runtime walks
@@ -389,6 +424,7 @@ func (c *Container) unrunnable() bool {
 func undo(ctx context.Context, c *Container, err error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), eraseTimeout)
 	defer cancel()
+	c.m.tellRemoved(ctx, c)
 	uerr := c.Erase(ctx)
 	switch {
 	case uerr == nil:

@@ -45,6 +45,7 @@ func (c *Container) Remove(ctx context.Context) error {
 	if err := c.end(ctx, "it was removed"); err != nil {
 		return kind.As(kind.Unavailable, fmt.Errorf("cannot remove %s: %w", c, err))
 	}
+	c.m.tellRemoved(ctx, c)
 	if err := c.giveBack(ctx); err != nil {
 		c.m.owe(c, err)
 	}
@@ -56,6 +57,13 @@ func (c *Container) Remove(ctx context.Context) error {
 		c.m.Log.Info("container removed", "container", rec.ID, "pod", rec.PodID, "name", c.name())
 	}
 	return nil
+}
+
+// tellRemoved tells plugins of a container that goes.
+func (m *Manager) tellRemoved(ctx context.Context, c *Container) {
+	if !c.Record().Init {
+		m.Plugins.RemoveContainer(ctx, c)
+	}
 }
 
 // Erase removes all trace of a container that nobody knows: of a creation that

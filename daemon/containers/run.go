@@ -44,6 +44,9 @@ func (c *Container) Start(ctx context.Context) error {
 	case s.Exit != nil:
 		return kind.Errorf(kind.State, "container_id: %s has ended (%s) and cannot be started again", c, s.Exit.Reason)
 	}
+	if err := c.tellStart(ctx); err != nil {
+		return err
+	}
 	began := time.Now()
 	var init rundir.Process
 	var at time.Time
@@ -71,7 +74,19 @@ func (c *Container) Start(ctx context.Context) error {
 		"name", c.name(),
 		"pid", init.PID,
 		"took", time.Since(began).Round(time.Millisecond))
+	if !c.Record().Init {
+		c.m.Plugins.PostStartContainer(ctx, c)
+	}
 	return nil
+}
+
+// tellStart tells plugins that the container is about to run, if it is. After an error
+// it can still be started.
+func (c *Container) tellStart(ctx context.Context) error {
+	if c.Record().Init || c.Seen().Phase == rundir.PhaseRunning {
+		return nil
+	}
+	return c.m.Plugins.StartContainer(ctx, c)
 }
 
 // Stop asks a container to end, makes it end after the grace period, and returns
@@ -85,7 +100,19 @@ func (m *Manager) Stop(ctx context.Context, id string, grace time.Duration) erro
 	if err != nil {
 		return err
 	}
-	return c.stop(ctx, grace)
+	if err := c.stop(ctx, grace); err != nil {
+		return err
+	}
+	c.tellEnd(ctx)
+	return nil
+}
+
+// tellEnd has plugins told of the end of the container, if it has ended, before the call
+// is answered that ended it.
+func (c *Container) tellEnd(ctx context.Context) {
+	if c.Seen().Exit != nil && !c.Record().Init {
+		c.m.Plugins.StopContainer(ctx, c)
+	}
 }
 
 // stop needs no lock: the shim puts stops in order, and a second one must be able
@@ -120,6 +147,7 @@ func (c *Container) Kill(ctx context.Context) error {
 	if c.Record().Phase == records.ContainerRemoving {
 		return c.Remove(ctx) // or waits for whoever does
 	}
+	defer c.tellEnd(ctx)
 	err := c.stop(ctx, 0)
 	if !errors.Is(err, client.ErrUnreachable) {
 		return err

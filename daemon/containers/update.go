@@ -25,7 +25,7 @@ import (
 const updateTimeout = 10 * time.Second
 
 // Update changes the resources of a container that has not ended: all that r sets, or
-// nothing.
+// nothing. Plugins may change r.
 func (m *Manager) Update(ctx context.Context, id string, r *runtimeapi.LinuxContainerResources) error {
 	c, err := m.Find(id)
 	if err != nil {
@@ -35,6 +35,31 @@ func (m *Manager) Update(ctx context.Context, id string, r *runtimeapi.LinuxCont
 		return err
 	}
 	defer c.op.Unlock()
+	if r, err = m.Plugins.UpdateContainer(ctx, c, r); err != nil {
+		return err
+	}
+	if err := c.setLocked(ctx, r); err != nil {
+		return err
+	}
+	m.Plugins.PostUpdateContainer(ctx, c)
+	return nil
+}
+
+// UpdateAsPluginWants is Update for a plugin: the others are not asked.
+func (m *Manager) UpdateAsPluginWants(ctx context.Context, id string, r *runtimeapi.LinuxContainerResources) error {
+	c, err := m.Find(id)
+	if err != nil {
+		return err
+	}
+	if err := c.op.Lock(ctx, c.String()); err != nil {
+		return err
+	}
+	defer c.op.Unlock()
+	return c.setLocked(ctx, r)
+}
+
+// setLocked sets all that r sets, or nothing. The caller holds op.
+func (c *Container) setLocked(ctx context.Context, r *runtimeapi.LinuxContainerResources) error {
 	switch rec := c.Record(); {
 	case rec.Phase == records.ContainerRemoving:
 		return kind.Errorf(kind.State, "container_id: %s is being removed", c)
@@ -45,12 +70,12 @@ func (m *Manager) Update(ctx context.Context, id string, r *runtimeapi.LinuxCont
 			return err
 		}
 	}
-	change, err := spec.Update(m.Host, c.Record().Config.M.GetLinux().GetResources(), r)
+	change, err := spec.Update(c.m.Host, c.Record().Config.M.GetLinux().GetResources(), r)
 	if err != nil {
 		return err
 	}
 	for _, w := range change.Warnings {
-		m.Log.Debug("update adapted to this machine", "container", c.ID(), "warning", w)
+		c.m.Log.Debug("update adapted to this machine", "container", c.ID(), "warning", w)
 	}
 	return c.updateLocked(ctx, change)
 }

@@ -33,6 +33,7 @@ type Node struct {
 	Cgroups     *Cgroups
 	Network     *Network
 	Sessions    *Sessions
+	Plugins     *Plugins
 	runtimes    *runtimes.Set
 }
 
@@ -49,6 +50,7 @@ func NewNode(t *testing.T) *Node {
 		Network: &Network{pinned: map[string]records.Namespaces{}},
 
 		Sessions: &Sessions{},
+		Plugins:  &Plugins{},
 	}
 	quiet := slog.New(slog.DiscardHandler)
 	n.Shims = &Shims{Launcher: &shims.Launcher{Binary: binary, LogLevel: "debug", Log: quiet}}
@@ -120,6 +122,7 @@ func (n *Node) Open(t *testing.T) *Daemon {
 		Shims:    n.Shims,
 		Sessions: n.Sessions,
 		Cgroups:  n.Cgroups,
+		Plugins:  n.Plugins,
 		Announce: func(c *containers.Container, t runtimeapi.ContainerEventType) { d.Pods.AnnounceContainer(c, t) },
 		Go:       d.Go,
 		Log:      d.Log,
@@ -132,6 +135,7 @@ func (n *Node) Open(t *testing.T) *Daemon {
 		Sessions:   n.Sessions,
 		Network:    n.Network,
 		Cgroups:    n.Cgroups,
+		Plugins:    n.Plugins,
 		Host:       spec.Host{NodeName: "node"},
 		Pause:      "/bin/true",
 		Publish:    d.Events.Publish,

@@ -117,6 +117,7 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, rec *records.Pod
 	if err := p.make(ctx, cl, want); err != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), networkLimit)
 		defer cancel()
+		m.Plugins.RemovePodSandbox(ctx, p)
 		if uerr := p.erase(ctx); uerr != nil {
 			// It stays, not ready, with the record of what is left, and the
 			// kubelet's own removal tries again.
@@ -154,10 +155,12 @@ func (p *Pod) make(ctx context.Context, cl *claims.Claim, want records.Want) err
 			return err
 		}
 	}
-	if !p.m.AlwaysInit {
-		return nil
+	if p.m.AlwaysInit {
+		if err := p.startInitLocked(ctx); err != nil { // nobody else knows the pod yet
+			return err
+		}
 	}
-	return p.startInitLocked(ctx) // nobody else knows the pod yet
+	return p.m.Plugins.RunPodSandbox(ctx, p)
 }
 
 // give makes a pod known: it is listed, takes containers, and a restart keeps it.

@@ -141,6 +141,12 @@ func (p *Pod) process() (pid int, of string) {
 		"its namespaces are pinned at the paths of runtimeSpec.linux.namespaces"
 }
 
+// PID is that of process.
+func (p *Pod) PID() int {
+	pid, _ := p.process()
+	return pid
+}
+
 // runtimeSpec is the OCI spec of the init, or, for a pod without one, what such a spec
 // would say of the pod.
 func (p *Pod) runtimeSpec() any {

@@ -49,6 +49,20 @@ type Cgroups interface {
 	RemovePod(ctx context.Context, parent, podID string) error
 }
 
+// Plugins are told of pods (NRI). Each call ends in bounded time.
+type Plugins interface {
+	// RunPodSandbox tells of a pod that is whole, before anybody else knows it. After an
+	// error RemovePodSandbox is due.
+	RunPodSandbox(ctx context.Context, p *Pod) error
+	// StopPodSandbox tells of one whose containers have ended, and whose network is still
+	// there, RemovePodSandbox of one that goes. What was told is not told again.
+	StopPodSandbox(ctx context.Context, p *Pod)
+	RemovePodSandbox(ctx context.Context, p *Pod)
+	// UpdatePodSandbox tells of limits that are to change, and may refuse them.
+	UpdatePodSandbox(ctx context.Context, p *Pod, overhead, resources *runtimeapi.LinuxContainerResources) error
+	PostUpdatePodSandbox(ctx context.Context, p *Pod)
+}
+
 // Options are what pods are made of.
 type Options struct {
 	State      *state.Store
@@ -58,6 +72,7 @@ type Options struct {
 	Sessions   containers.Sessions
 	Network    Network
 	Cgroups    Cgroups
+	Plugins    Plugins
 	Host       spec.Host
 	// Pause is the static binary of a pod's init.
 	Pause string

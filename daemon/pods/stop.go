@@ -52,6 +52,7 @@ func (p *Pod) stopLocked(ctx context.Context) error {
 	if err := step.Reach(step.PodKilled); err != nil {
 		return err
 	}
+	p.m.Plugins.StopPodSandbox(ctx, p)
 	// The addresses are given back even if a container would not die.
 	derr := p.payLocked(ctx, records.StopDebts)
 	if derr != nil && p.owe(derr) < patience {
@@ -116,6 +117,7 @@ func (m *Manager) Remove(ctx context.Context, id string) error {
 	if err := p.payLocked(ctx, []records.Debt{records.DebtInit}); err != nil {
 		return err
 	}
+	m.Plugins.RemovePodSandbox(ctx, p)
 	p.note(func(r *records.Pod) { r.Phase = records.PodRemoved })
 	if err := p.erase(ctx); err != nil {
 		m.mu.Lock()

@@ -46,5 +46,12 @@ func (m *Manager) Update(ctx context.Context, r *runtimeapi.UpdatePodSandboxReso
 	if err != nil {
 		return kind.As(kind.Invalid, err)
 	}
-	return p.save(false, func(r *records.Pod) { r.Config = config })
+	if err := m.Plugins.UpdatePodSandbox(ctx, p, r.GetOverhead(), r.GetResources()); err != nil {
+		return err
+	}
+	if err := p.save(false, func(r *records.Pod) { r.Config = config }); err != nil {
+		return err
+	}
+	m.Plugins.PostUpdatePodSandbox(ctx, p)
+	return nil
 }

@@ -184,6 +184,9 @@ func New(t T, opts ...Options) *Node {
 // With is the same node, reporting to another test: a subtest.
 func (n *Node) With(t T) *Node { return &Node{T: t, shared: n.shared} }
 
+// NRISocket is where NRI plugins connect.
+func (n *Node) NRISocket() string { return n.Path("nri/nri.sock") }
+
 func (n *Node) configure(o Options) error {
 	files := map[string]string{
 		"net.d/10-test.conflist": n.conflist(slices.Sorted(maps.Keys(o.Plugins))),
@@ -194,8 +197,12 @@ conf_dir = %q
 bin_dirs = [%q, %q]
 [registry]
 config_dir = %q
+[nri]
+socket_path = %q
+plugin_path = %q
 %s
-`, n.Path("net.d"), filepath.Join(n.Bin, "cni"), n.Path("plugins"), n.Path("certs.d"), o.Config),
+`, n.Path("net.d"), filepath.Join(n.Bin, "cni"), n.Path("plugins"), n.Path("certs.d"), n.NRISocket(),
+			n.Path("nri/plugins"), o.Config),
 	}
 	for name, script := range o.Plugins {
 		files["plugins/"+name] = script

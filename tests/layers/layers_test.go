@@ -183,6 +183,7 @@ var ofTheModule = map[string][]string{
 	},
 
 	"daemon/cdi":     {"daemon/beneath", "proto/kind"},
+	"daemon/nri":     {"daemon/records", "proto/kind"},
 	"daemon/metrics": {"daemon/records"},
 	"daemon/beneath": {},
 	"daemon/dirs":    {},
