@@ -4,12 +4,14 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/holdfast-cri/holdfast/daemon"
+	"github.com/holdfast-cri/holdfast/daemon/nri"
 )
 
 // Whoever wrote the file is told where it is wrong, in its own words.
@@ -91,6 +93,57 @@ func TestStreamingConfig(t *testing.T) {
 		}
 		if want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 			t.Errorf("%s: %v, want %q", text, err, want)
+		}
+	}
+}
+
+// The keys of [nri], and what they are without a file, are containerd's.
+func TestNRIConfig(t *testing.T) {
+	usual := nri.Config{
+		Socket:              "/var/run/nri/nri.sock",
+		PluginDir:           "/opt/nri/plugins",
+		ConfigDir:           "/etc/nri/conf.d",
+		RegistrationTimeout: 5 * time.Second,
+		RequestTimeout:      2 * time.Second,
+		Version:             version,
+	}
+	changed := func(change func(*nri.Config)) nri.Config {
+		c := usual
+		change(&c)
+		return c
+	}
+	for _, c := range []struct {
+		text string
+		want nri.Config
+		err  string
+	}{
+		{text: "", want: usual},
+		{text: `disable = true`, want: changed(func(c *nri.Config) { c.Disable = true })},
+		{text: `disable_connections = true`, want: changed(func(c *nri.Config) { c.Socket = "" })},
+		{text: `plugin_request_timeout = "1m"`, want: changed(func(c *nri.Config) { c.RequestTimeout = time.Minute })},
+		{
+			text: "default_validator = { enable = true, required_plugins = [\"a\"] }",
+			want: changed(func(c *nri.Config) {
+				c.Validator.Enable, c.Validator.RequiredPlugins = true, []string{"a"}
+			}),
+		},
+		{text: `socket_path = "nri.sock"`, err: `nri.socket_path = "nri.sock" is not an absolute path`},
+		{text: `plugin_path = ""`, err: `nri.plugin_path = "" is not an absolute path`},
+		{text: `plugin_registration_timeout = "0s"`, err: "nri.plugin_registration_timeout = \"0s\" is not a time"},
+		{text: `default_validator = { enabled = true }`, err: "unknown key"},
+	} {
+		name := filepath.Join(t.TempDir(), "config.toml")
+		check(t, os.WriteFile(name, []byte("[nri]\n"+c.text+"\n"), 0o600))
+		f, err := readConfig(name)
+		var got daemon.Config
+		if err == nil {
+			err = f.resolveNRI(&got)
+		}
+		switch {
+		case c.err != "" && (err == nil || !strings.Contains(err.Error(), c.err)):
+			t.Errorf("%s: %v, want %q", c.text, err, c.err)
+		case c.err == "" && (err != nil || !reflect.DeepEqual(got.NRI, c.want)):
+			t.Errorf("%s: %+v, %v; want %+v", c.text, got.NRI, err, c.want)
 		}
 	}
 }

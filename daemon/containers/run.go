@@ -44,8 +44,12 @@ func (c *Container) Start(ctx context.Context) error {
 	case s.Exit != nil:
 		return kind.Errorf(kind.State, "container_id: %s has ended (%s) and cannot be started again", c, s.Exit.Reason)
 	}
-	if err := c.tellStart(ctx); err != nil {
-		return err
+	tell := !c.Record().Init && c.Seen().Phase != rundir.PhaseRunning // else it was told
+	if tell {
+		// After an error it can still be started.
+		if err := c.m.Plugins.StartContainer(ctx, c); err != nil {
+			return err
+		}
 	}
 	began := time.Now()
 	var init rundir.Process
@@ -74,19 +78,10 @@ func (c *Container) Start(ctx context.Context) error {
 		"name", c.name(),
 		"pid", init.PID,
 		"took", time.Since(began).Round(time.Millisecond))
-	if !c.Record().Init {
+	if tell {
 		c.m.Plugins.PostStartContainer(ctx, c)
 	}
 	return nil
-}
-
-// tellStart tells plugins that the container is about to run, if it is. After an error
-// it can still be started.
-func (c *Container) tellStart(ctx context.Context) error {
-	if c.Record().Init || c.Seen().Phase == rundir.PhaseRunning {
-		return nil
-	}
-	return c.m.Plugins.StartContainer(ctx, c)
 }
 
 // Stop asks a container to end, makes it end after the grace period, and returns

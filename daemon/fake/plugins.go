@@ -19,6 +19,7 @@ type Plugins struct {
 	mu    sync.Mutex
 	told  []string
 	fails map[string]error
+	ended map[string]bool // pods and containers whose end was told
 }
 
 // Fail has a call return an error until it is told to work again.
@@ -38,6 +39,19 @@ func (p *Plugins) note(call, name string) error {
 	return p.fails[call]
 }
 
+// noteEnd notes the first of all calls that tell of the end of something.
+func (p *Plugins) noteEnd(call, id, name string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ended == nil {
+		p.ended = map[string]bool{}
+	}
+	if !p.ended[id] {
+		p.told = append(p.told, call+" "+name)
+	}
+	p.ended[id] = true
+}
+
 // Told is the calls since the last time, each with the name of its pod or container.
 func (p *Plugins) Told() []string {
 	p.mu.Lock()
@@ -54,13 +68,14 @@ func (p *Plugins) RunPodSandbox(_ context.Context, pod *pods.Pod) error {
 	return p.note("RunPodSandbox", pod.Record().Config.M.GetMetadata().GetName())
 }
 
-// StopPodSandbox is noted.
+// StopPodSandbox is noted once.
 func (p *Plugins) StopPodSandbox(_ context.Context, pod *pods.Pod) {
-	p.note("StopPodSandbox", pod.Record().Config.M.GetMetadata().GetName())
+	p.noteEnd("StopPodSandbox", pod.ID(), pod.Record().Config.M.GetMetadata().GetName())
 }
 
-// RemovePodSandbox is noted.
-func (p *Plugins) RemovePodSandbox(_ context.Context, pod *pods.Pod) {
+// RemovePodSandbox is noted, as the end if that was not told before.
+func (p *Plugins) RemovePodSandbox(ctx context.Context, pod *pods.Pod) {
+	p.StopPodSandbox(ctx, pod)
 	p.note("RemovePodSandbox", pod.Record().Config.M.GetMetadata().GetName())
 }
 
@@ -109,12 +124,13 @@ func (p *Plugins) PostUpdateContainer(_ context.Context, c *containers.Container
 	p.note("PostUpdateContainer", nameOf(c))
 }
 
-// StopContainer is noted, each time.
+// StopContainer is noted once.
 func (p *Plugins) StopContainer(_ context.Context, c *containers.Container) {
-	p.note("StopContainer", nameOf(c))
+	p.noteEnd("StopContainer", c.ID(), nameOf(c))
 }
 
-// RemoveContainer is noted.
-func (p *Plugins) RemoveContainer(_ context.Context, c *containers.Container) {
+// RemoveContainer is noted, as the end if that was not told before.
+func (p *Plugins) RemoveContainer(ctx context.Context, c *containers.Container) {
+	p.StopContainer(ctx, c)
 	p.note("RemoveContainer", nameOf(c))
 }

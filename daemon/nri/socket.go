@@ -37,7 +37,8 @@ func (n *Plugins[P, C]) makeSocketDir() error {
 	}
 	st, err := os.Lstat(n.o.Socket)
 	if err == nil && st.Mode().Type() != fs.ModeSocket {
-		return fmt.Errorf("cannot listen for NRI plugins: %s is no socket; remove it, or set socket_path in [nri]", n.o.Socket)
+		return fmt.Errorf("cannot listen for NRI plugins: %s is no socket; remove it, or set socket_path in [nri]",
+			n.o.Socket)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("cannot listen for NRI plugins: %w", err)

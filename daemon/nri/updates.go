@@ -16,7 +16,8 @@ func (n *Plugins[P, C]) updateContainers(ctx context.Context, updates []*api.Con
 ) ([]*api.ContainerUpdate, error) {
 	failed := n.apply(ctx, updates)
 	if len(failed) > 0 {
-		return failed, fmt.Errorf("cannot update %d of %d containers; the log of the runtime says why", len(failed), len(updates))
+		return failed, fmt.Errorf("cannot update %d of %d containers; the log of the runtime says why",
+			len(failed), len(updates))
 	}
 	return nil, nil
 }

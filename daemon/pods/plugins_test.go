@@ -1,0 +1,47 @@
+package pods_test
+
+import (
+	"errors"
+	"slices"
+	"testing"
+
+	"github.com/holdfast-cri/holdfast/daemon/fake"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+)
+
+// The containers of a pod end before it, for plugins too.
+func TestPluginsOfALife(t *testing.T) {
+	b := newBed(t)
+	id := b.RunPod(t, "pod")
+	b.Run(t, id, fake.ContainerConfig("c"))
+	b.Plugins.Told()
+	for range 2 {
+		if err := b.Pods.Stop(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, want := b.Plugins.Told(), []string{"StopContainer c", "StopPodSandbox pod"}; !slices.Equal(got, want) {
+		t.Errorf("the stop told %v, want %v", got, want)
+	}
+	b.remove(id)
+	if got, want := b.Plugins.Told(), []string{"RemoveContainer c", "RemovePodSandbox pod"}; !slices.Equal(got, want) {
+		t.Errorf("the removal told %v, want %v", got, want)
+	}
+}
+
+// A plugin that refuses a pod leaves nothing of it, and the call can be repeated.
+func TestPluginRefusesPod(t *testing.T) {
+	b := newBed(t)
+	no := kind.Errorf(kind.Unavailable, "no")
+	b.Plugins.Fail("RunPodSandbox", no)
+	if _, err := b.Pods.Run(t.Context(), fake.PodConfig("pod"), ""); !errors.Is(err, no) {
+		t.Errorf("run: %v", err)
+	}
+	want := []string{"RunPodSandbox pod", "StopPodSandbox pod", "RemovePodSandbox pod"}
+	if got := b.Plugins.Told(); !slices.Equal(got, want) {
+		t.Errorf("plugins were told %v, want %v", got, want)
+	}
+	b.clean()
+	b.Plugins.Fail("RunPodSandbox", nil)
+	b.remove(b.RunPod(t, "pod"))
+}
