@@ -5,6 +5,8 @@ import (
 	"slices"
 	"testing"
 
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
 	"github.com/holdfast-cri/holdfast/daemon/fake"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
@@ -44,4 +46,35 @@ func TestPluginRefusesPod(t *testing.T) {
 	b.clean()
 	b.Plugins.Fail("RunPodSandbox", nil)
 	b.remove(b.RunPod(t, "pod"))
+}
+
+// A plugin is told of other limits of a pod, and may refuse them.
+func TestPluginsOfAnUpdate(t *testing.T) {
+	b := newBed(t)
+	id := b.RunPod(t, "pod")
+	no := kind.Errorf(kind.Unavailable, "no")
+	b.Plugins.Told()
+	b.Plugins.Fail("UpdatePodSandbox", no)
+	update := func(shares int64) error {
+		return b.Pods.Update(t.Context(), &runtimeapi.UpdatePodSandboxResourcesRequest{
+			PodSandboxId: id,
+			Resources:    &runtimeapi.LinuxContainerResources{CpuShares: shares},
+		})
+	}
+	p, err := b.Pods.Find(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	shares := func() int64 { return p.Record().Config.M.GetLinux().GetResources().GetCpuShares() }
+	if err := update(100); !errors.Is(err, no) || shares() != 0 {
+		t.Errorf("refused: %v, %d shares", err, shares())
+	}
+	b.Plugins.Fail("UpdatePodSandbox", nil)
+	if err := update(200); err != nil || shares() != 200 {
+		t.Errorf("not refused: %v, %d shares", err, shares())
+	}
+	want := []string{"UpdatePodSandbox pod", "UpdatePodSandbox pod", "PostUpdatePodSandbox pod"}
+	if got := b.Plugins.Told(); !slices.Equal(got, want) {
+		t.Errorf("plugins were told %v, want %v", got, want)
+	}
 }
