@@ -202,7 +202,8 @@ type Manager struct {
 
 	mu   sync.Mutex
 	all  map[string]*Container
-	owed map[string]*Container // removed, and something of theirs is left
+	pods map[string]map[string]*Container // the same by their pods: the kubelet asks pod by pod
+	owed map[string]*Container            // removed, and something of theirs is left
 
 	answers *semaphore.Weighted // bytes of memory for answers of ExecSync
 	rooms   sync.Map            // of answers that are not being sent yet: see Room
@@ -213,6 +214,7 @@ func New(o Options) *Manager {
 	return &Manager{
 		Options: o,
 		all:     map[string]*Container{},
+		pods:    map[string]map[string]*Container{},
 		owed:    map[string]*Container{},
 		answers: semaphore.NewWeighted(maxAnswers),
 	}
@@ -271,14 +273,24 @@ func (m *Manager) Add(c *Container, ready func() error) error {
 		return err
 	}
 	m.all[c.ID()] = c
+	podID := c.Record().PodID
+	if m.pods[podID] == nil {
+		m.pods[podID] = map[string]*Container{}
+	}
+	m.pods[podID][c.ID()] = c
 	return nil
 }
 
 func (m *Manager) forget(c *Container) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.all[c.ID()] == c {
-		delete(m.all, c.ID())
+	if m.all[c.ID()] != c {
+		return
+	}
+	delete(m.all, c.ID())
+	podID := c.Record().PodID
+	if delete(m.pods[podID], c.ID()); len(m.pods[podID]) == 0 {
+		delete(m.pods, podID)
 	}
 }
 
@@ -304,7 +316,9 @@ func (m *Manager) All() []*Container {
 
 // Of gives the containers of a pod.
 func (m *Manager) Of(podID string) []*Container {
-	return slices.DeleteFunc(m.All(), func(c *Container) bool { return c.Record().PodID != podID })
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Collect(maps.Values(m.pods[podID]))
 }
 
 // ID is the container's id.

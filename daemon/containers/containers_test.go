@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -103,5 +105,41 @@ func TestFind(t *testing.T) {
 		if !errors.Is(err, c.err) || err == nil && got.ID() != c.found {
 			t.Errorf("Find(%q) = %v, %v; want %s, %v", c.id, got, err, c.found, c.err)
 		}
+	}
+}
+
+// The containers of a pod are those that are known, and of it.
+func TestOf(t *testing.T) {
+	m := newManager(t)
+	var all []*Container
+	for _, id := range []string{"a1", "a2", "b1"} {
+		c := m.Adopt(&records.Container{ID: id, PodID: id[:1]}, nil, records.Seen{})
+		if err := m.Add(c, func() error { return nil }); err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, c)
+	}
+	stranger := m.Adopt(&records.Container{ID: "a1", PodID: "a"}, nil, records.Seen{})
+	m.forget(stranger) // which is not the known one
+	for _, want := range []string{"a1 a2|b1|", "a2|b1|", "|b1|", "||"} {
+		got := ""
+		for _, pod := range []string{"a", "b", "c"} {
+			var ids []string
+			for _, c := range m.Of(pod) {
+				ids = append(ids, c.ID())
+			}
+			slices.Sort(ids)
+			got += strings.Join(ids, " ") + "|"
+		}
+		if got = strings.TrimSuffix(got, "|"); got != want {
+			t.Errorf("got %s, want %s", got, want)
+		}
+		if len(all) > 0 {
+			m.forget(all[0])
+			all = all[1:]
+		}
+	}
+	if len(m.pods) > 0 {
+		t.Errorf("left: %v", m.pods)
 	}
 }
