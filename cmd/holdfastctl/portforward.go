@@ -104,7 +104,7 @@ func (f *forwarder) serve(ctx context.Context, l net.Listener, port string) {
 		}
 		f.running.Go(func() {
 			defer conn.Close()
-			pod, err := netns.Dial(ctx, f.netns, "tcp", net.JoinHostPort("localhost", port))
+			pod, err := netns.Dial(ctx, f.netns, net.JoinHostPort("localhost", port))
 			if err != nil {
 				fmt.Fprintf(f.app.stderr, "holdfastctl: %v\n", err)
 				return

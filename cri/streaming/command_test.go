@@ -312,10 +312,7 @@ func TestClientGone(t *testing.T) {
 				if stdin {
 					// More than what is taken in, and less than what the kernel takes: behind
 					// a full window no end is seen until a probe of the kernel fails.
-					left := 100 << 10
-					if strings.HasPrefix(p, "ws") {
-						left = queueSize + 20<<10
-					}
+					left := stdinQueue + 20<<10
 					for block := make([]byte, 512); left > 0; left -= len(block) {
 						if _, err := c.stdin.Write(block); err != nil {
 							t.Fatal(err)
@@ -328,25 +325,5 @@ func TestClientGone(t *testing.T) {
 				}
 			})
 		}
-	}
-}
-
-// What a process has read of its input does not count any more, or a session would end
-// after a certain number of bytes.
-func TestInputIsCounted(t *testing.T) {
-	left := make(chan int, 1)
-	var f *fake
-	f = newFake(t, func(_ context.Context, _ stream.Request, st client.Streams) (client.SessionExit, error) {
-		_, err := io.Copy(io.Discard, st.Stdin)
-		f.budget.mu.Lock()
-		defer f.budget.mu.Unlock()
-		left <- f.budget.total
-		return client.SessionExit{}, err
-	})
-	c := f.dial(t, "spdy v4.channel.k8s.io", stream.Request{Kind: stream.Exec, Stdin: true})
-	c.stdin.Write(make([]byte, 1<<20))
-	c.closeStdin()
-	if n := <-left; n != 0 {
-		t.Errorf("%d bytes count", n)
 	}
 }

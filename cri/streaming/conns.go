@@ -16,7 +16,7 @@ import (
 // Bounds on connections, all of them together.
 const (
 	// maxConns is how many there may be. Each has a few descriptors and some hundred
-	// KiB at most, but for what spdystream keeps (budget).
+	// KiB at most, but for those to ports, of which there may be maxForwarded.
 	maxConns = 1024
 	// maxSilent is how many of them may have shown no token yet. One more, and the
 	// oldest of them is closed: whoever has a token shows it at once.

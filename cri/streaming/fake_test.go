@@ -82,11 +82,11 @@ func newFake(t *testing.T, run sessionFunc) *fake {
 	return f
 }
 
-func dialHere(ctx context.Context, netns, network, address string) (net.Conn, error) {
+func dialHere(ctx context.Context, netns, address string) (net.Conn, error) {
 	if netns != "" {
 		return nil, fmt.Errorf("the namespace %s is not here", netns)
 	}
-	return new(net.Dialer).DialContext(ctx, network, strings.Replace(address, "localhost", "127.0.0.1", 1))
+	return new(net.Dialer).DialContext(ctx, "tcp", strings.Replace(address, "localhost", "127.0.0.1", 1))
 }
 
 func (f *fake) take(token string) (stream.Request, error) {

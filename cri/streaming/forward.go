@@ -1,8 +1,8 @@
 package streaming
 
 import (
-	"bufio"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -16,8 +16,7 @@ import (
 
 	"github.com/gorilla/websocket"
 	"k8s.io/cri-streaming/pkg/streaming/portforward"
-	"k8s.io/streaming/pkg/httpstream"
-	"k8s.io/streaming/pkg/httpstream/spdy"
+	"k8s.io/streaming/pkg/httpstream/wsstream"
 
 	"github.com/holdfast-cri/holdfast/proto/stream"
 )
@@ -28,8 +27,6 @@ const (
 	maxStreams = 2048
 	// maxForwarded is how many connections to ports there may be, of all clients.
 	maxForwarded = 4096
-	// maxDials is how many of them are made at a time. Each takes a thread.
-	maxDials = 32
 	// dialLimit bounds the making of one.
 	dialLimit = 30 * time.Second
 	// drainLimit is how long a pod may take to read what a client has sent that is gone.
@@ -41,93 +38,169 @@ const (
 )
 
 // Dialer connects to an address in a network namespace; "" is the node's.
-type Dialer func(ctx context.Context, netns, network, address string) (net.Conn, error)
+type Dialer func(ctx context.Context, netns, address string) (net.Conn, error)
 
 // forward serves port-forward over SPDY, over SPDY in a WebSocket, and over the older
 // WebSocket protocols.
 func (s *Server) forward(u *upgrade, req *http.Request, r stream.Request) {
-	f := &forwarder{server: s, request: r}
-	options, _ := portforward.BuildV4Options(r.Ports) // never fails
-	serve := func(w http.ResponseWriter, req *http.Request) {
-		portforward.ServePortForward(w, req, f, r.ID, "", options, 0, s.CreationTimeout, portforward.SupportedProtocols)
+	f := &forwarder{
+		server:  s,
+		request: r,
+		ctx:     req.Context(),
+		pairs:   map[string]*pair{},
 	}
-	guarded := func(l *link, from io.Reader, write func(a, b []byte) error) net.Conn {
-		f.guard = newGuard(l, from, write, &s.budget, maxStreams)
-		f.guard.ports = true
-		return f.guard
-	}
-	f.ctx = req.Context()
-	defer func() {
-		if f.guard != nil {
-			f.guard.release()
-		}
-	}()
 	switch {
 	case !websocket.IsWebSocketUpgrade(req):
-		u.wrap = func(l *link) net.Conn { return guarded(l, l, l.write) }
-		serve(u, req)
+		if _, err := upgradeSPDY(u, req, portforward.SupportedProtocols); err == nil {
+			f.serve(newSPDY(u.link, u.link, u.link.write, u.link.answer, maxStreams, f.opened))
+		}
 	case slices.Contains(websocket.Subprotocols(req), portforward.WebsocketsSPDYTunnelingPortForwardV1):
 		web, err := upgradeTo(u, req, []string{portforward.WebsocketsSPDYTunnelingPortForwardV1})
 		if err != nil {
 			return
 		}
 		t := &tunnel{webSocket: web}
-		inner := req.Clone(req.Context())
-		inner.Header = http.Header{}
-		inner.Header.Set(httpstream.HeaderConnection, httpstream.HeaderUpgrade)
-		inner.Header.Set(httpstream.HeaderUpgrade, spdy.HeaderSpdy31)
-		inner.Header.Set(httpstream.HeaderProtocolVersion, portforward.ProtocolV1Name)
-		serve(tunnelResponse{http.Header{}, guarded(web.link, t, t.write)}, inner)
+		f.serve(newSPDY(u.link, t, t.write, t.answer, maxStreams, f.opened))
 		web.bye()
 	default:
-		serve(u, req)
+		s.forwardChannels(u, req, f)
 	}
 }
 
-// forwarder is the library's way to a port of the pod of one request.
+// forwarder joins the streams of a client with ports of the pod of one request.
 type forwarder struct {
 	server  *Server
 	request stream.Request
-	guard   *guard // nil: a WebSocket without SPDY
-	ctx     context.Context
+	ctx     context.Context // ends with the client
+	running sync.WaitGroup
+
+	mu    sync.Mutex
+	pairs map[string]*pair // of which one stream is missing
 }
 
-// PortForward joins a stream with a port, until both directions have ended. Its ctx is
-// the library's, which has no end.
-func (f *forwarder) PortForward(_ context.Context, _, _ string, port int32, client io.ReadWriteCloser) error {
-	var from io.Reader = client
-	if s, ok := client.(counted); ok && f.guard != nil {
-		from = reader{s, f.guard}
-		defer f.guard.ended(s.Identifier())
-		f.guard.awaitAnswer(f.ctx, s.Identifier())
+// pair is the streams of a connection to a port: bytes go over data, and why it failed
+// over errs.
+type pair struct {
+	data, errs *spdyStream
+	timer      *time.Timer // until both are there
+}
+
+// serve serves a connection until its end.
+func (f *forwarder) serve(c *spdyConn) {
+	c.serve()
+	f.running.Wait()
+	f.mu.Lock()
+	for _, p := range f.pairs {
+		p.timer.Stop()
 	}
+	f.mu.Unlock()
+	c.end()
+}
+
+// opened takes a stream. It is called by one goroutine.
+func (f *forwarder) opened(s *spdyStream) error {
+	port, err := strconv.ParseUint(s.headers.Get(portforward.PortHeader), 10, 16)
+	kind := s.headers.Get(typeHeader)
+	isError := kind == typeError
+	if err != nil || port == 0 || !isError && kind != portforward.StreamTypeData {
+		return fmt.Errorf("%w: a stream %q for the port %q", errProtocol, kind, s.headers.Get(portforward.PortHeader))
+	}
+	id := s.headers.Get(portforward.PortForwardRequestIDHeader)
+	switch {
+	case id == "" && isError: // an old client opens them one after the other
+		id = strconv.Itoa(int(s.id))
+	case id == "":
+		id = strconv.Itoa(int(s.id) - 2)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	p := f.pairs[id]
+	if p == nil {
+		p = new(pair)
+		p.timer = time.AfterFunc(f.server.CreationTimeout, func() { f.expire(id, p) })
+		f.pairs[id] = p
+	}
+	to := &p.data
+	if isError {
+		to = &p.errs
+	}
+	if *to != nil {
+		return fmt.Errorf("%w: two streams of a kind have the same request", errProtocol)
+	}
+	*to = s
+	if p.data == nil || p.errs == nil {
+		s.early = !isError
+		f.running.Go(s.accept)
+		return nil
+	}
+	p.timer.Stop()
+	delete(f.pairs, id)
+	f.begin(p, int32(port))
+	return nil
+}
+
+// expire forgets half a pair whose other half has not come.
+func (f *forwarder) expire(id string, p *pair) {
+	f.mu.Lock()
+	if f.pairs[id] != p {
+		f.mu.Unlock()
+		return
+	}
+	delete(f.pairs, id)
+	f.mu.Unlock()
+	for _, s := range []*spdyStream{p.errs, p.data} {
+		if s != nil {
+			s.Reset()
+		}
+	}
+}
+
+// begin has the streams joined with a port.
+func (f *forwarder) begin(p *pair, port int32) {
+	leave, err := f.enter(port)
+	var in *queue
+	if err == nil {
+		in = p.data.take(forwardQueue)
+	}
+	f.running.Go(func() {
+		defer p.errs.end()
+		defer p.data.end()
+		p.errs.accept()
+		p.data.accept()
+		if err == nil {
+			defer leave()
+			err = f.connect(port, p.data, in)
+		}
+		if err != nil {
+			p.data.Reset()
+			fmt.Fprintf(p.errs, "error forwarding port %d to pod %s: %v", port, f.request.ID, err)
+		}
+	})
+}
+
+// enter takes one of the places for connections to ports. leave gives it back.
+func (f *forwarder) enter(port int32) (leave func(), err error) {
 	if len(f.request.Ports) > 0 && !slices.Contains(f.request.Ports, port) {
-		return fmt.Errorf("port %d is none of %v, which were asked for", port, f.request.Ports)
+		return nil, fmt.Errorf("port %d is none of %v, which were asked for", port, f.request.Ports)
 	}
 	if f.server.forwarded.Add(1) > maxForwarded {
 		f.server.forwarded.Add(-1)
-		return fmt.Errorf("%d connections to ports are open, and there may be no more", maxForwarded)
+		return nil, fmt.Errorf("%d connections to ports are open, and there may be no more", maxForwarded)
 	}
-	defer f.server.forwarded.Add(-1)
-	pod, err := f.dial(port)
+	return func() { f.server.forwarded.Add(-1) }, nil
+}
+
+// connect joins a client with a port, until both directions have ended.
+func (f *forwarder) connect(port int32, client io.WriteCloser, from io.Reader) error {
+	// A client that has sent something and gone is no reason not to deliver it.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(f.ctx), dialLimit)
+	defer cancel()
+	pod, err := f.server.Dial(ctx, f.request.Netns, net.JoinHostPort("localhost", strconv.Itoa(int(port))))
 	if err != nil {
 		return err
 	}
 	defer pod.Close()
 	return join(f.ctx, pod, client, from)
-}
-
-func (f *forwarder) dial(port int32) (net.Conn, error) {
-	// A client that has sent something and gone is no reason not to deliver it.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(f.ctx), dialLimit)
-	defer cancel()
-	select {
-	case f.server.dials <- struct{}{}:
-		defer func() { <-f.server.dials }()
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	}
-	return f.server.Dial(ctx, f.request.Netns, "tcp", net.JoinHostPort("localhost", strconv.Itoa(int(port))))
 }
 
 // join copies both ways. The end of one direction is passed on, and the other one goes
@@ -224,6 +297,11 @@ func copyOut(client io.Writer, pod net.Conn) error {
 	}
 }
 
+// answer sends the answer to a ping of SPDY, as link.answer does.
+func (t *tunnel) answer(pong []byte) error {
+	return t.link.answer(append(messageHead(nil, websocket.BinaryMessage, len(pong)), pong...))
+}
+
 // tunnel is a WebSocket as a connection for SPDY.
 type tunnel struct {
 	*webSocket
@@ -257,18 +335,79 @@ func (t *tunnel) Read(p []byte) (int, error) {
 // write sends two pieces as one message.
 func (t *tunnel) write(a, b []byte) error { return t.send(websocket.BinaryMessage, a, b) }
 
-// tunnelResponse is what the library answers to inside a tunnel. The client has got its
-// answer, with the WebSocket.
-type tunnelResponse struct {
-	header http.Header
-	conn   net.Conn
+// The older protocols have two channels for each port, for bytes and for why it failed.
+// Both begin with its number, and they end with the connection.
+var oldForwards = []string{"v4." + wsstream.ChannelWebSocketProtocol, "v4." + wsstream.Base64ChannelWebSocketProtocol}
+
+// maxChannels is how many ports have a channel number.
+const maxChannels = 127
+
+func (s *Server) forwardChannels(u *upgrade, req *http.Request, f *forwarder) {
+	ports := f.request.Ports
+	if len(ports) == 0 || len(ports) > maxChannels {
+		http.Error(u, fmt.Sprintf("this protocol is for 1 to %d ports", maxChannels), http.StatusBadRequest)
+		return
+	}
+	web, err := upgradeTo(u, req, oldForwards)
+	if err != nil {
+		return
+	}
+	defer web.bye()
+	if len(websocket.Subprotocols(req)) > 0 && web.Subprotocol() == "" {
+		return // none of them is known
+	}
+	text := web.Subprotocol() == oldForwards[1]
+	in := make([]*queue, len(ports))
+	for i, port := range ports {
+		in[i] = newQueue(forwardQueue)
+		f.running.Go(func() { f.joinChannels(web, text, byte(2*i), port, in[i]) })
+	}
+	go func() {
+		err := readChannels(web, text, in)
+		for _, q := range in {
+			q.end(errGone)
+		}
+		web.link.conn.cancel(fmt.Errorf("%w: %w", errGone, err))
+	}()
+	f.running.Wait()
 }
 
-func (t tunnelResponse) Header() http.Header         { return t.header }
-func (t tunnelResponse) WriteHeader(int)             {}
-func (t tunnelResponse) Write(p []byte) (int, error) { return len(p), nil }
+// joinChannels joins the channels number and number+1 with a port.
+func (f *forwarder) joinChannels(web *webSocket, text bool, number byte, port int32, in *queue) {
+	defer in.abandon()
+	data, errs := channel{web, text, number}, channel{web, text, number + 1}
+	first := binary.LittleEndian.AppendUint16(nil, uint16(port))
+	data.Write(first)
+	errs.Write(first)
+	leave, err := f.enter(port)
+	if err == nil {
+		defer leave()
+		err = f.connect(port, struct {
+			io.Writer
+			io.Closer
+		}{data, io.NopCloser(nil)}, in)
+	}
+	if err != nil {
+		fmt.Fprintf(errs, "error forwarding port %d to pod %s: %v", port, f.request.ID, err)
+	}
+}
 
-// Hijack gives the tunnel.
-func (t tunnelResponse) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	return t.conn, bufio.NewReadWriter(bufio.NewReader(t.conn), bufio.NewWriterSize(t.conn, 16)), nil
+// readChannels takes messages until the connection ends.
+func readChannels(web *webSocket, text bool, in []*queue) error {
+	for {
+		kind, message, err := web.NextReader()
+		if err != nil {
+			return err
+		}
+		number, payload, err := parse(kind, message, text)
+		if errors.Is(err, io.EOF) {
+			continue
+		}
+		if err == nil && number%2 == 0 && int(number/2) < len(in) {
+			_, err = in[number/2].ReadFrom(payload)
+		}
+		if err != nil {
+			return err
+		}
+	}
 }

@@ -5,17 +5,22 @@ import (
 	"sync"
 )
 
-// queueSize is how much of a client's input waits for the process, in bytes.
-const queueSize = 128 << 10
+// How much of what a client sends waits for its reader, in bytes.
+const (
+	stdinQueue   = 128 << 10
+	forwardQueue = 32 << 10 // for each connection to a port: there may be many
+	sizeQueue    = 1 << 10
+)
 
-// queue is the input of a process on its way from one goroutine that reads the
-// connection to one that writes to the process. It is a ring: both work on parts of
-// it of their own, so bytes are not copied in between.
+// queue is the input of a process, or of a port, on its way from one goroutine that
+// reads the connection to one that writes to the process. It is a ring: both work on
+// parts of it of their own, so bytes are not copied in between.
 //
 // While WriteTo waits for bytes, with a writer that wants it (direct), the goroutine that
 // reads the connection writes to the process itself. To wake another one for each piece
 // would take more time than all the rest.
 type queue struct {
+	size  int
 	mu    sync.Mutex
 	cond  *sync.Cond
 	buf   []byte // made with the first byte: many clients send none
@@ -29,8 +34,8 @@ type queue struct {
 	passed int64     // bytes that were written to to
 }
 
-func newQueue() *queue {
-	q := &queue{}
+func newQueue(size int) *queue {
+	q := &queue{size: size}
 	q.cond = sync.NewCond(&q.mu)
 	return q
 }
@@ -85,7 +90,7 @@ func (q *queue) room() ([]byte, io.Writer) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.buf == nil {
-		q.buf = make([]byte, queueSize)
+		q.buf = make([]byte, q.size)
 	}
 	for q.n == len(q.buf) && !q.gone {
 		q.cond.Wait()

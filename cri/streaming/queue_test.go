@@ -47,7 +47,7 @@ func TestQueue(t *testing.T) {
 	all := randomBytes(4 << 20)
 	for _, direct := range []bool{false, true} {
 		for range 4 {
-			q := newQueue()
+			q := newQueue(stdinQueue)
 			done := fill(q, all)
 			var first [100]byte
 			io.ReadFull(q, first[:])
@@ -66,7 +66,7 @@ func TestQueue(t *testing.T) {
 // A writer that fails has its error, and the rest can be thrown away.
 func TestQueueOfFailingWriter(t *testing.T) {
 	for _, direct := range []bool{false, true} {
-		q := newQueue()
+		q := newQueue(stdinQueue)
 		done := fill(q, randomBytes(4<<20))
 		broken := errors.New("broken")
 		taken := 0
@@ -90,7 +90,7 @@ func TestQueueOfFailingWriter(t *testing.T) {
 
 // One whose writer blocks can be abandoned; what comes is thrown away.
 func TestAbandonedQueue(t *testing.T) {
-	q := newQueue()
+	q := newQueue(stdinQueue)
 	done := fill(q, randomBytes(4<<20))
 	blocked, release := make(chan struct{}), make(chan struct{})
 	result := make(chan error, 1)

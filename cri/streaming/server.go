@@ -45,9 +45,7 @@ type Config struct {
 type Server struct {
 	Config
 	conns     *conns
-	budget    budget
-	dials     chan struct{} // one for each that is made right now
-	forwarded atomic.Int64  // connections to ports
+	forwarded atomic.Int64 // connections to ports
 }
 
 // New makes a server.
@@ -56,12 +54,7 @@ func New(c Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Server{
-		Config: c,
-		conns:  cs,
-		budget: budget{guards: map[*guard]struct{}{}},
-		dials:  make(chan struct{}, maxDials),
-	}, nil
+	return &Server{Config: c, conns: cs}, nil
 }
 
 // Idle says for how long there has been no connection. While there is one it is 0.

@@ -1,98 +1,128 @@
 package streaming
 
 import (
-	"context"
+	"encoding/json"
+	"fmt"
 	"io"
-	"net"
 	"net/http"
-	"slices"
-	"strings"
 	"time"
 
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
-	"k8s.io/streaming/pkg/httpstream"
 
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/stream"
 )
 
-// patience is how much longer the library waits for streams than this package, which
-// closes the connection: a stream that comes when the library has just stopped waiting
-// would never be answered.
-const patience = time.Second
+// commandStreams are the streams of exec or attach.
+type commandStreams struct {
+	all    map[string]*spdyStream // by type; nil: it has not come yet
+	left   int                    // of all, that have not come
+	ready  chan struct{}          // closed when all have
+	stdin  *queue
+	resize *queue
+}
+
+// wantStreams is what the client of a request will open.
+func wantStreams(r stream.Request, protocol string) *commandStreams {
+	c := &commandStreams{
+		all:   map[string]*spdyStream{remotecommand.StreamTypeError: nil},
+		ready: make(chan struct{}),
+	}
+	resizes := protocol == remotecommand.StreamProtocolV4Name || protocol == remotecommand.StreamProtocolV3Name
+	for kind, wanted := range map[string]bool{
+		remotecommand.StreamTypeStdin:  r.Stdin,
+		remotecommand.StreamTypeStdout: r.Stdout,
+		remotecommand.StreamTypeStderr: r.Stderr,
+		remotecommand.StreamTypeResize: r.TTY && resizes,
+	} {
+		if wanted {
+			c.all[kind] = nil
+		}
+	}
+	c.left = len(c.all)
+	return c
+}
+
+// opened takes a stream. It is called by one goroutine.
+func (c *commandStreams) opened(s *spdyStream) error {
+	kind := s.headers.Get(typeHeader)
+	if had, wanted := c.all[kind]; !wanted || had != nil {
+		return fmt.Errorf("%w: a stream %q is not expected", errProtocol, kind)
+	}
+	switch kind {
+	case remotecommand.StreamTypeStdin:
+		c.stdin = s.take(stdinQueue)
+	case remotecommand.StreamTypeResize:
+		c.resize = s.take(sizeQueue)
+	}
+	c.all[kind] = s
+	s.accept()
+	if c.left--; c.left == 0 {
+		close(c.ready)
+	}
+	return nil
+}
 
 // spdyCommand serves exec and attach over SPDY.
 func (s *Server) spdyCommand(u *upgrade, req *http.Request, r stream.Request) {
-	c := &command{server: s, request: r}
-	c.timeout = time.AfterFunc(s.CreationTimeout, func() {
-		u.conn.cancel(errSlow)
-		u.conn.Close()
-	})
-	defer c.timeout.Stop()
-	u.wrap = func(l *link) net.Conn {
-		c.guard = newGuard(l, l, l.write, &s.budget, streamsOf(req, r))
-		return c.guard
+	protocol, err := upgradeSPDY(u, req, remotecommand.SupportedStreamingProtocols)
+	if err != nil {
+		return
 	}
-	defer func() {
-		if c.guard != nil {
-			c.guard.release()
+	c := wantStreams(r, protocol)
+	conn := newSPDY(u.link, u.link, u.link.write, u.link.answer, len(c.all), c.opened)
+	defer conn.end()
+	go conn.serve() // until the connection is closed
+	select {
+	case <-c.ready:
+	case <-time.After(s.CreationTimeout):
+		u.conn.cancel(errSlow)
+		return
+	case <-req.Context().Done():
+		return
+	}
+	status := c.all[remotecommand.StreamTypeError]
+	if protocol == remotecommand.StreamProtocolV1Name {
+		// Its clients wait for that before they send anything.
+		status.Close()
+		if stdin := c.all[remotecommand.StreamTypeStdin]; stdin != nil {
+			stdin.Close()
+		}
+	}
+	var st client.Streams
+	if c.stdin != nil {
+		st.Stdin = c.stdin
+	}
+	if out := c.all[remotecommand.StreamTypeStdout]; out != nil {
+		st.Stdout = out
+	}
+	if errs := c.all[remotecommand.StreamTypeStderr]; errs != nil {
+		st.Stderr = errs
+	}
+	err = s.run(req.Context(), r, st, c.sizes())
+	if protocol != remotecommand.StreamProtocolV1Name {
+		tell(status, protocol == remotecommand.StreamProtocolV4Name, r.Kind, err)
+	}
+}
+
+// sizes reads those of the client's terminal, until its stream ends.
+func (c *commandStreams) sizes() terminalSizes {
+	if c.resize == nil {
+		return nil
+	}
+	sizes := make(chan remotecommand.TerminalSize, 1)
+	go func() {
+		defer close(sizes)
+		defer c.resize.abandon() // what follows is no size
+		limited := &io.LimitedReader{R: c.resize}
+		for decoder := json.NewDecoder(limited); ; {
+			limited.N = maxSize
+			var size remotecommand.TerminalSize
+			if decoder.Decode(&size) != nil {
+				return
+			}
+			newest(sizes, size)
 		}
 	}()
-	options := &remotecommand.Options{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, TTY: r.TTY}
-	wait := s.CreationTimeout + patience
-	protocols := remotecommand.SupportedStreamingProtocols
-	if r.Kind == stream.Exec {
-		remotecommand.ServeExec(u, req, c, "", "", r.ID, r.Cmd, options, 0, wait, protocols)
-	} else {
-		remotecommand.ServeAttach(u, req, c, "", "", r.ID, options, 0, wait, protocols)
-	}
-}
-
-// streamsOf is how many streams the library waits for. It takes no other ones.
-func streamsOf(req *http.Request, r stream.Request) int {
-	n := 1 // for the status
-	for _, wanted := range []bool{r.Stdin, r.Stdout, r.Stderr, r.TTY && resizes(req)} {
-		if wanted {
-			n++
-		}
-	}
-	return n
-}
-
-// resizes says whether the protocol that will be agreed on has a stream for sizes.
-func resizes(req *http.Request) bool {
-	for _, value := range req.Header.Values(httpstream.HeaderProtocolVersion) {
-		for protocol := range strings.SplitSeq(value, ",") {
-			protocol = strings.Trim(protocol, " ")
-			if slices.Contains(remotecommand.SupportedStreamingProtocols, protocol) {
-				return protocol == remotecommand.StreamProtocolV4Name || protocol == remotecommand.StreamProtocolV3Name
-			}
-		}
-	}
-	return false
-}
-
-// command is the library's way to run the process of one request.
-type command struct {
-	server  *Server
-	request stream.Request
-	guard   *guard
-	timeout *time.Timer // until all streams are there
-}
-
-// ExecInContainer runs the command of the request.
-func (c *command) ExecInContainer(ctx context.Context, _, _, _ string, _ []string, in io.Reader,
-	out, err io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize, _ time.Duration) error {
-	return c.AttachContainer(ctx, "", "", "", in, out, err, tty, resize)
-}
-
-// AttachContainer joins the client with the container of the request.
-func (c *command) AttachContainer(ctx context.Context, _, _, _ string, in io.Reader,
-	out, err io.WriteCloser, _ bool, resize <-chan remotecommand.TerminalSize) error {
-	c.timeout.Stop()
-	st := client.Streams{Stdin: in, Stdout: out, Stderr: err}
-	if s, ok := in.(counted); ok {
-		st.Stdin = reader{s, c.guard}
-	}
-	return c.server.run(ctx, c.request, st, resize)
+	return sizes
 }

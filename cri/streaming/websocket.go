@@ -129,19 +129,19 @@ func (s *Server) webCommand(u *upgrade, req *http.Request, r stream.Request) {
 	st := client.Streams{}
 	lowest := byte(remotecommand.StreamErr)
 	if r.Stdin {
-		w.stdin = newQueue()
+		w.stdin = newQueue(stdinQueue)
 		defer w.stdin.abandon()
 		st.Stdin = w.stdin
 	}
 	if r.Stderr {
-		st.Stderr, lowest = channel{w, remotecommand.StreamStdErr}, remotecommand.StreamStdErr
+		st.Stderr, lowest = w.channel(remotecommand.StreamStdErr), remotecommand.StreamStdErr
 	}
 	if r.Stdout {
-		st.Stdout, lowest = channel{w, remotecommand.StreamStdOut}, remotecommand.StreamStdOut
+		st.Stdout, lowest = w.channel(remotecommand.StreamStdOut), remotecommand.StreamStdOut
 	}
-	channel{w, lowest}.Write(nil) // the client sees that it is connected
+	w.channel(lowest).Write(nil) // the client sees that it is connected
 	go w.read()
-	w.tell(r.Kind, s.run(req.Context(), r, st, w.resize))
+	tell(w.channel(remotecommand.StreamErr), w.status, r.Kind, s.run(req.Context(), r, st, w.resize))
 	w.bye()
 }
 
@@ -164,61 +164,71 @@ func (w *commandSocket) read() {
 
 // take takes a message.
 func (w *commandSocket) take(kind int, message io.Reader) error {
-	if (kind == websocket.TextMessage) != w.text {
-		return errors.New("a message is not of the kind that was agreed on")
-	}
-	var number [1]byte
-	if _, err := io.ReadFull(message, number[:]); errors.Is(err, io.EOF) {
-		return nil
-	} else if err != nil {
-		return err
-	}
-	if w.text {
-		number[0] -= '0'
-		message = base64.NewDecoder(base64.StdEncoding, message)
-	}
+	number, payload, err := parse(kind, message, w.text)
 	switch {
-	case number[0] == remotecommand.StreamStdIn && w.stdin != nil:
-		_, err := w.stdin.ReadFrom(message)
+	case errors.Is(err, io.EOF):
+	case err != nil:
 		return err
-	case number[0] == remotecommand.StreamResize:
+	case number == remotecommand.StreamStdIn && w.stdin != nil:
+		_, err := w.stdin.ReadFrom(payload)
+		return err
+	case number == remotecommand.StreamResize:
 		var size remotecommand.TerminalSize
-		if err := json.NewDecoder(io.LimitReader(message, maxSize)).Decode(&size); err == nil {
-			w.newest(size)
+		if err := json.NewDecoder(io.LimitReader(payload, maxSize)).Decode(&size); err == nil {
+			newest(w.resize, size)
 		}
-	case number[0] == remotecommand.StreamClose && w.close:
-		_, err := io.ReadFull(message, number[:])
-		if err == nil && number[0] == remotecommand.StreamStdIn && w.stdin != nil {
+	case number == remotecommand.StreamClose && w.close:
+		var which [1]byte
+		_, err := io.ReadFull(payload, which[:])
+		if err == nil && which[0] == remotecommand.StreamStdIn && w.stdin != nil {
 			w.stdin.end(io.EOF)
 		}
 	}
 	return nil
 }
 
+// parse takes a message apart. io.EOF: it is empty.
+func parse(kind int, message io.Reader, text bool) (number byte, payload io.Reader, err error) {
+	if (kind == websocket.TextMessage) != text {
+		return 0, nil, errors.New("a message is not of the kind that was agreed on")
+	}
+	var first [1]byte
+	if _, err := io.ReadFull(message, first[:]); err != nil {
+		return 0, nil, err
+	}
+	if text {
+		return first[0] - '0', base64.NewDecoder(base64.StdEncoding, message), nil
+	}
+	return first[0], message, nil
+}
+
 // newest has the process see the size, and none that is older.
-func (w *commandSocket) newest(size remotecommand.TerminalSize) {
+func newest(sizes chan remotecommand.TerminalSize, size remotecommand.TerminalSize) {
 	for {
 		select {
-		case w.resize <- size:
+		case sizes <- size:
 			return
 		default:
 		}
 		select {
-		case <-w.resize:
+		case <-sizes:
 		default:
 		}
 	}
 }
 
+func (w *commandSocket) channel(number byte) channel { return channel{w.webSocket, w.text, number} }
+
 // channel writes to the client on one of its channels.
 type channel struct {
-	to     *commandSocket
+	to     *webSocket
+	text   bool
 	number byte
 }
 
 func (c channel) Write(p []byte) (int, error) {
 	kind, number, payload := websocket.BinaryMessage, c.number, p
-	if c.to.text {
+	if c.text {
 		kind, number = websocket.TextMessage, '0'+c.number
 		payload = base64.StdEncoding.AppendEncode(nil, p)
 	}
@@ -246,7 +256,7 @@ type cause struct {
 	Message string `json:"message,omitempty"`
 }
 
-// statusOf is what the library says over SPDY as well.
+// statusOf is the end of a session as a kubelet's clients know it.
 func statusOf(k stream.Kind, err error) status {
 	if err == nil {
 		return status{Status: "Success"}
@@ -271,14 +281,14 @@ func statusOf(k stream.Kind, err error) status {
 	}
 }
 
-// tell tells the client how its session has ended.
-func (w *commandSocket) tell(k stream.Kind, err error) {
+// tell tells a client how its session has ended.
+func tell(to io.Writer, asJSON bool, k stream.Kind, err error) {
 	st := statusOf(k, err)
 	text := []byte(st.Message)
-	if w.status {
+	if asJSON {
 		text, _ = json.Marshal(st) // of such a type it never fails
 	}
 	if len(text) > 0 {
-		channel{w, remotecommand.StreamErr}.Write(text)
+		to.Write(text)
 	}
 }

@@ -466,14 +466,14 @@ func TestDialEndsWithItsContext(t *testing.T) {
 	a := w.pod("a")
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if c, err := netns.Dial(ctx, a.Netns, "tcp", "127.0.0.1:80"); !errors.Is(err, context.Canceled) {
+	if c, err := netns.Dial(ctx, a.Netns, "127.0.0.1:80"); !errors.Is(err, context.Canceled) {
 		t.Errorf("%v, %v, want canceled", c, err)
 	}
-	if _, err := netns.Dial(t.Context(), a.Netns+"-gone", "tcp", "127.0.0.1:80"); !errors.Is(err, os.ErrNotExist) {
+	if _, err := netns.Dial(t.Context(), a.Netns+"-gone", "127.0.0.1:80"); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("namespace gone: %v", err)
 	}
 	var op *net.OpError
-	if _, err := netns.Dial(t.Context(), a.Netns, "tcp", "127.0.0.1:80"); !errors.As(err, &op) {
+	if _, err := netns.Dial(t.Context(), a.Netns, "127.0.0.1:80"); !errors.As(err, &op) {
 		t.Errorf("nobody listens: %v", err)
 	}
 }

@@ -351,7 +351,7 @@ func serve(t *testing.T, path, addr, answer string) {
 func (w *world) ask(path, addr string) (string, error) {
 	ctx, cancel := context.WithTimeout(w.t.Context(), 30*time.Second)
 	defer cancel()
-	c, err := netns.Dial(ctx, path, "tcp", addr)
+	c, err := netns.Dial(ctx, path, addr)
 	if err != nil {
 		return "", err
 	}
