@@ -213,9 +213,12 @@ func (d *Daemon) openPods() error {
 		RejectAbsentMounts: cfg.RejectAbsentMounts,
 		OwnPaths:           []string{cfg.Root, cfg.State, string(d.ways()), cfg.Address, cfg.Address + LockSuffix},
 		Given:              d.Stats.Added,
-		Announce:           func(c *containers.Container, t runtimeapi.ContainerEventType) { d.Pods.AnnounceContainer(c, t) },
-		Go:                 d.background,
-		Log:                d.log,
+		Announce: func(c *containers.Container, t runtimeapi.ContainerEventType) {
+			d.Pods.AnnounceContainer(c,
+				t)
+		},
+		Go:  d.background,
+		Log: d.log,
 	})
 	d.Pods = pods.New(pods.Options{
 		State:      d.state,

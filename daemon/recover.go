@@ -188,7 +188,8 @@ func (r *recovery) launched(dir rundir.Dir) *records.Container {
 // takeUpdate gives a record the resources that the shim has on record.
 func (r *recovery) takeUpdate(dir rundir.Dir, rec *records.Container) {
 	if err := rec.TakeUpdate(dir); err != nil {
-		r.log.Error("cannot read the resources of a container that were changed last", "container", rec.ID, "error", err)
+		r.log.Error("cannot read the resources of a container that were changed last", "container", rec.ID, "error",
+			err)
 	}
 }
 

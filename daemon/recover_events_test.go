@@ -24,7 +24,8 @@ func (b *bed) told(n int) (got []string) {
 				code = s.ExitCode
 			}
 		}
-		got = append(got, fmt.Sprint(e.ContainerId, " ", e.ContainerEventType, " ", code, " ", e.PodSandboxStatus.GetState()))
+		got = append(got, fmt.Sprint(e.ContainerId, " ", e.ContainerEventType, " ", code, " ",
+			e.PodSandboxStatus.GetState()))
 		if len(got) == n {
 			cancel()
 		}

@@ -20,9 +20,11 @@ func TestRecoverUpdate(t *testing.T) {
 		damage func(b *bed, id string) error // of what an update from before to after has left
 		want   int64
 	}{
-		"restart":        {func(*bed, string) error { return nil }, after},
-		"no record":      {func(b *bed, id string) error { return os.RemoveAll(b.Durable(state.Containers, id)) }, after},
-		"no update.json": {func(b *bed, id string) error { return os.Remove(b.Dir(id).Path(rundir.UpdateName)) }, after},
+		"restart": {func(*bed, string) error { return nil }, after},
+		"no record": {func(b *bed, id string) error { return os.RemoveAll(b.Durable(state.Containers, id)) },
+			after},
+		"no update.json": {func(b *bed, id string) error { return os.Remove(b.Dir(id).Path(rundir.UpdateName)) },
+			after},
 		"damaged update.json": {func(b *bed, id string) error {
 			return os.WriteFile(b.Dir(id).Path(rundir.UpdateName), []byte("{}"), 0o600)
 		}, after},
@@ -47,7 +49,8 @@ func TestRecoverUpdate(t *testing.T) {
 				cfg.Linux.Resources = &runtimeapi.LinuxContainerResources{CpuShares: 100}
 				id := b.Run(t, pod, cfg)
 				for _, shares := range []int64{before, after} {
-					check(t, b.Containers.Update(t.Context(), id, &runtimeapi.LinuxContainerResources{CpuShares: shares}))
+					check(t, b.Containers.Update(t.Context(), id,
+						&runtimeapi.LinuxContainerResources{CpuShares: shares}))
 				}
 				b.close()
 				check(t, c.damage(b, id))

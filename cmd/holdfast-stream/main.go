@@ -59,7 +59,8 @@ func main() {
 	flag.StringVar(&o.tlsCert, "tls-cert", "", "`FILE` with the certificate for TLS, PEM")
 	flag.StringVar(&o.tlsKey, "tls-key", "", "`FILE` with its key, PEM")
 	flag.DurationVar(&o.idleTimeout, "idle-timeout", 4*time.Hour, "end a session in which nothing is sent for so long")
-	flag.DurationVar(&o.creationTimeout, "creation-timeout", 30*time.Second, "what a client has for opening its streams")
+	flag.DurationVar(&o.creationTimeout, "creation-timeout", 30*time.Second,
+		"what a client has for opening its streams")
 	flag.TextVar(&o.level, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	flag.Parse()
 	if err := run(launcher, o); err != nil {

@@ -175,7 +175,8 @@ func (f file) warn(log *slog.Logger) {
 	if s := f.Streaming; s.TLSCertFile != "" {
 		// It may be made later: it is read when somebody wants a session.
 		if _, err := tls.LoadX509KeyPair(s.TLSCertFile, s.TLSKeyFile); err != nil {
-			log.Warn("the certificate of [streaming] cannot be used; exec, attach and port-forward need it", "error", err)
+			log.Warn("the certificate of [streaming] cannot be used; exec, attach and port-forward need it", "error",
+				err)
 		}
 	}
 }

@@ -105,7 +105,8 @@ func (f *fake) dialWeb(t *testing.T, name string, r stream.Request) *caller {
 		mu.Lock()
 		defer mu.Unlock()
 		if text {
-			return ws.WriteMessage(websocket.TextMessage, []byte(string('0'+channel)+base64.StdEncoding.EncodeToString(p)))
+			return ws.WriteMessage(websocket.TextMessage,
+				[]byte(string('0'+channel)+base64.StdEncoding.EncodeToString(p)))
 		}
 		return ws.WriteMessage(websocket.BinaryMessage, append([]byte{channel}, p...))
 	}
@@ -242,7 +243,8 @@ func TestEcho(t *testing.T) {
 		for _, p := range []string{"spdy v4.channel.k8s.io", "ws v5.channel.k8s.io"} {
 			t.Run(fmt.Sprintf("%s %v", p, secure), func(t *testing.T) {
 				nothingLeft(t)
-				c := f.dial(t, p, stream.Request{Kind: stream.Exec, Cmd: []string{"/bin/cat"}, Stdin: true, Stdout: true})
+				c := f.dial(t, p, stream.Request{Kind: stream.Exec, Cmd: []string{"/bin/cat"}, Stdin: true,
+					Stdout: true})
 				want := sha256.New()
 				for range 32 {
 					want.Write(block)

@@ -177,8 +177,9 @@ func TestHostileFiles(t *testing.T) {
 		"nil net":    text(bad, with("v/c", "1", "a")+"containerEdits: {netDevices: [~]}\n"),
 		"relative":   text(bad, with("v/c", "1", "a")+"containerEdits: {hooks: [{hookName: poststop, path: sh}]}\n"),
 		"root":       text(bad, with("v/c", "1", "a")+"containerEdits: {mounts: [{hostPath: /, containerPath: /}]}\n"),
-		"bomb": text(bad, "a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\n"+
-			"d: &d [*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e]\n"),
+		"bomb": text(bad,
+			"a: &a [x,x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\n"+
+				"d: &d [*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d]\nf: [*e,*e,*e,*e,*e,*e,*e,*e]\n"),
 		"deep": text(bad, strings.Repeat("[", 100_000)),
 	} {
 		t.Run(name, func(t *testing.T) {

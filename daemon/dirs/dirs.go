@@ -48,7 +48,8 @@ func Make(root, name string) (moved string, err error) {
 		}
 		if missing && at == root {
 			to, _ := os.Readlink(at)
-			return "", fmt.Errorf("%s is a link to %s, which does not exist: mount its disk, or remove the link", at, to)
+			return "", fmt.Errorf("%s is a link to %s, which does not exist: mount its disk, or remove the link", at,
+				to)
 		}
 		moved = fmt.Sprintf("%s.damaged-%d", at, time.Now().UnixNano())
 		if err := os.Rename(at, moved); err != nil {

@@ -38,7 +38,8 @@ func toPlugin(r *runtimeapi.LinuxContainerResources) *api.LinuxResources {
 		out.Memory.Swap = api.Int64(v)
 	}
 	for _, l := range r.GetHugepageLimits() {
-		out.HugepageLimits = append(out.HugepageLimits, &api.HugepageLimit{PageSize: l.GetPageSize(), Limit: l.GetLimit()})
+		out.HugepageLimits = append(out.HugepageLimits, &api.HugepageLimit{PageSize: l.GetPageSize(),
+			Limit: l.GetLimit()})
 	}
 	return out
 }

@@ -55,9 +55,11 @@ func (n *Plugins[P, C]) applyLater(updates []*api.ContainerUpdate) {
 func (n *Plugins[P, C]) evictLater(evictions []*api.ContainerEviction) {
 	for _, e := range evictions {
 		n.o.Go(func(ctx context.Context) {
-			n.o.Log.Warn("an NRI plugin has a container ended", "container", e.GetContainerId(), "reason", e.GetReason())
+			n.o.Log.Warn("an NRI plugin has a container ended", "container", e.GetContainerId(), "reason",
+				e.GetReason())
 			if err := n.o.Evict(ctx, e.GetContainerId()); err != nil {
-				n.o.Log.Warn("cannot end a container as an NRI plugin wants", "container", e.GetContainerId(), "error", err)
+				n.o.Log.Warn("cannot end a container as an NRI plugin wants", "container", e.GetContainerId(), "error",
+					err)
 			}
 		})
 	}

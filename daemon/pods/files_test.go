@@ -21,7 +21,8 @@ func TestHostFile(t *testing.T) {
 		}, "Linux\n", true},
 		"a FIFO":   {func(path string) error { return syscall.Mkfifo(path, 0o600) }, "", false},
 		"a device": {func(path string) error { return os.Symlink("/dev/zero", path) }, "", false},
-		"too much": {func(path string) error { return os.WriteFile(path, make([]byte, maxCopied+1), 0o600) }, "", false},
+		"too much": {func(path string) error { return os.WriteFile(path, make([]byte, maxCopied+1), 0o600) }, "",
+			false},
 	} {
 		path := filepath.Join(t.TempDir(), "hosts")
 		if err := c.put(path); err != nil {

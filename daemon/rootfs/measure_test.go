@@ -35,10 +35,12 @@ func TestMeasure(t *testing.T) {
 			return errors.Join(os.WriteFile(dir+"/f", nil, 0o600), os.Truncate(dir+"/f", 1<<40))
 		}, 0, 2},
 		{"links and others", func(dir string) error {
-			return errors.Join(os.Symlink("/", dir+"/root"), os.Symlink(dir, dir+"/self"), unix.Mkfifo(dir+"/fifo", 0o600))
+			return errors.Join(os.Symlink("/", dir+"/root"), os.Symlink(dir, dir+"/self"), unix.Mkfifo(dir+"/fifo",
+				0o600))
 		}, 0, 4},
 		{"closed directories", func(dir string) error {
-			return errors.Join(os.Mkdir(dir+"/a", 0o700), os.WriteFile(dir+"/a/f", []byte(full), 0), os.Chmod(dir+"/a", 0))
+			return errors.Join(os.Mkdir(dir+"/a", 0o700), os.WriteFile(dir+"/a/f", []byte(full), 0), os.Chmod(dir+"/a",
+				0))
 		}, 1, 3},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -135,7 +135,8 @@ func TestCompactDecidesTheSame(t *testing.T) {
 			}
 		}
 		if arguments > 20 || len(is.Syscalls) <= 32 {
-			t.Errorf("%d conditions on arguments in %d rules: slow to compile, or to be asked", arguments, len(is.Syscalls))
+			t.Errorf("%d conditions on arguments in %d rules: slow to compile, or to be asked", arguments,
+				len(is.Syscalls))
 		}
 		if !slices.Equal(is.Architectures, was.Architectures) || is.DefaultAction != was.DefaultAction {
 			t.Errorf("the compact filter is for %v, %s else", is.Architectures, is.DefaultAction)

@@ -270,7 +270,8 @@ func CheckMounts(c *runtimeapi.ContainerConfig) error {
 		src, field := m.GetHostPath(), fmt.Sprintf("config.mounts[%d].", i)
 		if _, err := os.Stat(src); err != nil {
 			if to, lerr := os.Readlink(path.Clean(src)); lerr == nil {
-				return invalid(field+"host_path", "cannot mount %q: it is a link to %q, which leads nowhere: %v", src, to, err)
+				return invalid(field+"host_path", "cannot mount %q: it is a link to %q, which leads nowhere: %v", src,
+					to, err)
 			}
 			return invalid(field+"host_path", "cannot mount it: %v", err)
 		}

@@ -36,7 +36,8 @@ func limits(h Host, field string, r *runtimeapi.LinuxContainerResources,
 		{"cpuset_mems", r.GetCpusetMems(), h.Mems},
 	} {
 		if !within(set.list, set.all) {
-			return nil, nil, invalid(field+"."+set.name, "%q is not within %q, which the machine has", set.list, set.all)
+			return nil, nil, invalid(field+"."+set.name, "%q is not within %q, which the machine has", set.list,
+				set.all)
 		}
 	}
 	out = &specs.LinuxResources{}

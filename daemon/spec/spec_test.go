@@ -895,10 +895,13 @@ func TestCheckLabels(t *testing.T) {
 		edit  func(in *Input)
 		field string // empty: allowed
 	}{
-		"nothing asked":          {none, func(*Input) {}, ""},
-		"empty options":          {none, func(in *Input) { in.security().SelinuxOptions = &runtimeapi.SELinuxOption{} }, ""},
-		"no SELinux":             {none, func(in *Input) { in.security().SelinuxOptions = level }, fieldContext + "selinux_options"},
-		"no SELinux, of the pod": {none, func(in *Input) { in.pod().SelinuxOptions = level }, fieldContext + "selinux_options"},
+		"nothing asked": {none, func(*Input) {}, ""},
+		"empty options": {none, func(in *Input) { in.security().SelinuxOptions = &runtimeapi.SELinuxOption{} },
+			""},
+		"no SELinux": {none, func(in *Input) { in.security().SelinuxOptions = level },
+			fieldContext + "selinux_options"},
+		"no SELinux, of the pod": {none, func(in *Input) { in.pod().SelinuxOptions = level },
+			fieldContext + "selinux_options"},
 		"privileged": {none, func(in *Input) {
 			in.security().SelinuxOptions, in.security().Privileged = level, true
 		}, ""},

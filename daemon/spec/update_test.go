@@ -142,7 +142,8 @@ func TestUpdateRefuses(t *testing.T) {
 			&res{CpusetCpus: "0,2-4"}, wholeHost, "linux.cpuset_cpus", kind.Invalid,
 		},
 		"a node that the machine does not have": {&res{CpusetMems: "1"}, wholeHost, "linux.cpuset_mems", kind.Invalid},
-		"oom score":                             {&res{OomScoreAdj: 1001}, wholeHost, "linux.oom_score_adj", kind.Invalid},
+		"oom score": {&res{OomScoreAdj: 1001}, wholeHost, "linux.oom_score_adj",
+			kind.Invalid},
 		"a page": {
 			&res{HugepageLimits: []*cri.HugepageLimit{{PageSize: "2M"}}}, wholeHost,
 			"linux.hugepage_limits[0].page_size", kind.Invalid,

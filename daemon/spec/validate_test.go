@@ -72,7 +72,8 @@ var containerCases = []struct {
 	{"CDI annotation", func(c *config) { c.Annotations = map[string]string{"cdi.k8s.io/d": "v/c=d,v/c=e"} }, nil, ""},
 	{"CDI annotation without a device", func(c *config) { c.Annotations = map[string]string{"cdi.k8s.io/d": ""} },
 		kind.Invalid, "config.annotations[cdi.k8s.io/d]"},
-	{"CDI annotation with a space", func(c *config) { c.Annotations = map[string]string{"cdi.k8s.io/d": "v/c=d, v/c=e"} },
+	{"CDI annotation with a space",
+		func(c *config) { c.Annotations = map[string]string{"cdi.k8s.io/d": "v/c=d, v/c=e"} },
 		kind.Invalid, "config.annotations[cdi.k8s.io/d]"},
 	{"signal", func(c *config) { c.StopSignal = 66 }, kind.Invalid, "config.stop_signal"},
 
@@ -173,7 +174,8 @@ var containerCases = []struct {
 	{"idmap", withMount(&cri.Mount{HostPath: "/a", ContainerPath: "/b", UidMappings: []*cri.IDMapping{{}}}),
 		kind.Invalid, "config.mounts[0].uidMappings"},
 	{"removing options", withMount(
-		&cri.Mount{HostPath: "/a", ContainerPath: "/b", MountOptions: []string{"suid", "dev", "exec", "noatime"}}), nil, ""},
+		&cri.Mount{HostPath: "/a", ContainerPath: "/b", MountOptions: []string{"suid", "dev", "exec",
+			"noatime"}}), nil, ""},
 	{"option of another field", withMount(
 		&cri.Mount{HostPath: "/a", ContainerPath: "/b", MountOptions: []string{"suid", "ro"}}),
 		kind.Invalid, "config.mounts[0].mount_options[1]"},

@@ -42,7 +42,8 @@ func TestRate(t *testing.T) {
 			{3 * time.Second, 2 * time.Second, 500_000},
 		}},
 		{"asked long ago", time.Time{}, []reading{{0, 0, none}, {time.Hour, time.Second, none}}},
-		{"another cgroup of the same name", time.Time{}, []reading{{0, time.Hour, none}, {time.Minute, time.Second, none}}},
+		{"another cgroup of the same name", time.Time{}, []reading{{0, time.Hour, none}, {time.Minute, time.Second,
+			none}}},
 		{"a thousand processors for two minutes", time.Time{},
 			[]reading{{0, 0, none}, {2 * time.Minute, 2000 * time.Minute, 1_000_000_000}}},
 	} {

@@ -178,7 +178,8 @@ func (x *target) execs(n int) ([]float64, error) {
 	for i := range took {
 		g.Go(func() error {
 			began := time.Now()
-			r, err := x.runtime.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: x.container, Cmd: execCommand, Timeout: 10})
+			r, err := x.runtime.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: x.container, Cmd: execCommand,
+				Timeout: 10})
 			took[i] = float64(time.Since(began)) / float64(time.Millisecond)
 			if err == nil && (r.ExitCode != 0 || string(r.Stdout) != execOutput) {
 				err = fmt.Errorf("ExecSync answered %d, %q, %q", r.ExitCode, r.Stdout, r.Stderr)

@@ -139,8 +139,9 @@ func (d Dir) Put(ctx context.Context, r Request) (token string, err error) {
 		return "", err
 	}
 	if unused >= maxUnused || size+int64(len(b)) > maxBytes {
-		return "", kind.Errorf(kind.Exhausted, "%d tokens with %d bytes are not used yet, of at most %d with %d bytes: "+
-			"each lives for %s", unused, size, maxUnused, maxBytes, Lifetime)
+		return "", kind.Errorf(kind.Exhausted,
+			"%d tokens with %d bytes are not used yet, of at most %d with %d bytes: "+
+				"each lives for %s", unused, size, maxUnused, maxBytes, Lifetime)
 	}
 	return token, record.ReplaceFile(d.tokenPath(token), b, 0o600, false)
 }

@@ -70,7 +70,8 @@ var anExec = stored{Request{Kind: Exec}, rundir.BootID()}
 func TestTokenIsTakenOnce(t *testing.T) {
 	d := newDir(t)
 	for _, want := range []Request{
-		{Kind: Exec, ID: "c", RunDir: "/run/c", Cmd: []string{"sh", "-c", "\x00\"é"}, Stdin: true, Stdout: true, TTY: true},
+		{Kind: Exec, ID: "c", RunDir: "/run/c", Cmd: []string{"sh", "-c", "\x00\"é"}, Stdin: true, Stdout: true,
+			TTY: true},
 		{Kind: Attach, ID: "c", RunDir: "/run/c", Stdout: true, Stderr: true},
 		{Kind: PortForward, ID: "p", Netns: "/run/netns/p", Ports: []int32{80, 65535}},
 	} {

@@ -140,7 +140,8 @@ func TestPressure(t *testing.T) {
 		files          map[string]map[string]string
 		want           *Pressure
 	}{
-		{"v1 and v2", "cpu", filesV1, &Pressure{Some: Stall{1.5, 2, 3, 20000}, Full: Stall{Avg300: 0.25, Total: 21000}}},
+		{"v1 and v2", "cpu", filesV1, &Pressure{Some: Stall{1.5, 2, 3, 20000}, Full: Stall{Avg300: 0.25,
+			Total: 21000}}},
 		{"v2", "memory", filesV2, &Pressure{Some: Stall{Total: 22000}}},
 		{"no file", "io", filesV2, nil},
 		{"no v2", "cpu", map[string]map[string]string{"cpu": filesV1["cpu"]}, nil},

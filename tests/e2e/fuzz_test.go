@@ -206,7 +206,8 @@ func (r *requests) mutate(m protoreflect.Message, depth int) {
 func (r *requests) text() string { return r.texts[r.IntN(len(r.texts))] }
 
 func (r *requests) value(f protoreflect.FieldDescriptor) protoreflect.Value {
-	numbers := []int64{0, 1, -1, 2, 1000, 4096, 65536, 1 << 20, math.MaxInt32, math.MinInt32, math.MaxInt64, math.MinInt64}
+	numbers := []int64{0, 1, -1, 2, 1000, 4096, 65536, 1 << 20, math.MaxInt32, math.MinInt32, math.MaxInt64,
+		math.MinInt64}
 	n := numbers[r.IntN(len(numbers))]
 	switch f.Kind() {
 	case protoreflect.StringKind:

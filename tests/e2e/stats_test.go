@@ -201,7 +201,8 @@ func TestStatsOfNetwork(t *testing.T) {
 	sender := from.Run("from", []string{"sleep", "1000"})
 	target := to.Status().Network.Ip
 	harness.Eventually(t, patience, "a mebibyte has been sent", func() bool {
-		r, err := sender.Exec(30, "sh", "-c", "head -c 1048576 /dev/zero | nc "+target+" 7777 | head -c 1048576 | wc -c")
+		r, err := sender.Exec(30, "sh", "-c",
+			"head -c 1048576 /dev/zero | nc "+target+" 7777 | head -c 1048576 | wc -c")
 		return err == nil && strings.TrimSpace(string(r.Stdout)) == "1048576"
 	})
 	for _, p := range []*harness.Pod{to, from} {

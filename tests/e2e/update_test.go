@@ -72,9 +72,11 @@ func TestUpdateContainerResources(t *testing.T) {
 		says string
 	}{
 		"below what is used": {
-			&cri.LinuxContainerResources{CpuShares: 1024, MemoryLimitInBytes: 10 * mib}, codes.FailedPrecondition, "uses",
+			&cri.LinuxContainerResources{CpuShares: 1024,
+				MemoryLimitInBytes: 10 * mib}, codes.FailedPrecondition, "uses",
 		},
-		"invalid": {&cri.LinuxContainerResources{CpuShares: 1024, CpuPeriod: 1}, codes.InvalidArgument, "linux.cpu_period: "},
+		"invalid": {&cri.LinuxContainerResources{CpuShares: 1024, CpuPeriod: 1}, codes.InvalidArgument,
+			"linux.cpu_period: "},
 		"a cpu that is not there": {
 			&cri.LinuxContainerResources{CpuShares: 1024, MemoryLimitInBytes: 200 * mib, CpusetCpus: "4000"},
 			codes.InvalidArgument, "linux.cpuset_cpus: ",
@@ -111,7 +113,8 @@ func TestUpdateUnified(t *testing.T) {
 	pid := c.Info().PID
 	first := &cri.LinuxContainerResources{
 		MemoryLimitInBytes: 128 * mib,
-		Unified:            map[string]string{"memory.min": "4194304", "memory.low": "8388608", "memory.high": "67108864"},
+		Unified: map[string]string{"memory.min": "4194304", "memory.low": "8388608",
+			"memory.high": "67108864"},
 	}
 	err := update(c, first)
 	if _, serr := os.Stat("/sys/fs/cgroup/cgroup.controllers"); serr != nil { // cgroup v1
@@ -141,7 +144,8 @@ func TestUpdateUnified(t *testing.T) {
 	if got := c.Status().Resources.Linux; got.CpuShares != 0 || got.Unified["memory.high"] != "67108864" {
 		t.Errorf("the status shows %v", got)
 	}
-	check(t, update(c, &cri.LinuxContainerResources{Unified: map[string]string{"memory.min": "0", "memory.high": "max"}}))
+	check(t, update(c, &cri.LinuxContainerResources{Unified: map[string]string{"memory.min": "0",
+		"memory.high": "max"}}))
 	has("cleared", "0", "8388608", "max")
 	harness.Systemctl("daemon-reload")
 	has("cleared, read anew", "0", "8388608", "max")

@@ -44,7 +44,10 @@ func TestOutputOfManyCommands(t *testing.T) {
 	if most := memoryOf(t, pid, "VmHWM"); most > 160 {
 		t.Errorf("the daemon took %d MiB", most)
 	}
-	harness.Eventually(t, time.Minute, "the memory is given back", func() bool { return memoryOf(t, pid, "VmRSS") < 100 })
+	harness.Eventually(t, time.Minute, "the memory is given back", func() bool {
+		return memoryOf(t, pid,
+			"VmRSS") < 100
+	})
 	n.RemoveAllPods()
 	n.CheckClean()
 }

@@ -170,7 +170,8 @@ func TestCopyThroughExec(t *testing.T) {
 	n := harness.New(t)
 	c := n.RunPod("copy").Run("copy", []string{"sleep", "1000"})
 	both(t, func(t *testing.T, protocol string) {
-		e := executor(t, protocol, execURL(t, c.With(t), &cri.ExecRequest{Cmd: []string{"cat"}, Stdin: true, Stdout: true}))
+		e := executor(t, protocol, execURL(t, c.With(t), &cri.ExecRequest{Cmd: []string{"cat"}, Stdin: true,
+			Stdout: true}))
 		stop := restarts(n)
 		defer stop()
 		in, out := newNoise(size()), sha256.New()
@@ -194,7 +195,8 @@ func TestAttach(t *testing.T) {
 			func(cfg *cri.ContainerConfig) { cfg.Stdin, cfg.StdinOnce = true, true })
 		ctx, cancel := harness.Deadline()
 		defer cancel()
-		resp, err := n.Runtime.Attach(ctx, &cri.AttachRequest{ContainerId: c.ID, Stdin: true, Stdout: true, Stderr: true})
+		resp, err := n.Runtime.Attach(ctx, &cri.AttachRequest{ContainerId: c.ID, Stdin: true, Stdout: true,
+			Stderr: true})
 		if err != nil {
 			t.Fatal(err)
 		}

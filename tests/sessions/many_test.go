@@ -112,7 +112,8 @@ func TestClientsThatGo(t *testing.T) {
 		hangUp, ended := begin(t, protocol, "hungup"+protocol)
 		hangUp()
 		<-ended
-		harness.Eventually(t, 20*time.Second, "the command ends with its client", func() bool { return !runs("hungup" + protocol) })
+		harness.Eventually(t, 20*time.Second, "the command ends with its client",
+			func() bool { return !runs("hungup" + protocol) })
 
 		hangUp, ended = begin(t, protocol, "lost"+protocol)
 		defer hangUp()

@@ -318,7 +318,8 @@ func outOfMemory(t *testing.T, pod *harness.Pod) {
 	// A child is killed, the container goes on and fails a moment later: for that reason.
 	c := pod.Run("parent", []string{"sh", "-c", "tail /dev/zero; echo child: $?; sleep 1; exit 5"}, small)
 	if s := c.WaitExited(patience); s.ExitCode != 5 || s.Reason != "OOMKilled" || s.Message == "" {
-		t.Errorf("parent ended with %d, %s, %q; want 5, OOMKilled, and which process it was", s.ExitCode, s.Reason, s.Message)
+		t.Errorf("parent ended with %d, %s, %q; want 5, OOMKilled, and which process it was", s.ExitCode, s.Reason,
+			s.Message)
 	}
 	c.WaitLog(patience, "child: 137")
 	for _, c := range append(hogs, c) {
