@@ -20,7 +20,7 @@ func (n *Plugins[P, C]) CreateContainer(ctx context.Context, c C,
 		return nil, nil
 	}
 	resp, err := n.create(ctx, c, s)
-	if err != nil {
+	if err != nil || resp == nil {
 		return nil, err
 	}
 	n.apply(ctx, resp.GetUpdate())
