@@ -32,10 +32,15 @@ type Server struct {
 	version string
 }
 
+// handshakeTimeout is what a client may take from its connection to the beginning of
+// HTTP/2. A shutdown waits for that, whatever else it gives up.
+const handshakeTimeout = 5 * time.Second
+
 // NewServer makes a gRPC server that answers from d.
 func NewServer(d *daemon.Daemon, version string, log *slog.Logger) *grpc.Server {
 	s := &Server{d: d, version: version}
 	g := grpc.NewServer(
+		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.ForceServerCodecV2(newCodec(d.Containers.Room)),
 		grpc.UnaryInterceptor(answer(log, d.Config().Metrics)),

@@ -212,7 +212,6 @@ func (b *builder) mountImage(ctx context.Context, i int, m *runtimeapi.Mount) (s
 	b.mounts = append(b.mounts, records.ImageMount{
 		Index:   i,
 		ImageID: img.ID,
-		Ref:     img.Ref,
 		Layers:  img.Layers,
 	})
 	target := b.m.dir(b.rec.ID).Path(filepath.Join(imagesName, strconv.Itoa(i)))

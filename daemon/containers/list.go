@@ -133,8 +133,8 @@ func (c *Container) status() *runtimeapi.ContainerStatus {
 	return status
 }
 
-// mounts are those asked for, each image with the digest that it stood for, as the
-// container's own image has it.
+// mounts are those asked for, each image with what it stood for: its id, which is the
+// digest that a pull has answered with.
 func mounts(rec *records.Container) []*runtimeapi.Mount {
 	mounts := rec.Config.M.GetMounts()
 	if len(rec.ImageMounts) == 0 {
@@ -146,7 +146,7 @@ func mounts(rec *records.Container) []*runtimeapi.Mount {
 			continue // a record that was edited
 		}
 		m := proto.Clone(mounts[im.Index]).(*runtimeapi.Mount)
-		m.Image.ImageRef = cmp.Or(im.Ref, im.ImageID)
+		m.Image.ImageRef = im.ImageID
 		mounts[im.Index] = m
 	}
 	return mounts

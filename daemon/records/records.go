@@ -181,7 +181,6 @@ func (c *Container) Uses(layer digest.Digest) bool {
 type ImageMount struct {
 	Index   int             `json:"index"` // in Config.mounts
 	ImageID string          `json:"imageId"`
-	Ref     string          `json:"ref,omitempty"` // a digest reference where there is one
 	Layers  []digest.Digest `json:"layers"`
 }
 

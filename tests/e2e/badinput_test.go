@@ -2,8 +2,10 @@ package e2e
 
 import (
 	"context"
+	"net"
 	"strings"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
@@ -336,4 +338,24 @@ func TestBadInput(t *testing.T) {
 			cancel()
 		}
 	})
+}
+
+// A client that connects and says nothing holds the daemon's end up for seconds, and
+// not for the two minutes that gRPC would give it.
+func TestSilentClient(t *testing.T) {
+	n := harness.New(t)
+	c, err := net.Dial("unix", n.Socket)
+	check(t, err)
+	defer c.Close()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		n.Stop()
+	}()
+	select {
+	case <-ended:
+	case <-time.After(time.Minute):
+		t.Error("the daemon has not ended")
+		<-ended
+	}
 }

@@ -112,7 +112,7 @@ func TestRefusedFields(t *testing.T) {
 		c.Mounts = []*cri.Mount{{ContainerPath: "/i", Readonly: true, Image: image("runc")}}
 	})
 	s := c.Status()
-	if ref := s.Mounts[0].Image.ImageRef; ref != s.ImageRef || !strings.Contains(ref, "@sha256:") {
-		t.Errorf("the volume has the image %q, the container %q", ref, s.ImageRef)
+	if ref := s.Mounts[0].Image.ImageRef; ref != s.ImageId || !strings.HasPrefix(ref, "sha256:") {
+		t.Errorf("the volume has the image %q, the container %q", ref, s.ImageId)
 	}
 }
