@@ -132,7 +132,7 @@ func (c *container) openLog(l rundir.Launch, files *Files) (err error) {
 		files.Log.Close()
 		c.log = logfile.Resume(l.LogDirectory, l.LogPath, fd, c.memory.Log())
 	default:
-		if c.log, err = logfile.Open(l.LogDirectory, l.LogPath); err != nil {
+		if c.log, err = logfile.Prepare(l.LogDirectory, l.LogPath); err != nil {
 			return logError(err)
 		}
 		c.log.KeepIn(c.memory.Log())
@@ -279,7 +279,7 @@ func (t *task) handOver() (*Files, error) {
 	}
 	if files.Memory, err = stdio.Dup(c.memory.File()); err == nil && c.log != nil {
 		var fd int
-		if fd, err = c.log.Dup(); err == nil {
+		if fd, err = c.log.Dup(); err == nil && fd >= 0 {
 			files.Log = os.NewFile(uintptr(fd), "log")
 		}
 	}

@@ -32,6 +32,11 @@ func (t *task) Start() (rundir.Process, time.Time, error) {
 	if t.over {
 		return s.Init, s.StartedAt, kind.Errorf(kind.State, "cannot start: %w", runc.ErrNotStartable)
 	}
+	if c.log != nil { // there is none of a container that was never started
+		if _, err := c.log.Reopen(); err != nil {
+			return s.Init, s.StartedAt, logError(err)
+		}
+	}
 	// A caller that goes away does not stop a start half way.
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()

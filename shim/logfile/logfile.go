@@ -45,11 +45,12 @@ type File struct {
 
 	// mu is held during writes: a disk that hangs keeps it.
 	mu   sync.Mutex
-	fd   int    // owned; -1 once closed
+	fd   int    // owned; -1 before the first Reopen, and once closed
 	out  []byte // records to write, all of one stream; mapped on first use, unmapped by Close
 	used int    // the most of out that was in use since the last Trim
 	// Of the records in out.
 	outRecords, outPartials int
+	closed                  bool
 	// state is guarded by mu. Its counters are changed under countersMu, too.
 	state *State
 
@@ -66,15 +67,27 @@ type Counters struct {
 	Err          string // of the last write or Reopen; empty when it works
 }
 
-// Open opens directory/path, and creates the file (mode 0640) and the
-// directories between (0755) as needed. No name in path may be a symbolic link,
-// or be "..". What directory itself is made of is trusted: it is the kubelet's.
+// Prepare checks directory/path, and creates the directories between (0755) as needed.
+// The file itself comes with Reopen: a kubelet counts the logs that it finds as starts
+// of the container. No name in path may be a symbolic link, or be "..". What directory
+// itself is made of is trusted: it is the kubelet's.
+func Prepare(directory, path string) (*File, error) {
+	if err := prepare(directory, path); err != nil {
+		return nil, err
+	}
+	return Resume(directory, path, -1, new(State)), nil
+}
+
+// Open is Prepare and Reopen.
 func Open(directory, path string) (*File, error) {
-	o, err := open(directory, path, true)
+	f, err := Prepare(directory, path)
 	if err != nil {
 		return nil, err
 	}
-	return Resume(directory, path, o.fd, new(State)), nil
+	if _, err := f.Reopen(); err != nil {
+		return nil, err
+	}
+	return f, nil
 }
 
 // Resume goes on with a log that is open already, for appending, and of which
@@ -98,10 +111,13 @@ func (f *File) KeepIn(s *State) {
 	f.state = s
 }
 
-// Dup gives a second descriptor of the file that is in use, for Resume.
+// Dup gives a second descriptor of the file that is in use, for Resume, or -1 if none is.
 func (f *File) Dup() (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.fd < 0 {
+		return -1, nil
+	}
 	fd, err := unix.FcntlInt(uintptr(f.fd), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return -1, fmt.Errorf("cannot duplicate the log %s below %s: %w", f.path, f.directory, err)
@@ -109,9 +125,10 @@ func (f *File) Dup() (int, error) {
 	return fd, nil
 }
 
-// Reopen opens the path anew and gives the new file's inode. Records go there
-// from the next one on: a line that is in the old file as a P ends in the new
-// one. On an error the old file stays in use, and no new one is left.
+// Reopen opens the path anew, creating the file (mode 0640) if it is missing, and
+// gives the new file's inode. Records go there from the next one on: a line that is in
+// the old file as a P ends in the new one. On an error the old file stays in use, and
+// no new one is left.
 func (f *File) Reopen() (inode uint64, err error) {
 	f.reopening.Lock()
 	defer f.reopening.Unlock()
@@ -126,12 +143,12 @@ func (f *File) Reopen() (inode uint64, err error) {
 // not come between.
 func (f *File) reopen() (inode uint64, err error) {
 	f.mu.Lock()
-	closed := f.fd < 0
+	closed := f.closed
 	f.mu.Unlock()
 	if closed {
 		return 0, os.ErrClosed
 	}
-	o, err := open(f.directory, f.path, false)
+	o, err := open(f.directory, f.path)
 	if err != nil {
 		return 0, err
 	}
@@ -141,7 +158,9 @@ func (f *File) reopen() (inode uint64, err error) {
 	old := f.fd
 	f.fd = o.fd
 	f.mu.Unlock()
-	unix.Close(old)
+	if old >= 0 {
+		unix.Close(old)
+	}
 	return o.inode, nil
 }
 
@@ -162,12 +181,16 @@ func (f *File) Close() error {
 	defer f.reopening.Unlock()
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.fd < 0 {
+	if f.closed {
 		return os.ErrClosed
 	}
-	f.mendLocked(time.Now())
-	err := unix.Close(f.fd)
-	f.fd = -1
+	f.closed = true
+	var err error
+	if f.fd >= 0 {
+		f.mendLocked(time.Now())
+		err = unix.Close(f.fd)
+		f.fd = -1
+	}
 	if f.out != nil {
 		unix.Munmap(f.out[:outSize])
 		f.out, f.used = nil, 0

@@ -24,14 +24,37 @@ type opened struct {
 	inode uint64
 }
 
-// open opens directory/path for appending, and creates it if it is missing.
-// With mkdirs it creates the directories below directory, too. If it fails it
-// leaves no file behind that it created.
+// open opens directory/path for appending, and creates it if it is missing. If it
+// fails it leaves no file behind that it created.
+func open(directory, path string) (o opened, err error) {
+	err = inParent(directory, path, false, func(dir int, name string) (err error) {
+		o, err = openFile(dir, name)
+		return err
+	})
+	return o, err
+}
+
+// prepare makes the directories below directory that path needs, and finds out whether
+// a log may have the name. It leaves the file as it is, there or not.
+func prepare(directory, path string) error {
+	return inParent(directory, path, true, func(dir int, name string) error {
+		fd, err := holdRegular(dir, name)
+		if errors.Is(err, unix.ENOENT) {
+			return nil
+		}
+		if err == nil {
+			unix.Close(fd)
+		}
+		return err
+	})
+}
+
+// inParent calls f with the directory that path is in, and the name there.
 //
 // A pod can have /var/log mounted and put there what it likes while this runs.
 // So each name is looked up in the descriptor of the directory before it, and
 // nothing that is a symbolic link is followed.
-func open(directory, path string, mkdirs bool) (o opened, err error) {
+func inParent(directory, path string, mkdirs bool, f func(dir int, name string) error) (err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("cannot open the log %s below %s: %w", path, directory, err)
@@ -39,25 +62,25 @@ func open(directory, path string, mkdirs bool) (o opened, err error) {
 	}()
 	names, err := split(path)
 	if err != nil {
-		return opened{}, err
+		return err
 	}
 	dir, err := retry(func() (int, error) {
 		return unix.Open(directory, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	})
 	if err != nil {
-		return opened{}, err
+		return err
 	}
 	defer func() { unix.Close(dir) }()
 	last := len(names) - 1
 	for _, name := range names[:last] {
 		next, err := openDir(dir, name, mkdirs)
 		if err != nil {
-			return opened{}, fmt.Errorf("directory %s: %w", name, err)
+			return fmt.Errorf("directory %s: %w", name, err)
 		}
 		unix.Close(dir)
 		dir = next
 	}
-	return openFile(dir, names[last])
+	return f(dir, names[last])
 }
 
 // split gives the names that a path is made of.
@@ -119,26 +142,36 @@ func openFile(dir int, name string) (opened, error) {
 
 const flags = unix.O_WRONLY | unix.O_APPEND | unix.O_CLOEXEC | unix.O_NONBLOCK | unix.O_NOCTTY
 
-// openRegular opens a file that is there. What it is, is found out before it is
-// opened: to open a device has effects, and to open a FIFO blocks.
+// openRegular opens a file that is there.
 func openRegular(dir int, name string) (int, error) {
-	held, err := openat(dir, name, unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: beneath})
+	held, err := holdRegular(dir, name)
 	if err != nil {
 		return -1, err
 	}
 	defer unix.Close(held)
-	var st unix.Stat_t
-	if err := unix.Fstat(held, &st); err != nil {
+	return retry(func() (int, error) { return unix.Open(fmt.Sprintf("/proc/self/fd/%d", held), flags, 0) })
+}
+
+// holdRegular gives a descriptor (O_PATH) of a file that is there. What it is, is found
+// out before it is opened: to open a device has effects, and to open a FIFO blocks.
+func holdRegular(dir int, name string) (int, error) {
+	held, err := openat(dir, name, unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: beneath})
+	if err != nil {
 		return -1, err
 	}
-	switch st.Mode & unix.S_IFMT {
-	case unix.S_IFREG:
-	case unix.S_IFDIR:
-		return -1, unix.EISDIR
-	default:
-		return -1, ErrNotRegular
+	var st unix.Stat_t
+	if err = unix.Fstat(held, &st); err == nil {
+		switch st.Mode & unix.S_IFMT {
+		case unix.S_IFREG:
+			return held, nil
+		case unix.S_IFDIR:
+			err = unix.EISDIR
+		default:
+			err = ErrNotRegular
+		}
 	}
-	return retry(func() (int, error) { return unix.Open(fmt.Sprintf("/proc/self/fd/%d", held), flags, 0) })
+	unix.Close(held)
+	return -1, err
 }
 
 func openat(dir int, name string, how unix.OpenHow) (int, error) {

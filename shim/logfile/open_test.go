@@ -32,6 +32,37 @@ func TestOpenCreates(t *testing.T) {
 	}
 }
 
+// A log that is prepared has its directories, and no file before it is opened.
+func TestPrepare(t *testing.T) {
+	dir := t.TempDir()
+	f, err := Prepare(dir, "a/0.log")
+	check(t, err)
+	if names, err := os.ReadDir(dir + "/a"); err != nil || len(names) > 0 {
+		t.Errorf("there is %v, %v", names, err)
+	}
+	if fd, err := f.Dup(); fd != -1 || err != nil {
+		t.Errorf("Dup gives %d, %v", fd, err)
+	}
+	_, err = f.Reopen()
+	check(t, err)
+	f.Append(Stdout, time.Now(), []byte("x\n"), true)
+	check(t, f.Close())
+	if got := output(parse(t, read(t, dir+"/a/0.log")), Stdout); got != "x\n" {
+		t.Errorf("got %q", got)
+	}
+	// One that is never opened leaves nothing, and is closed like any other.
+	if f, err = Prepare(dir, "b.log"); err == nil {
+		err = f.Close()
+	}
+	check(t, err)
+	if _, err := f.Reopen(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("Reopen after Close: %v", err)
+	}
+	if _, err := os.Lstat(dir + "/b.log"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("b.log: %v", err)
+	}
+}
+
 func TestOpenAppends(t *testing.T) {
 	dir := t.TempDir()
 	for range 2 {
