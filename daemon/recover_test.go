@@ -468,6 +468,33 @@ func TestRecoverInit(t *testing.T) {
 	}
 }
 
+// An init whose creation was cut short is removed, and once only: the next one, which a
+// container may ask for before that, has the same id.
+func TestRecoverInitOnce(t *testing.T) {
+	b := newBed(t)
+	pod := b.RunPod(t, "pod")
+	b.Run(t, pod, fake.Shared("a"))
+	b.close()
+	var init records.Container
+	var rec records.Pod
+	check(t, errors.Join(b.Store.Get(state.Containers, pod, &init), b.Store.Get(state.Pods, pod, &rec)))
+	init.Phase, rec.PIDNamespace = records.ContainerCreating, ""
+	err := errors.Join(b.Store.Put(state.Containers, pod, &init, false), b.Store.Put(state.Pods, pod, &rec, false))
+	check(t, err)
+	if r := b.open(); r.undone != 1 {
+		t.Errorf("%d creations are undone", r.undone)
+	}
+	p, err := b.Pods.Find(pod)
+	check(t, err)
+	before := p.Init()
+	b.Run(t, pod, fake.Shared("b"))
+	check(t, before.Remove(t.Context())) // as the start does in the background
+	if after := p.Init(); after == before || !after.Seen().Init.Alive() || p.Ready() != nil {
+		t.Errorf("the init is %v, lives: %t; %v", after, after.Seen().Init.Alive(), p.Ready())
+	}
+	b.removeAll(pod)
+}
+
 // Of two containers with one name the one that lives has it; the other is put
 // aside.
 func TestRecoverOneNameTwice(t *testing.T) {

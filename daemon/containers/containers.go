@@ -227,8 +227,9 @@ type Container struct {
 	dir    rundir.Dir
 	client *client.Client
 
-	op     claims.Lock
-	ending claims.Lock
+	op      claims.Lock
+	ending  claims.Lock
+	removed bool // by Remove; guarded by op
 
 	record atomic.Pointer[records.Container] // replaced by save, never changed in place
 

@@ -33,8 +33,8 @@ func (c *Container) Remove(ctx context.Context) error {
 	}
 	defer c.op.Unlock()
 	rec := c.Record()
-	if !rec.Init && !c.m.known(c) {
-		return nil // another call has removed it
+	if c.removed || !rec.Init && !c.m.known(c) {
+		return nil // another call has removed it; the next init of a pod has the same id
 	}
 	if err := c.save(func(r *records.Container) { r.Phase = records.ContainerRemoving }); err != nil {
 		c.m.Log.Warn("cannot write down that a container is removed", "container", rec.ID, "error", err)
@@ -49,6 +49,7 @@ func (c *Container) Remove(ctx context.Context) error {
 	if err := c.giveBack(ctx); err != nil {
 		c.m.owe(c, err)
 	}
+	c.removed = true
 	c.m.forget(c)
 	c.announce(deleted + 1)
 	c.m.Images.Unwanted(rec.AllLayers()) // it may have been the last one that used a removed image
