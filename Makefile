@@ -21,7 +21,8 @@ PLUGINS  = main/bridge main/loopback ipam/host-local meta/portmap
 FOREIGN = bin/runc $(foreach p,$(PLUGINS),bin/cni/$(notdir $p))
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build programs proto check-proto test drill fuzz vm-test lint bench demo update-footprint install clean
+.PHONY: help deps build programs proto check-proto test drill fuzz vm-test test-kubelet lint bench demo \
+	update-footprint install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
@@ -78,6 +79,10 @@ fuzz: deps ## run each fuzzer for FUZZTIME (1m)
 vm-test: build ## test under systemd and cgroup v2, in a machine that VM=PROGRAM boots
 	@[ -n '$(VM)' ] || { echo 'make vm-test needs VM=PROGRAM; tests/vm/vm_test.go says what it has to do'; exit 2; }
 	HOLDFAST_VM='$(VM)' go test -count=1 -timeout=60m -v ./tests/vm
+
+test-kubelet: build ## test with a real kubelet, which is built at first (some minutes, into .cache)
+	@hack/deps.sh test
+	@hack/test.sh kubelet
 
 lint: deps ## check the format and go vet
 	@hack/test.sh gofmt vet

@@ -2,11 +2,11 @@
 # Runs the checks and tests, all of them or the named ones, and ends with a
 # summary. One that fails does not keep the others from running.
 #
-#   test.sh [gofmt] [vet] [proto] [unit] [layers] [footprint] [e2e] [sessions] [crash] [fuzz]
+#   test.sh [gofmt] [vet] [proto] [unit] [layers] [footprint] [e2e] [sessions] [crash] [fuzz] [kubelet]
 #
-# HOLDFAST_DRILL=1 runs e2e, sessions and crash in full length. fuzz, only if named, takes
-# FUZZTIME, 1m, for each target. The whole output of each step stays in
-# .cache/test/STEP.log.
+# HOLDFAST_DRILL=1 runs e2e, sessions and crash in full length. fuzz and kubelet run
+# only if named; fuzz takes FUZZTIME, 1m, for each target. The whole output of each
+# step stays in .cache/test/STEP.log.
 set -u
 cd "$(dirname "$0")/.." || exit
 PATH=$PWD/.cache/go/bin:$PATH:/usr/local/go/bin
@@ -68,6 +68,9 @@ step() {
 	e2e) gotest -race ./tests/e2e ;;
 	sessions) (cd tests/sessions && go vet . && gotest .) ;; # a module of its own
 	crash) gotest -race ./tests/crash ;;
+	kubelet) # with programs that are built as they are shipped, in namespaces of their own
+		(cd tests/kubelet && go vet . && HOLDFAST_BIN=$PWD/../../bin gotest .)
+		;;
 	fuzz)
 		fuzz || return
 		HOLDFAST_DRILL=1 gotest -run='^Test(RandomLayers|Bombs)' ./daemon/rootfs
