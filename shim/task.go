@@ -44,6 +44,9 @@ type task struct {
 	// updating is held by an update of resources, and by the removal of what the OCI
 	// runtime keeps. It is taken before starting.
 	updating sync.Mutex
+	// updateAskedAt is when the last update was asked for, on CLOCK_BOOTTIME. It is
+	// guarded by updating.
+	updateAskedAt time.Duration
 
 	serving    sync.WaitGroup // for the clients of sessions
 	attached   atomic.Int32   // clients of the container, and those awaited

@@ -30,20 +30,24 @@ type resources struct {
 }
 
 // Update sets the resources of the container, all of them or none. update is a
-// rundir.Update in JSON; without one nothing is done but to wait for an update that is
-// under way. It owes nothing to the call that asked for it: it ends by itself.
+// rundir.Update in JSON; without resources nothing is done but to wait for an update that
+// is under way. It owes nothing to the call that asked for it: it ends by itself.
 func (t *task) Update(update []byte) error {
 	t.updating.Lock()
 	defer t.updating.Unlock()
-	if len(update) == 0 {
+	u := &updating{dir: t.dir}
+	if err := json.Unmarshal(update, &u.Update); err != nil {
+		return kind.Errorf(kind.Invalid, "update: %w", err)
+	}
+	// Calls of one connection may overtake each other.
+	if u.AskedAt < t.updateAskedAt {
+		return kind.Errorf(kind.Aborted, "a later update was asked for")
+	}
+	t.updateAskedAt = u.AskedAt
+	if len(u.Resources) == 0 {
 		return nil
 	}
-	u := &updating{dir: t.dir}
-	err := json.Unmarshal(update, &u.Update)
-	if err == nil {
-		err = errors.Join(json.Unmarshal(u.Resources, &u.now), json.Unmarshal(u.Undo, &u.was))
-	}
-	if err != nil {
+	if err := errors.Join(json.Unmarshal(u.Resources, &u.now), json.Unmarshal(u.Undo, &u.was)); err != nil {
 		return kind.Errorf(kind.Invalid, "update: %w", err)
 	}
 	c, err := t.alive()

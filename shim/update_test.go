@@ -32,14 +32,11 @@ func limitsOf(shares uint64, memory int64) *specs.LinuxResources {
 
 func (b *box) update(u *rundir.Update) error {
 	b.t.Helper()
-	var raw []byte
-	if u != nil {
-		var err error
-		if raw, err = json.Marshal(u); err != nil {
-			b.t.Fatal(err)
-		}
+	raw, err := json.Marshal(u)
+	if err != nil {
+		b.t.Fatal(err)
 	}
-	_, err := b.client.Update(b.ctx(), &pb.UpdateRequest{Id: b.id, Update: raw})
+	_, err = b.client.Update(b.ctx(), &pb.UpdateRequest{Id: b.id, Update: raw})
 	return err
 }
 
@@ -201,8 +198,12 @@ func TestUpdateRefused(t *testing.T) {
 	if _, err := b.client.Update(b.ctx(), &pb.UpdateRequest{Id: "other"}); code(err) != codes.NotFound {
 		t.Errorf("another container: %v", err)
 	}
-	if err := b.update(nil); err != nil { // waits for nothing
+	if err := b.update(&rundir.Update{AskedAt: 7}); err != nil { // waits for nothing
 		t.Error(err)
+	}
+	ok.AskedAt = 6
+	if err := b.update(ok); code(err) != codes.Aborted {
+		t.Errorf("an update that another call has overtaken: %v", err)
 	}
 }
 

@@ -91,7 +91,7 @@ func (c *Container) updateLocked(ctx context.Context, change *spec.Change) error
 	}
 	err = step.Reach(step.ContainerUpdating)
 	if err == nil {
-		err = c.call(ctx, func() error { return c.client.Update(ctx, u) })
+		err = c.call(ctx, func() error { return c.client.Update(ctx, *u) })
 	}
 	if err == nil {
 		err = step.Reach(step.ContainerUpdated)
@@ -171,7 +171,7 @@ func (c *Container) endUpdate(ctx context.Context) error {
 // container that has ended needs no shim for that. The caller holds op.
 func (c *Container) endUpdateLocked(ctx context.Context) error {
 	if c.Seen().Exit == nil {
-		err := c.call(ctx, func() error { return c.client.Update(ctx, nil) })
+		err := c.call(ctx, func() error { return c.client.Update(ctx, rundir.Update{}) })
 		if err != nil && !c.readExit() {
 			return err
 		}

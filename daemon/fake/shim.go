@@ -36,16 +36,18 @@ type shim struct {
 	lock     *os.File
 	ended    chan struct{} // closed when the process may end
 
-	mu      sync.Mutex
-	launch  rundir.Launch
-	init    *exec.Cmd // nil: there is no container
-	pidfd   int       // of init
-	cgroup  string
-	status  rundir.Status
-	exit    *rundir.Exit
-	events  []*proto.Event
-	changed chan struct{} // closed at the next event
-	over    bool          // ended is closed
+	mu     sync.Mutex
+	launch rundir.Launch
+	init   *exec.Cmd // nil: there is no container
+	pidfd  int       // of init
+	cgroup string
+	status rundir.Status
+	exit   *rundir.Exit
+
+	updateAskedAt time.Duration
+	events        []*proto.Event
+	changed       chan struct{} // closed at the next event
+	over          bool          // ended is closed
 }
 
 // runShim is the whole life of a shim. Its arguments are those of the real one.
@@ -372,12 +374,19 @@ const TooLittle = 4096
 func (s *shim) Update(_ context.Context, r *proto.UpdateRequest) (*proto.UpdateResponse, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(r.Update) == 0 {
+	var u rundir.Update
+	if err := json.Unmarshal(r.Update, &u); err != nil {
+		return nil, kind.As(kind.Invalid, err)
+	}
+	if u.AskedAt < s.updateAskedAt {
+		return nil, kind.Errorf(kind.Aborted, "a later update was asked for")
+	}
+	s.updateAskedAt = u.AskedAt
+	if len(u.Resources) == 0 {
 		return &proto.UpdateResponse{}, nil
 	}
-	var u rundir.Update
 	var set specs.LinuxResources
-	if err := errors.Join(json.Unmarshal(r.Update, &u), json.Unmarshal(u.Resources, &set)); err != nil {
+	if err := json.Unmarshal(u.Resources, &set); err != nil {
 		return nil, kind.As(kind.Invalid, err)
 	}
 	if set.Memory != nil && set.Memory.Limit != nil && *set.Memory.Limit == TooLittle {

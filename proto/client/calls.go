@@ -153,17 +153,17 @@ func (c *Client) Resize(ctx context.Context, execID string, size Size) error {
 	return err
 }
 
-// Update has the shim set the resources of the container, all of them or none. With nil
-// it waits for an update that is under way.
-func (c *Client) Update(ctx context.Context, u *rundir.Update) error {
-	req := &proto.UpdateRequest{Id: c.dir.ID()}
-	if u != nil {
-		var err error
-		if req.Update, err = json.Marshal(u); err != nil {
-			return kind.As(kind.Invalid, err)
-		}
+// Update has the shim set the resources of the container, all of them or none. Without
+// resources it waits for an update that is under way, and makes sure that none comes any
+// more that was asked for earlier.
+func (c *Client) Update(ctx context.Context, u rundir.Update) error {
+	u.AskedAt = rundir.BootTime()
+	update, err := json.Marshal(u)
+	if err != nil {
+		return kind.As(kind.Invalid, err)
 	}
-	_, err := call(ctx, c, slow, proto.ShimService.Update, req)
+	req := &proto.UpdateRequest{Id: c.dir.ID(), Update: update}
+	_, err = call(ctx, c, slow, proto.ShimService.Update, req)
 	return err
 }
 

@@ -1,6 +1,9 @@
 package rundir
 
-import "encoding/json"
+import (
+	"encoding/json"
+	"time"
+)
 
 // UpdateName is the record of the last update of a container's resources. None: they are
 // as in create.json and config.json.
@@ -12,12 +15,15 @@ const UpdateName = "update.json"
 type Update struct {
 	// Resources and Undo are linux.resources of an OCI spec: all that is set, after the
 	// update and before it.
-	Resources json.RawMessage `json:"resources"`
-	Undo      json.RawMessage `json:"undo"`
+	Resources json.RawMessage `json:"resources,omitempty"`
+	Undo      json.RawMessage `json:"undo,omitempty"`
 	// OOMScoreAdj is that of the container's processes, before and after.
 	OOMScoreAdj [2]int `json:"oomScoreAdj"`
 	// Record is how the daemon calls the resources. The shim keeps it.
 	Record Opaque `json:"record"`
+	// AskedAt orders the calls, on CLOCK_BOOTTIME: one that was asked for before another
+	// that the shim has answered comes too late, and is refused.
+	AskedAt time.Duration `json:"askedAt"`
 }
 
 // ReadUpdate and WriteUpdate are for update.json what ReadStatus and WriteStatus are for
