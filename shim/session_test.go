@@ -313,7 +313,7 @@ func TestSessionErrors(t *testing.T) {
 	missing := command("")
 	missing.Process = &specs.Process{Args: []string{"/no/such/program"}}
 	late := terminal("sleep 1000")
-	late.Timeout = 200 * time.Millisecond
+	late.Timeout = 3 * time.Second // which has to do for its start, too
 	stderr := terminal("true")
 	stderr.Stderr = true
 	for name, o := range map[string]client.SessionOptions{
