@@ -170,7 +170,9 @@ func (e *exec) run(p *specs.Process, setUser bool) {
 		close(e.started)
 		e.status, err = e.process.Wait(e.life)
 	}
-	if err != nil && e.process != nil {
+	// Who hangs up when the process is just ending means all that it has started.
+	hungUp := errors.Is(context.Cause(e.life), errExecHangup)
+	if (err != nil || hungUp) && e.process != nil {
 		e.hangUp()
 		e.task.killExec(e.id, e.process)
 	}

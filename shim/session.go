@@ -158,7 +158,12 @@ func (t *task) Exec(ctx context.Context, p *specs.Process, req *pb.ExecRequest) 
 	}
 	e.stdio = s
 	s.timer = time.AfterFunc(s.lease, s.expire)
-	s.timer.Stop() // until there is a socket
+	// First: what is refused has done nothing.
+	socket, err := s.open()
+	if err != nil {
+		e.end()
+		return nil, err
+	}
 	e.limit(req.TimeoutMs)
 	go e.run(p, req.SetUser)
 	select {
@@ -168,11 +173,6 @@ func (t *task) Exec(ctx context.Context, p *specs.Process, req *pb.ExecRequest) 
 	case <-ctx.Done(): // the caller has gone, and there is nobody else to come
 		e.kill(errExecHangup)
 		return nil, ctx.Err()
-	}
-	socket, err := s.open()
-	if err != nil {
-		e.kill(errExecHangup)
-		return nil, err
 	}
 	return &pb.ExecResponse{ExecId: e.id, Socket: socket, Process: pb.ProcessOf(e.process.Process)}, nil
 }
@@ -191,10 +191,12 @@ type execSession struct {
 
 	mu      sync.Mutex
 	files   files
-	awaited bool // a socket waits for a client
+	awaited bool   // a socket waits for a client
+	refuse  func() // takes the socket away
 	client  *net.UnixConn
 	timer   *time.Timer // of the lease
 	keep    bool        // its client wants it to live on without one
+	hungUp  bool        // its client wants it to end
 	exit    *session.Exit
 	isOver  bool
 }
@@ -246,7 +248,7 @@ func (s *execSession) conclude(exit session.Exit) {
 	switch {
 	case s.client != nil:
 		session.Send(s.client, session.Message{Exit: s.exit}) // or it has gone
-	case !running || exit.Reason == session.HungUp:
+	case !running || exit.Reason == session.HungUp || s.hungUp: // nobody asks for it
 		s.endLocked()
 	default:
 		s.timer.Reset(s.lease)
@@ -257,6 +259,9 @@ func (s *execSession) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.timer.Stop()
+	if s.refuse != nil {
+		s.refuse()
+	}
 	if s.client != nil {
 		s.client.Close()
 	}
@@ -294,11 +299,14 @@ func (s *execSession) open() (socket string, err error) {
 	case s.client != nil || s.awaited:
 		return "", kind.Errorf(kind.State, "exec %s has a client already", s.exec.id)
 	}
-	if socket, err = s.exec.task.admit(s.exec.c.life, s.lease, s.serve); err == nil {
-		s.awaited = true
-		s.timer.Reset(s.lease)
+	ctx, refuse := context.WithCancel(s.exec.c.life)
+	if socket, err = s.exec.task.admit(ctx, s.lease, s.serve); err != nil {
+		refuse()
+		return "", err
 	}
-	return socket, err
+	s.awaited, s.refuse = true, refuse
+	s.timer.Reset(s.lease)
+	return socket, nil
 }
 
 // serve gives the files to a client, which they are lent to until it goes. nil: none
@@ -332,6 +340,7 @@ func (s *execSession) serve(conn *net.UnixConn) {
 	case s.exit != nil && (last.Hangup || last.Detach):
 		s.endLocked()
 	case last.Hangup:
+		s.hungUp = true
 		s.exec.kill(errExecHangup)
 	case last.Detach:
 		s.keep = true
@@ -345,6 +354,7 @@ func (s *execSession) admitted(conn *net.UnixConn) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.awaited = false
+	s.refuse()
 	if conn == nil {
 		return false
 	}
@@ -353,12 +363,12 @@ func (s *execSession) admitted(conn *net.UnixConn) bool {
 	if !s.isOver {
 		err = session.Send(conn, m, list...)
 	}
-	if err == nil && s.exit != nil {
-		err = session.Send(conn, session.Message{Exit: s.exit})
-	}
 	if err != nil {
 		conn.Close()
 		return false
+	}
+	if s.exit != nil {
+		session.Send(conn, session.Message{Exit: s.exit}) // or it has gone, with a word that serve reads
 	}
 	s.timer.Stop()
 	s.client, s.keep = conn, false

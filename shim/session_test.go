@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/client"
@@ -212,6 +213,60 @@ func TestClientGoes(t *testing.T) {
 				b.says("hup " + name)
 			})
 		}
+	}
+}
+
+// A hang-up that comes when the process is just ending leaves nothing either: neither the
+// exec for its lease, nor what the process has started.
+func TestHangupAtTheEnd(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	for range 20 {
+		o := command("(trap '' HUP; exec sleep 1000) & echo x")
+		o.Lease = time.Hour
+		s := b.session(o)
+		read(t, s.Stdout, "x\n")
+		s.Hangup()
+	}
+	b.until("no exec waits for its client", func() bool { return b.state().Execs == 0 })
+}
+
+// A command for which there can be no session is not run.
+func TestRefusedExec(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	var taken []string
+	for i := range 5 {
+		path := b.dir.Path(fmt.Sprintf("%s/session-%d.sock", rundir.ExecsName, i+1))
+		if err := os.MkdirAll(path, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount("tmpfs", path, "tmpfs", 0, "size=4k"); err != nil {
+			t.Fatal(err)
+		}
+		taken = append(taken, path)
+	}
+	c := client.New(b.dir)
+	defer c.Close()
+	for range 5 { // it may be killed before it has done anything
+		if _, err := c.OpenSession(b.ctx(), command("echo ran >/proc/1/fd/1")); err == nil {
+			t.Error("a session without a socket")
+		}
+	}
+	for _, path := range taken {
+		if err := unix.Unmount(path, 0); err != nil {
+			t.Fatal(err)
+		}
+		os.Remove(path)
+	}
+	s := b.session(command("echo next >/proc/1/fd/1"))
+	if exit, err := s.Copy(b.ctx(), client.Streams{}); err != nil || exit.Code != 0 {
+		t.Errorf("the next one: %+v, %v", exit, err)
+	}
+	b.idle()
+	b.says("next")
+	if strings.Contains(b.output(), "ran") {
+		t.Error("a command that was refused has run")
 	}
 }
 

@@ -122,6 +122,11 @@ func withFDs(files []*os.File, fds []int, f func([]int) error) error {
 func Receive(c *net.UnixConn) (m Message, files []*os.File, err error) {
 	b, oob := make([]byte, maxMessage), make([]byte, unix.CmsgSpace(4*maxFiles))
 	n, oobn, flags, _, err := c.ReadMsgUnix(b, oob)
+	if errors.Is(err, unix.ECONNRESET) {
+		// The peer has closed the connection and left a message of ours unread. Its own
+		// last messages come behind this error.
+		n, oobn, flags, _, err = c.ReadMsgUnix(b, oob)
+	}
 	if files, err = filesOf(oob[:oobn], err); err == nil && n == 0 {
 		err = io.EOF
 	}
