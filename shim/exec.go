@@ -279,6 +279,8 @@ func (e *exec) end() {
 // child that outlives its exec, as it may, keeps both until a later exec has ended
 // too, or the container.
 func (t *task) forgetExecs() {
+	t.forgetting.Lock() // or the last call would miss what another one has in hand
+	defer t.forgetting.Unlock()
 	t.mu.Lock()
 	all := t.leftovers
 	t.leftovers = nil

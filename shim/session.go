@@ -23,7 +23,8 @@ import (
 const (
 	// defaultLease is how long an exec lives without a client.
 	defaultLease = 30 * time.Second
-	// admitTimeout is how long a socket waits for a client that attaches.
+	// admitTimeout is how long a socket waits for a client, for that of an exec besides
+	// its lease.
 	admitTimeout = 30 * time.Second
 	// maxSessions bounds the execs of a shim and the clients that are attached or
 	// awaited, each of which holds some descriptors and goroutines.
@@ -239,16 +240,10 @@ func (s *execSession) conclude(exit session.Exit) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.exit = &exit
-	running := false
-	select {
-	case <-s.exec.started:
-		running = true
-	default:
-	}
 	switch {
 	case s.client != nil:
 		session.Send(s.client, session.Message{Exit: s.exit}) // or it has gone
-	case !running || exit.Reason == session.HungUp || s.hungUp: // nobody asks for it
+	case !s.running() || exit.Reason == session.HungUp || s.hungUp: // nobody asks for it
 		s.endLocked()
 	default:
 		s.timer.Reset(s.lease)
@@ -284,8 +279,20 @@ func (s *execSession) expire() {
 	case s.client != nil || s.keep && s.exit == nil: // a client came at the last moment
 	case s.exit != nil:
 		s.endLocked()
+	case !s.running(): // whose client is told of the socket later
+		s.timer.Reset(s.lease)
 	default:
 		s.exec.kill(errExecLease)
+	}
+}
+
+// running says whether the process was started.
+func (s *execSession) running() bool {
+	select {
+	case <-s.exec.started:
+		return true
+	default:
+		return false
 	}
 }
 
@@ -300,7 +307,8 @@ func (s *execSession) open() (socket string, err error) {
 		return "", kind.Errorf(kind.State, "exec %s has a client already", s.exec.id)
 	}
 	ctx, refuse := context.WithCancel(s.exec.c.life)
-	if socket, err = s.exec.task.admit(ctx, s.lease, s.serve); err != nil {
+	// The socket goes with the exec, which the lease ends once it runs.
+	if socket, err = s.exec.task.admit(ctx, admitTimeout+s.lease, s.serve); err != nil {
 		refuse()
 		return "", err
 	}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -293,13 +294,34 @@ func TestSessionsEndWithContainer(t *testing.T) {
 	b.gone()
 }
 
+// received is an output that is looked at while it grows.
+type received struct {
+	mu  sync.Mutex
+	all bytes.Buffer
+}
+
+func (r *received) Write(b []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.all.Write(b)
+}
+
+func (r *received) String() string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.all.String()
+}
+
 // All that are attached get each byte once and in order, but one that does not read is
 // cut off and holds nobody up.
 func TestAttach(t *testing.T) {
 	b := newBox(t)
-	b.runWithInput("read x; i=0; while [ $i -lt 300000 ]; do echo 0123456789 $i; i=$((i+1)); done; read y; echo oops >&2")
+	// Each piece has room in the queue of a client, two have not.
+	const pieces, lines = 6, 20000
+	b.runWithInput(fmt.Sprintf("n=0; while [ $n -lt %d ] && read x; do n=$((n+1)); i=0; "+
+		"while [ $i -lt %d ]; do echo 0123456789 $i; i=$((i+1)); done; done; echo oops >&2", pieces, lines))
 	stuck := b.session(client.SessionOptions{Stdout: true})
-	var outs [3]bytes.Buffer
+	var outs [3]received
 	results := make(chan error, len(outs))
 	for i := range outs {
 		s := b.session(client.SessionOptions{Stdout: true})
@@ -312,24 +334,34 @@ func TestAttach(t *testing.T) {
 		}()
 	}
 	in := b.session(client.SessionOptions{Stdin: true, Stderr: true})
-	io.WriteString(in.Stdin, "x\n")
+	var piece, want strings.Builder
+	for i := range lines {
+		fmt.Fprintf(&piece, "0123456789 %d\n", i)
+	}
+	for range pieces {
+		io.WriteString(in.Stdin, "x\n")
+		want.WriteString(piece.String())
+		b.until("all that read have the next piece", func() bool {
+			for i := range outs {
+				if len(outs[i].String()) < want.Len() {
+					return false
+				}
+			}
+			return true
+		})
+	}
 	exit, err := stuck.Wait(b.ctx())
 	if err != nil || exit.Reason != session.TooSlow {
 		t.Errorf("a client that does not read: %+v, %v", exit, err)
 	}
-	io.WriteString(in.Stdin, "y\n")
 	read(t, in.Stderr, "oops\n")
 	b.wait()
-	var want strings.Builder
-	for i := range 300000 {
-		fmt.Fprintf(&want, "0123456789 %d\n", i)
-	}
 	for i := range outs {
 		if err := <-results; err != nil {
 			t.Error(err)
 		}
-		if outs[i].String() != want.String() {
-			t.Errorf("client %d got %d bytes, not %d", i, outs[i].Len(), want.Len())
+		if got := outs[i].String(); got != want.String() {
+			t.Errorf("client %d got %d bytes, not %d", i, len(got), want.Len())
 		}
 	}
 	if got := strings.Replace(b.output(), "oops\n", "", 1); got != want.String() {

@@ -48,6 +48,7 @@ type task struct {
 	// guarded by updating.
 	updateAskedAt time.Duration
 
+	forgetting sync.Mutex     // of forgetExecs, taken before mu
 	serving    sync.WaitGroup // for the clients of sessions
 	attached   atomic.Int32   // clients of the container, and those awaited
 	execStarts chan struct{}  // full while as many execs as may be are being started
