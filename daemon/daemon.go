@@ -193,33 +193,7 @@ func (d *Daemon) openPods() error {
 		Measure: measureLayer,
 		Log:     d.log,
 	})
-	d.Containers = containers.New(containers.Options{
-		State:    d.state,
-		Claims:   d.claims,
-		Runtimes: d.Runtimes,
-		Host:     host,
-		Images:   d.Images,
-		Roots:    roots{d.layers, d.ways()},
-		Shims: &shims.Launcher{
-			Binary:   cfg.Shim,
-			LogLevel: cfg.LogLevel,
-			Place:    d.cgroups.PlaceShim,
-			Log:      d.log,
-		},
-		Sessions:           sessions,
-		Cgroups:            cgroups{d.cgroups},
-		CDI:                d.openCDI(),
-		Plugins:            d.plugins,
-		RejectAbsentMounts: cfg.RejectAbsentMounts,
-		OwnPaths:           []string{cfg.Root, cfg.State, string(d.ways()), cfg.Address, cfg.Address + LockSuffix},
-		Given:              d.Stats.Added,
-		Announce: func(c *containers.Container, t runtimeapi.ContainerEventType) {
-			d.Pods.AnnounceContainer(c,
-				t)
-		},
-		Go:  d.background,
-		Log: d.log,
-	})
+	d.Containers = d.newContainers(host, sessions)
 	d.Pods = pods.New(pods.Options{
 		State:      d.state,
 		Claims:     d.claims,
@@ -242,6 +216,37 @@ func (d *Daemon) openPods() error {
 		Log:      d.log,
 	})
 	return nil
+}
+
+// newContainers makes what d.Pods is made with.
+func (d *Daemon) newContainers(host spec.Host, sessions *streams.Sessions) *containers.Manager {
+	cfg := d.cfg
+	return containers.New(containers.Options{
+		State:    d.state,
+		Claims:   d.claims,
+		Runtimes: d.Runtimes,
+		Host:     host,
+		Images:   d.Images,
+		Roots:    roots{d.layers, d.ways()},
+		Shims: &shims.Launcher{
+			Binary:   cfg.Shim,
+			LogLevel: cfg.LogLevel,
+			Place:    d.cgroups.PlaceShim,
+			Log:      d.log,
+		},
+		Sessions:           sessions,
+		Cgroups:            cgroups{d.cgroups},
+		CDI:                d.openCDI(),
+		Plugins:            d.plugins,
+		RejectAbsentMounts: cfg.RejectAbsentMounts,
+		OwnPaths:           []string{cfg.Root, cfg.State, string(d.ways()), cfg.Address, cfg.Address + LockSuffix},
+		Given:              d.Stats.Added,
+		Announce: func(c *containers.Container, t runtimeapi.ContainerEventType) {
+			d.Pods.AnnounceContainer(c, t)
+		},
+		Go:  d.background,
+		Log: d.log,
+	})
 }
 
 // sessions makes what gives out addresses of sessions. What an earlier daemon gave out

@@ -73,39 +73,44 @@ func setupExec(a *app, fs *flag.FlagSet) runFunc {
 			})
 		}
 		e := client.Exec{Process: p, SetUser: *user != "", Timeout: *timeout}
-		// Hidden in a struct, so that the shim gets pipes and not our own files.
-		e.Stdout, e.Stderr = struct{ io.Writer }{a.stdout}, struct{ io.Writer }{a.stderr}
-		var out, errs bytes.Buffer
-		if a.json {
-			const limit = 16 << 20
-			e.Stdout, e.Stderr, e.Limit = &out, &errs, limit
-		}
 		if *stdin {
 			e.Stdin = struct{ io.Reader }{a.stdin}
 		}
-		var r client.ExecResult
-		err := withShim(ctx, dir, func(c *client.Client) (err error) {
-			if err = change(); err != nil {
-				return err
-			}
-			r, err = c.Exec(ctx, e)
-			return err
-		})
-		if err == nil && a.json {
-			err = a.print(execJSON{r.Code, r.TimedOut, out.String(), errs.String(), r.DroppedBytes}, "")
-		}
-		switch {
-		case err != nil:
-			return err
-		case r.TimedOut:
-			const text = "holdfastctl: the command did not end within %s; it and all that it started was killed\n"
-			fmt.Fprintf(a.stderr, text, *timeout)
-			return exitCode(codeTimeout)
-		case r.Code != 0:
-			return exitCode(r.Code)
-		}
-		return nil
+		return a.exec(ctx, dir, change, e)
 	}
+}
+
+// exec runs a command without a terminal. change completes its process.
+func (a *app) exec(ctx context.Context, dir rundir.Dir, change func() error, e client.Exec) error {
+	// Hidden in a struct, so that the shim gets pipes and not our own files.
+	e.Stdout, e.Stderr = struct{ io.Writer }{a.stdout}, struct{ io.Writer }{a.stderr}
+	var out, errs bytes.Buffer
+	if a.json {
+		const limit = 16 << 20
+		e.Stdout, e.Stderr, e.Limit = &out, &errs, limit
+	}
+	var r client.ExecResult
+	err := withShim(ctx, dir, func(c *client.Client) (err error) {
+		if err = change(); err != nil {
+			return err
+		}
+		r, err = c.Exec(ctx, e)
+		return err
+	})
+	if err == nil && a.json {
+		err = a.print(execJSON{r.Code, r.TimedOut, out.String(), errs.String(), r.DroppedBytes}, "")
+	}
+	switch {
+	case err != nil:
+		return err
+	case r.TimedOut:
+		const text = "holdfastctl: the command did not end within %s; it and all that it started was killed\n"
+		fmt.Fprintf(a.stderr, text, e.Timeout)
+		return exitCode(codeTimeout)
+	case r.Code != 0:
+		return exitCode(r.Code)
+	}
+	return nil
 }
 
 // execTerminal runs a command with a terminal, as large as ours if we have one.

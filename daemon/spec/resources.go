@@ -40,21 +40,7 @@ func limits(h Host, field string, r *runtimeapi.LinuxContainerResources,
 				set.all)
 		}
 	}
-	out = &specs.LinuxResources{}
-	cpu := specs.LinuxCPU{Cpus: r.GetCpusetCpus(), Mems: r.GetCpusetMems()}
-	if n := r.GetCpuShares(); n != 0 {
-		cpu.Shares = new(uint64(n))
-	}
-	if n := r.GetCpuPeriod(); n != 0 {
-		cpu.Period = new(uint64(n))
-	}
-	if n := r.GetCpuQuota(); n != 0 {
-		cpu.Quota = new(n)
-	}
-	if cpu != (specs.LinuxCPU{}) {
-		out.CPU = &cpu
-	}
-
+	out = &specs.LinuxResources{CPU: cpuOf(r)}
 	limit, swap := r.GetMemoryLimitInBytes(), r.GetMemorySwapLimitInBytes()
 	var memory specs.LinuxMemory
 	if limit != 0 {
@@ -90,6 +76,24 @@ func limits(h Host, field string, r *runtimeapi.LinuxContainerResources,
 		out.Unified = maps.Clone(r.GetUnified())
 	}
 	return out, warnings, nil
+}
+
+// cpuOf is nil where nothing is limited.
+func cpuOf(r *runtimeapi.LinuxContainerResources) *specs.LinuxCPU {
+	cpu := specs.LinuxCPU{Cpus: r.GetCpusetCpus(), Mems: r.GetCpusetMems()}
+	if n := r.GetCpuShares(); n != 0 {
+		cpu.Shares = new(uint64(n))
+	}
+	if n := r.GetCpuPeriod(); n != 0 {
+		cpu.Period = new(uint64(n))
+	}
+	if n := r.GetCpuQuota(); n != 0 {
+		cpu.Quota = new(n)
+	}
+	if cpu == (specs.LinuxCPU{}) {
+		return nil
+	}
+	return &cpu
 }
 
 // The bounds that the kernel puts on the CFS, in microseconds.
