@@ -88,7 +88,8 @@ func (m *Manager) Status(id string, verbose bool) (*runtimeapi.ContainerStatusRe
 	return resp, err
 }
 
-// Statuses tells all about the containers of a pod, the oldest first.
+// Statuses tells all about the containers of a pod, the newest first: a kubelet takes the
+// first of a name for its last attempt.
 func (m *Manager) Statuses(podID string) []*runtimeapi.ContainerStatus {
 	list := []*runtimeapi.ContainerStatus{}
 	for _, c := range m.Of(podID) {
@@ -96,7 +97,7 @@ func (m *Manager) Statuses(podID string) []*runtimeapi.ContainerStatus {
 			list = append(list, c.status())
 		}
 	}
-	slices.SortFunc(list, func(a, b *runtimeapi.ContainerStatus) int { return cmp.Compare(a.CreatedAt, b.CreatedAt) })
+	slices.SortFunc(list, func(a, b *runtimeapi.ContainerStatus) int { return cmp.Compare(b.CreatedAt, a.CreatedAt) })
 	return list
 }
 
