@@ -14,7 +14,6 @@ import (
 
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/kind"
-	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/proto/session"
 	"github.com/holdfast-cri/holdfast/pty"
 	"github.com/holdfast-cri/holdfast/runc"
@@ -422,40 +421,4 @@ func (t *task) sessionOf(execID string) (*execSession, error) {
 		}
 	}
 	return nil, kind.Errorf(kind.NotFound, "there is no exec %.100q with a session", execID)
-}
-
-// attach gives a socket for a client of the container's own standard files.
-func (t *task) attach(req *pb.OpenRequest) (socket string, err error) {
-	c, err := t.alive()
-	if err == nil && c == nil {
-		err = kind.Errorf(kind.State, "cannot attach: the container is %s", rundir.PhaseExited)
-	}
-	if err != nil {
-		return "", err
-	}
-	if req.Stdin && !c.stdio.TakesInput() {
-		return "", kind.Errorf(kind.State, "cannot attach stdin: the container takes no input, or no more")
-	}
-	wanted := [3]bool{req.Stdin, req.Stdout, req.Stderr && !c.traits.Terminal}
-	if wanted == [3]bool{} {
-		return "", kind.Errorf(kind.Invalid, "none of stdin, stdout and stderr is wanted")
-	}
-	if n := t.attached.Add(1); n > maxAttached {
-		t.attached.Add(-1)
-		return "", kind.Errorf(kind.Exhausted, "the container has %d clients already", maxAttached)
-	}
-	socket, err = t.admit(c.life, admitTimeout, func(conn *net.UnixConn) {
-		defer t.attached.Add(-1)
-		if conn == nil {
-			return
-		}
-		defer conn.Close()
-		if err := t.serveAttached(c, conn, wanted); err != nil {
-			t.log.Warn("client not attached", "err", err)
-		}
-	})
-	if err != nil {
-		t.attached.Add(-1)
-	}
-	return socket, err
 }
