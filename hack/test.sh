@@ -4,7 +4,7 @@
 #
 #   test.sh [gofmt] [vet] [proto] [unit] [layers] [footprint] [e2e] [sessions] [crash] [fuzz] [kubelet]
 #
-# HOLDFAST_DRILL=1 runs e2e, sessions and crash in full length. fuzz and kubelet run
+# HOLDFAST_DRILL=1 runs e2e, sessions and the drills in full length. fuzz and kubelet run
 # only if named; fuzz takes FUZZTIME, 1m, for each target. The whole output of each
 # step stays in .cache/test/STEP.log.
 set -u
@@ -16,7 +16,7 @@ mkdir -p "$logs"
 # The limits end what hangs, and show where. They allow for a machine that is
 # several times slower than others; a drill takes hours there.
 limit=30m
-[ -z "${HOLDFAST_DRILL:-}" ] || limit=180m
+[ -z "${HOLDFAST_DRILL:-}" ] || limit=360m
 gotest() { go test -v -count=1 -timeout="${TIMEOUT:-$limit}" "$@"; }
 
 # fuzz runs all fuzz targets, one after the other. Go would spend up to a minute
@@ -46,6 +46,15 @@ failures() {
 	grep -E '^ *--- FAIL|^ *[a-z0-9_]+_test\.go:[0-9]+: |^panic: |DATA RACE|^FAIL\s' "$1" | cut -c1-300 | head -n 60
 }
 
+# drills makes a table of the rows that drills have logged (tests/harness/drill.go).
+drills() {
+	grep -hoE 'DRILL(\|[^|]*){6}$' "$@" 2>/dev/null | awk -F '|' '
+		function row(name, a, b, c, d, e) { printf "%-44s %7s %9s %6s %9s %6s\n", name, a, b, c, d, e }
+		NR == 1 { print ""; row("drill", "kills", "statuses", "lines", "sessions", "leaks") }
+		{ row($2, $3, $4, $5, $6, $7); for (i = 3; i <= 7; i++) sum[i] += $i }
+		END { if (NR) row("sum", sum[3], sum[4], sum[5], sum[6], sum[7]) }'
+}
+
 step() {
 	case $1 in
 	gofmt)
@@ -67,7 +76,7 @@ step() {
 	footprint) gotest ./tests/footprint ;; # measures the shim as it is shipped
 	e2e) gotest -race ./tests/e2e ;;
 	sessions) (cd tests/sessions && go vet . && gotest .) ;; # a module of its own
-	crash) gotest -race ./tests/crash ;;
+	crash | orders | faults) gotest -race "./tests/$1" ;;
 	kubelet) # with programs that are built as they are shipped, in namespaces of their own
 		(cd tests/kubelet && go vet . && HOLDFAST_BIN=$PWD/../../bin gotest .)
 		;;
@@ -99,7 +108,9 @@ for s in "${steps[@]}"; do
 	summary+=$(printf '%-10s %-5s %4ds  %s' "$s" "$result" $((SECONDS - start)) "$counts")$'\n'
 	[ $result = ok ] || summary+=$(failures "$log")$'\n'
 done
+outputs=("${steps[@]/#/$logs/}")
+drills "${outputs[@]/%/.log}"
 printf '\n%s' "$summary"
-for s in "${steps[@]}"; do cat "$logs/$s.log"; done | count
+count "${outputs[@]/%/.log}"
 if [ $status = 0 ]; then echo "all passed"; else echo "FAILED: the output is in $logs"; fi
 exit $status
