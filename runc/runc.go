@@ -171,9 +171,7 @@ func (r *Runtime) run(ctx context.Context, id string, stdio IO, args ...string) 
 	var offset int64
 	if r.Log != "" {
 		global = append(global, "--log", r.Log, "--log-format", "json")
-		if st, err := os.Stat(r.Log); err == nil {
-			offset = st.Size()
-		}
+		offset = r.boundLog()
 	}
 	if r.SystemdCgroup {
 		global = append(global, "--systemd-cgroup")
@@ -195,6 +193,20 @@ func (r *Runtime) run(ctx context.Context, id string, stdio IO, args ...string) 
 		return &Error{Verb: args[0], ID: id, Message: lastError(r.Log, offset), Err: err}
 	}
 	return nil
+}
+
+// maxLog bounds the runtime's log, in bytes. A probe whose command is missing adds to it
+// for as long as its container lives.
+const maxLog = 1 << 20
+
+// boundLog empties a log that has become too large, and gives its size. A verb that runs
+// meanwhile loses its words by that, and takes no others for them.
+func (r *Runtime) boundLog() int64 {
+	st, err := os.Stat(r.Log)
+	if err != nil || st.Size() > maxLog && os.Truncate(r.Log, 0) == nil {
+		return 0
+	}
+	return st.Size()
 }
 
 var notInherited = []string{

@@ -18,6 +18,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/handshake"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/tail"
 	"github.com/holdfast-cri/holdfast/shim"
 )
 
@@ -75,7 +76,7 @@ func run(launcher *handshake.Launcher, dir, level string, createTimeout time.Dur
 		Dir:           rundir.Dir(dir),
 		CreateTimeout: createTimeout,
 		Version:       version,
-		Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l,
+		Log: slog.New(slog.NewTextHandler(tail.New(os.Stderr), &slog.HandlerOptions{Level: l,
 			ReplaceAttr: kind.ShortenAttr})),
 		Stop:     stop,
 		Reappear: reappear,

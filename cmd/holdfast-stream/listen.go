@@ -4,14 +4,31 @@ import (
 	"crypto/tls"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"os"
+	"strconv"
 	"sync"
 	"time"
 )
 
+// Ports that are assigned to nobody and that only root may listen on, first and last.
+// Whoever takes the port of a holdfast-stream that was killed is sent tokens which have not
+// been used yet.
+const firstPort, lastPort = 954, 988
+
+// reserved says whether only root may listen on a port.
+func reserved(port int) bool {
+	first := 1024
+	if b, err := os.ReadFile("/proc/sys/net/ipv4/ip_unprivileged_port_start"); err == nil {
+		fmt.Sscan(string(b), &first)
+	}
+	return port < first
+}
+
 // listen listens at an address. Where it leaves the port open, it is the last one that
-// was used, if that is free: addresses that were given out stay valid.
+// was used, if that is free: addresses that were given out stay valid. Else it is one
+// that is reserved for root, or any, if none of these is free.
 func listen(address, last string) (net.Listener, error) {
 	host, port, err := net.SplitHostPort(address)
 	if err != nil {
@@ -19,6 +36,14 @@ func listen(address, last string) (net.Listener, error) {
 	}
 	if port == "0" && last != "" {
 		if l, err := net.Listen("tcp", net.JoinHostPort(host, last)); err == nil {
+			return l, nil
+		}
+	}
+	for _, i := range rand.Perm(lastPort - firstPort + 1) {
+		if port != "0" || !reserved(firstPort+i) {
+			break
+		}
+		if l, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(firstPort+i))); err == nil {
 			return l, nil
 		}
 	}

@@ -113,6 +113,9 @@ func TestListen(t *testing.T) {
 	if err != nil || other.Addr().String() == first.Addr().String() {
 		t.Fatalf("a port that is taken: %v, %v", other.Addr(), err)
 	}
+	if os.Geteuid() == 0 && (!reserved(first.Addr().(*net.TCPAddr).Port) || !reserved(other.Addr().(*net.TCPAddr).Port)) {
+		t.Errorf("any user may listen on the ports of %s and %s", first.Addr(), other.Addr())
+	}
 	other.Close()
 	first.Close()
 	again, err := listen("127.0.0.1:0", port)

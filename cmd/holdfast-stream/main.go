@@ -25,6 +25,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/handshake"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/stream"
+	"github.com/holdfast-cri/holdfast/proto/tail"
 )
 
 const (
@@ -75,7 +76,8 @@ func run(launcher *handshake.Launcher, o options) error {
 	if !proceed || err != nil {
 		return err
 	}
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: o.level, ReplaceAttr: kind.ShortenAttr}))
+	options := &slog.HandlerOptions{Level: o.level, ReplaceAttr: kind.ShortenAttr}
+	log := slog.New(slog.NewTextHandler(tail.New(os.Stderr), options))
 	slog.SetDefault(log)
 	klog.SetSlogLogger(log)
 	if o.dir == "" || o.idleTimeout <= 0 || o.creationTimeout <= 0 {
@@ -106,6 +108,11 @@ func run(launcher *handshake.Launcher, o options) error {
 	l, err := listen(o.address, lock.LastPort())
 	if err != nil {
 		return err
+	}
+	if scheme == "http" && !reserved(l.Addr().(*net.TCPAddr).Port) {
+		log.Warn("without TLS, any user of the node can take this port when holdfast-stream was killed, and with it "+
+			"the tokens of the last minute: leave the port to holdfast-stream, or give it a certificate",
+			"address", l.Addr())
 	}
 	server, err := streaming.New(config)
 	if err != nil {
@@ -142,6 +149,9 @@ func live(server *streaming.Server, lock *stream.Server, l net.Listener, served 
 			}
 			return nil
 		case <-check.C:
+			if err := lock.Sweep(context.Background()); err != nil {
+				slog.Warn("tokens that have expired are left", "error", err)
+			}
 			if server.Idle() < idleLimit {
 				continue
 			}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/pelletier/go-toml/v2"
 
+	"github.com/holdfast-cri/holdfast/daemon/beneath"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -26,6 +27,7 @@ var version = "unknown"
 const (
 	defaultConfig = "/etc/holdfast/config.toml"
 	defaultState  = "/run/holdfast"
+	maxConfig     = 1 << 20 // bytes, as the daemon has it
 )
 
 // Exit codes; exec passes on the one of its command.
@@ -160,7 +162,7 @@ func (a *app) load() error {
 	var c config
 	if a.state == "" {
 		path := cmp.Or(a.config, defaultConfig)
-		b, err := os.ReadFile(path)
+		b, err := beneath.HostFile(path, maxConfig)
 		if err == nil {
 			err = toml.Unmarshal(b, &c)
 		} else if errors.Is(err, fs.ErrNotExist) && a.config == "" {

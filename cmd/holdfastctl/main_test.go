@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"net"
@@ -422,6 +423,15 @@ func TestConfig(t *testing.T) {
 	check(t, os.WriteFile(config, []byte("state = \n"), 0o600))
 	if r := ctl(t, "--config", config, "shims"); r.code != 1 || !strings.Contains(r.stderr, "--state") {
 		t.Errorf("with a broken config: %+v, want an error that names --state", r)
+	}
+	// What is no file of a sane size is not waited for, and not taken in.
+	check(t, errors.Join(os.Remove(config), syscall.Mkfifo(config, 0o600)))
+	if r := ctl(t, "--config", config, "shims"); r.code != 1 || !strings.Contains(r.stderr, "not a regular file") {
+		t.Errorf("with a FIFO as the config: %+v", r)
+	}
+	check(t, errors.Join(os.Remove(config), os.WriteFile(config, nil, 0o600), os.Truncate(config, 1<<40)))
+	if r := ctl(t, "--config", config, "shims"); r.code != 1 || !strings.Contains(r.stderr, "larger than") {
+		t.Errorf("with an endless config: %+v", r)
 	}
 }
 

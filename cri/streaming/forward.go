@@ -25,7 +25,8 @@ const (
 	// maxStreams is how many streams one client may have open: two for each connection
 	// to a port.
 	maxStreams = 2048
-	// maxForwarded is how many connections to ports there may be, of all clients.
+	// maxForwarded is how many connections to ports there may be, of all clients. Those of
+	// one pod may be half as many as are left: nobody takes all of them.
 	maxForwarded = 4096
 	// dialLimit bounds the making of one.
 	dialLimit = 30 * time.Second
@@ -183,11 +184,37 @@ func (f *forwarder) enter(port int32) (leave func(), err error) {
 	if len(f.request.Ports) > 0 && !slices.Contains(f.request.Ports, port) {
 		return nil, fmt.Errorf("port %d is none of %v, which were asked for", port, f.request.Ports)
 	}
-	if f.server.forwarded.Add(1) > maxForwarded {
-		f.server.forwarded.Add(-1)
-		return nil, fmt.Errorf("%d connections to ports are open, and there may be no more", maxForwarded)
+	if !f.server.forwards.enter(f.request.ID) {
+		return nil, errors.New("too many connections to ports are open, of this pod or of all")
 	}
-	return func() { f.server.forwarded.Add(-1) }, nil
+	return func() { f.server.forwards.leave(f.request.ID) }, nil
+}
+
+// forwards counts connections to ports.
+type forwards struct {
+	mu   sync.Mutex
+	all  int
+	pods map[string]int // by their ids
+}
+
+func (f *forwards) enter(pod string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.pods[pod] >= (maxForwarded-f.all+1)/2 {
+		return false
+	}
+	f.all++
+	f.pods[pod]++
+	return true
+}
+
+func (f *forwards) leave(pod string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.all--
+	if f.pods[pod]--; f.pods[pod] == 0 {
+		delete(f.pods, pod)
+	}
 }
 
 // connect joins a client with a port, until both directions have ended.

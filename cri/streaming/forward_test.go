@@ -209,7 +209,7 @@ func TestForwardWithoutClient(t *testing.T) {
 		r.closed()
 		r.Conn.Close()
 	}
-	eventually(t, "nothing is forwarded", func() bool { return f.forwarded.Load() == 0 })
+	eventually(t, "nothing is forwarded", func() bool { return f.forwards.count() == 0 })
 }
 
 func TestPortsThatWereAskedFor(t *testing.T) {
@@ -243,5 +243,36 @@ func TestForwardChannels(t *testing.T) {
 		t.Errorf("%q came back, %v", b, err)
 	}
 	ws.Close()
-	eventually(t, "nothing is forwarded", func() bool { return f.forwarded.Load() == 0 })
+	eventually(t, "nothing is forwarded", func() bool { return f.forwards.count() == 0 })
+}
+
+func (f *forwards) count() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.all
+}
+
+// Whoever takes all connections to ports that one pod gets, for pod after pod, leaves
+// some to the next one, and what was given back can be had again.
+func TestForwardsAreShared(t *testing.T) {
+	f := &forwards{pods: map[string]int{}}
+	var took []int
+	for pod := range 12 {
+		n := 0
+		for f.enter(strconv.Itoa(pod)) {
+			n++
+		}
+		took = append(took, n)
+	}
+	if took[0] < 1024 || took[11] < 10 || f.all > maxForwarded {
+		t.Errorf("pod after pod took %v of %d, %d in all", took, maxForwarded, f.all)
+	}
+	for pod, n := range took {
+		for range n {
+			f.leave(strconv.Itoa(pod))
+		}
+	}
+	if f.all != 0 || len(f.pods) != 0 || !f.enter("again") {
+		t.Errorf("when all have left: %d of %d pods", f.all, len(f.pods))
+	}
 }

@@ -11,7 +11,6 @@ import (
 	"net"
 	"net/http"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/gorilla/websocket"
@@ -44,8 +43,8 @@ type Config struct {
 // Server serves sessions.
 type Server struct {
 	Config
-	conns     *conns
-	forwarded atomic.Int64 // connections to ports
+	conns    *conns
+	forwards forwards
 }
 
 // New makes a server.
@@ -54,7 +53,7 @@ func New(c Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Server{Config: c, conns: cs}, nil
+	return &Server{Config: c, conns: cs, forwards: forwards{pods: map[string]int{}}}, nil
 }
 
 // Idle says for how long there has been no connection. While there is one it is 0.

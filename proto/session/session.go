@@ -74,17 +74,12 @@ const (
 	// sendTimeout is for a peer that does not take messages: a socket's buffer has
 	// room for all that a session needs.
 	sendTimeout = 5 * time.Second
-	maxError    = 2000 // characters
+	maxError    = 2000 // characters, fewer of those that are long in JSON
 )
 
 // Send sends a message with the descriptors of files, which stay the caller's.
 func Send(c *net.UnixConn, m Message, files ...*os.File) error {
-	if m.Exit != nil {
-		e := *m.Exit
-		e.Error = fmt.Sprintf("%.*s", maxError, e.Error)
-		m.Exit = &e
-	}
-	b, err := json.Marshal(m)
+	b, err := encode(m)
 	if err != nil {
 		return fmt.Errorf("cannot encode a message of a session: %w", err)
 	}
@@ -101,6 +96,21 @@ func Send(c *net.UnixConn, m Message, files ...*os.File) error {
 		return fmt.Errorf("cannot send a message of a session: %w", err)
 	}
 	return nil
+}
+
+// encode gives a message as it is sent. Of the text of an error it has as much as fits.
+func encode(m Message) ([]byte, error) {
+	if m.Exit == nil {
+		return json.Marshal(m)
+	}
+	exit := *m.Exit
+	m.Exit = &exit
+	for length := maxError; ; length /= 2 {
+		exit.Error = fmt.Sprintf("%.*s", length, exit.Error)
+		if b, err := json.Marshal(m); err != nil || len(b) <= maxMessage || length == 0 {
+			return b, err
+		}
+	}
 }
 
 // withFDs calls f with the descriptors of files, which it keeps open meanwhile.

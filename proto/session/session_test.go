@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -28,6 +29,20 @@ func pair(t *testing.T) (all [2]*net.UnixConn) {
 		all[i] = c.(*net.UnixConn)
 	}
 	return all
+}
+
+// Any text of an error reaches the peer, as much of it as there is room for.
+func TestLongErrors(t *testing.T) {
+	for _, piece := range []string{"x", "\x01", "\xff", "<", "é", "\U0001f600"} {
+		ends := pair(t)
+		if err := Send(ends[0], Message{Exit: &Exit{Code: 7, Reason: TimedOut, Error: strings.Repeat(piece, 5000)}}); err != nil {
+			t.Fatal(err)
+		}
+		m, _, err := Receive(ends[1])
+		if err != nil || m.Exit == nil || m.Exit.Code != 7 || m.Exit.Reason != TimedOut || len(m.Exit.Error) < 1000 {
+			t.Errorf("of %q: received %+v, %v", piece, m.Exit, err)
+		}
+	}
 }
 
 // The last word of a peer arrives, although it has left ours unread.

@@ -106,6 +106,9 @@ func (s *Server) Announce(base string) error {
 	return record.Write(s.dir.Path(addressName), Address{base, self, rundir.BootID()}, false)
 }
 
+// Sweep removes the tokens that have expired.
+func (s *Server) Sweep(ctx context.Context) error { return s.dir.Sweep(ctx) }
+
 // Retire gives the lock back if nothing is to be done any more: no token waits to be
 // used, and idle, which is asked after that, says that no connection is left. Then it is
 // true: no request is lost if the process ends now, and the next one starts another.

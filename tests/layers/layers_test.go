@@ -35,6 +35,7 @@ var allowed = map[string][]string{
 	"proto/kind":      {"google.golang.org/grpc/codes", "google.golang.org/grpc/status"},
 	"proto/record":    {},
 	"proto/step":      {"golang.org/x/sys/unix"},
+	"proto/tail":      {},
 	"proto/rundir":    {module + "proto/record", "golang.org/x/sys/unix"},
 	"proto/stream": {module + "proto/kind", module + "proto/record", module + "proto/rundir",
 		"golang.org/x/sys/unix"},
@@ -87,10 +88,10 @@ var allowed = map[string][]string{
 	},
 	"cmd/holdfast-stream": {
 		module + "cri/streaming", module + "daemon/network/netns", module + "proto/handshake", module + "proto/kind",
-		module + "proto/stream", "golang.org/x/sys/unix", "k8s.io/klog/v2",
+		module + "proto/stream", module + "proto/tail", "golang.org/x/sys/unix", "k8s.io/klog/v2",
 	},
 	"cmd/holdfastctl": {
-		module + "proto/...", module + "daemon/records", module + "daemon/network/netns",
+		module + "proto/...", module + "daemon/beneath", module + "daemon/records", module + "daemon/network/netns",
 		"github.com/opencontainers/runtime-spec/specs-go", "github.com/pelletier/go-toml/v2", "golang.org/x/sys/unix",
 		"google.golang.org/grpc", "google.golang.org/grpc/codes", "google.golang.org/grpc/credentials/insecure",
 		"google.golang.org/grpc/status", "k8s.io/cri-api/pkg/apis/runtime/v1", "k8s.io/cri-api/pkg/errors",
