@@ -30,6 +30,10 @@ var cpuMetrics = []metric{
 		cgroup.CPUThrottledPeriods, 1),
 	count("container_cpu_cfs_throttled_seconds_total", "Seconds spent waiting for the next period of the quota.",
 		cgroup.CPUThrottledTime, second),
+	count("container_cpu_cfs_burst_periods_total", "Periods in which more than the quota was used.",
+		cgroup.CPUBurstPeriods, 1),
+	count("container_cpu_cfs_burst_seconds_total", "Seconds of processor time beyond the quota of their period.",
+		cgroup.CPUBurstTime, second),
 }
 
 var memoryMetrics = []metric{
@@ -53,6 +57,18 @@ var memoryMetrics = []metric{
 	level("container_memory_total_active_file_bytes", "Bytes of page cache in use.", cgroup.MemoryActiveFile),
 	level("container_memory_total_inactive_file_bytes", "Bytes of page cache not in use.", cgroup.MemoryInactiveFile),
 	count("container_memory_failcnt", "How often the memory limit was reached.", cgroup.MemoryFailures, 1),
+	count("container_memory_events_high_total", "How often the process was slowed down at memory.high.",
+		cgroup.MemoryHighEvents, 1),
+	count("container_memory_events_max_total", "How often memory.max was reached.", cgroup.MemoryMaxEvents, 1),
+	level("container_memory_file_dirty_bytes", "Bytes of page cache that are not on the disk yet.", cgroup.MemoryDirty),
+	level("container_memory_file_writeback_bytes", "Bytes of page cache that are being written to the disk.",
+		cgroup.MemoryWriteback),
+	count("container_memory_pgscan_total", "Pages that were looked at to take them back.", cgroup.MemoryPagesScanned, 1),
+	count("container_memory_pgsteal_total", "Pages that were taken back.", cgroup.MemoryPagesTaken, 1),
+	count("container_memory_workingset_refault_file_total", "Pages of files that were taken back and needed again.",
+		cgroup.MemoryRefaultedFile, 1),
+	count("container_memory_workingset_refault_anon_total", "Anonymous pages that were taken back and needed again.",
+		cgroup.MemoryRefaultedAnon, 1),
 	count("container_oom_events_total", "Processes that the OOM killer has killed.", cgroup.MemoryOOMKills, 1),
 	{
 		name:    "container_memory_failures_total",

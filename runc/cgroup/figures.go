@@ -20,6 +20,8 @@ const (
 	CPUPeriods          // periods of the quota that have passed
 	CPUThrottledPeriods // those in which the quota was used up
 	CPUThrottledTime
+	CPUBurstPeriods // those in which more than the quota was used, saved up before
+	CPUBurstTime
 	CPUShares // v1 alone
 	CPUQuota  // microseconds in each period
 	CPUPeriod // microseconds
@@ -28,7 +30,9 @@ const (
 	MemoryLimit
 	MemoryReservation // v1: the soft limit; v2: memory.low
 	MemoryAndSwapLimit
-	MemoryFailures // how often the limit was reached
+	MemoryFailures   // how often the limit was reached
+	MemoryHighEvents // how often memory.high was reached; v2 alone, as the next
+	MemoryMaxEvents  // how often memory.max was
 	MemoryOOMKills
 	MemoryAnon
 	MemoryCache
@@ -38,6 +42,12 @@ const (
 	MemoryInactiveFile
 	MemoryPageFaults // major ones included
 	MemoryMajorPageFaults
+	MemoryDirty         // page cache that is not on the disk yet
+	MemoryWriteback     // page cache that is being written
+	MemoryPagesScanned  // v2 alone, as the next
+	MemoryPagesTaken    // pages that were taken back
+	MemoryRefaultedFile // pages that were taken back and needed again
+	MemoryRefaultedAnon
 	SwapUsage
 	SwapLimit
 	Threads
@@ -63,6 +73,8 @@ var sourcesV1 = []source{
 	{CPUPeriods, "cpu.stat", "nr_periods", 1, 1},
 	{CPUThrottledPeriods, "cpu.stat", "nr_throttled", 1, 1},
 	{CPUThrottledTime, "cpu.stat", "throttled_time", 1, 1},
+	{CPUBurstPeriods, "cpu.stat", "nr_bursts", 1, 1},
+	{CPUBurstTime, "cpu.stat", "burst_time", 1, 1},
 	{CPUShares, "cpu.shares", "", 0, 1},
 	{CPUQuota, "cpu.cfs_quota_us", "", 0, 1},
 	{CPUPeriod, "cpu.cfs_period_us", "", 0, 1},
@@ -81,6 +93,10 @@ var sourcesV1 = []source{
 	{MemoryInactiveFile, "memory.stat", "total_inactive_file", 1, 1},
 	{MemoryPageFaults, "memory.stat", "total_pgfault", 1, 1},
 	{MemoryMajorPageFaults, "memory.stat", "total_pgmajfault", 1, 1},
+	{MemoryDirty, "memory.stat", "total_dirty", 1, 1},
+	{MemoryWriteback, "memory.stat", "total_writeback", 1, 1},
+	{MemoryRefaultedFile, "memory.stat", "total_workingset_refault_file", 1, 1},
+	{MemoryRefaultedAnon, "memory.stat", "total_workingset_refault_anon", 1, 1},
 	{SwapUsage, "memory.stat", "total_swap", 1, 1},
 	{Threads, "pids.current", "", 0, 1},
 	{ThreadsMax, "pids.max", "", 0, 1},
@@ -93,6 +109,8 @@ var sourcesV2 = []source{
 	{CPUPeriods, "cpu.stat", "nr_periods", 1, 1},
 	{CPUThrottledPeriods, "cpu.stat", "nr_throttled", 1, 1},
 	{CPUThrottledTime, "cpu.stat", "throttled_usec", 1, 1000},
+	{CPUBurstPeriods, "cpu.stat", "nr_bursts", 1, 1},
+	{CPUBurstTime, "cpu.stat", "burst_usec", 1, 1000},
 	{CPUQuota, "cpu.max", "", 0, 1},
 	{CPUPeriod, "cpu.max", "", 1, 1},
 	{MemoryUsage, "memory.current", "", 0, 1},
@@ -100,6 +118,8 @@ var sourcesV2 = []source{
 	{MemoryLimit, "memory.max", "", 0, 1},
 	{MemoryReservation, "memory.low", "", 0, 1},
 	{MemoryFailures, "memory.events", "max", 1, 1},
+	{MemoryHighEvents, "memory.events", "high", 1, 1},
+	{MemoryMaxEvents, "memory.events", "max", 1, 1},
 	{MemoryOOMKills, "memory.events", "oom_kill", 1, 1},
 	{MemoryAnon, "memory.stat", "anon", 1, 1},
 	{MemoryCache, "memory.stat", "file", 1, 1},
@@ -109,6 +129,12 @@ var sourcesV2 = []source{
 	{MemoryInactiveFile, "memory.stat", "inactive_file", 1, 1},
 	{MemoryPageFaults, "memory.stat", "pgfault", 1, 1},
 	{MemoryMajorPageFaults, "memory.stat", "pgmajfault", 1, 1},
+	{MemoryDirty, "memory.stat", "file_dirty", 1, 1},
+	{MemoryWriteback, "memory.stat", "file_writeback", 1, 1},
+	{MemoryPagesScanned, "memory.stat", "pgscan", 1, 1},
+	{MemoryPagesTaken, "memory.stat", "pgsteal", 1, 1},
+	{MemoryRefaultedFile, "memory.stat", "workingset_refault_file", 1, 1},
+	{MemoryRefaultedAnon, "memory.stat", "workingset_refault_anon", 1, 1},
 	{SwapUsage, "memory.swap.current", "", 0, 1},
 	{SwapLimit, "memory.swap.max", "", 0, 1},
 	{Threads, "pids.current", "", 0, 1},

@@ -34,7 +34,7 @@ const unlimitedV1 = "9223372036854771712\n"
 
 var filesV1 = map[string]map[string]string{
 	"cpu": {
-		"cpu.stat":          "nr_periods 1\nnr_throttled 2\nthrottled_time 3\n",
+		"cpu.stat":          "nr_periods 1\nnr_throttled 2\nthrottled_time 3\nnr_bursts 36\nburst_time 37\n",
 		"cpu.shares":        "1024\n",
 		"cpu.cfs_quota_us":  "-1\n",
 		"cpu.cfs_period_us": "100000\n",
@@ -46,7 +46,8 @@ var filesV1 = map[string]map[string]string{
 		"memory.memsw.limit_in_bytes": "150\n",
 		"memory.soft_limit_in_bytes":  unlimitedV1,
 		"memory.oom_control":          "oom_kill_disable 0\nunder_oom 0\noom_kill 8\n",
-		"memory.stat":                 "cache 1\nrss 2\ntotal_cache 9\ntotal_rss 10\ntotal_swap 11\ntotal_inactive_file 12\n",
+		"memory.stat": "cache 1\nrss 2\ntotal_cache 9\ntotal_rss 10\ntotal_swap 11\ntotal_inactive_file 12\n" +
+			"dirty 1\ntotal_dirty 38\ntotal_writeback 39\ntotal_workingset_refault_anon 42\ntotal_workingset_refault_file 43\n",
 	},
 	"pids": {"pids.current": "13\n", "pids.max": "max\n"},
 	"blkio": {
@@ -64,15 +65,16 @@ var filesV1 = map[string]map[string]string{
 var filesV2 = map[string]map[string]string{
 	"": {
 		"cpu.stat": "usage_usec 4\nuser_usec 5\nsystem_usec 6\nnr_periods 1\nnr_throttled 2\n" +
-			"throttled_usec 3\nnr_bursts 0\nburst_usec 0\n",
+			"throttled_usec 3\nnr_bursts 36\nburst_usec 37\n",
 		"cpu.max":             "20000 100000\n",
 		"memory.current":      "7\n",
 		"memory.max":          "max\n",
 		"memory.low":          "0\n",
 		"memory.swap.current": "11\n",
 		"memory.swap.max":     "50\n",
-		"memory.events":       "low 0\nhigh 0\nmax 30\noom 31\noom_kill 8\n",
-		"memory.stat":         "anon 10\nfile 9\nkernel 32\ninactive_file 12\nactive_file 33\npgfault 34\npgmajfault 35\n",
+		"memory.events":       "low 0\nhigh 29\nmax 30\noom 31\noom_kill 8\n",
+		"memory.stat": "anon 10\nfile 9\nkernel 32\nfile_dirty 38\nfile_writeback 39\ninactive_file 12\nactive_file 33\n" +
+			"workingset_refault_anon 42\nworkingset_refault_file 43\npgscan 40\npgsteal 41\npgfault 34\npgmajfault 35\n",
 		"io.stat":             "8:16 rbytes=14 wbytes=15 rios=16 wios=17 dbytes=0 dios=0\n259:1 \n7:0\n",
 		"memory.pressure":     "some avg10=0.00 avg60=0.00 avg300=0.00 total=22\n",
 		"hugetlb.2MB.current": "18\n",
@@ -97,6 +99,8 @@ func TestFigures(t *testing.T) {
 			CPUShares: 1024, CPUQuota: NoLimit, CPUPeriod: 100000,
 			MemoryUsage: 7, MemoryLimit: 100, MemoryAndSwapLimit: 150, MemoryReservation: NoLimit, MemoryOOMKills: 8,
 			MemoryCache: 9, MemoryAnon: 10, MemoryInactiveFile: 12, SwapUsage: 11, SwapLimit: 50,
+			CPUBurstPeriods: 36, CPUBurstTime: 37, MemoryDirty: 38, MemoryWriteback: 39,
+			MemoryRefaultedAnon: 42, MemoryRefaultedFile: 43,
 			Threads: 13, ThreadsMax: NoLimit,
 		}},
 		{"v2", filesV2, Figures{
@@ -105,6 +109,9 @@ func TestFigures(t *testing.T) {
 			MemoryUsage: 7, MemoryLimit: NoLimit, MemoryReservation: 0, MemoryFailures: 30, MemoryOOMKills: 8,
 			MemoryCache: 9, MemoryAnon: 10, MemoryInactiveFile: 12, MemoryActiveFile: 33, MemoryKernel: 32,
 			MemoryPageFaults: 34, MemoryMajorPageFaults: 35, SwapUsage: 11, SwapLimit: 50,
+			CPUBurstPeriods: 36, CPUBurstTime: 37000, MemoryDirty: 38, MemoryWriteback: 39,
+			MemoryHighEvents: 29, MemoryMaxEvents: 30, MemoryPagesScanned: 40, MemoryPagesTaken: 41,
+			MemoryRefaultedAnon: 42, MemoryRefaultedFile: 43,
 		}},
 		{"nothing", nil, Figures{}},
 		{"damaged", map[string]map[string]string{"": {"cpu.stat": "usage_usec\n\nuser_usec x\n", "memory.current": ""}},
