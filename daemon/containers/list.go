@@ -10,6 +10,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
@@ -179,13 +180,45 @@ func (c *Container) Info() map[string]any {
 	return info
 }
 
-// Spec is the OCI spec as its file says; nil if it cannot be read.
+// Spec is the OCI spec as its file says, with the resources of the last update; nil if it
+// cannot be read.
 func (c *Container) Spec() json.RawMessage {
 	b, err := c.dir.ReadSpec()
 	if err != nil {
 		return nil
 	}
-	return b
+	u, err := c.dir.ReadUpdate()
+	if err != nil {
+		return b // there was none
+	}
+	updated, err := withUpdate(b, u)
+	if err != nil {
+		c.m.Log.Warn("cannot show the resources of an update", "container", c.ID(), "error", err)
+		return b
+	}
+	return updated
+}
+
+// withUpdate sets in a spec what an update has set in the kernel. What the update does not
+// name, such as the rules for devices, stays.
+func withUpdate(b []byte, u rundir.Update) ([]byte, error) {
+	var s specs.Spec
+	if err := json.Unmarshal(b, &s); err != nil {
+		return nil, err
+	}
+	if s.Linux == nil {
+		s.Linux = &specs.Linux{}
+	}
+	if s.Linux.Resources == nil {
+		s.Linux.Resources = &specs.LinuxResources{}
+	}
+	if err := json.Unmarshal(u.Resources, s.Linux.Resources); err != nil {
+		return nil, err
+	}
+	if s.Process != nil {
+		s.Process.OOMScoreAdj = &u.OOMScoreAdj[1]
+	}
+	return json.Marshal(&s)
 }
 
 // ShimInfo is what a person needs to find a shim.

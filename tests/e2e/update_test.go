@@ -32,6 +32,11 @@ func checkResources(t *testing.T, c *harness.Container, pid int, memory, shares 
 	if r.GetMemoryLimitInBytes() != memory || r.GetCpuShares() != shares {
 		t.Errorf("the status shows %v", r)
 	}
+	shown := c.Info().RuntimeSpec.Linux.Resources
+	if shown.Memory.Limit != memory || shown.CPU.Shares != shares || len(shown.Devices) == 0 {
+		t.Errorf("the verbose status shows a spec with %+v; want a limit of %d, shares of %d, and devices", shown,
+			memory, shares)
+	}
 	limit, err := harness.CgroupFile(pid, "memory", "memory.limit_in_bytes", "memory.max")
 	if err != nil || limit != fmt.Sprint(memory) {
 		t.Errorf("the kernel has a memory limit of %s, %v; want %d", limit, err, memory)

@@ -156,8 +156,19 @@ func (c *Container) Status() *cri.ContainerStatus {
 
 // Info is the JSON object that the verbose ContainerStatus holds.
 type Info struct {
-	PID       int    `json:"pid"`
-	SandboxID string `json:"sandboxId"`
+	PID         int    `json:"pid"`
+	SandboxID   string `json:"sandboxId"`
+	RuntimeSpec struct {
+		Linux struct{ Resources Resources }
+	} `json:"runtimeSpec"`
+}
+
+// Resources are some of those of an OCI spec.
+type Resources struct {
+	Memory struct{ Limit int64 }
+	CPU    struct{ Shares int64 }
+
+	Devices []struct{ Access string }
 }
 
 // Info is what the verbose ContainerStatus adds.
