@@ -18,6 +18,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
 // Names in the run directory of a container, beside those of its shim.
@@ -29,15 +30,15 @@ const (
 
 // builder makes the spec of one container.
 type builder struct {
-	m     *Manager
-	pod   *records.Pod
-	rec   *records.Container
-	image Image
-	pidns string // of the pod, if the container joins that
-	cdi   Edits  // of devices, nil for none
+	m   *Manager
+	pod *records.Pod
+	rec *records.Container
+	in  spec.Input // filled step by step
+	cdi Edits      // of devices, nil for none
 
+	images map[int]Image // that the container reads as volumes, by the index of the mount
 	mounts []records.ImageMount
-	held   []func() // release what mounts hold
+	held   []func() // release these images
 }
 
 // release lets go of the images that were mounted: from here on the record of the
@@ -48,38 +49,72 @@ func (b *builder) release() {
 	}
 }
 
+// prepare finds all that the container needs beside its own image. What is missing is
+// refused before anything is made.
+func (b *builder) prepare(ctx context.Context) error {
+	host, err := b.m.host(b.rec.Handler)
+	if err != nil {
+		return err
+	}
+	b.in = spec.Input{
+		Host:      host,
+		ID:        b.rec.ID,
+		Container: b.rec.Config.M,
+		Sandbox:   b.pod.Config.M,
+	}
+	if b.in.SeccompProfile, err = spec.ReadSeccompProfile(b.in.Container); err != nil {
+		return err
+	}
+	if err := spec.Check(b.in); err != nil {
+		return err
+	}
+	if b.cdi, err = b.m.cdiDevices(b.in.Container); err != nil {
+		return err
+	}
+	if b.in.Devices, err = spec.ResolveDevices(b.in.Container); err != nil {
+		return err
+	}
+	if _, err := b.target(); err != nil {
+		return err
+	}
+	if err := b.holdImages(ctx); err != nil {
+		return err
+	}
+	return b.checkSources()
+}
+
+// holdImages finds the images that the container reads as volumes.
+func (b *builder) holdImages(ctx context.Context) error {
+	b.images = map[int]Image{}
+	for i, m := range b.in.Container.GetMounts() {
+		if m.GetImage().GetImage() == "" {
+			continue
+		}
+		field := "config.mounts[" + strconv.Itoa(i) + "].image"
+		img, release, err := b.m.Images.Hold(ctx, field, m.GetImage().GetImage())
+		if err != nil {
+			return err
+		}
+		b.images[i], b.held = img, append(b.held, release)
+	}
+	return nil
+}
+
 // build mounts the root and makes the spec.
 func (b *builder) build(ctx context.Context, root string) (*Built, error) {
-	cfg := b.rec.Config.M
 	dir := b.m.State.Dir(state.Containers, b.rec.ID)
 	if err := b.m.Roots.Mount(ctx, b.rec.Layers, dir, root, b.pod); err != nil {
 		return nil, kind.As(kind.Unavailable, err)
 	}
-	if err := b.checkSources(); err != nil {
-		return nil, err
-	}
-	h, err := b.m.Runtimes.For(b.rec.Handler)
-	if err != nil {
-		return nil, err
-	}
-	in := spec.Input{
-		Host:        b.m.Host,
-		ID:          b.rec.ID,
-		Container:   cfg,
-		Sandbox:     b.pod.Config.M,
-		Image:       b.image.Config,
-		Rootfs:      root,
-		CgroupsPath: b.rec.CgroupsPath,
-	}
-	in.RecursiveReadOnly, in.MappedMounts = h.RecursiveReadOnly, h.Userns
-	for _, step := range []func(context.Context, *spec.Input) error{
-		b.users, b.namespaces, b.podFiles, b.devices, b.seccomp, b.imageVolumes, b.imageMounts,
+	b.in.Rootfs, b.in.CgroupsPath = root, b.rec.CgroupsPath
+	for _, step := range []func(context.Context) error{
+		b.users, b.namespaces, b.podFiles, b.devices, b.imageVolumes, b.imageMounts,
 	} {
-		if err := step(ctx, &in); err != nil {
+		if err := step(ctx); err != nil {
 			return nil, err
 		}
 	}
-	result, err := spec.Build(in)
+	result, err := spec.Build(b.in)
 	if err != nil {
 		return nil, err
 	}
@@ -112,74 +147,71 @@ func (b *builder) checkSources() error {
 }
 
 // users finds out who the container runs as, from its config and its root.
-func (b *builder) users(_ context.Context, in *spec.Input) (err error) {
-	in.User, err = spec.FindUser(in.Rootfs, in.Container, in.Image)
+func (b *builder) users(context.Context) (err error) {
+	b.in.User, err = spec.FindUser(b.in.Rootfs, b.in.Container, b.in.Image)
 	return err
 }
 
 // namespaces gives the container those of its pod, and pins the one of another
-// container that it joins.
-func (b *builder) namespaces(_ context.Context, in *spec.Input) (err error) {
+// container that it joins: by the time the OCI runtime looks, the pid may be that of
+// another process.
+func (b *builder) namespaces(context.Context) error {
 	n := b.pod.Namespaces
-	in.Namespaces = spec.Namespaces{Net: n.Net, IPC: n.IPC, UTS: n.UTS, User: n.User, PID: b.pidns}
-	if spec.PIDMode(in.Container, in.Sandbox) == runtimeapi.NamespaceMode_TARGET {
-		target := in.Container.GetLinux().GetSecurityContext().GetNamespaceOptions().GetTargetId()
-		in.Namespaces.PID, err = b.pinTarget(target)
+	b.in.Namespaces = spec.Namespaces{Net: n.Net, IPC: n.IPC, UTS: n.UTS, User: n.User, PID: b.in.Namespaces.PID}
+	target, err := b.target()
+	if target == nil || err != nil {
+		return err
 	}
-	return err
+	b.in.Namespaces.PID = b.m.dir(b.rec.ID).Path(pidName)
+	return kind.As(kind.Unavailable, b.m.Roots.PinPID(*target, b.in.Namespaces.PID))
 }
 
-// pinTarget pins the pid namespace of another container of the same pod: by the
-// time the OCI runtime looks, the pid may be that of another process.
-func (b *builder) pinTarget(id string) (string, error) {
+// target is the process of another container of the same pod, whose pid namespace is
+// joined; nil: none is.
+func (b *builder) target() (*rundir.Process, error) {
 	const field = "config.linux.security_context.namespace_options.target_id"
+	if spec.PIDMode(b.in.Container, b.in.Sandbox) != runtimeapi.NamespaceMode_TARGET {
+		return nil, nil
+	}
+	id := b.in.Container.GetLinux().GetSecurityContext().GetNamespaceOptions().GetTargetId()
 	c, err := b.m.Find(id)
 	if err != nil || c.Record().PodID != b.pod.ID {
-		return "", kind.Errorf(kind.Invalid, "%s: there is no container %q in this pod", field, id)
+		return nil, kind.Errorf(kind.Invalid, "%s: there is no container %q in this pod", field, id)
 	}
 	init := c.Seen().Init
 	if !init.Alive() {
-		return "", kind.Errorf(kind.State, "%s: %s does not run", field, c)
+		return nil, kind.Errorf(kind.State, "%s: %s does not run", field, c)
 	}
-	pin := b.m.dir(b.rec.ID).Path(pidName)
-	return pin, kind.As(kind.Unavailable, b.m.Roots.PinPID(init, pin))
+	return &init, nil
 }
 
 // podFiles are the files of the pod that the container sees below /etc and /dev.
-func (b *builder) podFiles(_ context.Context, in *spec.Input) error {
+func (b *builder) podFiles(context.Context) error {
 	dir := b.m.State.RunDir(state.Pods, b.pod.ID)
 	files := cmp.Or(b.pod.FilesDir, dir)
-	in.Hosts = filepath.Join(files, "hosts")
-	in.Hostname = filepath.Join(files, "hostname")
-	in.ResolvConf = filepath.Join(files, "resolv.conf")
-	in.Shm = "/dev/shm"
+	b.in.Hosts = filepath.Join(files, "hosts")
+	b.in.Hostname = filepath.Join(files, "hostname")
+	b.in.ResolvConf = filepath.Join(files, "resolv.conf")
+	b.in.Shm = "/dev/shm"
 	if b.pod.Namespaces.IPC != "" {
-		in.Shm = filepath.Join(dir, "shm")
+		b.in.Shm = filepath.Join(dir, "shm")
 	}
 	return nil
 }
 
-func (b *builder) devices(_ context.Context, in *spec.Input) (err error) {
-	if in.Devices, err = spec.ResolveDevices(in.Container); err != nil {
-		return err
-	}
-	if in.Container.GetLinux().GetSecurityContext().GetPrivileged() {
-		in.HostDevices, err = spec.HostDevices()
+func (b *builder) devices(context.Context) (err error) {
+	if b.in.Container.GetLinux().GetSecurityContext().GetPrivileged() {
+		b.in.HostDevices, err = spec.HostDevices()
 	}
 	return kind.As(kind.Unavailable, err)
 }
 
-func (b *builder) seccomp(_ context.Context, in *spec.Input) (err error) {
-	in.SeccompProfile, err = spec.ReadSeccompProfile(in.Container)
-	return err
-}
-
 // imageVolumes makes the directories that the image declares as volumes, and
 // mounts those that have to be.
-func (b *builder) imageVolumes(_ context.Context, in *spec.Input) (err error) {
-	names := slices.Collect(maps.Keys(in.Image.Volumes))
+func (b *builder) imageVolumes(context.Context) (err error) {
+	names := slices.Collect(maps.Keys(b.in.Image.Volumes))
 	at := b.m.dir(b.rec.ID).Path(volumesName)
-	in.ImageVolumes, err = b.m.Roots.Volumes(in.Rootfs, names, b.pod.Root(), at, spec.ImageVolumes(in.Container))
+	b.in.ImageVolumes, err = b.m.Roots.Volumes(b.in.Rootfs, names, b.pod.Root(), at, spec.ImageVolumes(b.in.Container))
 	if err != nil {
 		return kind.As(kind.Unavailable, fmt.Errorf("config.image: %w", err)) // unless it is kind.Invalid
 	}
@@ -187,14 +219,13 @@ func (b *builder) imageVolumes(_ context.Context, in *spec.Input) (err error) {
 }
 
 // imageMounts mounts the images that the container reads as volumes.
-func (b *builder) imageMounts(ctx context.Context, in *spec.Input) (err error) {
-	in.ImageMounts = map[int]string{}
-	for i, m := range in.Container.GetMounts() {
-		if m.GetImage().GetImage() == "" {
-			continue
-		}
-		if in.ImageMounts[i], err = b.mountImage(ctx, i, m); err != nil {
-			return err
+func (b *builder) imageMounts(ctx context.Context) (err error) {
+	b.in.ImageMounts = map[int]string{}
+	for i, m := range b.in.Container.GetMounts() {
+		if img, ok := b.images[i]; ok {
+			if b.in.ImageMounts[i], err = b.mountImage(ctx, i, m, img); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -202,13 +233,7 @@ func (b *builder) imageMounts(ctx context.Context, in *spec.Input) (err error) {
 
 // mountImage mounts an image below the run directory, and gives the path of what
 // the mount names in it.
-func (b *builder) mountImage(ctx context.Context, i int, m *runtimeapi.Mount) (string, error) {
-	field := "config.mounts[" + strconv.Itoa(i) + "].image"
-	img, release, err := b.m.Images.Hold(ctx, field, m.GetImage().GetImage())
-	if err != nil {
-		return "", err
-	}
-	b.held = append(b.held, release)
+func (b *builder) mountImage(ctx context.Context, i int, m *runtimeapi.Mount, img Image) (string, error) {
 	b.mounts = append(b.mounts, records.ImageMount{
 		Index:   i,
 		ImageID: img.ID,

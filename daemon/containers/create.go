@@ -42,9 +42,6 @@ func (m *Manager) Create(ctx context.Context, pod Pod, cfg *runtimeapi.Container
 	if err := spec.Validate(cfg, pod.Record().Config.M); err != nil {
 		return "", err
 	}
-	if err := spec.CheckLabels(m.Host, cfg, pod.Record().Config.M); err != nil {
-		return "", err
-	}
 	if err := m.checkHandlers(cfg); err != nil {
 		return "", err
 	}
@@ -90,8 +87,9 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 		return err
 	}
 	cfg, pr := rec.Config.M, pod.Record()
-	devices, err := m.cdiDevices(cfg)
-	if err != nil {
+	b := &builder{m: m, pod: pr, rec: rec}
+	defer b.release()
+	if err := b.prepare(ctx); err != nil {
 		return err
 	}
 	img, release, err := m.Images.Hold(ctx, "config.image.image", cfg.GetImage().GetImage())
@@ -115,14 +113,12 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 	if rec.CgroupsPath, err = m.Cgroups.ContainerPath(parent, pr.ID, rec.ID); err != nil {
 		return kind.As(kind.Invalid, err)
 	}
-	var pidns string
 	if spec.PIDMode(cfg, pr.Config.M) == runtimeapi.NamespaceMode_POD {
-		if pidns, err = pod.PIDNamespace(ctx); err != nil {
+		if b.in.Namespaces.PID, err = pod.PIDNamespace(ctx); err != nil {
 			return err
 		}
 	}
-	b := &builder{m: m, pod: pod.Record(), rec: rec, image: img, pidns: pidns, cdi: devices}
-	defer b.release()
+	b.in.Image = img.Config
 	c, err := m.Launch(ctx, cl, pod, rec, b.build)
 	if err != nil {
 		return err
@@ -133,6 +129,17 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 	m.Follow(c)
 	m.Plugins.PostCreateContainer(ctx, c)
 	return nil
+}
+
+// host is the machine as it is now, with what the OCI runtime of a handler can do.
+func (m *Manager) host(handler string) (spec.Host, error) {
+	h, err := m.Runtimes.For(handler)
+	if err != nil {
+		return spec.Host{}, err
+	}
+	host := m.Host.Now()
+	host.RecursiveReadOnly, host.MappedMounts = h.RecursiveReadOnly, h.Userns
+	return host, nil
 }
 
 // checkHandlers refuses images for a handler that is not known. All handlers have the
@@ -401,7 +408,8 @@ func (c *Container) createInShim(ctx context.Context, rec *records.Container, s 
 			return kind.As(kind.Unavailable, fmt.Errorf("cannot make config.log_directory: %w", err))
 		}
 	}
-	if _, err = c.client.Create(ctx, launch, s); err == nil {
+	_, err = c.client.Create(ctx, launch, s)
+	if err = spec.Blame("config.linux.resources", rec.Config.M.GetLinux().GetResources(), err); err == nil {
 		return nil
 	}
 	// One that cannot run for reasons of its own is a container that has ended. A pod

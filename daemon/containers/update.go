@@ -70,7 +70,7 @@ func (c *Container) setLocked(ctx context.Context, r *runtimeapi.LinuxContainerR
 			return err
 		}
 	}
-	change, err := spec.Update(c.m.Host, c.Record().Config.M.GetLinux().GetResources(), r)
+	change, err := spec.Update(c.m.Host.Now(), c.Record().Config.M.GetLinux().GetResources(), r)
 	if err != nil {
 		return err
 	}
@@ -92,6 +92,7 @@ func (c *Container) updateLocked(ctx context.Context, change *spec.Change) error
 	err = step.Reach(step.ContainerUpdating)
 	if err == nil {
 		err = c.call(ctx, func() error { return c.client.Update(ctx, *u) })
+		err = spec.Blame("linux", change.Wanted, err)
 	}
 	if err == nil {
 		err = step.Reach(step.ContainerUpdated)

@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
 // allCaps are the kernel's capabilities (capabilities(7)), by their numbers.
@@ -36,25 +37,33 @@ const (
 )
 
 // parseCaps gives the kernel's names for those that the CRI may write in any case
-// and without their prefix, or ALL. What is no capability is left out, as by
-// other runtimes, and worth a warning: a name to drop may be a typing error.
-func (b *builder) parseCaps(field string, names []string) (caps []string) {
-	var unknown []string
+// and without their prefix, or ALL.
+func parseCaps(names []string) (caps []string) {
 	for _, n := range names {
 		c := strings.ToUpper(n)
 		if c != capALL && !strings.HasPrefix(c, "CAP_") {
 			c = "CAP_" + c
 		}
-		if c == capALL || slices.Contains(allCaps, c) {
-			caps = append(caps, c)
-		} else {
-			unknown = append(unknown, n)
-		}
-	}
-	if len(unknown) > 0 {
-		b.warn("%s: no such capability: %s", field, shorten(fmt.Sprintf("%q", unknown), longestField))
+		caps = append(caps, c)
 	}
 	return caps
+}
+
+// validateCapabilities refuses what is no capability of any kernel. A name to drop that
+// was mistyped would leave the container with a right that somebody meant to take away.
+func validateCapabilities(c *runtimeapi.Capability) error {
+	for _, l := range []namedList{
+		{fieldAdd, c.GetAddCapabilities()},
+		{fieldDrop, c.GetDropCapabilities()},
+		{fieldAmbient, c.GetAddAmbientCapabilities()},
+	} {
+		for i, name := range parseCaps(l.items) {
+			if name != capALL && !slices.Contains(allCaps, name) {
+				return invalid(fmt.Sprintf("%s[%d]", l.field, i), "%q is not the name of a capability", l.items[i])
+			}
+		}
+	}
+	return nil
 }
 
 // capabilities: ALL counts first, then what is added by name, then what is
@@ -69,9 +78,8 @@ func (b *builder) capabilities() error {
 		return nil
 	}
 	req := b.sc.GetCapabilities()
-	add := b.parseCaps(fieldAdd, req.GetAddCapabilities())
-	drop := b.parseCaps(fieldDrop, req.GetDropCapabilities())
-	ambient := b.parseCaps(fieldAmbient, req.GetAddAmbientCapabilities())
+	add, drop := parseCaps(req.GetAddCapabilities()), parseCaps(req.GetDropCapabilities())
+	ambient := parseCaps(req.GetAddAmbientCapabilities())
 
 	set := slices.DeleteFunc(slices.Clone(defaultCaps), func(c string) bool { return !slices.Contains(known, c) })
 	if slices.Contains(add, capALL) {

@@ -2,6 +2,12 @@ package spec
 
 import (
 	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
@@ -26,6 +32,41 @@ func invalid(field, format string, args ...any) error {
 
 func unsupported(field, format string, args ...any) error {
 	return fieldError(kind.Unsupported, field, format, args...)
+}
+
+// limitFiles are the files of cgroups by the fields that end up in them.
+var limitFiles = map[string][]string{
+	"cpu_period":                 {"cpu.cfs_period_us"},
+	"cpu_quota":                  {"cpu.cfs_quota_us", "cpu.max"},
+	"cpu_shares":                 {"cpu.shares", "cpu.weight"},
+	"cpuset_cpus":                {"cpuset.cpus"},
+	"cpuset_mems":                {"cpuset.mems"},
+	"memory_limit_in_bytes":      {"memory.limit_in_bytes", "memory.max"},
+	"memory_swap_limit_in_bytes": {"memory.memsw.limit_in_bytes", "memory.swap.max"},
+}
+
+// Blame finds the field of resources r, which the request has under the name field, whose
+// value the kernel has not taken: the cgroup above may leave less than the machine has. All
+// that there is to go by is the text of an OCI runtime. Any other error stays as it is.
+func Blame(field string, r *runtimeapi.LinuxContainerResources, err error) error {
+	if err == nil {
+		return nil
+	}
+	text := err.Error()
+	refused := func(problem unix.Errno) bool { return strings.HasSuffix(text, problem.Error()) }
+	if !slices.ContainsFunc([]unix.Errno{unix.EINVAL, unix.ERANGE, unix.EACCES}, refused) {
+		return err
+	}
+	files := maps.Clone(limitFiles)
+	files["unified"] = slices.Collect(maps.Keys(r.GetUnified()))
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		for _, file := range files[name] {
+			if strings.Contains(text, "/"+file+":") {
+				return kind.As(kind.Invalid, fmt.Errorf("%s.%s: %w", field, name, err))
+			}
+		}
+	}
+	return err
 }
 
 // Errors repeat what they were given, which may be a megabyte, and are logged.

@@ -26,7 +26,14 @@ import (
 // the kernel has it, and SeccompSupported.
 func ProbeHost() (Host, error) {
 	cg := cgroup.Probe()
-	h := Host{CgroupV2: cg.Unified, HugetlbSupported: cg.Hugetlb, SwapSupported: cg.Swap}
+	h := Host{
+		CgroupV2:         cg.Unified,
+		HugetlbSupported: cg.Hugetlb,
+		SwapSupported:    cg.Swap,
+		PageSizes:        cg.PageSizes,
+		Controllers:      cg.Controllers,
+		CgroupFiles:      cg.Files,
+	}
 	status, err := procStatus()
 	if err != nil {
 		return h, err
@@ -50,7 +57,6 @@ func ProbeHost() (Host, error) {
 		return h, fmt.Errorf("cannot learn the node's name: %w", err)
 	}
 	h.ExecLimit = execLimit()
-	h.CPUs, h.Mems = readList("/sys/devices/system/cpu/possible"), readList("/sys/devices/system/node/possible")
 	enabled, _ := os.ReadFile("/sys/module/apparmor/parameters/enabled")
 	h.AppArmorEnabled = bytes.HasPrefix(enabled, []byte("Y")) && exists("/sys/kernel/security/apparmor")
 	h.SELinuxEnabled = exists("/sys/fs/selinux/enforce")
@@ -75,10 +81,10 @@ func execLimit() int {
 	return int(max(execMin, min(stack.Cur/4, execMax)))
 }
 
-// readList is what a file of the kernel lists; empty: there is none.
-func readList(path string) string {
-	b, _ := os.ReadFile(path)
-	return strings.TrimSpace(string(b))
+// Now is h with what a machine may turn on and off while it runs.
+func (h Host) Now() Host {
+	h.CPUs, h.Mems = cgroup.Sets()
+	return h
 }
 
 func exists(p string) bool { _, err := os.Stat(p); return err == nil }

@@ -51,20 +51,19 @@ func (b *builder) apparmor() error {
 	return nil
 }
 
-// CheckLabels refuses SELinux options that would confine a container, or a volume's new
+// labels refuses SELinux options that would confine a container, or a volume's new
 // label, where they cannot be had: without them it would run with more rights than
 // somebody meant it to have. A type that confines nothing is had everywhere.
-func CheckLabels(h Host, c *runtimeapi.ContainerConfig, pod *runtimeapi.PodSandboxConfig) error {
-	sc := c.GetLinux().GetSecurityContext()
-	o, field := selinuxOf(sc, pod), fieldContext+"selinux_options"
-	if sc.GetPrivileged() || o.GetType() == unconfinedType {
+func (b *builder) labels() error {
+	o, field := selinuxOf(b.sc, b.Sandbox), fieldContext+"selinux_options"
+	if b.sc.GetPrivileged() || o.GetType() == unconfinedType {
 		return nil
 	}
 	asked := o.GetUser()+o.GetRole()+o.GetType()+o.GetLevel() != ""
-	if asked && !h.SELinuxEnabled {
+	if asked && !b.SELinuxEnabled {
 		return unsupported(field, "%q cannot be applied: this kernel does not enforce SELinux", o.String())
 	}
-	for i, m := range c.GetMounts() {
+	for i, m := range b.Container.GetMounts() {
 		if asked && m.GetSelinuxRelabel() && m.GetImage() == nil {
 			return unsupported(fmt.Sprintf("config.mounts[%d].selinux_relabel", i),
 				"relabelling is not supported: label %s on the host, or leave selinux_options out", m.GetHostPath())

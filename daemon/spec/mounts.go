@@ -179,7 +179,24 @@ var (
 	podFiles    = []string{"/etc/hosts", "/etc/resolv.conf", "/etc/hostname"}
 )
 
+// mountSupport refuses mounts that cannot be had.
+func (b *builder) mountSupport() error {
+	for i, m := range b.Container.GetMounts() {
+		field := fmt.Sprintf("config.mounts[%d].", i)
+		switch {
+		case m.GetRecursiveReadOnly() && !b.RecursiveReadOnly:
+			return unsupported(field+"recursive_read_only", "needs Linux 5.12 and an OCI runtime that knows rro")
+		case len(m.GetUidMappings()) > 0 && m.GetImage() == nil && !b.MappedMounts:
+			return unsupported(field+"uidMappings", "needs Linux 5.12 and an OCI runtime that knows idmapped mounts")
+		}
+	}
+	return nil
+}
+
 func (b *builder) criMounts() ([]specs.Mount, error) {
+	if err := b.mountSupport(); err != nil {
+		return nil, err
+	}
 	var list []specs.Mount
 	for i, m := range b.Container.GetMounts() {
 		field := fmt.Sprintf("config.mounts[%d].", i)
@@ -189,9 +206,6 @@ func (b *builder) criMounts() ([]specs.Mount, error) {
 				return nil, unsupported(field+"image", "image %q is not mounted on the host", m.GetImage().GetImage())
 			}
 		}
-		if m.GetRecursiveReadOnly() && !b.RecursiveReadOnly {
-			return nil, unsupported(field+"recursive_read_only", "needs Linux 5.12 and an OCI runtime that knows rro")
-		}
 		mount := specs.Mount{
 			Destination: path.Clean(m.GetContainerPath()),
 			Type:        "bind",
@@ -199,10 +213,6 @@ func (b *builder) criMounts() ([]specs.Mount, error) {
 			Options:     bindOptions(m),
 		}
 		if len(m.GetUidMappings()) > 0 && m.GetImage() == nil { // images are mounted with mapped owners
-			if !b.MappedMounts {
-				return nil, unsupported(field+"uidMappings",
-					"needs Linux 5.12 and an OCI runtime that knows idmapped mounts")
-			}
 			mount.UIDMappings, mount.GIDMappings = mappings(m.GetUidMappings()), mappings(m.GetGidMappings())
 		}
 		list = append(list, mount)

@@ -36,8 +36,8 @@ func limits(h Host, field string, r *runtimeapi.LinuxContainerResources,
 		{"cpuset_mems", r.GetCpusetMems(), h.Mems},
 	} {
 		if !within(set.list, set.all) {
-			return nil, nil, invalid(field+"."+set.name, "%q is not within %q, which the machine has", set.list,
-				set.all)
+			return nil, nil, invalid(field+"."+set.name, "%q is not within %q, which the machine has now",
+				set.list, set.all)
 		}
 	}
 	out = &specs.LinuxResources{CPU: cpuOf(r)}
@@ -58,7 +58,11 @@ func limits(h Host, field string, r *runtimeapi.LinuxContainerResources,
 		out.Memory = &memory
 	}
 
-	for _, l := range r.GetHugepageLimits() {
+	for i, l := range r.GetHugepageLimits() {
+		if h.PageSizes != nil && !slices.Contains(h.PageSizes, l.GetPageSize()) {
+			return nil, nil, invalid(fmt.Sprintf("%s.hugepage_limits[%d].page_size", field, i),
+				"the kernel has no huge pages of %.100q, only of %s", l.GetPageSize(), strings.Join(h.PageSizes, ", "))
+		}
 		if !h.HugetlbSupported {
 			if l.GetLimit() != 0 {
 				warnings = append(warnings, fmt.Sprintf("%s.hugepage_limits: there is no hugetlb controller: "+
@@ -69,13 +73,34 @@ func limits(h Host, field string, r *runtimeapi.LinuxContainerResources,
 		limit := specs.LinuxHugepageLimit{Pagesize: l.GetPageSize(), Limit: l.GetLimit()}
 		out.HugepageLimits = append(out.HugepageLimits, limit)
 	}
+	if err := checkUnified(h, field+".unified", r.GetUnified()); err != nil {
+		return nil, nil, err
+	}
 	if len(r.GetUnified()) > 0 {
-		if !h.CgroupV2 {
-			return nil, nil, unsupported(field+".unified", "needs cgroup v2, and this machine has v1")
-		}
 		out.Unified = maps.Clone(r.GetUnified())
 	}
 	return out, warnings, nil
+}
+
+// checkUnified refuses files of cgroup v2 that this kernel has not, and those that are not
+// there to be limits: what is written to them is done once, and to other processes.
+func checkUnified(h Host, field string, files map[string]string) error {
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		controller, _, _ := strings.Cut(name, ".")
+		ofIt := func(file string) bool { return strings.HasPrefix(file, controller+".") }
+		switch {
+		case !h.CgroupV2:
+			return unsupported(field, "needs cgroup v2, and this machine has v1")
+		case controller == "cgroup" && !strings.HasPrefix(name, "cgroup.max."):
+			return invalid(field, "%q limits nothing", name)
+		case controller != "cgroup" && h.Controllers != nil && !slices.Contains(h.Controllers, controller):
+			return unsupported(field, "%q needs the controller %q, and there are %s", name, controller,
+				strings.Join(h.Controllers, ", "))
+		case slices.ContainsFunc(h.CgroupFiles, ofIt) && !slices.Contains(h.CgroupFiles, name):
+			return invalid(field, "the kernel has no limit %q", name)
+		}
+	}
+	return nil
 }
 
 // cpuOf is nil where nothing is limited.

@@ -88,6 +88,15 @@ func (b *builder) seccomp() error {
 	return nil
 }
 
+// checkSeccomp is seccomp, but for the default filter where there can be one: to make it
+// takes a while, and nothing can be wrong with it.
+func (b *builder) checkSeccomp() error {
+	if b.SeccompSupported && seccompProfile(b.sc).GetProfileType() == profileDefault {
+		return nil
+	}
+	return b.seccomp()
+}
+
 // seccompDefault applies the profile that Docker keeps: an allow-list, with
 // rules that depend on the capabilities and the architecture. Some of its rules
 // name a least kernel, which the library asks the running one for.

@@ -16,7 +16,8 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// Host is what the rules must know of the machine. ProbeHost fills it, once.
+// Host is what the rules must know of the machine. ProbeHost fills it, once; Now tells
+// what changes.
 type Host struct {
 	// CgroupV2 says that the unified hierarchy is the only one.
 	CgroupV2 bool
@@ -28,9 +29,14 @@ type Host struct {
 	// MinOOMScoreAdj is the least oom_score_adj that a process started from
 	// here may have. Lower values are raised to it.
 	MinOOMScoreAdj int
-	// CPUs and Mems are the processors and memory nodes that the machine may have, as
-	// cpusets list them; empty: not known.
+	// CPUs and Mems are the processors and memory nodes that a container can have, as
+	// cpusets list them; empty: not known. They are of the time of Now.
 	CPUs, Mems string
+	// PageSizes are those of the kernel's huge pages, such as 2MB; nil: not known.
+	PageSizes []string
+	// Controllers and CgroupFiles are those of cgroup v2: what a cgroup can be limited by.
+	// Of a controller that no cgroup has yet there are no files.
+	Controllers, CgroupFiles []string
 	// KnownCaps are the capabilities that the kernel knows and that the daemon
 	// itself may give, named CAP_X; nil for all that have a name. Privileged
 	// containers get them all.
@@ -135,6 +141,21 @@ func Build(in Input) (*Result, error) {
 		}
 	}
 	return &Result{Spec: b.spec, User: StatusUser(b.spec), Warnings: b.warnings}, nil
+}
+
+// Check refuses what Build would refuse because of what the machine is. It needs nothing of
+// the image.
+func Check(in Input) error {
+	b := &builder{Input: in, sc: in.Container.GetLinux().GetSecurityContext()}
+	b.spec = &specs.Spec{Process: &specs.Process{}, Linux: &specs.Linux{Resources: &specs.LinuxResources{}}}
+	for _, step := range []func() error{
+		b.capabilities, b.labels, b.lsm, b.checkSeccomp, b.resources, b.mountSupport,
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // StatusUser is who the first process of a spec runs as, for ContainerStatus.

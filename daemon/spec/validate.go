@@ -263,6 +263,7 @@ func validateContext(sc *runtimeapi.LinuxContainerSecurityContext, pod *runtimea
 	}
 	return first(
 		validateUser(sc),
+		validateCapabilities(sc.GetCapabilities()),
 		profile(fieldSeccomp, "seccomp_profile_path", seccompProfile(sc), true),
 		profile(fieldApparmor, "apparmor_profile", apparmorProfile(sc), false),
 		selinuxOptions(fieldContext+"selinux_options", sc.GetSelinuxOptions()),

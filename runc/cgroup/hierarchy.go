@@ -134,20 +134,26 @@ type Features struct {
 	Unified bool // v2 has all controllers; false where some are on v1, as in a hybrid
 	Hugetlb bool // huge pages can be limited
 	Swap    bool // swap can be limited
+	// PageSizes are those of the huge pages of this kernel, such as 2MB.
+	PageSizes []string
+	// Controllers, on v2, are those that cgroups can have. Files are what can be written to
+	// in a cgroup, of the controllers that a cgroup below the root has.
+	Controllers, Files []string
 }
 
 // Probe looks at the cgroups that are mounted.
 func Probe() Features {
 	hs := hierarchies()
-	f := Features{Mounted: len(hs) > 0, Unified: unified(hs)}
+	f := Features{Mounted: len(hs) > 0, Unified: unified(hs), PageSizes: hugePageSizes()}
 	for _, h := range hs {
 		switch {
 		case h.has("") && f.Unified:
 			controllers, _ := os.ReadFile(filepath.Join(h.dir, "cgroup.controllers"))
-			f.Hugetlb = slices.Contains(strings.Fields(string(controllers)), "hugetlb")
+			f.Controllers = strings.Fields(string(controllers))
+			f.Hugetlb = slices.Contains(f.Controllers, "hugetlb")
 			// The root of the hierarchy has no limits; any cgroup below tells.
-			found, _ := filepath.Glob(filepath.Join(h.dir, "*", "memory.swap.max"))
-			f.Swap = len(found) > 0
+			f.Files = writable(filepath.Join(h.dir, "*", "*"))
+			f.Swap = slices.Contains(f.Files, "memory.swap.max")
 		case h.has("hugetlb"):
 			f.Hugetlb = true
 		case h.has("memory"):
@@ -156,6 +162,41 @@ func Probe() Features {
 		}
 	}
 	return f
+}
+
+// writable gives the names, each once, of the files of a pattern that have the right to be
+// written to.
+func writable(pattern string) (names []string) {
+	found, _ := filepath.Glob(pattern)
+	for _, path := range found {
+		st, err := os.Lstat(path)
+		if err == nil && st.Mode().IsRegular() && st.Mode()&0o200 != 0 {
+			names = append(names, filepath.Base(path))
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// Sets are the processors and memory nodes that a cgroup can have now, as cpusets list
+// them; empty: not known. Those that are turned off are not among them.
+func Sets() (cpus, mems string) {
+	for _, h := range hierarchies() {
+		suffix := ""
+		switch {
+		case h.has("cpuset"):
+		case h.has(""):
+			suffix = ".effective"
+		default:
+			continue
+		}
+		for name, list := range map[string]*string{"cpuset.cpus": &cpus, "cpuset.mems": &mems} {
+			if b, err := os.ReadFile(filepath.Join(h.dir, name+suffix)); err == nil && !blank(b) {
+				*list = strings.TrimSpace(string(b))
+			}
+		}
+	}
+	return cpus, mems
 }
 
 // unified allows for named v1 hierarchies, which old containers may still mount.

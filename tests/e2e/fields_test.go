@@ -59,6 +59,11 @@ func TestRefusedFields(t *testing.T) {
 	image := func(handler string) *cri.ImageSpec {
 		return &cri.ImageSpec{Image: harness.Image, RuntimeHandler: handler}
 	}
+	limited := func(r *cri.LinuxContainerResources) func(*cri.ContainerConfig) {
+		return func(c *cri.ContainerConfig) { c.Linux.Resources = r }
+	}
+	_, err := os.Stat("/sys/fs/cgroup/cgroup.controllers")
+	v2 := err == nil
 	for name, c := range map[string]struct {
 		edit  func(*cri.ContainerConfig)
 		code  codes.Code
@@ -76,6 +81,19 @@ func TestRefusedFields(t *testing.T) {
 		"SELinux": {func(c *cri.ContainerConfig) {
 			c.Linux.SecurityContext.SelinuxOptions = &cri.SELinuxOption{Type: "container_t"}
 		}, codes.Unimplemented, "config.linux.security_context.selinux_options"},
+		"capability": {func(c *cri.ContainerConfig) {
+			c.Linux.SecurityContext.Capabilities = &cri.Capability{DropCapabilities: []string{"NET_RAV"}}
+		}, codes.InvalidArgument, "config.linux.security_context.capabilities.drop_capabilities[0]"},
+		"processor": {limited(&cri.LinuxContainerResources{CpusetCpus: "0,100000"}),
+			codes.InvalidArgument, "config.linux.resources.cpuset_cpus"},
+		"memory node": {limited(&cri.LinuxContainerResources{CpusetMems: "1000"}),
+			codes.InvalidArgument, "config.linux.resources.cpuset_mems"},
+		"huge pages": {limited(&cri.LinuxContainerResources{
+			HugepageLimits: []*cri.HugepageLimit{{PageSize: "3MB", Limit: 3 * mib}},
+		}), codes.InvalidArgument, "config.linux.resources.hugepage_limits[0].page_size"},
+		"unified": {limited(&cri.LinuxContainerResources{Unified: map[string]string{"memory.nonsense": "1"}}),
+			map[bool]codes.Code{false: codes.Unimplemented, true: codes.InvalidArgument}[v2],
+			"config.linux.resources.unified"},
 		"mount option": {func(c *cri.ContainerConfig) {
 			c.Mounts = []*cri.Mount{{ContainerPath: "/i", HostPath: "/etc", MountOptions: []string{"rshared"}}}
 		}, codes.InvalidArgument, "config.mounts[0].mount_options[0]"},
@@ -102,7 +120,7 @@ func TestRefusedFields(t *testing.T) {
 	}
 	ctx, cancel := harness.Deadline()
 	defer cancel()
-	_, err := n.Images.PullImage(ctx, &cri.PullImageRequest{Image: image("nobody")})
+	_, err = n.Images.PullImage(ctx, &cri.PullImageRequest{Image: image("nobody")})
 	wantError(t, err, codes.InvalidArgument, "image.runtime_handler")
 	_, err = n.Images.PullImage(ctx, &cri.PullImageRequest{Image: image("runc")})
 	check(t, err)

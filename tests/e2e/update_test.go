@@ -155,3 +155,36 @@ func TestUpdateUnified(t *testing.T) {
 	harness.Systemctl("daemon-reload")
 	has("cleared, read anew", "0", "8388608", "max")
 }
+
+// What the cgroup of the pod does not leave is the fault of the field that asks for it. On
+// cgroup v2 a container may ask for more than it gets.
+func TestMoreThanThePodHas(t *testing.T) {
+	n := harness.New(t)
+	parent := "/hf-more-" + filepath.Base(n.Root)
+	for file, value := range map[string]string{
+		"cpu/cpu.cfs_quota_us": "10000",
+		"cpuset/cpuset.cpus":   "0",
+	} {
+		dir := filepath.Join("/sys/fs/cgroup", filepath.Dir(file), parent)
+		if _, err := os.Stat(filepath.Dir(dir)); err != nil {
+			t.Skip("cgroup v2")
+		}
+		check(t, os.MkdirAll(dir, 0o755))
+		defer os.Remove(dir)
+		check(t, os.WriteFile(filepath.Join(dir, filepath.Base(file)), []byte(value), 0))
+	}
+	pod := n.RunPod("pod", func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = parent })
+	defer pod.Remove()
+	c := pod.Run("c", []string{"sleep", "1000"})
+	for field, r := range map[string]*cri.LinuxContainerResources{
+		"cpu_quota":   {CpuQuota: 100000, CpuPeriod: 100000},
+		"cpuset_cpus": {CpusetCpus: "1"},
+	} {
+		if _, err := os.Stat("/sys/devices/system/cpu/cpu1"); err != nil && field == "cpuset_cpus" {
+			continue
+		}
+		_, err := tryCreate(pod, func(c *cri.ContainerConfig) { c.Linux.Resources = r })
+		wantError(t, err, codes.InvalidArgument, "config.linux.resources."+field+": ")
+		wantError(t, update(c, r), codes.InvalidArgument, "linux."+field+": ")
+	}
+}

@@ -1,0 +1,111 @@
+package containers_test
+
+import (
+	"errors"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/daemon/fake"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+)
+
+// What cannot be had is refused before anything is made: no root is mounted and no shim is
+// started for it. The node of this test has nothing that a container could ask for.
+func TestRefusedBeforeAnythingIsMade(t *testing.T) {
+	b := newBed(t)
+	ended := b.run("ended")
+	if err := b.Containers.Stop(t.Context(), ended, 0); err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(t.TempDir(), "link")
+	local := func(ref string) *runtimeapi.SecurityProfile {
+		return &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_Localhost, LocalhostRef: ref}
+	}
+	const context, resources = "config.linux.security_context.", "config.linux.resources."
+	security := func(f func(*runtimeapi.LinuxContainerSecurityContext)) func(*runtimeapi.ContainerConfig) {
+		return func(c *runtimeapi.ContainerConfig) {
+			c.Linux.SecurityContext = &runtimeapi.LinuxContainerSecurityContext{}
+			f(c.Linux.SecurityContext)
+		}
+	}
+	limits := func(r *runtimeapi.LinuxContainerResources) func(*runtimeapi.ContainerConfig) {
+		return func(c *runtimeapi.ContainerConfig) { c.Linux.Resources = r }
+	}
+	mount := func(m *runtimeapi.Mount) func(*runtimeapi.ContainerConfig) {
+		return func(c *runtimeapi.ContainerConfig) {
+			m.ContainerPath = "/m"
+			c.Mounts = []*runtimeapi.Mount{m}
+		}
+	}
+	target := func(id string) func(*runtimeapi.ContainerConfig) {
+		return security(func(s *runtimeapi.LinuxContainerSecurityContext) {
+			s.NamespaceOptions = &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_TARGET, TargetId: id}
+		})
+	}
+	b.Roots.Mounting.Fail(errors.New("something was mounted"))
+	b.Shims.Launched = func(rundir.Dir) error { return errors.New("a shim was started") }
+	for _, c := range []struct {
+		field string
+		kind  error
+		edit  func(*runtimeapi.ContainerConfig)
+	}{
+		{context + "selinux_options", kind.Unsupported, security(func(s *runtimeapi.LinuxContainerSecurityContext) {
+			s.SelinuxOptions = &runtimeapi.SELinuxOption{Level: "s0:c1"}
+		})},
+		{context + "apparmor", kind.Unsupported, security(func(s *runtimeapi.LinuxContainerSecurityContext) {
+			s.Apparmor = local("mine")
+		})},
+		{context + "seccomp", kind.Unsupported, security(func(s *runtimeapi.LinuxContainerSecurityContext) {
+			s.Seccomp = &runtimeapi.SecurityProfile{}
+		})},
+		{context + "seccomp.localhost_ref", kind.Invalid, security(func(s *runtimeapi.LinuxContainerSecurityContext) {
+			s.Seccomp = local(link)
+		})},
+		{context + "capabilities.add_capabilities[0]", kind.Invalid,
+			security(func(s *runtimeapi.LinuxContainerSecurityContext) {
+				s.Capabilities = &runtimeapi.Capability{AddCapabilities: []string{"FLY"}}
+			})},
+		{context + "namespace_options.target_id", kind.Invalid, target("nobody")},
+		{context + "namespace_options.target_id", kind.State, target(ended)},
+		{resources + "unified", kind.Unsupported, limits(&runtimeapi.LinuxContainerResources{
+			Unified: map[string]string{"memory.high": "1"},
+		})},
+		{resources + "cpuset_cpus", kind.Invalid, limits(&runtimeapi.LinuxContainerResources{CpusetCpus: "100000"})},
+		{resources + "cpuset_mems", kind.Invalid, limits(&runtimeapi.LinuxContainerResources{CpusetMems: "100000"})},
+		{"config.devices[0].host_path", kind.Invalid, func(c *runtimeapi.ContainerConfig) {
+			c.Devices = []*runtimeapi.Device{{HostPath: link}}
+		}},
+		{"config.CDI_devices[0].name", kind.Unsupported, func(c *runtimeapi.ContainerConfig) {
+			c.CDIDevices = []*runtimeapi.CDIDevice{{Name: "v/c=d"}}
+		}},
+		{"config.mounts[0].host_path", kind.Invalid, mount(&runtimeapi.Mount{HostPath: "/dev/null/m"})},
+		{"config.mounts[0].recursive_read_only", kind.Unsupported,
+			mount(&runtimeapi.Mount{HostPath: "/", Readonly: true, RecursiveReadOnly: true})},
+		{"config.mounts[0].uidMappings", kind.Unsupported, mount(&runtimeapi.Mount{
+			HostPath:    "/",
+			UidMappings: []*runtimeapi.IDMapping{{HostId: 1, Length: 1}},
+			GidMappings: []*runtimeapi.IDMapping{{HostId: 1, Length: 1}},
+		})},
+		{"config.mounts[0].image", kind.NotFound,
+			mount(&runtimeapi.Mount{Readonly: true, Image: &runtimeapi.ImageSpec{Image: "another"}})},
+		{"config.mounts[0].image.runtime_handler", kind.Invalid, mount(&runtimeapi.Mount{
+			Readonly: true,
+			Image:    &runtimeapi.ImageSpec{Image: "image", RuntimeHandler: "nobody"},
+		})},
+		{"config.image.image", kind.NotFound, func(c *runtimeapi.ContainerConfig) { c.Image.Image = "another" }},
+	} {
+		cfg := fake.ContainerConfig("refused")
+		c.edit(cfg)
+		_, err := b.Containers.Create(t.Context(), b.pod(), cfg)
+		if !errors.Is(err, c.kind) || err != nil && !strings.HasPrefix(err.Error(), c.field+": ") {
+			t.Errorf("%s: %v", c.field, err)
+		}
+		if n := b.Images.Held(); n != 0 {
+			t.Errorf("%s: images are held %d times", c.field, n)
+		}
+	}
+}
