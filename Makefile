@@ -66,12 +66,12 @@ proto: deps ## generate proto/*.pb.go from proto/*.proto
 check-proto: deps ## fail if the generated code is not what `make proto` makes
 	@hack/proto.sh --check
 
-test: build ## run everything: format, vet, unit and root tests with -race, e2e, sessions, crash
+test: build ## run everything: format, vet, unit and root tests with -race, e2e, sessions, crash, orders
 	@hack/deps.sh test || echo 'going on without; the tests that need it are skipped'
 	@hack/test.sh
 
 # What test runs of them too, in their quick form.
-DRILLS = crash
+DRILLS = crash orders
 
 drill: build ## kill, fail and fill up all that can be, for hours; DRILL=quick: only what `make test` runs of it
 ifeq ($(DRILL),quick)

@@ -2,7 +2,8 @@
 // the tests run. A process that writes lines for a long time must not fork for
 // each of them, as a shell would.
 //
-//	testbox print [-every D] [-count N]   numbered lines, one each D
+//	testbox print [-every D] [-count N] [-exit CODE]
+//	                                      numbered lines, one each D; exits with CODE
 //	testbox flood [-rate BYTES] [-line N] numbered lines of N bytes, BYTES a second
 //	testbox wait FIFO MARK                reads a number from FIFO, writes the time
 //	                                      into MARK, and exits with that number
@@ -51,12 +52,17 @@ func run(args []string) error {
 	count := f.Int("count", 0, "of lines, 0 is no limit")
 	rate := f.Int("rate", 1<<20, "bytes a second")
 	length := f.Int("line", 1000, "bytes of a line, the newline included")
+	code := f.Int("exit", 0, "code, after the last line")
 	if err := f.Parse(args[1:]); err != nil {
 		return err
 	}
 	switch args[0] {
 	case "print":
-		return lines(*every, *count, 1, func(n int) []byte { return fmt.Appendf(nil, "line %08d\n", n) })
+		err := lines(*every, *count, 1, func(n int) []byte { return fmt.Appendf(nil, "line %08d\n", n) })
+		if err == nil {
+			os.Exit(*code)
+		}
+		return err
 	case "flood":
 		const beat = 20 * time.Millisecond
 		batch := max(1, *rate/(*length)/int(time.Second/beat))
