@@ -68,7 +68,8 @@ step() {
 		local packages
 		packages=$(go list ./...) || return
 		local failed=0
-		gotest -race $(grep -v /tests/ <<<"$packages") || failed=1
+		# Four at a time, however few processors: most of them wait for others.
+		gotest -race -p 4 $(grep -v /tests/ <<<"$packages") || failed=1
 		gotest -race -tags=failpoint ./proto/step || failed=1
 		return $failed
 		;;

@@ -20,6 +20,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/proto/session"
+	"github.com/holdfast-cri/holdfast/shim/stdio"
 )
 
 // session opens a session with the box's shim.
@@ -163,11 +164,20 @@ func TestSessionComesBack(t *testing.T) {
 	if _, err := c.OpenSession(b.ctx(), client.SessionOptions{ExecID: s.ID}); !errors.Is(err, kind.State) {
 		t.Errorf("a second client at a time: %v", err)
 	}
-	io.WriteString(again.Stdin, "b\n")
+	// It ends while it has no client: one that had seen the end would not come back.
+	input, err := stdio.Dup(again.Stdin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer input.Close()
 	again.Close()
+	io.WriteString(input, "b\n")
 	b.until("it takes a third one", func() (ok bool) {
 		var err error
 		again, err = c.OpenSession(b.ctx(), client.SessionOptions{ExecID: s.ID})
+		if err != nil && !errors.Is(err, kind.State) {
+			t.Fatal(err)
+		}
 		return err == nil
 	})
 	var out bytes.Buffer
