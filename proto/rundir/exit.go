@@ -9,6 +9,8 @@ import (
 	"strings"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
@@ -84,8 +86,7 @@ func (e *ExitFile) Commit(r Exit) error {
 	}
 	path := filepath.Join(e.dir, ExitName)
 	if err == nil {
-		// A link fails where a rename would replace: write-once by the kernel.
-		if err = e.link(path); errors.Is(err, fs.ErrExist) {
+		if err = e.rename(path); errors.Is(err, fs.ErrExist) {
 			err = ErrExists
 		}
 	}
@@ -106,10 +107,10 @@ func (e *ExitFile) Commit(r Exit) error {
 	return nil
 }
 
-// link gives the record its name. What has it already stays, unless that is no exit
+// rename gives the record its name. What has it already stays, unless that is no exit
 // record of this container.
-func (e *ExitFile) link(path string) error {
-	err := os.Link(e.f.Name(), path)
+func (e *ExitFile) rename(path string) error {
+	err := renameOnce(e.f.Name(), path)
 	if !errors.Is(err, fs.ErrExist) {
 		return err
 	}
@@ -119,7 +120,20 @@ func (e *ExitFile) link(path string) error {
 	if err := os.RemoveAll(path); err != nil {
 		return err
 	}
-	return os.Link(e.f.Name(), path)
+	return renameOnce(e.f.Name(), path)
+}
+
+// renameOnce replaces nothing: write-once by the kernel. On a file system that has no such
+// rename it makes a link, for which a tmpfs needs an inode more.
+func renameOnce(from, to string) error {
+	err := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
+		return os.Link(from, to)
+	}
+	if err != nil {
+		return &os.LinkError{Op: "rename", Old: from, New: to, Err: err}
+	}
+	return nil
 }
 
 // Close gives the room back if Commit was not called. It may be called twice.

@@ -3,6 +3,7 @@ package rundir
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -74,6 +75,28 @@ func TestExitOnAFullFileSystem(t *testing.T) {
 	}
 	if err := record.Write(filepath.Join(dir, "other.json"), 1, false); !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("another record: %v", err)
+	}
+	check(t, e.Commit(Exit{Code: 42}))
+	if got, err := ReadExitIn(dir); err != nil || got.Code != 42 {
+		t.Errorf("got %+v, %v", got, err)
+	}
+}
+
+// A name more must not take an inode more.
+func TestExitWithoutInodes(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	dir := t.TempDir()
+	check(t, syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=1m,nr_inodes=64"))
+	defer syscall.Unmount(dir, 0)
+	e, err := PrepareExit(dir, true)
+	check(t, err)
+	for i := 0; err == nil; i++ {
+		err = os.WriteFile(filepath.Join(dir, fmt.Sprint(i)), nil, 0o600)
+	}
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("filling: %v", err)
 	}
 	check(t, e.Commit(Exit{Code: 42}))
 	if got, err := ReadExitIn(dir); err != nil || got.Code != 42 {

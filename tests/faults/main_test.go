@@ -1,0 +1,113 @@
+// Package faults has a node meet the faults of the world, and what a container does to
+// get out of its bounds. Each test compares the node with what it has acknowledged, and
+// the machine with the node.
+package faults
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"testing"
+	"time"
+
+	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/tests/harness"
+)
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	harness.RemoveBinaries()
+	os.Exit(code)
+}
+
+const patience = 3 * time.Minute
+
+// check ends the test where something fails that it needs.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func isProcess(pid int) bool {
+	_, err := os.Stat(fmt.Sprintf("/proc/%d", pid))
+	return err == nil
+}
+
+// shimOf is the shim of a container.
+func shimOf(t *testing.T, c *harness.Container) int {
+	t.Helper()
+	pid := c.N.ShimPIDs()[c.ID]
+	if pid == 0 { // that would be all processes of this group
+		t.Fatalf("cannot find the shim of %s", c.Config.Metadata.Name)
+	}
+	return pid
+}
+
+func hostNetwork(c *cri.PodSandboxConfig) {
+	c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{
+		NamespaceOptions: &cri.NamespaceOption{Network: cri.NamespaceMode_NODE}}
+}
+
+// waiter is the command of a container that ends with a code once leave is called.
+func waiter(code int) []string {
+	return []string{"sh", "-c", fmt.Sprintf("mkfifo /go; echo waits; read x </go; echo leaves; exit %d", code)}
+}
+
+// leave lets a waiter go. The way is that of the host, which takes no call.
+func leave(t *testing.T, pid int) {
+	t.Helper()
+	check(t, os.WriteFile(fmt.Sprintf("/proc/%d/root/go", pid), []byte("x\n"), 0))
+}
+
+// wantExit fails unless a container has ended with a code of its own.
+func wantExit(t *testing.T, d *harness.Tally, c *harness.Container, code int32) {
+	t.Helper()
+	s := c.With(t).WaitExited(patience)
+	if s.ExitCode != code || s.FinishedAt == 0 {
+		d.Lost(harness.Statuses, "%s has ended with %d (%s: %s), want %d",
+			c.Config.Metadata.Name, s.ExitCode, s.Reason, s.Message, code)
+	}
+}
+
+// wantRunning fails unless a container runs, as the same process.
+func wantRunning(t *testing.T, d *harness.Tally, c *harness.Container, pid int) {
+	t.Helper()
+	c = c.With(t)
+	if s := c.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING || c.Info().PID != pid || !isProcess(pid) {
+		d.Lost(harness.Statuses, "%s is %s (%s: %s), process %d alive: %v",
+			c.Config.Metadata.Name, s.State, s.Reason, s.Message, pid, isProcess(pid))
+	}
+}
+
+// wantClean counts what is left of a node, and fails the test if it is anything.
+func wantClean(t *testing.T, d *harness.Tally, n *harness.Node) {
+	t.Helper()
+	var left []string
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * harness.Tick) {
+		if left = n.Leftovers(); len(left) == 0 {
+			return
+		}
+	}
+	for _, what := range left {
+		d.Lost(harness.Leaks, "left behind: %s", what)
+	}
+}
+
+// tryRun makes a container, starts it and ends it, each call for a minute at most. What
+// was acknowledged is in the container that it gives.
+func tryRun(pod *harness.Pod, name string) (*harness.Container, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	c := &harness.Container{N: pod.N, Pod: pod, Config: harness.ContainerConfig(name, []string{"true"})}
+	r, err := pod.N.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{
+		PodSandboxId: pod.ID, Config: c.Config, SandboxConfig: pod.Config})
+	if err != nil {
+		return nil, err
+	}
+	c.ID = r.ContainerId
+	_, err = pod.N.Runtime.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: c.ID})
+	return c, err
+}
