@@ -71,7 +71,7 @@ test: build ## run everything: format, vet, unit and root tests with -race, e2e,
 	@hack/test.sh
 
 # What test runs of them too, in their quick form.
-DRILLS = crash orders
+DRILLS = crash orders faults
 
 drill: build ## kill, fail and fill up all that can be, for hours; DRILL=quick: only what `make test` runs of it
 ifeq ($(DRILL),quick)

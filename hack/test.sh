@@ -2,7 +2,7 @@
 # Runs the checks and tests, all of them or the named ones, and ends with a
 # summary. One that fails does not keep the others from running.
 #
-#   test.sh [gofmt] [vet] [proto] [unit] [layers] [footprint] [e2e] [sessions] [crash] [orders] [fuzz] [kubelet]
+#   test.sh [gofmt] [vet] [proto] [unit] [layers] [footprint] [e2e] [sessions] [crash] [orders] [faults] [fuzz] [kubelet]
 #
 # HOLDFAST_DRILL=1 runs e2e, sessions and the drills in full length. fuzz and kubelet run
 # only if named; fuzz takes FUZZTIME, 1m, for each target. The whole output of each
@@ -90,7 +90,7 @@ step() {
 }
 
 steps=("$@")
-[ $# -gt 0 ] || steps=(gofmt vet proto unit layers footprint e2e sessions crash orders)
+[ $# -gt 0 ] || steps=(gofmt vet proto unit layers footprint e2e sessions crash orders faults)
 status=0
 summary=
 for s in "${steps[@]}"; do

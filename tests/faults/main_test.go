@@ -7,9 +7,12 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
@@ -110,4 +113,23 @@ func tryRun(pod *harness.Pod, name string) (*harness.Container, error) {
 	c.ID = r.ContainerId
 	_, err = pod.N.Runtime.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: c.ID})
 	return c, err
+}
+
+// numberOf is the number of a line that testbox has written, 0 if it is none.
+func numberOf(l harness.Line) (n int) {
+	var word string
+	fmt.Sscanf(l.Text, "%s %d", &word, &n)
+	return n
+}
+
+// waitsForPipe says whether a process waits for somebody to read what it writes.
+func waitsForPipe(pid int) bool {
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/syscall", pid))
+	for _, path := range tasks {
+		b, _ := os.ReadFile(path)
+		if strings.HasPrefix(string(b), fmt.Sprintf("%d 0x1 ", unix.SYS_WRITE)) {
+			return true
+		}
+	}
+	return false
 }
