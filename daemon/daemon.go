@@ -33,6 +33,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/stats"
 	"github.com/holdfast-cri/holdfast/daemon/streams"
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/proto/stream"
 )
 
@@ -120,6 +121,7 @@ func (d *Daemon) openStores() (err error) {
 	if d.state, err = state.Open(cfg.Root, cfg.State, d.log); err != nil {
 		return err
 	}
+	d.writeDown()
 	if d.layers, err = rootfs.Open(filepath.Join(cfg.Root, "layers"), d.log); err != nil {
 		return err
 	}
@@ -142,6 +144,25 @@ func (d *Daemon) openStores() (err error) {
 }
 
 // openMachine finds out what the machine and its programs can do.
+// writeDown tells whoever looks at the machine where the daemon has what belongs to it. It
+// is for people, so a failure is no reason not to start.
+func (d *Daemon) writeDown() {
+	self, err := rundir.FindProcess(os.Getpid())
+	if err == nil {
+		err = records.WriteDaemon(d.cfg.State, records.Daemon{
+			Process:    self,
+			BootID:     rundir.BootID(),
+			Root:       d.cfg.Root,
+			Address:    d.cfg.Address,
+			CNIConfDir: d.cfg.CNIConfDir,
+			NRISocket:  d.cfg.NRI.Socket,
+		})
+	}
+	if err != nil {
+		d.log.Warn("cannot write down how the daemon was started", "error", err)
+	}
+}
+
 func (d *Daemon) openMachine() (err error) {
 	cfg := d.cfg
 	driver, err := placement.Detect(cfg.CgroupDriver)

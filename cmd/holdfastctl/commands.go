@@ -41,6 +41,7 @@ func commands() []*command {
 		{"delete", "ID", setupDelete},
 		{"pull", "IMAGE", setupPull},
 		{"pulls", "", setupPulls},
+		{"doctor", "", setupDoctor},
 		{"version", "", setupVersion},
 	}
 }

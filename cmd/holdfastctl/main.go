@@ -48,6 +48,7 @@ type app struct {
 	config         string // file, if one was named
 	state          string // the directory
 	address        string // of the daemon
+	settings       config
 	json           bool
 }
 
@@ -152,8 +153,12 @@ func newFlags(name string) *flag.FlagSet {
 // config is what matters here of the daemon's config. A mistake in another key
 // keeps nobody from looking.
 type config struct {
+	Root    string `toml:"root"`
 	State   string `toml:"state"`
 	Address string `toml:"address"` // of the CRI
+	CNI     struct {
+		ConfDir string `toml:"conf_dir"`
+	} `toml:"cni"`
 }
 
 // load reads the config, unless the state directory was named. The default file
@@ -172,6 +177,7 @@ func (a *app) load() error {
 			return fmt.Errorf("cannot read the config %s: %w; --state does without", path, err)
 		}
 	}
+	a.settings = c
 	a.state = cmp.Or(a.state, c.State, defaultState)
 	a.address = cmp.Or(c.Address, filepath.Join(a.state, "holdfast.sock"))
 	return nil

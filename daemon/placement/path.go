@@ -10,9 +10,16 @@ import (
 
 // Where our own cgroups are, below the root of each hierarchy.
 const (
-	podsPath   = "/holdfast/pods"
-	shimsPath  = "/holdfast/shims"
-	streamPath = "/holdfast/stream"
+	PodsPath   = "/holdfast/pods"  // of pods without a cgroup_parent, with those of their containers
+	ShimsPath  = "/holdfast/shims" // with one for each shim, by the id of its container
+	StreamPath = "/holdfast/stream"
+)
+
+// Beginnings of the names of scopes.
+const (
+	containerPrefix = "holdfast"
+	scopePrefix     = "holdfast-shim"
+	streamPrefix    = "holdfast-stream"
 )
 
 // sameDriver is what to do where a parent belongs to the other driver.
@@ -40,13 +47,13 @@ func (m *Manager) ContainerPath(parent, podID, id string) (string, error) {
 				return "", err
 			}
 		}
-		return slice + ":holdfast:" + id, nil
+		return slice + ":" + containerPrefix + ":" + id, nil
 	}
 	if parent == "" {
 		if err := checkID(podID); err != nil {
 			return "", err
 		}
-		return path.Join(podsPath, podID, id), nil
+		return path.Join(PodsPath, podID, id), nil
 	}
 	if err := checkParent(parent); err != nil {
 		return "", err
@@ -97,3 +104,28 @@ func sliceName(parent string) (string, error) {
 // unitChars may be in the name of a unit (systemd.unit(5)), but for the colon,
 // which separates the parts of a cgroupsPath.
 const unitChars = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.\\-"
+
+// ShimOfScope gives the id of the container whose shim is in a scope of this name.
+func ShimOfScope(unit string) (id string, ok bool) { return scopeOf(unit, scopePrefix+"-") }
+
+// ContainerOfScope gives the id of the container that an OCI runtime has put into a scope
+// of this name.
+func ContainerOfScope(unit string) (id string, ok bool) {
+	id, ok = scopeOf(unit, containerPrefix+"-")
+	return id, ok && !strings.Contains(id, "-")
+}
+
+// IsStreamScope says whether a scope of this name is that of a holdfast-stream.
+func IsStreamScope(unit string) bool {
+	_, ok := scopeOf(unit, streamPrefix+"-")
+	return ok
+}
+
+func scopeOf(unit, prefix string) (id string, ok bool) {
+	id, ok = strings.CutSuffix(unit, scopeSuffix)
+	if !ok {
+		return "", false
+	}
+	id, ok = strings.CutPrefix(id, prefix)
+	return id, ok && validID.MatchString(id)
+}

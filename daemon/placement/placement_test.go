@@ -177,7 +177,7 @@ func TestShim(t *testing.T) {
 	if n, all := strings.Count(of, ":/holdfast/shims/"+id+"\n"), len(hierarchies(t)); n != all {
 		t.Errorf("placed in %d of %d hierarchies:\n%s", n, all, of)
 	}
-	if dir, alive, err := cgroup.At(path.Join(shimsPath, id)).Populated(); err != nil || !alive {
+	if dir, alive, err := cgroup.At(path.Join(ShimsPath, id)).Populated(); err != nil || !alive {
 		t.Errorf("the shim is not seen in its cgroup: %q, %v, %v", dir, alive, err)
 	}
 
@@ -193,7 +193,7 @@ func TestShim(t *testing.T) {
 	for range 2 {
 		check(t, m.RemoveShim(t.Context(), id))
 	}
-	if left := cgroup.At(path.Join(shimsPath, id)); len(left) > 0 {
+	if left := cgroup.At(path.Join(ShimsPath, id)); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
 }
@@ -238,7 +238,7 @@ func TestPlaceDeadProcess(t *testing.T) {
 	if err := m.RemoveShim(t.Context(), id); err != nil {
 		t.Error(err)
 	}
-	if left := cgroup.At(path.Join(shimsPath, id)); len(left) > 0 {
+	if left := cgroup.At(path.Join(ShimsPath, id)); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
 }
@@ -263,8 +263,8 @@ func TestRemovePod(t *testing.T) {
 		check(t, m.RemovePod(t.Context(), "", pod))
 	}
 	for _, h := range hs {
-		if _, err := os.Stat(filepath.Join(h, podsPath, pod)); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("%s is left: %v", filepath.Join(h, podsPath, pod), err)
+		if _, err := os.Stat(filepath.Join(h, PodsPath, pod)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s is left: %v", filepath.Join(h, PodsPath, pod), err)
 		}
 	}
 }

@@ -32,15 +32,15 @@ func (m *Manager) PlaceShim(ctx context.Context, id string, pid int) error {
 // process.
 func (m *Manager) PlaceStream(ctx context.Context, pid int) error {
 	if m.driver == Systemd {
-		return placeScope(ctx, fmt.Sprintf("holdfast-stream-%d%s", pid, scopeSuffix), "Holdfast sessions", pid)
+		return placeScope(ctx, fmt.Sprintf("%s-%d%s", streamPrefix, pid, scopeSuffix), "Holdfast sessions", pid)
 	}
-	if err := cgroup.Everywhere(streamPath).Enter(pid); err != nil {
+	if err := cgroup.Everywhere(StreamPath).Enter(pid); err != nil {
 		return fmt.Errorf("cannot move holdfast-stream (pid %d) out of the daemon's cgroup: %w", pid, err)
 	}
 	return nil
 }
 
-func shimCgroups(id string) cgroup.Set { return cgroup.Everywhere(path.Join(shimsPath, id)) }
+func shimCgroups(id string) cgroup.Set { return cgroup.Everywhere(path.Join(ShimsPath, id)) }
 
 // ContainerCgroups are those that exist now of a container, by what
 // ContainerPath gave for it.
@@ -58,7 +58,7 @@ func (m *Manager) ContainerCgroup(cgroupsPath string) string {
 func (m *Manager) PodCgroup(parent, podID string) string {
 	switch {
 	case m.driver != Systemd && parent == "":
-		return path.Join(podsPath, podID)
+		return path.Join(PodsPath, podID)
 	case m.driver != Systemd:
 		return path.Join("/", parent)
 	case parent == "":
@@ -97,7 +97,7 @@ func (m *Manager) RemovePod(ctx context.Context, parent, podID string) error {
 	if parent != "" || m.driver == Systemd {
 		return nil
 	}
-	if err := cgroup.Everywhere(path.Join(podsPath, podID)).Remove(ctx); err != nil {
+	if err := cgroup.Everywhere(path.Join(PodsPath, podID)).Remove(ctx); err != nil {
 		return fmt.Errorf("cannot remove the cgroup of pod %s: %w", podID, err)
 	}
 	return nil

@@ -14,10 +14,7 @@ import (
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
 
-const (
-	scopePrefix = "holdfast-shim"
-	scopeSuffix = ".scope"
-)
+const scopeSuffix = ".scope"
 
 func scopeName(id string) string { return scopePrefix + "-" + id + scopeSuffix }
 

@@ -72,6 +72,12 @@ func Pulls(stateDir string) ([]Pull, error) {
 	return list, err
 }
 
+// ReadPull reads the record of one pull. Errors are those of record.Read.
+func ReadPull(path string) (p Pull, err error) {
+	err = record.Read(path, &p)
+	return p, err
+}
+
 // FindPull finds the record of the youngest pull that lives and was asked for by
 // that name. Several that are asked for the same wait for the same bytes.
 func FindPull(stateDir, asked string) (found Pull, ok bool) {

@@ -69,14 +69,11 @@ func Open(root, state string, log *slog.Logger) (*Store, error) {
 			}
 		}
 	}
-	for _, tree := range []string{root, state} {
-		f, err := lock(tree)
-		if err != nil {
-			s.Close()
-			return nil, fmt.Errorf("cannot use %s: %w", tree, err)
-		}
-		s.locks = append(s.locks, f)
+	locks, err := Lock(root, state)
+	if err != nil {
+		return nil, err
 	}
+	s.locks = locks
 	return s, nil
 }
 
@@ -105,6 +102,22 @@ func (s *Store) makeClosed(dir string) error {
 	}
 	s.log.Warn("closing a directory to other users", "path", dir, "mode", st.Mode())
 	return os.Chmod(dir, 0o700)
+}
+
+// Lock takes the locks of trees, as a daemon holds them for its life: of root and state, in
+// this order. The caller closes the files.
+func Lock(trees ...string) (locks []*os.File, err error) {
+	for _, tree := range trees {
+		f, err := lock(tree)
+		if err != nil {
+			for _, f := range locks {
+				f.Close()
+			}
+			return nil, fmt.Errorf("cannot use %s: %w", tree, err)
+		}
+		locks = append(locks, f)
+	}
+	return locks, nil
 }
 
 // lockPatience is how long a lock may stay after its daemon was killed: a child
@@ -185,6 +198,12 @@ func (s *Store) GetCopy(k Kind, id string, v any) error {
 	return record.Read(filepath.Join(s.RunDir(k, id), recordName), v)
 }
 
+// Read reads the record of an object below one of the trees, without a store. Errors are
+// those of record.Read.
+func Read(tree string, k Kind, id string, v any) error {
+	return record.Read(filepath.Join(tree, string(k), id, recordName), v)
+}
+
 // IDs lists the objects that have a directory in either tree.
 func (s *Store) IDs(k Kind) ([]string, error) {
 	seen := map[string]bool{}
@@ -215,7 +234,7 @@ func (s *Store) Sweep() {
 					continue
 				}
 				path := filepath.Join(tree, string(k), e.Name())
-				if err := removeTree(path); err != nil {
+				if err := RemoveTree(path); err != nil {
 					s.log.Warn("cannot finish a removal", "path", path, "error", err)
 				}
 			}
@@ -257,10 +276,10 @@ func remove(path string) error {
 		err = nil
 	case errors.Is(err, syscall.ENOTEMPTY), errors.Is(err, fs.ErrExist):
 		// A removal of the same name was cut short.
-		err = removeTree(path)
+		err = RemoveTree(path)
 	}
 	if err == nil {
-		err = removeTree(gone)
+		err = RemoveTree(gone)
 	}
 	if err != nil {
 		return fmt.Errorf("cannot remove %s: %w", path, err)
@@ -279,7 +298,7 @@ func (s *Store) Quarantine(path string, why error) {
 			filepath.Base(filepath.Dir(path)), filepath.Base(path))
 		to = filepath.Join(to, name)
 		if err = os.Rename(path, to); errors.Is(err, syscall.EXDEV) {
-			err = removeTree(path) // of the run directory: means nothing after a boot anyway
+			err = RemoveTree(path) // of the run directory: means nothing after a boot anyway
 		}
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -10,14 +10,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxNested is how many directories removeTree has open at most. A container
+// maxNested is how many directories RemoveTree has open at most. A container
 // can nest its directories as deep as it likes, and os.RemoveAll keeps one open
 // for each level: the descriptors of the whole daemon.
 const maxNested = 64
 
-// removeTree removes path and all below it; what is not there is no error. It
+// RemoveTree removes path and all below it; what is not there is no error. It
 // follows no link. A directory that lies too deep is moved up to the top first.
-func removeTree(path string) error {
+func RemoveTree(path string) error {
 	err := unix.Unlink(path)
 	switch {
 	case err == nil, errors.Is(err, unix.ENOENT):

@@ -43,7 +43,7 @@ func TestRemoveDeepTree(t *testing.T) {
 	}
 	check(t, unix.Setrlimit(unix.RLIMIT_NOFILE, &few))
 	defer unix.Setrlimit(unix.RLIMIT_NOFILE, &was)
-	check(t, removeTree(top))
+	check(t, RemoveTree(top))
 	if _, err := os.Lstat(top); !os.IsNotExist(err) {
 		t.Fatalf("it is still there: %v", err)
 	}
@@ -63,7 +63,7 @@ func TestRemoveTree(t *testing.T) {
 	}
 	check(t, unix.Mkfifo(filepath.Join(top, "fifo"), 0o600))
 	for _, path := range []string{top, top, kept} { // again, and what is no directory
-		check(t, removeTree(path))
+		check(t, RemoveTree(path))
 		if _, err := os.Lstat(path); !os.IsNotExist(err) {
 			t.Fatalf("%s is still there: %v", path, err)
 		}

@@ -82,6 +82,10 @@ func Shims(stateDir string) (map[string]Process, error) {
 	return all, nil
 }
 
+// KeptBy gives the run directory of a process that is a shim; false: it is none, or has
+// ended.
+func KeptBy(pid int) (Dir, bool) { return kept(pid) }
+
 // keeps says whether a process is the shim of a run directory.
 func keeps(pid int, dir Dir) bool {
 	d, ok := kept(pid)

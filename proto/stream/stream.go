@@ -235,8 +235,8 @@ func isToken(name string) bool { return tokenForm.MatchString(name) }
 
 // expired says whether a token has expired, by its name.
 func expired(token string) bool {
-	at, err := strconv.ParseInt(token[:expiryDigits], 16, 64)
-	return err != nil || at <= rundir.BootTime().Milliseconds()
+	since, ok := Expired(token)
+	return !ok || since >= 0
 }
 
 func (d Dir) tokenPath(token string) string { return filepath.Join(string(d), tokensName, token) }
@@ -266,4 +266,14 @@ func (d Dir) gate(ctx context.Context) (*os.File, error) {
 		f.Close()
 		return nil, fmt.Errorf("cannot take the gate of sessions, %s: %w", d, err)
 	}
+}
+
+// Expired says since when a token has expired, by its name alone; negative: it has not.
+// not ok: it is no token.
+func Expired(token string) (since time.Duration, ok bool) {
+	if !isToken(token) {
+		return 0, false
+	}
+	at, err := strconv.ParseInt(token[:expiryDigits], 16, 64)
+	return rundir.BootTime() - time.Duration(at)*time.Millisecond, err == nil
 }

@@ -91,7 +91,8 @@ var allowed = map[string][]string{
 		module + "proto/stream", module + "proto/tail", "golang.org/x/sys/unix", "k8s.io/klog/v2",
 	},
 	"cmd/holdfastctl": {
-		module + "proto/...", module + "daemon/beneath", module + "daemon/records", module + "daemon/network/netns",
+		module + "proto/...", module + "daemon/audit", module + "daemon/beneath", module + "daemon/records",
+		module + "daemon/network/netns",
 		"github.com/opencontainers/runtime-spec/specs-go", "github.com/pelletier/go-toml/v2", "golang.org/x/sys/unix",
 		"google.golang.org/grpc", "google.golang.org/grpc/codes", "google.golang.org/grpc/credentials/insecure",
 		"google.golang.org/grpc/status", "k8s.io/cri-api/pkg/apis/runtime/v1", "k8s.io/cri-api/pkg/errors",
@@ -158,6 +159,11 @@ var ofTheModule = map[string][]string{
 		"proto/client", "proto/kind", "proto/record", "proto/rundir", "proto/step", "proto/stream",
 	},
 
+	// The auditor joins the mechanisms as daemon does, and reads what they have written.
+	"daemon/audit": {
+		"daemon/image", "daemon/network", "daemon/network/netns", "daemon/placement", "daemon/records", "daemon/rootfs",
+		"daemon/state", "proto/record", "proto/rundir", "proto/stream", "reaper/pidfd", "runc/cgroup",
+	},
 	"daemon/claims":    {"proto/kind", "proto/step"},
 	"daemon/events":    {"proto/kind"},
 	"daemon/records":   {"proto/kind", "proto/record", "proto/rundir"},
