@@ -17,10 +17,11 @@ import (
 // Variable names the file of failpoints. It is read each time a step is reached,
 // so that it may be replaced while a process runs. A line is
 //
-//	STEP ACTION [N]
+//	STEP ACTION [ERRNO] [N]
 //
 // ACTION is kill (SIGKILL), stop (SIGSTOP), fail, or a duration that the step is
-// delayed by. N is which time it happens, 0 or nothing: each time. What was
+// delayed by. ERRNO is ENOSPC or EIO, the reason of a step that fails. N is which
+// time it happens, 0 or nothing: each time. What was
 // reached is appended to FILE.reached, as "PID STEP"; N counts the step's lines
 // there, whichever process wrote them, so that a restart does not begin anew.
 const Variable = "HOLDFAST_FAILPOINTS"
@@ -52,15 +53,23 @@ func Reach(s Step) error {
 		if len(f) < 2 || f[0] != string(s) {
 			continue
 		}
-		if len(f) > 2 && f[2] != "0" && f[2] != strconv.Itoa(n) {
+		action, rest := f[1], f[2:]
+		var why error
+		if len(rest) > 0 && reasons[rest[0]] != nil {
+			why, rest = reasons[rest[0]], rest[1:]
+		}
+		if len(rest) > 0 && rest[0] != "0" && rest[0] != strconv.Itoa(n) {
 			continue
 		}
-		if err := act(s, f[1]); err != nil {
+		if err := act(s, action, why); err != nil {
 			return err
 		}
 	}
 	return nil
 }
+
+// reasons are what a step may fail of, by name.
+var reasons = map[string]error{"ENOSPC": unix.ENOSPC, "EIO": unix.EIO}
 
 // note appends a step to the file of those that were reached, and gives which time
 // it is. Others may append at the same time.
@@ -84,7 +93,7 @@ func note(path string, s Step) (int, error) {
 	return bytes.Count(b, []byte(" "+string(s)+"\n")), nil
 }
 
-func act(s Step, action string) error {
+func act(s Step, action string, why error) error {
 	switch action {
 	case "kill":
 		unix.Kill(os.Getpid(), unix.SIGKILL)
@@ -92,6 +101,9 @@ func act(s Step, action string) error {
 	case "stop":
 		return unix.Kill(os.Getpid(), unix.SIGSTOP)
 	case "fail":
+		if why != nil {
+			return fmt.Errorf("failpoint %s: %w", s, why)
+		}
 		return fmt.Errorf("failpoint %s", s)
 	}
 	d, err := time.ParseDuration(action)

@@ -57,6 +57,7 @@ func reach(t *testing.T, file string, steps ...string) (*exec.Cmd, *bytes.Buffer
 
 func TestActions(t *testing.T) {
 	const went = "went on\n"
+	const full = "failpoint one: no space left on device\n"
 	for name, c := range map[string]struct {
 		lines  string
 		want   string         // what the process says
@@ -69,6 +70,10 @@ func TestActions(t *testing.T) {
 		"fail each time": {lines: "one fail 0", want: "failpoint one\n" + went + "failpoint one\n"},
 		"fail once":      {lines: "one fail 2", want: went + went + "failpoint one\n"},
 		"fail too late":  {lines: "one fail 3", want: went + went + went},
+		"full":           {lines: "one fail ENOSPC", want: full + went + full},
+		"full once":      {lines: "one fail ENOSPC 2", want: went + went + full},
+		"broken once": {lines: "two fail EIO 1",
+			want: went + "failpoint two: input/output error\n" + went},
 		"kill":           {lines: "two kill", want: went, signal: syscall.SIGKILL},
 		"kill once":      {lines: "one kill 2", want: went + went, signal: syscall.SIGKILL},
 		"delay":          {lines: "one 1ns", want: went + went + went},

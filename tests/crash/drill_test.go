@@ -4,7 +4,10 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"math/rand/v2"
+	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -152,8 +155,35 @@ var disasters = []disaster{
 // container is undone, or ends with it, and no success is invented.
 func TestKilledAtEachStep(t *testing.T) { eachStep(t, "kill") }
 
-// Each step fails once. The daemon lives on and has to undo by itself.
-func TestFailsAtEachStep(t *testing.T) { eachStep(t, "fail") }
+// Each step fails once, as on a full disk and as on a broken one. The daemon lives on and
+// has to undo by itself.
+func TestFailsAtEachStep(t *testing.T) {
+	reasons := []string{"ENOSPC", "EIO"}
+	if !drill {
+		i := chance(t).IntN(len(reasons))
+		reasons = reasons[i : i+1]
+	}
+	for _, why := range reasons {
+		t.Run(why, func(t *testing.T) { eachStep(t, "fail "+why) })
+	}
+}
+
+// seed is another one each time. HOLDFAST_SEED repeats one.
+func seed(t *testing.T) uint64 {
+	t.Helper()
+	seed, err := strconv.ParseUint(os.Getenv("HOLDFAST_SEED"), 10, 64)
+	if err != nil {
+		seed = uint64(time.Now().UnixNano())
+	}
+	t.Logf("HOLDFAST_SEED=%d", seed)
+	return seed
+}
+
+// chance is what a quick form chooses by.
+func chance(t *testing.T) *rand.Rand {
+	t.Helper()
+	return rand.New(rand.NewPCG(seed(t), 0))
+}
 
 // Each step takes its time, or the daemon is stopped there and goes on later.
 func TestHeldAtEachStep(t *testing.T) {
@@ -169,6 +199,7 @@ func TestHeldAtEachStep(t *testing.T) {
 // of it is waiting for other processes.
 func eachStep(t *testing.T, action string) {
 	const nodes = 4
+	tally := harness.Drill(t, strings.TrimPrefix(t.Name(), "Test"))
 	rounds := 1
 	if drill {
 		rounds = 3
@@ -184,7 +215,10 @@ func eachStep(t *testing.T, action string) {
 			for round := range rounds {
 				for i, d := range list {
 					t.Run(d.String(), func(t *testing.T) {
-						k := &kubelet{disaster: d, n: n.With(t), t: t, action: action}
+						k := &kubelet{disaster: d, n: n.With(t), t: t, tally: tally, action: action}
+						if strings.HasPrefix(action, "fail") {
+							k.excuse = "failpoint"
+						}
 						k.live(fmt.Sprintf("pod%d-%d", round, i))
 					})
 				}
@@ -200,7 +234,7 @@ func chosen(action string) (list []disaster) {
 	for _, d := range disasters {
 		// A container whose undoing fails is undone in the background. A pod stays,
 		// for the kubelet to remove.
-		again := action == "kill" || action == "fail" && d.at == step.ContainerRuntime
+		again := action == "kill" || strings.HasPrefix(action, "fail") && d.at == step.ContainerRuntime
 		if d.then != "" && !again || action != "kill" && !drill && d.then == "" && seen[d.at] {
 			continue
 		}
@@ -215,9 +249,23 @@ type kubelet struct {
 	disaster
 	n      *harness.Node
 	t      *testing.T
-	action string
+	tally  *harness.Tally
+	action string // as proto/step has it
+	// excuse is in the text of each error that the action may cause; empty: the daemon
+	// has to be dead.
+	excuse string
+	dead   func() // called when the daemon is found dead; may be nil
+	// lossOf says what may be lost of a container, where a disaster does not; may be nil.
+	lossOf func(id string) loss
 	killed int // times that the daemon was found dead
 	failed int // calls that failed otherwise
+}
+
+// lose counts something as lost.
+func (k *kubelet) lose(what harness.Loss, format string, args ...any) {
+	k.t.Helper()
+	k.t.Errorf(format, args...)
+	k.tally.Lost(what, "%s: "+format, append([]any{k.t.Name()}, args...)...)
 }
 
 // live takes a pod with two containers from nothing to nothing while a disaster
@@ -230,7 +278,7 @@ func (k *kubelet) live(name string) {
 	ends, stays := k.runContainers(pod)
 	k.awaitExit(ends)
 	k.checkLiving(pod, ends, stays)
-	k.disturb(stays)
+	k.disturb(stays, k.life)
 	k.do("StopPodSandbox", func(ctx context.Context) error {
 		_, err := k.n.Runtime.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: pod.ID})
 		return err
@@ -246,13 +294,22 @@ func (k *kubelet) live(name string) {
 		return err
 	})
 	k.checkHappened()
-	k.n.CheckClean()
+	k.clean()
+}
+
+// clean waits until nothing is left of a life. The daemon may be killed while it
+// removes in the background.
+func (k *kubelet) clean() {
+	k.t.Helper()
+	if left := k.n.AwaitClean(k.revive); left != "" {
+		k.lose(harness.Leaks, "%s", left)
+	}
 }
 
 // disturb does what is special about a life to the container that stays.
-func (k *kubelet) disturb(c *harness.Container) {
+func (k *kubelet) disturb(c *harness.Container, what life) {
 	k.t.Helper()
-	switch k.life {
+	switch what {
 	case deadShim:
 		k.killShim(c)
 	case stopped:
@@ -335,7 +392,9 @@ func (k *kubelet) arm() {
 
 // leave leaves the node to the next disaster as it should be.
 func (k *kubelet) leave() {
-	k.n.Arm()
+	if k.at != "" {
+		k.n.Arm()
+	}
 	if !k.t.Failed() {
 		return
 	}
@@ -348,6 +407,10 @@ func (k *kubelet) leave() {
 func (k *kubelet) revive() {
 	for k.n.Ended() {
 		k.killed++
+		k.tally.Kill()
+		if k.dead != nil {
+			k.dead()
+		}
 		if err := k.n.Bounce(); err == nil || k.killed > 5 {
 			return
 		}
@@ -368,9 +431,9 @@ func (k *kubelet) do(what string, call func(context.Context) error) {
 		switch {
 		case time.Now().After(deadline):
 			k.t.Fatalf("%s still fails: %v", what, err)
-		case k.action == "fail" && strings.Contains(err.Error(), "failpoint"):
+		case k.excuse != "" && strings.Contains(err.Error(), k.excuse):
 			k.failed++
-		case status.Code(err) != codes.Unavailable || k.action == "fail":
+		case status.Code(err) != codes.Unavailable || k.excuse != "":
 			k.t.Fatalf("%s: %v", what, err)
 		}
 	}
@@ -443,8 +506,16 @@ func (k *kubelet) runContainers(pod *harness.Pod) (ends, stays *harness.Containe
 			return k.unlessLost(ctx, c, err)
 		})
 	}
-	k.eventually("a container prints", func() bool { return len(stays.Log()) > 2 })
+	k.eventually("a container prints", func() bool { return len(stays.Log()) > 2 || k.loses(stays) == ending })
 	return ends, stays
+}
+
+// loses says what may be lost of a container whose shim was killed at a system call.
+func (k *kubelet) loses(c *harness.Container) loss {
+	if k.lossOf == nil {
+		return nothing
+	}
+	return k.lossOf(c.ID)
 }
 
 func (k *kubelet) status(ctx context.Context, c *harness.Container) (*cri.ContainerStatus, error) {
@@ -510,6 +581,9 @@ func (k *kubelet) checkLiving(pod *harness.Pod, ends, stays *harness.Container) 
 		return nil
 	})
 	shims := []string{stays.ID}
+	if k.loses(stays) == ending {
+		shims = nil
+	}
 	if k.life == withInit {
 		shims = append(shims, pod.ID)
 	}
@@ -537,8 +611,9 @@ func sorted(s ...string) []string { return slices.Sorted(slices.Values(s)) }
 // checkEnds checks exit codes and logs of a pod that was stopped.
 func (k *kubelet) checkEnds(ends, stays *harness.Container) {
 	k.t.Helper()
-	lostEnds, lostStays := nothing, nothing
+	lostEnds, lostStays := k.loses(ends), k.loses(stays)
 	switch {
+	case k.lossOf != nil:
 	case k.life == deadShim:
 		lostStays = ending
 	case k.action == "kill" && k.life == plain:
@@ -554,10 +629,10 @@ func (k *kubelet) checkEnds(ends, stays *harness.Container) {
 	k.checkExit(stays, code, lostStays)
 	log := ends.Log()
 	if len(log) > 1 || len(log) == 1 && log[0].Text != "leaving" || len(log) == 0 && lostEnds == nothing {
-		k.t.Errorf("the log of a container is %v, want one line", log)
+		k.lose(harness.Lines, "the log of a container is %v, want one line", log)
 	}
 	if count, err := harness.Numbered("line", stays.Log()); err != nil {
-		k.t.Errorf("the log of a container after %d good lines: %v", count, err)
+		k.lose(harness.Lines, "the log of a container after %d good lines: %v", count, err)
 	}
 }
 
@@ -575,7 +650,7 @@ func (k *kubelet) checkExit(c *harness.Container, code int32, l loss) {
 		good = (s.ExitCode == killed || s.ExitCode == unknown) && s.Reason == "ShimDied"
 	}
 	if !good {
-		k.t.Errorf("%s exited with %d, %s, %q", c.Config.Metadata.Name, s.ExitCode, s.Reason, s.Message)
+		k.lose(harness.Statuses, "%s exited with %d, %s, %q", c.Config.Metadata.Name, s.ExitCode, s.Reason, s.Message)
 	}
 }
 
@@ -593,6 +668,8 @@ func (k *kubelet) checkHappened() {
 		}
 		if k.action == "kill" && !k.ofShim {
 			want++
+		} else {
+			k.tally.Kill()
 		}
 	}
 	if k.killed != want {

@@ -29,11 +29,8 @@ func TestRandomKills(t *testing.T) {
 	case slow > 1:
 		lifecycles, workers = 8, 2
 	}
-	seed, err := strconv.ParseUint(os.Getenv("HOLDFAST_SEED"), 10, 64)
-	if err != nil {
-		seed = uint64(time.Now().UnixNano())
-	}
-	t.Logf("HOLDFAST_SEED=%d", seed)
+	tally := harness.Drill(t, "RandomKills")
+	seed := seed(t)
 
 	n := harness.New(t)
 	alive, giveUp := context.WithCancel(t.Context()) // without a daemon there is nothing to wait for
@@ -62,7 +59,7 @@ func TestRandomKills(t *testing.T) {
 				}
 				ctx, cancel := context.WithTimeout(alive, 10*time.Minute*min(slow, 3))
 				if err := lifecycle(ctx, n, i, chance); err != nil {
-					t.Errorf("pod %d: %v", i, err)
+					tally.Lost(harness.Statuses, "pod %d: %v", i, err)
 				}
 				cancel()
 				last.Store(time.Now().UnixNano())
@@ -71,12 +68,14 @@ func TestRandomKills(t *testing.T) {
 	}
 	wg.Wait()
 	close(stop)
-	t.Logf("%d kills during %d lifecycles", <-kills, lifecycles)
+	count := <-kills
+	tally.Kills(count)
+	t.Logf("%d kills during %d lifecycles", count, lifecycles)
 
 	giveUp()
 	check(t, n.AwaitReady())
 	n.RemoveAllPods()
-	n.CheckClean()
+	tally.CheckClean(n)
 }
 
 // slow is how many times slower than others this machine is, HOLDFAST_SLOW: an

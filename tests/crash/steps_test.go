@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -40,6 +41,17 @@ func removeAllImages(t *testing.T, n *harness.Node) {
 			t.Fatalf("RemoveImage %s: %v", i.Id, err)
 		}
 	}
+}
+
+// emptyStore removes all images, and waits until their layers are deleted: a daemon that
+// is started leaves those alone that another node on this machine has mounted too.
+func emptyStore(t *testing.T, n *harness.Node) {
+	t.Helper()
+	removeAllImages(t, n)
+	harness.Eventually(t, limit, "all layers are gone", func() bool {
+		left, _ := filepath.Glob(n.Root + "/layers/*/*")
+		return len(left) == 0
+	})
 }
 
 // storeCall is one call of a scenario.
@@ -98,8 +110,8 @@ func some(n, sample int) (l []int) {
 func supervisedStore(t *testing.T, config string) (*harness.Node, *depot, *supervisor, []storeCall, int) {
 	n := harness.New(t, harness.Options{Config: config})
 	d := openDepot(t, n)
-	removeAllImages(t, n)
-	s, end := supervise(t, n)
+	emptyStore(t, n)
+	s, end := supervise(t, n, storeScope(n))
 	t.Cleanup(end) // the daemon has ended by then: cleanups run last first
 	t.Cleanup(n.Kill)
 	steps := scenario(d)
@@ -119,11 +131,32 @@ func supervisedStore(t *testing.T, config string) (*harness.Node, *depot, *super
 	return n, d, s, steps, len(calls)
 }
 
+// storeScope are the system calls by which the stores of images and layers change, but
+// for writes.
+func storeScope(n *harness.Node) scope {
+	kinds := map[string]bool{}
+	for k := range strings.FieldsSeq("rename unlink mkdir fsync syncfs create") {
+		kinds[k] = true
+	}
+	return scope{kinds: kinds, place: func(path string) string {
+		p, ok := strings.CutPrefix(path, n.Root+"/")
+		if !ok || !strings.HasPrefix(p, "images/") && !strings.HasPrefix(p, "layers/") {
+			return ""
+		}
+		// One file of a tree that has no name yet, or no more, is as good as another.
+		if strings.HasPrefix(p, "layers/tmp/") && strings.Count(p, "/") > 4 {
+			return ""
+		}
+		return p
+	}}
+}
+
 // The daemon is killed before each of the system calls by which pulls and
 // removals change the store, and a second time while it recovers from that.
 // Whatever the moment, a removal is done or not begun, the store is whole, and
 // what was interrupted can be done.
 func TestKilledBetweenAnyTwoSteps(t *testing.T) {
+	tally := harness.Drill(t, "StoreKilledAtEachCall")
 	for name, config := range map[string]string{"blobs kept": "", "blobs dropped": "[images]\nkeep_blobs = false\n"} {
 		t.Run(name, func(t *testing.T) {
 			n, d, s, steps, count := supervisedStore(t, config)
@@ -132,6 +165,7 @@ func TestKilledBetweenAnyTwoSteps(t *testing.T) {
 					return
 				}
 				killAtStep(t, n, d, s, steps, at)
+				tally.Kills(2) // the recovery as well
 			}
 		})
 	}
@@ -272,10 +306,12 @@ func (d *depot) checkResumed(t *testing.T, about string, before *holdings) {
 // Each of the system calls fails once, as on a full or a broken disk. The call
 // of the scenario may fail, the store never: it is whole, and the next try works.
 func TestEveryStepFailsOnce(t *testing.T) {
+	tally := harness.Drill(t, "EachCallOfStoreFails")
 	n, d, s, steps, count := supervisedStore(t, "")
 	for k, at := range some(count, 14) {
 		errno := []syscall.Errno{syscall.ENOSPC, syscall.EIO, syscall.EROFS}[k%3]
 		s.expect(at, errno)
+		tally.Kill()
 		done, err := play(n, steps)
 		if err != nil {
 			checkUnseen(t, n, d, steps, done, fmt.Sprintf("%v at %d", errno, at))

@@ -4,9 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"path/filepath"
-	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -23,6 +21,7 @@ import (
 // was acknowledged and nothing that nobody needs, and a pull that was
 // interrupted goes on where it was.
 func TestStoreKilledAtRandom(t *testing.T) {
+	tally := harness.Drill(t, "StoreKilledAtRandom")
 	for _, c := range []struct {
 		name, config string
 		kills, drill int
@@ -31,12 +30,8 @@ func TestStoreKilledAtRandom(t *testing.T) {
 		{"blobs dropped", "[images]\nkeep_blobs = false\n", 4, 50},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			seed, err := strconv.ParseUint(os.Getenv("HOLDFAST_SEED"), 10, 64)
-			if err != nil {
-				seed = uint64(time.Now().UnixNano())
-			}
-			t.Logf("HOLDFAST_SEED=%d", seed)
-			s := newStoreDrill(t, c.config, rand.New(rand.NewPCG(seed, 0)))
+			s := newStoreDrill(t, c.config, chance(t))
+			s.tally = tally
 			kills := c.kills
 			if drill {
 				kills = c.drill
@@ -56,6 +51,7 @@ func TestStoreKilledAtRandom(t *testing.T) {
 type storeDrill struct {
 	n      *harness.Node
 	d      *depot
+	tally  *harness.Tally
 	pod    *harness.Pod
 	chance *rand.Rand
 
@@ -215,6 +211,7 @@ func (s *storeDrill) round(t *testing.T) {
 	life := time.Duration(s.chance.Int64N(int64(600*time.Millisecond))) * slow
 	time.Sleep(life)
 	s.n.Kill()
+	s.tally.Kill()
 	cancel()
 	wg.Wait()
 	before := take(s.n)
@@ -283,7 +280,7 @@ func (s *storeDrill) removeUnknown(t *testing.T) {
 	}
 	for id := range s.containers {
 		if !listed[id] {
-			t.Errorf("container %s is lost", id)
+			s.tally.Lost(harness.Statuses, "container %s is lost", id)
 		}
 	}
 }
@@ -294,7 +291,7 @@ func (s *storeDrill) checkAnswers(t *testing.T, h *holdings) {
 	for p, k := range s.names {
 		for ref, here := range k.here {
 			if _, ok := h.refs[ref]; ok != here {
-				t.Errorf("image %s: %s is here: %v, by the answers: %v", p.name, ref, ok, here)
+				s.tally.Lost(harness.Statuses, "image %s: %s is here: %v, by the answers: %v", p.name, ref, ok, here)
 			}
 		}
 	}
@@ -336,7 +333,7 @@ func (s *storeDrill) end(t *testing.T) {
 	if h = settle(t, s.n, s.d); len(h.layers) > 0 {
 		t.Errorf("after all containers are removed there are %v", h.layers)
 	}
-	s.n.CheckClean()
+	s.tally.CheckClean(s.n)
 	t.Logf("%d bytes were sent in interrupted lives; %d finished blobs were found again, %d partial ones went on",
 		s.fetched, s.finished, s.resumed)
 }

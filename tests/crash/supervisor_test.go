@@ -1,12 +1,16 @@
 package crash
 
 import (
+	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -15,14 +19,15 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/tests/harness"
 )
 
-// supervisor stops the daemon before each system call that changes a name, or
-// makes something durable, below its root, and decides what becomes of it; see
-// seccomp_unotify(2). One daemon at a time has it.
+// supervisor stops the daemon, or a shim, before each system call that changes what
+// lies in a place, and decides what becomes of it; see seccomp_unotify(2). One daemon
+// at a time has it, and all that it has started.
 type supervisor struct {
-	n      *harness.Node
+	scope  scope
 	listen *net.UnixListener
 	work   sync.WaitGroup
 
@@ -30,6 +35,19 @@ type supervisor struct {
 	log  []string // each of the calls since expect
 	at   int      // the one that is not made, from 1 on; 0: none
 	fate syscall.Errno
+	met  string // that call, once it has come
+	// victim is the run directory of the shim that was killed, and whether it had an exit
+	// record then.
+	victim   rundir.Dir
+	recorded bool
+}
+
+// scope is which system calls are stopped.
+type scope struct {
+	ofShim bool            // those of shims, not those of the daemon
+	kinds  map[string]bool // names of theirs; nil: all
+	// place gives a path as it is to be called, and "" for one that lies elsewhere.
+	place func(path string) string
 }
 
 // die is the fate of a call that has the daemon killed in its place; any other is
@@ -38,14 +56,14 @@ const die = syscall.Errno(0xffff)
 
 // superviseArg makes this test binary the launcher: it takes the filter upon
 // itself, hands the listener to the test, and becomes the daemon.
-const superviseArg = "-supervise="
+const superviseArg, superviseSep = "-supervise=", "="
 
 // Once a call is received it waits for its answer, whatever signals come: else
 // Go's own would have it made, and counted, twice.
 const superviseFlags = unix.SECCOMP_FILTER_FLAG_NEW_LISTENER | unix.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
 
 // supervise has all daemons from now on supervised until end is called.
-func supervise(t *testing.T, n *harness.Node) (s *supervisor, end func()) {
+func supervise(t *testing.T, n *harness.Node, what scope) (s *supervisor, end func()) {
 	t.Helper()
 	// A kernel that knows the flags goes on to the filter, and finds none.
 	if _, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, superviseFlags, 0); errno != unix.EFAULT {
@@ -55,13 +73,13 @@ func supervise(t *testing.T, n *harness.Node) (s *supervisor, end func()) {
 	if err != nil {
 		t.Fatalf("%v", err)
 	}
-	s = &supervisor{n: n}
+	s = &supervisor{scope: what}
 	path := n.Path("supervisor.sock")
 	if s.listen, err = net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"}); err != nil {
 		t.Fatalf("%v", err)
 	}
 	s.work.Go(s.accept)
-	n.Launcher = []string{self, superviseArg + path}
+	n.Launcher = []string{self, superviseArg + path + superviseSep + strings.Join(slices.Sorted(maps.Keys(what.kinds)), ",")}
 	return s, func() {
 		n.Launcher = nil
 		s.listen.Close()
@@ -75,8 +93,15 @@ func (s *supervisor) expect(at int, fate syscall.Errno) (calls []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	calls = s.log
-	s.log, s.at, s.fate = nil, at, fate
+	s.log, s.at, s.fate, s.met, s.victim = nil, at, fate, "", ""
 	return calls
+}
+
+// happened is the call that is not made, empty until it has come.
+func (s *supervisor) happened() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.met
 }
 
 // allow is expect with all calls made.
@@ -176,54 +201,126 @@ func ioctl(fd int, req uint, arg unsafe.Pointer) error {
 }
 
 func (s *supervisor) answer(n *notification, daemon int) syscall.Errno {
-	call, ours := s.describe(n)
-	if _, err := os.Stat(fmt.Sprintf("/proc/%d/task/%d", daemon, n.pid)); err != nil || !ours {
-		return 0 // of a child, or somewhere else
+	pid := s.caller(n, daemon)
+	if pid == 0 {
+		return 0
+	}
+	call := s.describe(n)
+	if call == "" {
+		return 0
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	// What is written piece by piece is one call.
+	if strings.HasPrefix(call, "write ") && len(s.log) > 0 && s.log[len(s.log)-1] == call {
+		return 0
+	}
 	s.log = append(s.log, call)
 	if len(s.log) != s.at {
 		return 0
 	}
+	s.met = call
+	if s.fate == die && s.scope.ofShim {
+		s.victim = runDirOf(pid)
+		_, err := os.Stat(s.victim.Path(rundir.ExitName))
+		s.recorded = err == nil
+	}
 	if s.fate == die {
-		unix.Kill(daemon, unix.SIGKILL)
+		unix.Kill(pid, unix.SIGKILL)
 	}
 	return s.fate
 }
 
-// describe says what a call is about, and whether that lies in the stores.
-func (s *supervisor) describe(n *notification) (string, bool) {
-	path := func(dir, name int) string {
-		p := readString(n.pid, n.args[name])
-		if !filepath.IsAbs(p) {
-			base, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", n.pid, int32(n.args[dir])))
-			p = filepath.Join(base, p)
+// killed says whether the shim of a container was killed in place of a call, and whether
+// there was an exit record by then.
+func (s *supervisor) killed(id string) (was, recorded bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.victim != "" && s.victim.ID() == id, s.recorded
+}
+
+// runDirOf is the run directory of a shim, by its command line.
+func runDirOf(pid int) rundir.Dir {
+	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	args := strings.Split(string(b), "\x00")
+	if i := slices.Index(args, "--dir"); i >= 0 && i+1 < len(args) {
+		return rundir.Dir(args[i+1])
+	}
+	return ""
+}
+
+// caller is the process that makes a call, 0 for one that is not supervised.
+func (s *supervisor) caller(n *notification, daemon int) (pid int) {
+	if !s.scope.ofShim {
+		if _, err := os.Stat(fmt.Sprintf("/proc/%d/task/%d", daemon, n.pid)); err != nil {
+			return 0 // of a child
 		}
-		return p
+		return daemon
 	}
-	var what []string
-	switch n.nr {
-	case unix.SYS_FSYNC, unix.SYS_SYNCFS:
-		p, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", n.pid, int32(n.args[0])))
-		what = []string{p}
-	case unix.SYS_RENAMEAT, unix.SYS_RENAMEAT2:
-		what = []string{path(0, 1), path(2, 3)}
-	default:
-		what = []string{path(0, 1)}
+	exe, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", n.pid))
+	if filepath.Base(exe) != "holdfast-shim" {
+		return 0
 	}
+	status, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", n.pid))
+	if _, after, ok := bytes.Cut(status, []byte("\nTgid:")); ok {
+		fmt.Sscan(string(after), &pid)
+	}
+	return pid
+}
+
+// describe says what a call is about, "" if that lies outside of the scope.
+func (s *supervisor) describe(n *notification) string {
+	c := supervised[int(n.nr)]
+	words := []string{c.name}
 	ours := false
-	for i, p := range what {
-		for _, dir := range []string{"images", "layers"} {
-			ours = ours || strings.HasPrefix(p, filepath.Join(s.n.Root, dir)+"/")
+	for i := 0; i < len(c.args); i += 2 {
+		path := pathOf(n, c.args[i], c.args[i+1])
+		if p := s.scope.place(path); p != "" {
+			path, ours = p, true
 		}
-		what[i] = strings.TrimPrefix(p, s.n.Root+"/")
-		// One file of a tree that has no name yet, or no more, is as good as another.
-		if strings.HasPrefix(what[i], "layers/tmp/") && strings.Count(what[i], "/") > 4 {
-			return "", false
-		}
+		words = append(words, path)
 	}
-	return supervised[int(n.nr)] + " " + strings.Join(what, " "), ours
+	if !ours {
+		return ""
+	}
+	return strings.Join(words, " ")
+}
+
+// Places of a path among the arguments of a call, instead of a number.
+const (
+	here = -1 // of a descriptor: there is none, the path is absolute or of the working directory
+	none = -2 // of a path: the descriptor is it
+	sock = -3 // of a path: it is in a socket's address, at the argument of the descriptor plus 1
+)
+
+// pathOf is a path that a call names by a descriptor and a string.
+func pathOf(n *notification, dir, name int) string {
+	link := func(fd string) string {
+		p, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%s", n.pid, fd))
+		return strings.TrimSuffix(p, " (deleted)")
+	}
+	base := ""
+	if dir != here {
+		base = link(fmt.Sprint(int32(n.args[dir])))
+	}
+	var p string
+	switch name {
+	case none:
+		return base
+	case sock:
+		const family = 2 // bytes
+		p = readString(n.pid, n.args[dir+1]+family)
+	default:
+		p = readString(n.pid, n.args[name])
+	}
+	if rest, ok := strings.CutPrefix(p, "/proc/self/fd/"); ok {
+		fd, rest, _ := strings.Cut(rest, "/")
+		return filepath.Join(link(fd), rest)
+	}
+	if p == "" || filepath.IsAbs(p) {
+		return cmp.Or(p, base)
+	}
+	return filepath.Join(base, p)
 }
 
 func readString(pid uint32, addr uint64) string {
@@ -240,10 +337,42 @@ func readString(pid uint32, addr uint64) string {
 	return s
 }
 
-// supervised are the system calls by which the stores change, but for writes.
-var supervised = map[int]string{
-	unix.SYS_RENAMEAT: "rename", unix.SYS_RENAMEAT2: "rename", unix.SYS_UNLINKAT: "unlink", unix.SYS_MKDIRAT: "mkdir",
-	unix.SYS_FSYNC: "fsync", unix.SYS_SYNCFS: "syncfs", unix.SYS_OPENAT: "create",
+// call is a system call that can change what lies in a place.
+type call struct {
+	name string
+	args []int // pairs: where the descriptor is and where the string, of each path
+}
+
+var supervised = map[int]call{
+	unix.SYS_OPENAT:        {"create", []int{0, 1}}, // with O_CREAT or O_TRUNC only
+	unix.SYS_MKDIRAT:       {"mkdir", []int{0, 1}},
+	unix.SYS_MKNODAT:       {"mknod", []int{0, 1}},
+	unix.SYS_SYMLINKAT:     {"symlink", []int{1, 2}},
+	unix.SYS_LINKAT:        {"link", []int{0, 1, 2, 3}},
+	unix.SYS_RENAMEAT:      {"rename", []int{0, 1, 2, 3}},
+	unix.SYS_RENAMEAT2:     {"rename", []int{0, 1, 2, 3}},
+	unix.SYS_UNLINKAT:      {"unlink", []int{0, 1}},
+	unix.SYS_BIND:          {"bind", []int{0, sock}},
+	unix.SYS_WRITE:         {"write", []int{0, none}},
+	unix.SYS_PWRITE64:      {"write", []int{0, none}},
+	unix.SYS_FTRUNCATE:     {"truncate", []int{0, none}},
+	unix.SYS_FALLOCATE:     {"allocate", []int{0, none}},
+	unix.SYS_FSYNC:         {"fsync", []int{0, none}},
+	unix.SYS_FDATASYNC:     {"fsync", []int{0, none}},
+	unix.SYS_SYNCFS:        {"syncfs", []int{0, none}},
+	unix.SYS_FCHMOD:        {"chmod", []int{0, none}},
+	unix.SYS_FCHMODAT:      {"chmod", []int{0, 1}},
+	unix.SYS_FCHMODAT2:     {"chmod", []int{0, 1}},
+	unix.SYS_FCHOWN:        {"chown", []int{0, none}},
+	unix.SYS_FCHOWNAT:      {"chown", []int{0, 1}},
+	unix.SYS_FSETXATTR:     {"setxattr", []int{0, none}},
+	unix.SYS_SETXATTR:      {"setxattr", []int{here, 0}},
+	unix.SYS_LSETXATTR:     {"setxattr", []int{here, 0}},
+	unix.SYS_UTIMENSAT:     {"utimes", []int{0, 1}},
+	unix.SYS_MOUNT:         {"mount", []int{here, 1}},
+	unix.SYS_MOVE_MOUNT:    {"mount", []int{2, 3}},
+	unix.SYS_MOUNT_SETATTR: {"remount", []int{0, 1}},
+	unix.SYS_UMOUNT2:       {"umount", []int{here, 0}},
 }
 
 // becomeSupervised is the launcher's main. It returns if it is not meant.
@@ -251,12 +380,14 @@ func becomeSupervised() {
 	if len(os.Args) < 3 || !strings.HasPrefix(os.Args[1], superviseArg) {
 		return
 	}
-	err := launchSupervised(strings.TrimPrefix(os.Args[1], superviseArg), os.Args[2:])
+	socket, kinds, _ := strings.Cut(strings.TrimPrefix(os.Args[1], superviseArg), superviseSep)
+	err := launchSupervised(socket, kinds, os.Args[2:])
 	fmt.Fprintln(os.Stderr, "cannot run the daemon supervised:", err)
 	os.Exit(1)
 }
 
-func launchSupervised(socket string, args []string) error {
+// launchSupervised takes the filter for the named kinds of calls, or all, and becomes args.
+func launchSupervised(socket, kinds string, args []string) error {
 	runtime.LockOSThread() // the filter is of this thread, and of what it becomes
 	c, err := net.Dial("unix", socket)
 	if err != nil {
@@ -264,18 +395,24 @@ func launchSupervised(socket string, args []string) error {
 	}
 	const nr, arg2 = 0, 16 + 2*8 // offsets in struct seccomp_data
 	prog := []unix.SockFilter{{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: nr}}
-	for call := range supervised {
+	for number, call := range supervised {
+		if kinds != "" && !slices.Contains(strings.Split(kinds, ","), call.name) {
+			continue
+		}
 		n := []unix.SockFilter{{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_USER_NOTIF}}
-		if call == unix.SYS_OPENAT { // only those that create
+		if number == unix.SYS_OPENAT { // only those that create or empty a file
 			n = []unix.SockFilter{
 				{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: arg2},
-				{Code: unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K, K: unix.O_CREAT, Jf: 1},
+				{Code: unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K, K: unix.O_CREAT | unix.O_TRUNC, Jf: 1},
 				n[0],
 				{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
 			}
 		}
-		prog = append(prog, unix.SockFilter{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: uint32(call),
-			Jf: uint8(len(n))})
+		prog = append(prog, unix.SockFilter{
+			Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K,
+			K:    uint32(number),
+			Jf:   uint8(len(n)),
+		})
 		prog = append(prog, n...)
 	}
 	prog = append(prog, unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW})

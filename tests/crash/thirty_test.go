@@ -55,6 +55,7 @@ func observe(t *testing.T, c *harness.Container) *seen {
 // holds, and a third wait to exit with a code of their own, which they do while
 // the daemon is down.
 func TestThirtyContainers(t *testing.T) {
+	tally := harness.Drill(t, "ThirtyContainers")
 	n := harness.New(t)
 	const third = 10
 	var printers, flooders, waiters []*seen
@@ -74,10 +75,12 @@ func TestThirtyContainers(t *testing.T) {
 	if drill {
 		for range 20 {
 			n.Restart()
+			tally.Kill()
 			checkList(t, n, all, nil)
 		}
 	}
 	n.Kill()
+	tally.Kill()
 	printed := map[string]int{}
 	for _, p := range printers {
 		printed[p.ID] = lastLine(t, p.Container)
@@ -119,7 +122,7 @@ func TestThirtyContainers(t *testing.T) {
 		checkNumbers(t, s, "flood")
 	}
 	n.RemoveAllPods()
-	n.CheckClean()
+	tally.CheckClean(n)
 }
 
 // runWaiter runs a container that exits with the number written into its fifo.

@@ -61,3 +61,11 @@ func (d *Tally) Lost(what Loss, format string, args ...any) {
 	d.mu.Unlock()
 	d.t.Error(fmt.Sprintf(format, args...))
 }
+
+// CheckClean is that of a node, and counts a leak.
+func (d *Tally) CheckClean(n *Node) {
+	d.t.Helper()
+	if left := n.AwaitClean(func() {}); left != "" {
+		d.Lost(Leaks, "%s", left)
+	}
+}

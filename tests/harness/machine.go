@@ -110,13 +110,22 @@ func (n *Node) Leftovers() []string {
 // away by itself: the end of a shim that was told to, the kernel's veths.
 func (n *Node) CheckClean() {
 	n.T.Helper()
+	if left := n.AwaitClean(func() {}); left != "" {
+		n.T.Errorf("%s", left)
+	}
+}
+
+// AwaitClean is CheckClean without a verdict: it says what is left, and calls a function
+// each time before it looks.
+func (n *Node) AwaitClean(before func()) string {
 	var left []string
 	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * Tick) {
+		before()
 		if left = n.Leftovers(); len(left) == 0 {
-			return
+			return ""
 		}
 	}
-	n.T.Errorf("%d things are left behind:\n  %s", len(left), strings.Join(left[:min(len(left), 40)], "\n  "))
+	return fmt.Sprintf("%d things are left behind:\n  %s", len(left), strings.Join(left[:min(len(left), 40)], "\n  "))
 }
 
 // sweep removes by force what is left of the node. The daemon has ended.

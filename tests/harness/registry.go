@@ -59,16 +59,31 @@ func startRegistry() (*Registry, error) {
 	go r.server.Serve(l) // ends with Close
 	layer, err := BoxLayer()
 	if err == nil {
-		_, err = r.Push(Image, ocispec.ImageConfig{
-			Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
-			Cmd: []string{"sh"},
-		}, layer)
+		err = r.pushBox(layer)
 	}
 	if err != nil {
 		r.server.Close()
 		return nil, err
 	}
 	return r, nil
+}
+
+func (r *Registry) pushBox(layer Layer) error {
+	_, err := r.Push(Image, ocispec.ImageConfig{
+		Env: []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"},
+		Cmd: []string{"sh"},
+	}, layer)
+	return err
+}
+
+// OwnImage replaces Image by one whose layer no other node has. Several nodes on one
+// machine see each other's mounts, and keep garbage that might be in use there.
+func (r *Registry) OwnImage() error {
+	layer, err := makeBox(r.Host)
+	if err != nil {
+		return err
+	}
+	return r.pushBox(layer)
 }
 
 // Break answers 500 to the requests that f picks. Nil mends it.
@@ -205,7 +220,10 @@ func writeEntry(w *tar.Writer, h *tar.Header, content []byte) error {
 
 // BoxLayer holds busybox, a hard link for each applet, testbox, and the files
 // that users and groups are looked up in.
-var BoxLayer = sync.OnceValues(func() (Layer, error) {
+var BoxLayer = sync.OnceValues(func() (Layer, error) { return makeBox("") })
+
+// makeBox makes that layer. A mark makes it another one.
+func makeBox(mark string) (Layer, error) {
 	path, err := exec.LookPath("busybox")
 	if err != nil {
 		return Layer{}, fmt.Errorf("cannot make an image without busybox: install busybox-static: %w", err)
@@ -248,6 +266,12 @@ var BoxLayer = sync.OnceValues(func() (Layer, error) {
 				return err
 			}
 		}
+		if mark != "" {
+			h := &tar.Header{Name: "etc/mark", Mode: 0o644, Typeflag: tar.TypeReg, Size: int64(len(mark))}
+			if err := writeEntry(w, h, []byte(mark)); err != nil {
+				return err
+			}
+		}
 		for _, a := range strings.Fields(string(applets)) {
 			if a == "busybox" || strings.Contains(a, "/") {
 				continue
@@ -259,4 +283,4 @@ var BoxLayer = sync.OnceValues(func() (Layer, error) {
 		}
 		return nil
 	})
-})
+}
