@@ -156,7 +156,9 @@ func (o Options) resolved() (Options, error) {
 type look struct {
 	Options
 	machine
+	networks
 	owners
+	stores  stores
 	parents map[string]bool // of the cgroups of containers
 	things  []Thing
 	unknown []string
@@ -166,9 +168,11 @@ func takeLook(o Options) *look {
 	l := &look{Options: o}
 	// The order matters: see the comment of the package.
 	l.machine = l.lookAtMachine()
+	l.networks = l.lookAtNetworks()
 	l.owners = l.readOwners()
+	l.stores = l.readStores()
 	for _, judge := range []func(){
-		l.judgeProcesses, l.judgeMounts, l.judgePins, l.judgeCgroups, l.judgeTrees,
+		l.judgeProcesses, l.judgeMounts, l.judgePins, l.judgeNetworks, l.judgeCgroups, l.judgeTrees,
 	} {
 		judge()
 	}

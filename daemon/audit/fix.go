@@ -133,7 +133,7 @@ func endShim(l *look, p *process) *fix {
 		}
 		for _, other := range l.processes {
 			for _, path := range other.cgroups {
-				if at, ok := l.placeOf(path); ok && at.id == dir.ID() && other.PID != p.PID {
+				if at, ok := l.placeOf(path); ok && at == (place{containerRole, dir.ID(), at.below}) {
 					return fmt.Errorf("%w: process %d of its container lives", ErrNotHere, other.PID)
 				}
 			}

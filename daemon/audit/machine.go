@@ -214,6 +214,8 @@ func (l *look) listTrees() (all []entry) {
 		l.Root + "/pods":         1,
 		l.Root + "/containers":   1,
 		l.Root + "/cni":          3,
+		l.Root + "/images":       3,
+		l.Root + "/layers":       2,
 		l.Root + "/quarantine":   1,
 		l.State:                  1,
 		l.State + "/pods":        1,

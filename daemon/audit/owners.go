@@ -151,6 +151,11 @@ func (l *look) readPod(id string, kept *records.Pod) {
 	}
 }
 
+// readPodRecord reads the record of a pod in ROOT.
+func (l *look) readPodRecord(id string, rec *records.Pod) error {
+	return state.Read(l.Root, state.Pods, id, rec)
+}
+
 // missing notes a record that does not read, of which there is a copy.
 func (l *look) missing(what, id string, err error) {
 	l.fail("the record of %s %s does not read; there is a copy, from which a restart of the daemon makes it anew: %w",

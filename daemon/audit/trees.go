@@ -7,6 +7,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/stream"
 )
@@ -14,28 +16,41 @@ import (
 // fixed are the names of docs/files.md that belong to no object, with the directories in
 // which what lies has rules of its own.
 var fixed = map[string]string{
-	"ROOT/lost+found":          "the file system's own",
-	"ROOT/pods":                "a directory for each pod",
-	"ROOT/containers":          "a directory for each container",
-	"ROOT/images":              "the store of images",
-	"ROOT/layers":              "the store of layers",
-	"ROOT/cni":                 "what CNI plugins need",
-	"ROOT/cni/results":         "results of CNI plugins",
-	"ROOT/cni/running":         "locks of CNI plugins at work",
-	"ROOT/cni/running/.gc":     "lock of CNI plugins that collect garbage",
-	"ROOT/cni/networks":        "addresses of the built-in network",
-	"ROOT/cni/pod-cidr":        "what the kubelet has sent for the built-in network",
-	"ROOT/quarantine":          "what was damaged",
-	"STATE/pods":               "a directory for each pod",
-	"STATE/containers":         "a run directory for each container",
-	"STATE/runc":               "what the OCI runtime keeps",
-	"STATE/pulls":              "a record for each pull",
-	"STATE/daemon.json":        "how the daemon was started",
-	"STATE/stream":             "sessions",
-	"STATE/stream/tokens":      "sessions that were asked for",
-	"STATE/stream/address":     "where sessions are served",
-	"STATE/stream/stream.log":  "the log of who serves sessions",
-	"STATE/stream/stream.lock": "the lock of who serves sessions",
+	"ROOT/journal":              "what has happened to pods and containers",
+	"ROOT/journal/now":          "the journal",
+	"ROOT/journal/before":       "the journal, its older half",
+	"ROOT/layers/tmp":           "what is being unpacked or deleted",
+	"ROOT/layers/empty":         "the root of an image without layers",
+	"ROOT/images/blobs":         "manifests, configs, layers as they were downloaded",
+	"ROOT/images/refs":          "a record for each name of an image",
+	"ROOT/images/ingest":        "what is being downloaded",
+	"ROOT/images/pending":       "a record for each pull that is not done",
+	"ROOT/images/quarantine":    "what was damaged",
+	"ROOT/images/index.json":    "for tools that read image layouts",
+	"ROOT/images/oci-layout":    "for tools that read image layouts",
+	"ROOT/images/removing.json": "the removal of an image that is under way, or was cut short",
+	"ROOT/lost+found":           "the file system's own",
+	"ROOT/pods":                 "a directory for each pod",
+	"ROOT/containers":           "a directory for each container",
+	"ROOT/images":               "the store of images",
+	"ROOT/layers":               "the store of layers",
+	"ROOT/cni":                  "what CNI plugins need",
+	"ROOT/cni/results":          "results of CNI plugins",
+	"ROOT/cni/running":          "locks of CNI plugins at work",
+	"ROOT/cni/running/.gc":      "lock of CNI plugins that collect garbage",
+	"ROOT/cni/networks":         "addresses of the built-in network",
+	"ROOT/cni/pod-cidr":         "what the kubelet has sent for the built-in network",
+	"ROOT/quarantine":           "what was damaged",
+	"STATE/pods":                "a directory for each pod",
+	"STATE/containers":          "a run directory for each container",
+	"STATE/runc":                "what the OCI runtime keeps",
+	"STATE/pulls":               "a record for each pull",
+	"STATE/daemon.json":         "how the daemon was started",
+	"STATE/stream":              "sessions",
+	"STATE/stream/tokens":       "sessions that were asked for",
+	"STATE/stream/address":      "where sessions are served",
+	"STATE/stream/stream.log":   "the log of who serves sessions",
+	"STATE/stream/stream.lock":  "the lock of who serves sessions",
 }
 
 // judgeTrees judges the files and directories of both trees.
@@ -76,9 +91,15 @@ func kindOf(e entry) Kind {
 // judgeEntry judges a file or directory by the parts of its short path.
 func (l *look) judgeEntry(e entry, parts []string) {
 	base := parts[len(parts)-1]
+	if k, v, f, ok := l.judgeStored(e, parts); ok {
+		l.addFile(k, e, v, f)
+		return
+	}
 	k, v, f := kindOf(e), none("nothing has this name in this version"), removePath(e, false)
 	switch dir := strings.Join(parts[:len(parts)-1], "/"); {
 	case len(parts) < 2:
+	case k == Directory && (dir == "ROOT/images/blobs" || dir == "ROOT/layers") && digest.Algorithm(base).Available():
+		v = verdict{owner: "holdfastd", why: "by the kind of digest"}
 	case dir == "ROOT/pods":
 		v, f = l.ofDir(base, l.ofPodRecord), removePath(e, true)
 	case dir == "STATE/pods":
@@ -89,7 +110,9 @@ func (l *look) judgeEntry(e entry, parts []string) {
 		if k != Socket && k != FIFO { // a file is not worth a line: it goes with its directory
 			return
 		}
-		v, f = l.ofContainer(parts[2]), nil
+		if v, f = l.ofContainer(parts[2]), nil; v.owner == "" {
+			return // likewise
+		}
 	case dir == "WAYS":
 		v, f = l.ofContainer(base), removePath(e, true)
 	case dir == "STATE/runc":
@@ -98,7 +121,9 @@ func (l *look) judgeEntry(e entry, parts []string) {
 		if k != FIFO {
 			return
 		}
-		v, f = l.ofContainer(parts[2]), nil
+		if v, f = l.ofContainer(parts[2]), nil; v.owner == "" {
+			return
+		}
 	case dir == "STATE/stream/tokens":
 		k, v, f = Token, l.ofToken(base), sweepTokens(l)
 	case dir == "STATE/pulls":
@@ -114,7 +139,12 @@ func (l *look) judgeEntry(e entry, parts []string) {
 	case e.path == l.Address || e.path == l.Address+".lock":
 		return // see judgeAddress
 	}
-	if v.owner == "" && unfinished(base) && recent(e) {
+	l.addFile(k, e, v, f)
+}
+
+// addFile notes a file, which may be one that is being written.
+func (l *look) addFile(k Kind, e entry, v verdict, f *fix) {
+	if v.owner == "" && unfinished(filepath.Base(e.path)) && recent(e) {
 		v = verdict{owner: "whoever writes it", why: "a record that is being written"}
 	}
 	l.add(k, e.path, e.same(), v, f)

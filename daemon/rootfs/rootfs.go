@@ -146,10 +146,8 @@ func layersOf(filter mountinfo.FilterFunc) (layers []digest.Digest, all bool) {
 	mounts, err := mountinfo.GetMounts(filter)
 	all = err == nil
 	for _, m := range mounts {
-		all = all && !nameless.MatchString(m.VFSOptions)
-		for _, l := range layerInOptions.FindAllStringSubmatch(m.VFSOptions, -1) {
-			layers = append(layers, digest.NewDigestFromEncoded(digest.Algorithm(l[1]), l[2]))
-		}
+		some, complete := LayersIn(m.VFSOptions)
+		layers, all = append(layers, some...), all && complete
 	}
 	return layers, all
 }
@@ -159,6 +157,15 @@ func layersOf(filter mountinfo.FilterFunc) (layers []digest.Digest, all bool) {
 func LayersAt(target string) []digest.Digest {
 	layers, _ := layersOf(mountinfo.SingleEntryFilter(target))
 	return layers
+}
+
+// LayersIn are the layers that the options of an overlay mount tell; not all: there are
+// more, whose names it does not have.
+func LayersIn(options string) (layers []digest.Digest, all bool) {
+	for _, l := range layerInOptions.FindAllStringSubmatch(options, -1) {
+		layers = append(layers, digest.NewDigestFromEncoded(digest.Algorithm(l[1]), l[2]))
+	}
+	return layers, !nameless.MatchString(options)
 }
 
 // usedLayers gives a function that says whether something mounted may have a

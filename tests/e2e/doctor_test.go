@@ -1,11 +1,19 @@
 package e2e
 
 import (
+	"fmt"
+	"net"
 	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
@@ -116,4 +124,180 @@ func TestDoctorKnowsPulls(t *testing.T) {
 	n.Start()
 	n.Pull(ref)
 	n.CheckOwners()
+}
+
+// planted is something without an owner. offline says that it is only taken away when no
+// daemon runs.
+type planted struct {
+	kind, name string
+	offline    bool
+}
+
+// What has no owner is named, of every kind, and taken away, and nothing else is.
+func TestDoctorFindsWhatHasNoOwner(t *testing.T) {
+	t.Parallel()
+	n := harness.New(t)
+	c := n.RunPod("owned").Run("c", []string{"sleep", "100000"})
+	before := n.Diagnose()
+	if before.Code != 0 {
+		t.Fatalf("code %d before anything is planted: %v", before.Code, n.Doctor())
+	}
+	all := plant(t, n)
+
+	found := n.Diagnose()
+	if found.Code != 3 {
+		t.Errorf("the exit code is %d, want 3", found.Code)
+	}
+	checkFound(t, found, all)
+	for _, running := range []bool{true, false} {
+		if !running {
+			n.Kill()
+		}
+		fixed := n.Diagnose("--fix", "--yes")
+		t.Logf("fixing, the daemon runs %v:\n%s", running, fixed.Said)
+		left := slices.DeleteFunc(slices.Clone(all), func(p planted) bool { return !running || !p.offline })
+		after := n.Diagnose()
+		checkFound(t, after, left)
+		if want := map[bool]int{true: 3, false: 0}[running]; fixed.Code != want || after.Code != want {
+			t.Errorf("the exit codes are %d and %d, want %d", fixed.Code, after.Code, want)
+		}
+	}
+	n.Start()
+	wantOutput(t, c, "lives", "echo", "-n", "lives")
+	n.RemoveAllPods()
+	n.CheckClean()
+}
+
+// checkFound compares what has no owner with what was planted.
+func checkFound(t *testing.T, d harness.Diagnosis, want []planted) {
+	t.Helper()
+	var got, names []string
+	for _, p := range want {
+		names = append(names, p.kind+" "+p.name)
+	}
+	for _, thing := range d.Things {
+		if thing.Ownerless() {
+			got = append(got, thing.Kind+" "+thing.Name)
+		}
+	}
+	match := func(a, b string) bool { return strings.HasPrefix(a, b) } // of a process only the pid is known
+	for _, w := range names {
+		if !slices.ContainsFunc(got, func(g string) bool { return match(g, w) }) {
+			t.Errorf("not found: %s", w)
+		}
+	}
+	for _, g := range got {
+		if !slices.ContainsFunc(names, func(w string) bool { return match(g, w) }) {
+			t.Errorf("found, and not planted: %s", g)
+		}
+	}
+	if len(d.Unknown) > 0 {
+		t.Errorf("not known: %v", d.Unknown)
+	}
+}
+
+// plant leaves one thing of every kind without an owner.
+func plant(t *testing.T, n *harness.Node) (all []planted) {
+	t.Helper()
+	id := strings.Repeat("ab", 32)
+	add := func(kind, name string, offline bool) { all = append(all, planted{kind, name, offline}) }
+	file := func(kind, path, content string, offline bool) {
+		check(t, os.MkdirAll(filepath.Dir(path), 0o700))
+		check(t, os.WriteFile(path, []byte(content), 0o600))
+		add(kind, path, offline)
+	}
+
+	run := filepath.Join(n.State, "containers", id)
+	check(t, os.MkdirAll(filepath.Join(run, "rootfs"), 0o700))
+	add("directory", run, true)
+	add("shim", fmt.Sprint(strayShim(t, n, run), " "), false)
+	add("mount", filepath.Join(run, "rootfs"), false)
+	check(t, unix.Mount("tmpfs", filepath.Join(run, "rootfs"), "tmpfs", 0, "size=4k"))
+
+	stray := exec.Command("sleep", "100000")
+	check(t, stray.Start())
+	go stray.Wait()
+	t.Cleanup(func() { stray.Process.Kill() })
+	add("process", fmt.Sprint(stray.Process.Pid, " "), false)
+	add("cgroup", "/holdfast/shims/"+id, false)
+	enterCgroup(t, id, stray.Process.Pid)
+
+	pin := "/run/netns/holdfast-" + id
+	check(t, os.WriteFile(pin, nil, 0o600))
+	t.Cleanup(func() {
+		unix.Unmount(pin, unix.MNT_DETACH)
+		os.Remove(pin)
+	})
+	check(t, exec.Command("unshare", "--net="+pin, "true").Run())
+	add("namespace", pin, false)
+	bridge, err := netlink.LinkByName(n.Bridge)
+	check(t, err)
+	veth := &netlink.Veth{LinkAttrs: netlink.NewLinkAttrs(), PeerName: "hfy" + number()}
+	veth.Name, veth.MasterIndex = "hfx"+number(), bridge.Attrs().Index
+	check(t, netlink.LinkAdd(veth))
+	t.Cleanup(func() { netlink.LinkDel(veth) })
+	add("veth", veth.Name, false)
+	subnet, _, _ := strings.Cut(n.Subnet, ".0/24")
+	file("lease", n.Path("ipam/test/"+subnet+".250"), id+"\neth0", false)
+
+	layer := filepath.Join(n.Root, "layers/sha256", id)
+	check(t, os.Mkdir(layer, 0o700))
+	add("layer", layer, true)
+	file("blob", filepath.Join(n.Root, "images/blobs/sha256", id), "no blob", true)
+	file("download", filepath.Join(n.Root, "images/ingest/sha256-"+id+"-abc-10"), "half", true)
+	file("token", filepath.Join(n.State, "stream/tokens", strings.Repeat("0", 44)), "", false)
+	pod := filepath.Join(n.Root, "pods", strings.Repeat("cd", 32))
+	check(t, os.Mkdir(pod, 0o700))
+	add("directory", pod, true)
+	file("file", filepath.Join(n.Root, "cni/results/test-"+id+"-eth0"), "{}", false)
+	file("file", filepath.Join(n.State, "strange"), "", false)
+	socket := filepath.Join(n.State, "strange.sock")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: socket, Net: "unix"})
+	check(t, err)
+	l.SetUnlinkOnClose(false)
+	check(t, l.Close())
+	add("socket", socket, false)
+	fifo := filepath.Join(n.State, "strange.fifo")
+	check(t, unix.Mkfifo(fifo, 0o600))
+	add("fifo", fifo, false)
+	return all
+}
+
+// strayShim starts a shim that no daemon knows. It has no container.
+func strayShim(t *testing.T, n *harness.Node, dir string) int {
+	t.Helper()
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	check(t, err)
+	ours, theirs := os.NewFile(uintptr(fds[0]), "ours"), os.NewFile(uintptr(fds[1]), "theirs")
+	defer theirs.Close()
+	defer ours.Close()
+	cmd := exec.Command(filepath.Join(n.Bin, "holdfast-shim"), "--dir", dir, "--log-level", "info")
+	cmd.ExtraFiles = []*os.File{theirs}
+	check(t, cmd.Start())
+	go cmd.Wait()
+	t.Cleanup(func() { cmd.Process.Kill() })
+	_, err = ours.Write([]byte{1})
+	check(t, err)
+	_, err = ours.Read(make([]byte, 1)) // it listens
+	check(t, err)
+	return cmd.Process.Pid
+}
+
+// enterCgroup moves a process into the cgroup of a shim, in each hierarchy that takes it.
+func enterCgroup(t *testing.T, id string, pid int) {
+	t.Helper()
+	tops, err := filepath.Glob("/sys/fs/cgroup/*/holdfast/shims")
+	check(t, err)
+	if _, err := os.Stat("/sys/fs/cgroup/holdfast/shims"); err == nil {
+		tops = append(tops, "/sys/fs/cgroup/holdfast/shims")
+	}
+	for _, top := range tops {
+		if strings.Contains(top, "/cpuset/") { // an empty one takes nobody
+			continue
+		}
+		dir := filepath.Join(top, id)
+		check(t, os.Mkdir(dir, 0o755))
+		t.Cleanup(func() { os.Remove(dir) })
+		check(t, os.WriteFile(filepath.Join(dir, "cgroup.procs"), fmt.Append(nil, pid), 0))
+	}
 }
