@@ -27,10 +27,9 @@ func TestDoctorKnowsAllOwners(t *testing.T) {
 	look := func(when string) {
 		t.Helper()
 		for _, state := range []string{"alive", "killed", "alive again"} {
-			switch state {
-			case "killed":
+			if state == "killed" {
 				n.Kill()
-			case "alive again":
+			} else if state == "alive again" {
 				n.Start()
 			}
 			if found := n.Doctor(); len(found) > 0 {
@@ -197,16 +196,15 @@ func checkFound(t *testing.T, d harness.Diagnosis, want []planted) {
 }
 
 // plant leaves one thing of every kind without an owner.
-func plant(t *testing.T, n *harness.Node) (all []planted) {
+func plant(t *testing.T, n *harness.Node) []planted {
 	t.Helper()
 	id := strings.Repeat("ab", 32)
-	add := func(kind, name string, offline bool) { all = append(all, planted{kind, name, offline}) }
-	file := func(kind, path, content string, offline bool) {
-		check(t, os.MkdirAll(filepath.Dir(path), 0o700))
-		check(t, os.WriteFile(path, []byte(content), 0o600))
-		add(kind, path, offline)
-	}
+	return append(plantInKernel(t, n, id), plantFiles(t, n, id)...)
+}
 
+func plantInKernel(t *testing.T, n *harness.Node, id string) (all []planted) {
+	t.Helper()
+	add := func(kind, name string, offline bool) { all = append(all, planted{kind, name, offline}) }
 	run := filepath.Join(n.State, "containers", id)
 	check(t, os.MkdirAll(filepath.Join(run, "rootfs"), 0o700))
 	add("directory", run, true)
@@ -237,6 +235,17 @@ func plant(t *testing.T, n *harness.Node) (all []planted) {
 	check(t, netlink.LinkAdd(veth))
 	t.Cleanup(func() { netlink.LinkDel(veth) })
 	add("veth", veth.Name, false)
+	return all
+}
+
+func plantFiles(t *testing.T, n *harness.Node, id string) (all []planted) {
+	t.Helper()
+	add := func(kind, name string, offline bool) { all = append(all, planted{kind, name, offline}) }
+	file := func(kind, path, content string, offline bool) {
+		check(t, os.MkdirAll(filepath.Dir(path), 0o700))
+		check(t, os.WriteFile(path, []byte(content), 0o600))
+		add(kind, path, offline)
+	}
 	subnet, _, _ := strings.Cut(n.Subnet, ".0/24")
 	file("lease", n.Path("ipam/test/"+subnet+".250"), id+"\neth0", false)
 
