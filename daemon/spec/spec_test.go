@@ -954,7 +954,8 @@ func TestCheck(t *testing.T) {
 		"page sizes":  {nil, pages("1GB"), nil, ""},
 		"not counted": {func(h *Host) { h.HugetlbSupported = false }, pages("1GB"), nil, ""},
 
-		"unified on v1":            {func(h *Host) { h.CgroupV2 = false }, unified("memory.high"), kind.Unsupported, unifiedField},
+		"unified on v1": {func(h *Host) { h.CgroupV2 = false }, unified("memory.high"),
+			kind.Unsupported, unifiedField},
 		"unified, no controller":   {nil, unified("io.max"), kind.Unsupported, unifiedField},
 		"unified, no such file":    {nil, unified("memory.most"), kind.Invalid, unifiedField},
 		"unified, files not known": {nil, unified("pids.max"), nil, ""},
