@@ -187,7 +187,13 @@ func (n *Node) With(t T) *Node { return &Node{T: t, shared: n.shared} }
 // NRISocket is where NRI plugins connect.
 func (n *Node) NRISocket() string { return n.Path("nri/nri.sock") }
 
+// driverVariable picks the cgroup driver of nodes whose Options say nothing of cgroups.
+const driverVariable = "HOLDFAST_CGROUP_DRIVER"
+
 func (n *Node) configure(o Options) error {
+	if driver := os.Getenv(driverVariable); driver != "" && !strings.Contains(o.Config, "[cgroup]") {
+		o.Config += fmt.Sprintf("\n[cgroup]\ndriver = %q\n", driver)
+	}
 	files := map[string]string{
 		"net.d/10-test.conflist": n.conflist(slices.Sorted(maps.Keys(o.Plugins))),
 		"certs.d/_default/hosts.toml": fmt.Sprintf("server = %q\n[host.%q]\n  capabilities = [\"pull\", \"resolve\"]\n",
