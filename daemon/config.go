@@ -26,6 +26,9 @@ type Config struct {
 	CNIBinDirs     []string
 	DefaultNetwork bool
 	Subnet         string
+	// CNIConfTemplate is a text/template of a CNI config, for the pod range that the
+	// kubelet sends; empty: none.
+	CNIConfTemplate string
 	// CNIGC has plugins give back, at the start, what belongs to no pod of this
 	// daemon.
 	CNIGC bool

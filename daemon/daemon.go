@@ -32,7 +32,6 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/daemon/stats"
 	"github.com/holdfast-cri/holdfast/daemon/streams"
-	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/proto/stream"
 )
@@ -180,6 +179,7 @@ func (d *Daemon) openMachine() (err error) {
 		Keeper:         cfg.Pause,
 		DefaultNetwork: cfg.DefaultNetwork,
 		Subnet:         cfg.Subnet,
+		ConfTemplate:   cfg.CNIConfTemplate,
 		Log:            d.log,
 	})
 	if err != nil {
@@ -381,8 +381,9 @@ func (d *Daemon) SystemdCgroups() bool { return d.cgroups.Driver() == placement.
 // can.
 func (d *Daemon) NetworkReady(ctx context.Context) error { return d.net.Ready(ctx) }
 
-// SetPodCIDR takes the node's pod range for the built-in network.
-func (d *Daemon) SetPodCIDR(cidr string) error { return kind.As(kind.Invalid, d.net.SetPodCIDR(cidr)) }
+// SetPodCIDR takes the node's pod range for the built-in network, or for a CNI config that
+// is made of a template.
+func (d *Daemon) SetPodCIDR(cidr string) error { return d.net.SetPodCIDR(cidr) }
 
 // Userns says whether pods can have user namespaces.
 func (d *Daemon) Userns() bool { return d.userns == nil }

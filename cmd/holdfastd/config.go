@@ -41,6 +41,7 @@ type file struct {
 	CNI            struct {
 		ConfDir        string   `toml:"conf_dir"`
 		BinDirs        []string `toml:"bin_dirs"`
+		ConfTemplate   string   `toml:"conf_template"`
 		DefaultNetwork bool     `toml:"default_network"`
 		Subnet         string   `toml:"subnet"`
 		GC             bool     `toml:"gc"`
@@ -193,6 +194,7 @@ func (f file) resolve(logLevel string) (daemon.Config, error) {
 		CNIBinDirs:        f.CNI.BinDirs,
 		DefaultNetwork:    f.CNI.DefaultNetwork,
 		Subnet:            f.CNI.Subnet,
+		CNIConfTemplate:   f.CNI.ConfTemplate,
 		CNIGC:             f.CNI.GC,
 		RegistryConfigDir: f.Registry.ConfigDir,
 		PinnedImages:      f.Images.Pinned,
@@ -201,6 +203,9 @@ func (f file) resolve(logLevel string) (daemon.Config, error) {
 		CgroupDriver:      f.Cgroup.Driver,
 		UnprivilegedPorts: f.Sandbox.UnprivilegedPorts,
 		UnprivilegedICMP:  f.Sandbox.UnprivilegedICMP,
+	}
+	if t := f.CNI.ConfTemplate; t != "" && (!filepath.IsAbs(t) || f.CNI.DefaultNetwork) {
+		return c, fmt.Errorf("config: cni.conf_template = %q: it has to be an absolute path, without default_network", t)
 	}
 	for _, step := range []func(*daemon.Config) error{
 		f.resolvePaths, f.resolveImages, f.resolveModes, f.resolveCDI, f.resolveStreaming, f.resolveNRI, f.resolveRuntimes,

@@ -45,6 +45,7 @@ func TestConfigMistakes(t *testing.T) {
 		`registry.config_dir = "/etc/certs.d:certs.d": "certs.d" is not`: func(f *file) { f.Registry.ConfigDir = "/etc/certs.d:certs.d" },
 		`state = "/run/a,b" has a comma`:                                 func(f *file) { f.State = "/run/a,b" },
 		`root = "data" is not an absolute path`:                          func(f *file) { f.Root = "data" },
+		`cni.conf_template = "t": it has to be an absolute`:              func(f *file) { f.CNI.ConfTemplate = "t" },
 	} {
 		f := defaults()
 		change(&f)

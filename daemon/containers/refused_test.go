@@ -83,6 +83,7 @@ func TestRefusedBeforeAnythingIsMade(t *testing.T) {
 			c.CDIDevices = []*runtimeapi.CDIDevice{{Name: "v/c=d"}}
 		}},
 		{"config.mounts[0].host_path", kind.Invalid, mount(&runtimeapi.Mount{HostPath: "/dev/null/m"})},
+		{"config.mounts[0].host_path", kind.Invalid, mount(&runtimeapi.Mount{HostPath: "/proc/self/nothing"})},
 		{"config.mounts[0].recursive_read_only", kind.Unsupported,
 			mount(&runtimeapi.Mount{HostPath: "/", Readonly: true, RecursiveReadOnly: true})},
 		{"config.mounts[0].uidMappings", kind.Unsupported, mount(&runtimeapi.Mount{
@@ -108,4 +109,27 @@ func TestRefusedBeforeAnythingIsMade(t *testing.T) {
 			t.Errorf("%s: images are held %d times", c.field, n)
 		}
 	}
+}
+
+// What is not in the state for a call is refused, with the name of the field.
+func TestRefusedByState(t *testing.T) {
+	b := newBed(t)
+	removing, created := b.create("removing"), b.create("created")
+	want := func(call string, err error, says string) {
+		t.Helper()
+		if !errors.Is(err, kind.State) || !strings.HasPrefix(err.Error(), "container_id: ") ||
+			!strings.Contains(err.Error(), says) {
+			t.Errorf("%s: %v", call, err)
+		}
+	}
+	c, err := b.Containers.Find(removing)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.remove(removing)
+	want("start of one that goes meanwhile", c.Start(t.Context()), "is being removed")
+	if err := b.Pods.Stop(t.Context(), b.podID); err != nil {
+		t.Fatal(err)
+	}
+	want("start in a pod that was stopped", b.Containers.Start(t.Context(), created), "is not ready")
 }

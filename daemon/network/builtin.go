@@ -14,6 +14,7 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 
+	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
@@ -23,16 +24,19 @@ const (
 )
 
 // SetPodCIDR takes the CIDR that the kubelet sends with UpdateRuntimeConfig,
-// "a,b" for two families. It concerns the built-in network alone, for pods that
-// come later; with a CNI of the cluster's own it is ignored. The kubelet sends
-// it once, so it is stored and found again by New.
+// "a,b" for two families. It concerns the built-in network, for pods that come later,
+// and the template of a config; otherwise it is ignored. The kubelet sends it once, so
+// it is stored and found again by New. A range that is none is kind.Invalid.
 func (n *Network) SetPodCIDR(cidr string) error {
 	if cidr == "" {
 		return nil // CRI: nothing to change
 	}
 	subnets, err := parseSubnets(cidr)
 	if err != nil {
-		return fmt.Errorf("cannot set the pod CIDR: %w", err)
+		return kind.Errorf(kind.Invalid, "runtime_config.network_config.pod_cidr: %w", err)
+	}
+	if n.opts.ConfTemplate != "" {
+		return kind.As(kind.Unavailable, n.writeFromTemplate(subnets))
 	}
 	if !n.opts.DefaultNetwork {
 		n.log.Debug("pod CIDR ignored, no built-in network", "cidr", cidr)
@@ -44,7 +48,7 @@ func (n *Network) SetPodCIDR(cidr string) error {
 		err = record.ReplaceFile(n.podCIDRFile(), []byte(cidr+"\n"), 0o600, false)
 	}
 	if err != nil {
-		return fmt.Errorf("cannot store the pod CIDR: %w", err)
+		return kind.As(kind.Unavailable, fmt.Errorf("cannot store the pod CIDR: %w", err))
 	}
 	n.mu.Lock()
 	n.subnets = subnets

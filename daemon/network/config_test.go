@@ -1,6 +1,7 @@
 package network
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,6 +11,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
 func (w *world) wantNetwork(name string) {
@@ -197,8 +200,9 @@ func TestBuiltinNetwork(t *testing.T) {
 	if got := ranges(w); got != `[[{"subnet":"10.230.1.0/24"}]]` {
 		t.Errorf("ranges %s", got)
 	}
-	if err := w.SetPodCIDR("10.230.2.0/33"); err == nil {
-		t.Error("bad CIDR taken")
+	err := w.SetPodCIDR("10.230.2.0/33")
+	if !errors.Is(err, kind.Invalid) || !strings.HasPrefix(err.Error(), "runtime_config.network_config.pod_cidr: ") {
+		t.Errorf("bad CIDR: %v", err)
 	}
 	if err := w.SetPodCIDR(""); err != nil {
 		t.Errorf("empty CIDR: %v", err)
@@ -250,6 +254,45 @@ func TestBuiltinNetwork(t *testing.T) {
 	}
 	if err := n.Ready(t.Context()); !errors.Is(err, ErrNoNetwork) {
 		t.Errorf("Ready without a config: %v", err)
+	}
+}
+
+// A template becomes a config with the ranges of the node, unless there is one.
+func TestTemplate(t *testing.T) {
+	const text = `{"cniVersion": "1.0.0", "name": "templated", "plugins": [{"type": "loopback", "cidr": "{{.PodCIDR}}",
+  "ranges": [{{range $i, $r := .PodCIDRRanges}}{{if $i}},{{end}}"{{$r}}"{{end}}],
+  "routes": [{{range $i, $r := .Routes}}{{if $i}},{{end}}"{{$r}}"{{end}}]}]}`
+	const ranges = "10.230.2.0/24,fd00:230::/64,10.231.0.0/24"
+	file := filepath.Join(t.TempDir(), "template")
+	w := newWorld(t, func(o *Options) { o.ConfTemplate = file })
+	for name, bad := range map[string]string{
+		"missing": "", "broken": "{{", "without such a field": "{{.Nothing}}", "not a config": "{}",
+	} {
+		if bad != "" {
+			check(t, os.WriteFile(file, []byte(bad), 0o600))
+		}
+		if err := w.SetPodCIDR(ranges); !errors.Is(err, kind.Unavailable) || !strings.Contains(err.Error(), file) {
+			t.Errorf("%s: %v", name, err)
+		}
+		w.wantNone()
+	}
+	check(t, os.WriteFile(file, []byte(text), 0o600))
+	check(t, w.SetPodCIDR(ranges))
+	w.wantNetwork("templated")
+	b, err := w.Config()
+	check(t, err)
+	for _, want := range []string{
+		`"cidr": "10.230.2.0/24"`,
+		`"ranges": ["10.230.2.0/24","fd00:230::/64","10.231.0.0/24"]`,
+		`"routes": ["0.0.0.0/0","::/0"]`,
+	} {
+		if !strings.Contains(string(b), want) {
+			t.Errorf("the config %s lacks %s", b, want)
+		}
+	}
+	check(t, w.SetPodCIDR("10.230.9.0/24"))
+	if again, err := w.Config(); err != nil || !bytes.Equal(again, b) {
+		t.Errorf("a config that was there is now %s, %v", again, err)
 	}
 }
 

@@ -61,6 +61,10 @@ type Options struct {
 	DefaultNetwork bool   // with no file in ConfDir: a built-in bridge
 	Subnet         string // of the built-in bridge; "a,b" for two families
 
+	// ConfTemplate is a file that SetPodCIDR makes a config in ConfDir of, unless there is
+	// one; empty: none.
+	ConfTemplate string
+
 	Log *slog.Logger // default slog.Default()
 }
 

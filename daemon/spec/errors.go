@@ -75,7 +75,11 @@ const (
 	longestProblem = 1024
 )
 
+// refused is told by tests of this package from where each refusal came.
+var refused = func() {}
+
 func fieldError(k error, field, format string, args ...any) error {
+	refused()
 	problem := fmt.Sprintf(format, args...)
 	return &FieldError{Field: shorten(field, longestField), Problem: shorten(problem, longestProblem), Kind: k}
 }

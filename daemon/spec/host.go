@@ -59,7 +59,7 @@ func ProbeHost() (Host, error) {
 	h.ExecLimit = execLimit()
 	enabled, _ := os.ReadFile("/sys/module/apparmor/parameters/enabled")
 	h.AppArmorEnabled = bytes.HasPrefix(enabled, []byte("Y")) && exists("/sys/kernel/security/apparmor")
-	h.SELinuxEnabled = exists("/sys/fs/selinux/enforce")
+	h.SELinuxEnabled = selinuxEnabled("/sys/fs/selinux/enforce", "/proc/self/attr/current")
 	h.RecursiveReadOnly = kernelHasMountSetattr()
 	return h, nil
 }
@@ -85,6 +85,14 @@ func execLimit() int {
 func (h Host) Now() Host {
 	h.CPUs, h.Mems = cgroup.Sets()
 	return h
+}
+
+// selinuxEnabled says whether labels mean something. A kernel that no policy was given to
+// labels everything with its own name, and OCI runtimes refuse labels there.
+func selinuxEnabled(enforce, current string) bool {
+	label, err := os.ReadFile(current)
+	label = bytes.Trim(label, "\x00\n")
+	return err == nil && exists(enforce) && len(label) > 0 && string(label) != "kernel"
 }
 
 func exists(p string) bool { _, err := os.Stat(p); return err == nil }
@@ -205,7 +213,7 @@ func ResolveDevices(c *runtimeapi.ContainerConfig) ([]Device, error) {
 		}
 		found, err := devicesBelow(src, path.Clean(dst), access)
 		if err != nil {
-			return nil, invalid(field, "%v", err)
+			return nil, fmt.Errorf("%s: %w", field, err)
 		}
 		if len(found) == 0 {
 			return nil, invalid(field, "%s is no device and holds none", src)

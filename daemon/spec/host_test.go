@@ -149,3 +149,25 @@ func TestCheckMounts(t *testing.T) {
 		}
 	}
 }
+
+// A kernel with SELinux and no policy confines nothing.
+func TestSELinuxEnabled(t *testing.T) {
+	dir := t.TempDir()
+	enforce, current := filepath.Join(dir, "enforce"), filepath.Join(dir, "current")
+	if selinuxEnabled(enforce, current) {
+		t.Error("without any file")
+	}
+	check(t, os.WriteFile(enforce, []byte("0"), 0o600))
+	for label, want := range map[string]bool{
+		"kernel\x00": false, "": false, "\x00": false, "system_u:system_r:init_t:s0\x00": true,
+	} {
+		check(t, os.WriteFile(current, []byte(label), 0o600))
+		if selinuxEnabled(enforce, current) != want {
+			t.Errorf("label %q: want %v", label, want)
+		}
+	}
+	check(t, os.Remove(enforce))
+	if selinuxEnabled(enforce, current) {
+		t.Error("a label of another kind")
+	}
+}

@@ -1,6 +1,7 @@
 package spec
 
 import (
+	"fmt"
 	"strings"
 
 	"github.com/moby/profiles/seccomp"
@@ -103,7 +104,7 @@ func (b *builder) checkSeccomp() error {
 func (b *builder) seccompDefault() error {
 	filter, err := seccomp.GetDefaultProfile(b.spec)
 	if err != nil {
-		return unsupported(fieldSeccomp, "cannot make the default profile: %v", err)
+		return fmt.Errorf("%s: cannot make the default profile: %w", fieldSeccomp, err)
 	}
 	compact(filter, b.NoX32)
 	b.spec.Linux.Seccomp = filter

@@ -1211,6 +1211,8 @@ func TestStopSignal(t *testing.T) {
 		}
 		wantField(t, err, kind.Invalid, "image config: StopSignal")
 	}
+	_, _, err := StopSignal(&runtimeapi.ContainerConfig{StopSignal: 66}, ocispec.ImageConfig{})
+	wantField(t, err, kind.Invalid, fieldStopSignal)
 	// Each name of the CRI has a number, the same on the way back, unless it is
 	// one of two names.
 	for v, name := range runtimeapi.Signal_name {

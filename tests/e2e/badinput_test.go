@@ -66,6 +66,12 @@ func TestBadInput(t *testing.T) {
 			{"sysctl of the whole machine", func(c *cri.PodSandboxConfig) {
 				c.Linux.Sysctls = map[string]string{"vm.swappiness": "1"}
 			}, codes.InvalidArgument, "sysctls"},
+			{"sysctl that there is none", func(c *cri.PodSandboxConfig) {
+				c.Linux.Sysctls = map[string]string{"net.ipv4.nothing": "1"}
+			}, codes.InvalidArgument, "config.linux.sysctls: "},
+			{"sysctl with a wrong value", func(c *cri.PodSandboxConfig) {
+				c.Linux.Sysctls = map[string]string{"net.ipv4.ip_forward": "many"}
+			}, codes.InvalidArgument, "config.linux.sysctls: "},
 			{"escaping sysctl", func(c *cri.PodSandboxConfig) {
 				c.Linux.Sysctls = map[string]string{"net.../../kernel/panic": "1"}
 			}, codes.InvalidArgument, "sysctls"},
@@ -296,6 +302,18 @@ func TestBadInput(t *testing.T) {
 				return rt.UpdateContainerResources(x, &cri.UpdateContainerResourcesRequest{ContainerId: good.ID,
 					Linux: &cri.LinuxContainerResources{CpuShares: 2}, Annotations: map[string]string{"a": "b"}})
 			}, codes.Unimplemented, "annotations"},
+			{"a range of pods that is none", func(x context.Context) (any, error) {
+				return rt.UpdateRuntimeConfig(x, &cri.UpdateRuntimeConfigRequest{RuntimeConfig: &cri.RuntimeConfig{
+					NetworkConfig: &cri.NetworkConfig{PodCidr: "10.0.0.0"}}})
+			}, codes.InvalidArgument, "runtime_config.network_config.pod_cidr"},
+			{"resources of a pod", func(x context.Context) (any, error) {
+				return rt.UpdatePodSandboxResources(x, &cri.UpdatePodSandboxResourcesRequest{PodSandboxId: pod.ID,
+					Resources: &cri.LinuxContainerResources{CpuShares: -1}})
+			}, codes.InvalidArgument, "resources.cpu_shares"},
+			{"overhead of a pod", func(x context.Context) (any, error) {
+				return rt.UpdatePodSandboxResources(x, &cri.UpdatePodSandboxResourcesRequest{PodSandboxId: pod.ID,
+					Overhead: &cri.LinuxContainerResources{CpuPeriod: 1}})
+			}, codes.InvalidArgument, "overhead.cpu_period"},
 			{"CheckpointContainer", func(x context.Context) (any, error) {
 				return rt.CheckpointContainer(x, &cri.CheckpointContainerRequest{ContainerId: good.ID})
 			}, codes.Unimplemented, "CheckpointContainer"},

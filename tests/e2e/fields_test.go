@@ -102,7 +102,8 @@ func TestRefusedFields(t *testing.T) {
 			"/sys/kernel/security/apparmor": "apparmor",
 			"/sys/fs/selinux/enforce":       "config.linux.security_context.selinux_options",
 		} {
-			if _, err := os.Stat(file); err == nil && field == c.field {
+			label, _ := os.ReadFile("/proc/self/attr/current")
+			if _, err := os.Stat(file); err == nil && field == c.field && strings.Contains(string(label), ":") {
 				t.Logf("%s: this kernel has it", name)
 				c.edit = nil
 			}
