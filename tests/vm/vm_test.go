@@ -58,7 +58,7 @@ var suites = []suite{
 
 // ofCgroups ends a pattern of tests with those that depend on the driver and version of
 // cgroups.
-const ofCgroups = "TestUpdate.*|TestGetContainerEvents|TestRefusedFields|TestStatsOf.*|" +
+const ofCgroups = "TestUpdate.*|TestGetContainerEvents|TestRefusedFields|TestStatsOfNetwork|" +
 	"TestMetricsFitTheirDescriptors)$"
 
 // limit is that of the whole run: emulated, all takes ten to thirty times as long.

@@ -176,7 +176,7 @@ func TestSystemd(t *testing.T) {
 	}
 	t.Run("basics", func(t *testing.T) { basics(t, pod.With(t), c.With(t)) })
 	t.Run("out of memory", func(t *testing.T) { outOfMemory(t, pod.With(t)) })
-	t.Run("stats", func(t *testing.T) { usage(t, pod.With(t), slice.parent) })
+	t.Run("stats", func(t *testing.T) { usage(t, pod.With(t)) })
 	t.Run("daemon-reload", func(t *testing.T) {
 		systemctl(t, "daemon-reload")
 		checkLimits(t, c.With(t))
@@ -209,6 +209,7 @@ func TestCgroupfs(t *testing.T) {
 	checkLimits(t, c)
 	basics(t, pod, c)
 	outOfMemory(t, pod)
+	usage(t, pod)
 
 	// A pod without a parent is below one of ours.
 	orphan := n.RunPod("orphan", func(c *cri.PodSandboxConfig) { c.Linux.CgroupParent = "" })

@@ -25,8 +25,8 @@ var busyMetrics = map[string]uint64{
 	"container_fs_inodes_total":                 1,
 }
 
-// usage is what a container with load and its pod, in the cgroup parent, use on v2.
-func usage(t *testing.T, pod *harness.Pod, parent string) {
+// usage is what a container with load and its pod use on v2.
+func usage(t *testing.T, pod *harness.Pod) {
 	c := pod.Run("busy", []string{"sh", "-c",
 		"x=$(head -c 8388608 /dev/zero | tr '\\0' x); (x=$(head -c 99999999 /dev/zero | tr '\\0' x)); while :; do :; done"},
 		limits, func(c *cri.ContainerConfig) { c.Linux.Resources.MemorySwapLimitInBytes = 64 << 20 })
@@ -63,7 +63,7 @@ func usage(t *testing.T, pod *harness.Pod, parent string) {
 	var got map[string]uint64
 	defer func() { t.Logf("the metrics are %v", got) }()
 	harness.Eventually(t, patience, "the load shows in the metrics", func() bool {
-		got = metricsOf(t, n, c.ID, parent+"/holdfast-"+c.ID+".scope")
+		got = metricsOf(t, n, c.ID, cgroupOf(t, c.Info().PID))
 		for name, least := range busyMetrics {
 			if got[name] < least {
 				return false
