@@ -119,7 +119,8 @@ func (n *Node) CheckClean() {
 // each time before it looks.
 func (n *Node) AwaitClean(before func()) string {
 	var left []string
-	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * Tick) {
+	// A token that nobody has used goes after a minute, with the next sweep.
+	for deadline := time.Now().Add(2 * time.Minute); time.Now().Before(deadline); time.Sleep(10 * Tick) {
 		before()
 		if left = n.Leftovers(); len(left) == 0 {
 			return ""
