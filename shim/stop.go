@@ -146,7 +146,7 @@ func programOf(pid int) string {
 // ignores says whether init would not take the signal: it is still the OCI runtime,
 // which takes its handlers along when it runs the program; or the kernel would
 // drop the signal, because it is neither caught nor blocked (a blocked one waits
-// for the program to fetch it).
+// for the program to fetch it), nor does init wait for signals at this moment.
 func (c *container) ignores(sig unix.Signal) bool {
 	if !c.traits.PrivatePID || sig == unix.SIGKILL || sig == unix.SIGSTOP {
 		return false
@@ -170,5 +170,13 @@ func (c *container) ignores(sig unix.Signal) bool {
 			return false
 		}
 	}
-	return true
+	return !waitsForSignals(pid)
+}
+
+// waitsForSignals says whether a process is in sigwait(3) or the like, as small inits
+// are all the time. The kernel unblocks what they wait for meanwhile, so that it is not
+// among the blocked signals of /proc, and yet does not drop it.
+func waitsForSignals(pid int) bool {
+	place, err := os.ReadFile(fmt.Sprintf("/proc/%d/wchan", pid)) // a function of the kernel
+	return err == nil && bytes.Contains(place, []byte("sigtimedwait"))
 }

@@ -89,6 +89,14 @@ func TestStop(t *testing.T) {
 		t.Errorf("stopped with SIGUSR1: code %d, stop signal %s", s.ExitCode, s.StopSignal)
 	}
 
+	// So does an init that has no handler and waits for signals, as tini and dumb-init do.
+	c = pod.Run("sigwait", []string{"testbox", "sigwait", "34"})
+	c.WaitLog(patience, "waiting")
+	c.Stop(60)
+	if s := c.Status(); s.ExitCode != 34 {
+		t.Errorf("stopped while it waited for signals: code %d, want 34", s.ExitCode)
+	}
+
 	// Removing kills; a container that never started can be removed, too.
 	c = pod.Run("removed", stubborn)
 	pid := c.Info().PID

@@ -11,8 +11,10 @@
 //	                                      its end
 //	testbox pour N                        zeros: "-", and after a byte of input N bytes
 //	testbox drain N                       "-", and then reads N bytes
+//	testbox sigwait CODE                  waits for SIGTERM as small inits do, without a
+//	                                      handler, and exits with CODE
 //
-// All of them end with 0 on SIGTERM. Lines count from 1: "line 00000001".
+// All others end with 0 on SIGTERM. Lines count from 1: "line 00000001".
 package main
 
 import (
@@ -24,11 +26,16 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
+	"unsafe"
 )
+
+// A goroutine that waits for signals has to do so on the first thread.
+func init() { runtime.LockOSThread() }
 
 func main() {
 	term := make(chan os.Signal, 1)
@@ -45,7 +52,7 @@ func main() {
 
 func run(args []string) error {
 	if len(args) == 0 {
-		return fmt.Errorf("say print, flood, wait, echo, pour or drain")
+		return fmt.Errorf("say print, flood, wait, echo, pour, drain or sigwait")
 	}
 	f := flag.NewFlagSet(args[0], flag.ExitOnError)
 	every := f.Duration("every", 10*time.Millisecond, "between lines")
@@ -78,6 +85,8 @@ func run(args []string) error {
 		return wait(f.Arg(0), f.Arg(1))
 	case "echo":
 		return echo(":" + f.Arg(0))
+	case "sigwait":
+		return sigwait(f.Arg(0))
 	case "pour", "drain":
 		return bulk(args[0] == "pour", f.Arg(0))
 	}
@@ -98,6 +107,32 @@ func echo(address string) error {
 			io.Copy(conn, conn)
 			conn.Close()
 		}()
+	}
+}
+
+// sigwait exits with a code when rt_sigtimedwait(2) has fetched a SIGTERM.
+func sigwait(number string) error {
+	code, err := strconv.Atoi(number)
+	if err != nil {
+		return err
+	}
+	signal.Ignore(syscall.SIGTERM) // without the handler of the Go runtime
+	set := uint64(1) << (syscall.SIGTERM - 1)
+	const block, size = 0, unsafe.Sizeof(set)
+	_, _, errno := syscall.RawSyscall6(syscall.SYS_RT_SIGPROCMASK, block, uintptr(unsafe.Pointer(&set)), 0, size, 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	fmt.Println("waiting")
+	for {
+		n, _, errno := syscall.Syscall6(syscall.SYS_RT_SIGTIMEDWAIT, uintptr(unsafe.Pointer(&set)), 0, 0, size, 0, 0)
+		switch {
+		case errno == syscall.EINTR:
+		case errno != 0:
+			return errno
+		case n == uintptr(syscall.SIGTERM):
+			os.Exit(code)
+		}
 	}
 }
 
