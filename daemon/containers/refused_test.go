@@ -54,7 +54,7 @@ func TestRefusedBeforeAnythingIsMade(t *testing.T) {
 		edit  func(*runtimeapi.ContainerConfig)
 	}{
 		{context + "selinux_options", kind.Unsupported, security(func(s *runtimeapi.LinuxContainerSecurityContext) {
-			s.SelinuxOptions = &runtimeapi.SELinuxOption{Level: "s0:c1"}
+			s.SelinuxOptions = &runtimeapi.SELinuxOption{Type: "my_t"}
 		})},
 		{context + "apparmor", kind.Unsupported, security(func(s *runtimeapi.LinuxContainerSecurityContext) {
 			s.Apparmor = local("mine")

@@ -53,18 +53,19 @@ func (b *builder) apparmor() error {
 
 // labels refuses SELinux options that would confine a container, or a volume's new
 // label, where they cannot be had: without them it would run with more rights than
-// somebody meant it to have. A type that confines nothing is had everywhere.
+// somebody meant it to have. A type that confines nothing is had everywhere, and so is a
+// level alone: it keeps apart what has labels, and pods for any cluster ask for one.
 func (b *builder) labels() error {
 	o, field := selinuxOf(b.sc, b.Sandbox), fieldContext+"selinux_options"
 	if b.sc.GetPrivileged() || o.GetType() == unconfinedType {
 		return nil
 	}
 	asked := o.GetUser()+o.GetRole()+o.GetType()+o.GetLevel() != ""
-	if asked && !b.SELinuxEnabled {
+	if o.GetUser()+o.GetRole()+o.GetType() != "" && !b.SELinuxEnabled {
 		return unsupported(field, "%q cannot be applied: this kernel does not enforce SELinux", o.String())
 	}
 	for i, m := range b.Container.GetMounts() {
-		if asked && m.GetSelinuxRelabel() && m.GetImage() == nil {
+		if asked && b.SELinuxEnabled && m.GetSelinuxRelabel() && m.GetImage() == nil {
 			return unsupported(fmt.Sprintf("config.mounts[%d].selinux_relabel", i),
 				"relabelling is not supported: label %s on the host, or leave selinux_options out", m.GetHostPath())
 		}

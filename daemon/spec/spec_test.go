@@ -897,6 +897,7 @@ func TestCheck(t *testing.T) {
 		res  = runtimeapi.LinuxContainerResources
 	)
 	level := &runtimeapi.SELinuxOption{Level: "s0:c1"}
+	label := &runtimeapi.SELinuxOption{Type: "my_t", Level: "s0:c1"}
 	relabel := []*runtimeapi.Mount{{HostPath: "/a", ContainerPath: "/a"}, {HostPath: "/b", SelinuxRelabel: true}}
 	with := func(h *Host) { h.SELinuxEnabled = true }
 	resources := func(r *res) func(*Input) { return func(in *Input) { in.Container.Linux.Resources = r } }
@@ -914,11 +915,15 @@ func TestCheck(t *testing.T) {
 		"nothing asked": {nil, nil, nil, ""},
 
 		"empty label": {nil, func(in *Input) { in.security().SelinuxOptions = &runtimeapi.SELinuxOption{} }, nil, ""},
-		"label":       {nil, func(in *Input) { in.security().SelinuxOptions = level }, kind.Unsupported, selinux},
-		"label of the pod": {nil, func(in *Input) { in.pod().SelinuxOptions = level },
+		"label":       {nil, func(in *Input) { in.security().SelinuxOptions = label }, kind.Unsupported, selinux},
+		"label of the pod": {nil, func(in *Input) { in.pod().SelinuxOptions = label },
 			kind.Unsupported, selinux},
+		"level": {nil, func(in *Input) { in.security().SelinuxOptions = level }, nil, ""},
+		"level, relabel, no kernel": {nil, func(in *Input) {
+			in.Container.Mounts, in.security().SelinuxOptions = relabel, level
+		}, nil, ""},
 		"label, privileged": {nil, func(in *Input) {
-			in.security().SelinuxOptions, in.security().Privileged = level, true
+			in.security().SelinuxOptions, in.security().Privileged = label, true
 		}, nil, ""},
 		"label that confines nothing": {nil, func(in *Input) {
 			in.security().SelinuxOptions = &runtimeapi.SELinuxOption{Type: "spc_t", Level: "s0"}

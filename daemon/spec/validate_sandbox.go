@@ -18,7 +18,7 @@ const maxHostname = 64
 
 const hostnamePart = `[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?`
 
-var hostname = regexp.MustCompile(`^` + hostnamePart + `(\.` + hostnamePart + `)*$`)
+var hostname = regexp.MustCompile(`^` + hostnamePart + `(\.` + hostnamePart + `)*\.?$`)
 
 // maxName is more than Kubernetes allows any name to have (253 bytes). Names end
 // up in logs, labels of metrics and error messages.

@@ -325,6 +325,8 @@ var podCases = []struct {
 	{"qualified hostname", withHostname("a-1.B.example"), nil, ""},
 	{"hostname of 64", withHostname(strings.Repeat("a", 64)), nil, ""},
 	{"hostname of 65", withHostname(strings.Repeat("a", 65)), kind.Invalid, "config.hostname"},
+	{"hostname that ends with a dot", withHostname("a.svc."), nil, ""}, // a kubelet without a cluster domain
+	{"hostname that is a dot", withHostname("."), kind.Invalid, "config.hostname"},
 	{"hostname with a line", withHostname("a\n127.0.0.1 b"), kind.Invalid, "config.hostname"},
 	{"hostname with a dash", withHostname("-a"), kind.Invalid, "config.hostname"},
 	{"hostname with an empty label", withHostname("a..b"), kind.Invalid, "config.hostname"},
