@@ -126,6 +126,8 @@ func (h *history) begin(c *call) {
 	c.began = time.Now().UnixNano()
 	a := h.asked[c.id]
 	switch c.verb {
+	default:
+		return
 	case stop:
 		a.term, a.kill = a.term || c.grace > 0, true
 	case remove:
@@ -140,10 +142,10 @@ func (h *history) begin(c *call) {
 		}
 		h.making[c.slot][c] = true
 		return
-	default:
-		return
 	}
-	h.asked[c.id] = a
+	if c.id != noSuchID {
+		h.asked[c.id] = a
+	}
 }
 
 // end records a call that was answered, or will not be.

@@ -21,6 +21,20 @@ var seed = func() uint64 {
 	return n
 }()
 
+// lasts says until when a test makes calls: the long form as long as it is to, or as long as the time that
+// go test has for it.
+func lasts(t *testing.T, quick, full time.Duration) time.Time {
+	if !harness.Full {
+		return time.Now().Add(quick)
+	}
+	end := time.Now().Add(full)
+	const rest = 2 * time.Minute // to look at what is left
+	if limit, ok := t.Deadline(); ok && limit.Add(-rest).Before(end) {
+		return limit.Add(-rest)
+	}
+	return end
+}
+
 func TestMain(m *testing.M) {
 	code := m.Run()
 	harness.RemoveBinaries()

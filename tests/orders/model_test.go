@@ -56,6 +56,7 @@ type script struct {
 const (
 	codeKilled  = 137
 	codeUnknown = 255
+	codeEarly   = 2 // a program of Go that gets SIGTERM before it has a handler for it
 	shimDied    = "ShimDied"
 )
 
@@ -158,11 +159,11 @@ func (s state) accept(c *call) (state, bool) {
 		return s, there && o.phase == running
 	case update:
 		// "If runtime fails to transactionally update the requested resources, an error is
-		// returned."
+		// returned." One that was under way when the container ended may be seen later.
 		if there {
 			o.shares = c.shares
 		}
-		return s, there && o.phase != exited
+		return s, there && (o.phase != exited || o.finished > c.began)
 	}
 	return s, false
 }
@@ -237,14 +238,14 @@ func (s state) refuse(c *call) (state, bool) {
 		return s, false // NotFound is right
 	case o.phase == exited || c.may.remove:
 		return s, true
-	case c.verb == start:
-		return s, s.pod.phase == exited || c.may.podStop || o.end(c.may)
-	case c.verb == exec, c.verb == reopen:
-		return s, o.phase == created || o.end(c.may)
-	case c.verb == update:
-		return s, o.end(c.may)
+	case c.verb == start && (s.pod.phase == exited || c.may.podStop):
+		return s, true
+	case c.verb == exec && o.phase == created, c.verb == reopen && o.phase == created:
+		return s, true
 	}
-	return s, false
+	// It has ended by itself. It counts as such when its output is in the log, which may be later.
+	ended := *o
+	return s, ended.end(c.may)
 }
 
 // end has a container end by itself, if it can.
@@ -328,6 +329,8 @@ func (o *object) plausible(v *view, may asked) bool {
 		return v.reason == "Completed" && (scripted || may.term)
 	case v.exit == codeKilled:
 		return v.reason == "Error" && may.kill
+	case v.exit == codeEarly && may.term:
+		return v.reason == "Error"
 	}
 	return v.reason == "Error" && scripted
 }

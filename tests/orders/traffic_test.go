@@ -23,16 +23,12 @@ import (
 // all calls that explains it (model_test.go); each line is in its log once; in the end nothing is left.
 func TestTraffic(t *testing.T) {
 	const pairs = 4
-	length := 15 * time.Second
-	if harness.Full {
-		length = 30 * time.Minute
-	}
 	t.Logf("HOLDFAST_SEED=%d", seed)
 	w := &world{
 		t:       t,
 		n:       harness.New(t),
 		tally:   harness.Drill(t, "random traffic of eight clients, and kills"),
-		until:   time.Now().Add(length),
+		until:   lasts(t, 15*time.Second, 30*time.Minute),
 		targets: map[string]*target{},
 	}
 	ctx, cancel := context.WithCancel(t.Context())
