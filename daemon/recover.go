@@ -210,18 +210,14 @@ func (r *recovery) restore(k state.Kind, id string, rec any) {
 // loadPods makes the pods known that there are, and returns what has to be done
 // about the others.
 func (r *recovery) loadPods(ids []string) (later []func(context.Context)) {
-	var serve []*records.Pod
+	var serve, undo []*records.Pod
 	for _, id := range ids {
 		rec, do := r.loadPod(id)
 		switch do {
 		case records.Serve:
 			serve = append(serve, rec)
 		case records.Undo:
-			r.undone++
-			p := r.Pods.Adopt(rec)
-			r.byPod[id] = p
-			undo := r.claims.Undo(pods.NameOf(rec), id, p.Erase)
-			later = append(later, r.undoing("pod", id, undo))
+			undo = append(undo, rec)
 		case records.Remove:
 			r.byPod[id] = r.Pods.Adopt(rec)
 			r.byPod[id].Owe()
@@ -243,6 +239,14 @@ func (r *recovery) loadPods(ids []string) (later []func(context.Context)) {
 		}
 	}
 	r.servePods(serve)
+	// After those that have their names rightly: one whose undoing has failed before may be older
+	// than the pod that was made under its name since.
+	for _, rec := range undo {
+		r.undone++
+		p := r.Pods.Adopt(rec)
+		r.byPod[rec.ID] = p
+		later = append(later, r.undoing("pod", rec.ID, r.claims.Undo(pods.NameOf(rec), rec.ID, p.Undo)))
+	}
 	return later
 }
 
@@ -359,7 +363,7 @@ func (r *recovery) actOnContainers(list []loaded) {
 		case l.Do == records.Undo:
 			r.undone++
 			c := r.Containers.Adopt(l.rec, r.pod(l.rec.PodID), l.Seen)
-			undo := r.claims.Undo(containers.NameOf(l.rec), l.id, c.Erase)
+			undo := r.claims.Undo(containers.NameOf(l.rec), l.id, c.Undo)
 			r.later = append(r.later, r.undoing("container", l.id, undo))
 		default:
 			r.serve(l)
@@ -450,7 +454,7 @@ func (r *recovery) erasing(c *containers.Container) func(context.Context) {
 func (r *recovery) undoing(what, id string, undo func(context.Context) error) func(context.Context) {
 	return func(ctx context.Context) {
 		if err := undo(ctx); err != nil {
-			r.log.Error("cannot undo a creation that was cut short; the next start tries again", what, id, "error", err)
+			r.log.Error("cannot undo a creation that was cut short; trying again", what, id, "error", err)
 			return
 		}
 		r.log.Info("undid a creation that was cut short", what, id)

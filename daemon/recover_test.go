@@ -437,6 +437,40 @@ func TestRecoverDebts(t *testing.T) {
 	}
 }
 
+// A pod that was never acknowledged, and whose undoing fails, does not take its name from the one that was
+// made under it since, and is undone as soon as that is possible.
+func TestRecoverUndoneLater(t *testing.T) {
+	b := newBed(t)
+	old := b.RunPod(t, "pod")
+	b.close()
+	var rec records.Pod
+	err := b.Store.Get(state.Pods, old, &rec)
+	rec.Phase = records.PodCreating
+	check(t, errors.Join(err, b.Store.Put(state.Pods, old, &rec, false)))
+	b.Network.Deleting.Fail(errors.New("the plugin is gone"))
+	b.open()
+	var pod string
+	fake.Until(t, "the name to be free", func() bool {
+		pod, err = b.Pods.Run(t.Context(), fake.PodConfig("pod"), "")
+		return err == nil
+	})
+	// As a daemon has left it that was killed before it could note that the undoing had failed.
+	b.close()
+	check(t, b.Store.Get(state.Pods, old, &rec))
+	rec.Phase = records.PodCreating
+	check(t, b.Store.Put(state.Pods, old, &rec, false))
+	b.open()
+	for range 2 {
+		again, err := b.Pods.Run(t.Context(), fake.PodConfig("pod"), "")
+		if err != nil || again != pod || len(b.Pods.List(nil)) != 1 {
+			t.Errorf("the name is that of %s, not %s: %v", again, pod, err)
+		}
+		b.Network.Deleting.Fail(nil)
+		fake.Until(t, "DEL, with no other start", func() bool { return b.Network.Deleted(old) > 0 })
+	}
+	b.removeAll(pod)
+}
+
 // The init of a pod goes on, and is joined by later containers.
 func TestRecoverInit(t *testing.T) {
 	damages := fake.Damages(rundir.StatusName)

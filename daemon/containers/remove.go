@@ -77,6 +77,16 @@ func (c *Container) Erase(ctx context.Context) error {
 	return c.giveBack(ctx)
 }
 
+// Undo is Erase for a creation that was cut short. What cannot be given back now is tried again
+// in the background, and by the next start.
+func (c *Container) Undo(ctx context.Context) error {
+	err := c.Erase(ctx)
+	if err != nil {
+		c.m.owe(c, err)
+	}
+	return err
+}
+
 // giveBack gives back what a container holds that has ended, its record last. All
 // steps are tried, also after one has failed; only the directories stay while
 // something is mounted in them.

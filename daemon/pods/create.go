@@ -119,11 +119,7 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, rec *records.Pod
 		defer cancel()
 		m.Plugins.RemovePodSandbox(ctx, p)
 		if uerr := p.erase(ctx); uerr != nil {
-			// It stays, not ready, with the record of what is left, and the
-			// kubelet's own removal tries again.
-			m.Log.Error("cannot undo a pod; it stays until it is removed", "pod", rec.ID, "error", uerr)
-			p.note(func(r *records.Pod) { r.Phase = records.PodStopping })
-			m.Add(p)
+			p.eraseLater(uerr)
 		}
 		return err
 	}

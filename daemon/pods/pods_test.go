@@ -175,8 +175,8 @@ func TestRunRefuses(t *testing.T) {
 	b.clean()
 }
 
-// An ADD that fails is followed by DEL, and leaves nothing. If DEL fails as well,
-// the pod stays, so that the kubelet removes it.
+// An ADD that fails is followed by DEL, and leaves nothing. If DEL fails as well, the pod is
+// in no list, its name is free, and DEL is tried again in the background.
 func TestAddFails(t *testing.T) {
 	b := newBed(t)
 	broken := errors.New("broken")
@@ -189,15 +189,22 @@ func TestAddFails(t *testing.T) {
 	if _, err := b.Pods.Run(t.Context(), fake.PodConfig("pod"), ""); !errors.Is(err, broken) {
 		t.Errorf("got %v", err)
 	}
-	list := b.Pods.List(nil)
-	if len(list) != 1 || list[0].State != notReady {
-		t.Fatalf("listed: %v", list)
+	if list := b.Pods.List(nil); len(list) != 0 {
+		t.Errorf("listed: %v", list)
+	}
+	ids, err := b.Store.IDs(state.Pods)
+	if err != nil || len(ids) != 1 {
+		t.Fatalf("on record: %q, %v", ids, err)
+	}
+	if owed := b.debts(ids[0]); !slices.Contains(owed, records.DebtNetwork) {
+		t.Errorf("on record is %v", owed)
 	}
 	b.Network.Adding.Fail(nil)
+	next := b.RunPod(t, "pod")
 	b.Network.Deleting.Fail(nil)
-	b.remove(list[0].Id)
-	b.clean()
-	b.RunPod(t, "pod")
+	fake.Until(t, "DEL", func() bool { return b.Network.Deleted(ids[0]) > 0 })
+	b.remove(next)
+	fake.Until(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
 }
 
 // A network that refuses DEL is told to whoever stops the pod, and keeps nobody

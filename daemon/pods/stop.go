@@ -120,10 +120,7 @@ func (m *Manager) Remove(ctx context.Context, id string) error {
 	m.Plugins.RemovePodSandbox(ctx, p)
 	p.note(func(r *records.Pod) { r.Phase = records.PodRemoved })
 	if err := p.erase(ctx); err != nil {
-		m.mu.Lock()
-		m.owed[p.ID()] = p
-		m.mu.Unlock()
-		p.owe(err)
+		p.eraseLater(err)
 	}
 	m.mu.Lock()
 	delete(m.all, p.ID())
@@ -174,6 +171,29 @@ func (p *Pod) Erase(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, networkLimit)
 	defer cancel()
 	return p.erase(ctx)
+}
+
+// eraseLater has the rest given back in the background of a pod that nobody knows any more, or
+// was ever told of: it is in no list, and its name is free. The record says so to the next
+// start. err is what keeps the pod from being erased now.
+func (p *Pod) eraseLater(err error) {
+	if p.Record().Phase != records.PodRemoved {
+		p.note(func(r *records.Pod) { r.Phase = records.PodRemoved })
+	}
+	p.m.mu.Lock()
+	p.m.owed[p.ID()] = p
+	p.m.mu.Unlock()
+	p.owe(err)
+}
+
+// Undo is Erase for a creation that was cut short. What cannot be given back now is owed, and
+// tried again in the background.
+func (p *Pod) Undo(ctx context.Context) error {
+	err := p.Erase(ctx)
+	if err != nil {
+		p.eraseLater(err)
+	}
+	return err
 }
 
 // patience is for how long a debt of a stopped pod is told to the kubelet, which

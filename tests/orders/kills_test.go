@@ -27,6 +27,7 @@ func (w *world) killAtRandom(stop chan struct{}) {
 		switch n := chance.IntN(100); {
 		case n < 40:
 			victim, killed = "daemon", true
+			w.restarted.Store(time.Now().UnixNano())
 			if err := w.n.Bounce(); err != nil {
 				w.t.Errorf("cannot restart the daemon: %v", err)
 				w.broken.Store(true)

@@ -148,6 +148,7 @@ func TestSequences(t *testing.T) {
 			t.Run(fmt.Sprint(i), func(t *testing.T) {
 				t.Parallel()
 				n := harness.New(t, harness.Options{Failpoints: true})
+				defer n.CheckOwners()
 				end := lasts(t, 15*time.Second, 3*time.Hour)
 				for j := i; j < len(all); j += nodes {
 					if time.Now().After(end) {

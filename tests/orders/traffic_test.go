@@ -31,6 +31,7 @@ func TestTraffic(t *testing.T) {
 		until:   lasts(t, 15*time.Second, 30*time.Minute),
 		targets: map[string]*target{},
 	}
+	w.restarted.Store(time.Now().UnixNano())
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	var listening, killing, working sync.WaitGroup
@@ -48,6 +49,7 @@ func TestTraffic(t *testing.T) {
 	}
 	w.n.RemoveAllPods()
 	w.n.CheckClean()
+	w.n.CheckOwners()
 	if t.Failed() {
 		t.Logf("HOLDFAST_SEED=%d", seed)
 	}
@@ -64,7 +66,8 @@ type world struct {
 	kills map[string]int
 
 	rounds, calls, events atomic.Int64
-	broken                atomic.Bool // the daemon does not come back
+	broken                atomic.Bool  // the daemon does not come back
+	restarted             atomic.Int64 // when the daemon that runs was started, in nanoseconds
 
 	mu      sync.Mutex
 	targets map[string]*target // by name, of the pods that calls are made to
@@ -312,7 +315,8 @@ func (w *world) hear(e *cri.ContainerEventResponse) {
 		g.end(c) // what it says of the state is the last one
 		return
 	}
-	c.seen = podView(p.Id, p.State, p.CreatedAt)
 	g.showAll(c, e.ContainersStatuses)
+	// Whoever subscribes is told what has happened since the start, as if it were now: the pod may be gone.
+	c.seen, c.began = podView(p.Id, p.State, p.CreatedAt), min(c.began, w.restarted.Load())
 	g.end(c)
 }
