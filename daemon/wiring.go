@@ -35,7 +35,8 @@ type roots struct {
 	ways   rootfs.Ways
 }
 
-func (r roots) Mount(ctx context.Context, layers []digest.Digest, dir, target string, pod *records.Pod) error {
+func (r roots) Mount(ctx context.Context, layers []digest.Digest, dir, target string, pod *records.Pod,
+	label string) error {
 	var m *rootfs.IDMap
 	if u := pod.Userns(); u != nil {
 		m = &rootfs.IDMap{
@@ -46,7 +47,13 @@ func (r roots) Mount(ctx context.Context, layers []digest.Digest, dir, target st
 			GIDs:    u.GIDs.Length,
 		}
 	}
-	return r.layers.Mount(ctx, layers, dir, target, m)
+	return r.layers.MountLabelled(ctx, layers, dir, target, m, label)
+}
+
+func (r roots) CheckRelabel(path string) error { return rootfs.CheckRelabel(path) }
+
+func (r roots) Relabel(ctx context.Context, path, label string) error {
+	return rootfs.Relabel(ctx, path, label)
 }
 
 func (r roots) Unmount(target string) error { return rootfs.Unmount(target) }

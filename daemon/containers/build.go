@@ -80,7 +80,46 @@ func (b *builder) prepare(ctx context.Context) error {
 	if err := b.holdImages(ctx); err != nil {
 		return err
 	}
-	return b.checkSources()
+	if err := b.checkSources(); err != nil {
+		return err
+	}
+	return b.eachRelabel(b.m.Roots.CheckRelabel)
+}
+
+// eachRelabel calls f for each mount that the container wants to have its own SELinux label.
+func (b *builder) eachRelabel(f func(path string) error) error {
+	if spec.FileLabel(b.in) == "" {
+		return nil
+	}
+	for i, m := range b.in.Container.GetMounts() {
+		if !m.GetSelinuxRelabel() || m.GetImage() != nil {
+			continue
+		}
+		if err := f(m.GetHostPath()); err != nil {
+			return fmt.Errorf("config.mounts[%d].selinux_relabel: %w", i, err)
+		}
+	}
+	return nil
+}
+
+// relabel gives the container's label to the mounts that want it, and to what it shares with
+// its pod. Containers of a pod usually have the same one.
+func (b *builder) relabel(ctx context.Context) error {
+	label := spec.FileLabel(b.in)
+	if label == "" {
+		return nil
+	}
+	shared := []string{b.in.Hosts, b.in.Hostname, b.in.ResolvConf}
+	if b.pod.Namespaces.IPC != "" {
+		shared = append(shared, b.in.Shm)
+	}
+	for _, path := range shared {
+		if err := b.m.Roots.Relabel(ctx, path, label); err != nil {
+			return kind.As(kind.Unavailable, err)
+		}
+	}
+	err := b.eachRelabel(func(path string) error { return b.m.Roots.Relabel(ctx, path, label) })
+	return kind.As(kind.Unavailable, err) // unless it is kind.Invalid
 }
 
 // holdImages finds the images that the container reads as volumes.
@@ -103,12 +142,13 @@ func (b *builder) holdImages(ctx context.Context) error {
 // build mounts the root and makes the spec.
 func (b *builder) build(ctx context.Context, root string) (*Built, error) {
 	dir := b.m.State.Dir(state.Containers, b.rec.ID)
-	if err := b.m.Roots.Mount(ctx, b.rec.Layers, dir, root, b.pod); err != nil {
+	label := spec.FileLabel(b.in)
+	if err := b.m.Roots.Mount(ctx, b.rec.Layers, dir, root, b.pod, label); err != nil {
 		return nil, kind.As(kind.Unavailable, err)
 	}
 	b.in.Rootfs, b.in.CgroupsPath = root, b.rec.CgroupsPath
 	for _, step := range []func(context.Context) error{
-		b.users, b.namespaces, b.podFiles, b.devices, b.imageVolumes, b.imageMounts,
+		b.users, b.namespaces, b.podFiles, b.devices, b.imageVolumes, b.imageMounts, b.relabel,
 	} {
 		if err := step(ctx); err != nil {
 			return nil, err
@@ -247,7 +287,7 @@ func (b *builder) mountImage(ctx context.Context, i int, m *runtimeapi.Mount, im
 			return "", kind.As(kind.Unavailable, err)
 		}
 	}
-	if err := b.m.Roots.Mount(ctx, img.Layers, rw, target, b.pod); err != nil {
+	if err := b.m.Roots.Mount(ctx, img.Layers, rw, target, b.pod, spec.FileLabel(b.in)); err != nil {
 		return "", kind.As(kind.Unavailable, err)
 	}
 	if m.GetImageSubPath() == "" {

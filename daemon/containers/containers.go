@@ -65,8 +65,13 @@ type Images interface {
 // Roots mounts the root file systems of containers, and images as volumes.
 type Roots interface {
 	// Mount mounts layers at target, with a writable layer below dir. A pod with a
-	// user namespace has the owners of files mapped.
-	Mount(ctx context.Context, layers []digest.Digest, dir, target string, pod *records.Pod) error
+	// user namespace has the owners of files mapped. All files have the SELinux label,
+	// if it is not empty.
+	Mount(ctx context.Context, layers []digest.Digest, dir, target string, pod *records.Pod, label string) error
+	// CheckRelabel refuses a path that Relabel would, as kind.Invalid. Relabel gives a
+	// file or directory, and all below it, an SELinux label.
+	CheckRelabel(path string) error
+	Relabel(ctx context.Context, path, label string) error
 	Unmount(target string) error
 	// Volumes makes the directories that an image declares as volumes in a mounted
 	// root, and mounts those that have to be below the directory at. It gives the

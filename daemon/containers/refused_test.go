@@ -133,3 +133,42 @@ func TestRefusedByState(t *testing.T) {
 	}
 	want("start in a pod that was stopped", b.Containers.Start(t.Context(), created), "is not ready")
 }
+
+// With a label of its own a container has its mounts relabelled that ask for it, and what
+// it shares with its pod; without one, nothing is.
+func TestRelabel(t *testing.T) {
+	t.Parallel()
+	n := fake.NewNode(t)
+	n.SELinux = true
+	b := &bed{Node: n, Daemon: n.Open(t), t: t}
+	b.podID = b.RunPod(t, "pod")
+	dir := t.TempDir()
+	config := func(name, source string, o *runtimeapi.SELinuxOption) *runtimeapi.ContainerConfig {
+		c := fake.ContainerConfig(name)
+		c.Linux.SecurityContext = &runtimeapi.LinuxContainerSecurityContext{SelinuxOptions: o}
+		c.Mounts = []*runtimeapi.Mount{
+			{HostPath: "/", ContainerPath: "/host"},
+			{HostPath: source, ContainerPath: "/m", SelinuxRelabel: true},
+		}
+		return c
+	}
+	b.Create(t, b.podID, config("plain", dir, nil))
+	if got := b.Roots.Relabelled(); len(got) != 0 {
+		t.Errorf("without a label: %v", got)
+	}
+	o := &runtimeapi.SELinuxOption{Level: "s0:c1,c2"}
+	_, err := b.Containers.Create(t.Context(), b.pod(), config("refused", "/etc", o))
+	if !errors.Is(err, kind.Invalid) || !strings.HasPrefix(err.Error(), "config.mounts[1].selinux_relabel: ") {
+		t.Errorf("of /etc: %v", err)
+	}
+	b.Create(t, b.podID, config("labelled", dir, o))
+	got := b.Roots.Relabelled()
+	if len(got) != 4 || got[dir] != "system_u:object_r:container_file_t:s0:c1,c2" || got["/"] != "" {
+		t.Errorf("with a label: %v", got)
+	}
+	for path, label := range got {
+		if label != got[dir] {
+			t.Errorf("%s has the label %q", path, label)
+		}
+	}
+}

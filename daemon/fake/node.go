@@ -35,6 +35,8 @@ type Node struct {
 	Sessions    *Sessions
 	Plugins     *Plugins
 	runtimes    *runtimes.Set
+
+	SELinux bool // the kernel enforces it
 }
 
 // NewNode makes a node. At the end of the test nothing runs on it any more.
@@ -116,7 +118,7 @@ func (n *Node) Open(t *testing.T) *Daemon {
 		State:    d.Store,
 		Claims:   d.Claims,
 		Runtimes: n.runtimes,
-		Host:     spec.Host{NodeName: "node"},
+		Host:     spec.Host{NodeName: "node", SELinuxEnabled: n.SELinux},
 		Images:   n.Images,
 		Roots:    n.Roots,
 		Shims:    n.Shims,

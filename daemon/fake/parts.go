@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -83,11 +84,42 @@ func (f *Failing) try() error {
 }
 
 // Roots mounts nothing: the root of a container is the empty directory.
-type Roots struct{ Mounting, Unmounting Failing }
+type Roots struct {
+	Mounting, Unmounting Failing
+
+	mu         sync.Mutex
+	relabelled map[string]string
+}
 
 // Mount mounts nothing.
-func (r *Roots) Mount(context.Context, []digest.Digest, string, string, *records.Pod) error {
+func (r *Roots) Mount(context.Context, []digest.Digest, string, string, *records.Pod, string) error {
 	return r.Mounting.try()
+}
+
+// CheckRelabel refuses /etc alone.
+func (r *Roots) CheckRelabel(path string) error {
+	if path == "/etc" {
+		return kind.Errorf(kind.Invalid, "cannot relabel %s", path)
+	}
+	return nil
+}
+
+// Relabel notes what it was asked for.
+func (r *Roots) Relabel(_ context.Context, path, label string) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.relabelled == nil {
+		r.relabelled = map[string]string{}
+	}
+	r.relabelled[path] = label
+	return nil
+}
+
+// Relabelled are the labels that paths were given.
+func (r *Roots) Relabelled() map[string]string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return maps.Clone(r.relabelled)
 }
 
 // Unmount unmounts nothing.

@@ -35,9 +35,16 @@ var ErrBusy = errors.New("something is mounted there already")
 // namespace. The layers stay as they are; the writable one holds the ids of the
 // host.
 func (s *Store) Mount(ctx context.Context, diffIDs []digest.Digest, rw, target string, m *IDMap) error {
+	return s.MountLabelled(ctx, diffIDs, rw, target, m, "")
+}
+
+// MountLabelled is Mount. All files have an SELinux label, whatever they have on the disk;
+// empty: the one they have there.
+func (s *Store) MountLabelled(ctx context.Context, diffIDs []digest.Digest, rw, target string, m *IDMap,
+	label string) error {
 	err := ctx.Err()
 	if err == nil {
-		err = s.mount(diffIDs, rw, target, m)
+		err = s.mount(diffIDs, rw, target, m, label)
 	}
 	if err != nil {
 		return fmt.Errorf("cannot mount a root file system on %s: %w", target, err)
@@ -45,7 +52,7 @@ func (s *Store) Mount(ctx context.Context, diffIDs []digest.Digest, rw, target s
 	return nil
 }
 
-func (s *Store) mount(diffIDs []digest.Digest, rw, target string, m *IDMap) (err error) {
+func (s *Store) mount(diffIDs []digest.Digest, rw, target string, m *IDMap, label string) (err error) {
 	if mounted, err := mountinfo.Mounted(target); mounted || err != nil {
 		return cmp.Or(err, ErrBusy)
 	}
@@ -72,6 +79,7 @@ func (s *Store) mount(diffIDs []digest.Digest, rw, target string, m *IDMap) (err
 		return err
 	}
 	defer o.close()
+	o.label = label
 	if o.lower, err = s.lower(diffIDs); err != nil {
 		return err
 	}
@@ -146,7 +154,8 @@ type overlay struct {
 	upper  string   // by an fd as well
 	work   string
 	target string
-	fds    []int // closed by close
+	label  string // of all files, if not empty
+	fds    []int  // closed by close
 }
 
 const fdPrefix = "/proc/self/fd/"
@@ -210,7 +219,11 @@ func (o *overlay) mountNew() error {
 		options = append(options, [2]string{"lowerdir+", path.Join(o.layers, dir)})
 	}
 	options = append(options, [][2]string{{"upperdir", o.upper}, {"workdir", o.work}, {"source", "overlay"}}...)
-	for i, f := range append(options, overlayFlags...) {
+	options = append(options, overlayFlags...)
+	if o.label != "" {
+		options = append(options, [2]string{"context", o.label})
+	}
+	for i, f := range options {
 		err := unix.FsconfigSetString(fsfd, f[0], f[1])
 		if i == 0 && errors.Is(err, unix.EINVAL) {
 			return errNoAppend
@@ -281,6 +294,9 @@ func (o *overlay) data(lower []string) string {
 	data := fmt.Sprintf("volatile,lowerdir=%s,upperdir=%s,workdir=%s", strings.Join(lower, ":"), o.upper, o.work)
 	for _, f := range overlayFlags {
 		data += "," + f[0] + "=" + f[1]
+	}
+	if o.label != "" {
+		data += fmt.Sprintf(",context=%q", o.label) // a level has commas
 	}
 	return data
 }

@@ -2,7 +2,6 @@ package spec
 
 import (
 	"cmp"
-	"fmt"
 	"strings"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -51,24 +50,17 @@ func (b *builder) apparmor() error {
 	return nil
 }
 
-// labels refuses SELinux options that would confine a container, or a volume's new
-// label, where they cannot be had: without them it would run with more rights than
-// somebody meant it to have. A type that confines nothing is had everywhere, and so is a
-// level alone: it keeps apart what has labels, and pods for any cluster ask for one.
+// labels refuses SELinux options that would confine a container where they cannot be had:
+// without them it would run with more rights than somebody meant it to have. A type that
+// confines nothing is had everywhere, and so is a level alone: it keeps apart what has
+// labels, and pods for any cluster ask for one.
 func (b *builder) labels() error {
 	o, field := selinuxOf(b.sc, b.Sandbox), fieldContext+"selinux_options"
 	if b.sc.GetPrivileged() || o.GetType() == unconfinedType {
 		return nil
 	}
-	asked := o.GetUser()+o.GetRole()+o.GetType()+o.GetLevel() != ""
 	if o.GetUser()+o.GetRole()+o.GetType() != "" && !b.SELinuxEnabled {
 		return unsupported(field, "%q cannot be applied: this kernel does not enforce SELinux", o.String())
-	}
-	for i, m := range b.Container.GetMounts() {
-		if asked && b.SELinuxEnabled && m.GetSelinuxRelabel() && m.GetImage() == nil {
-			return unsupported(fmt.Sprintf("config.mounts[%d].selinux_relabel", i),
-				"relabelling is not supported: label %s on the host, or leave selinux_options out", m.GetHostPath())
-		}
 	}
 	return nil
 }
@@ -85,15 +77,30 @@ func selinuxOf(sc *runtimeapi.LinuxContainerSecurityContext,
 	return pod.GetLinux().GetSecurityContext().GetSelinuxOptions()
 }
 
-// selinux applies the container's options, else the pod's. Parts that are left
-// out are those of the reference policy for containers.
+// selinux applies the container's options, else the pod's.
 func (b *builder) selinux() {
+	b.spec.Process.SelinuxLabel, b.spec.Linux.MountLabel = b.labelPair()
+}
+
+// labelPair are the labels of the process and of its files. Parts that are left out are
+// those of the reference policy for containers.
+func (b *builder) labelPair() (process, files string) {
 	o := selinuxOf(b.sc, b.Sandbox)
 	if o == nil {
-		return
+		return "", ""
 	}
 	user, level := cmp.Or(o.GetUser(), "system_u"), cmp.Or(o.GetLevel(), "s0")
 	role, domain := cmp.Or(o.GetRole(), "system_r"), cmp.Or(o.GetType(), "container_t")
-	b.spec.Process.SelinuxLabel = strings.Join([]string{user, role, domain, level}, ":")
-	b.spec.Linux.MountLabel = user + ":object_r:container_file_t:" + level
+	return strings.Join([]string{user, role, domain, level}, ":"), user + ":object_r:container_file_t:" + level
+}
+
+// FileLabel is the SELinux label of all files that are the container's own; empty: they
+// have no other one than elsewhere.
+func FileLabel(in Input) string {
+	b := &builder{Input: in, sc: in.Container.GetLinux().GetSecurityContext()}
+	if !b.SELinuxEnabled || b.sc.GetPrivileged() {
+		return ""
+	}
+	_, files := b.labelPair()
+	return files
 }

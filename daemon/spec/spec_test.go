@@ -933,7 +933,7 @@ func TestCheck(t *testing.T) {
 		"relabel, no kernel": {nil, func(in *Input) { in.Container.Mounts = relabel }, nil, ""},
 		"relabel": {with, func(in *Input) {
 			in.Container.Mounts, in.security().SelinuxOptions = relabel, level
-		}, kind.Unsupported, "config.mounts[1].selinux_relabel"},
+		}, nil, ""},
 
 		"AppArmor": {nil, func(in *Input) {
 			in.security().Apparmor = &runtimeapi.SecurityProfile{ProfileType: profileLocalhost, LocalhostRef: "a"}
@@ -985,7 +985,7 @@ func TestCheck(t *testing.T) {
 			continue
 		}
 		wantField(t, err, tt.kind, tt.field)
-		if _, berr := Build(in); berr == nil && tt.field != selinux && name != "relabel" {
+		if _, berr := Build(in); berr == nil && tt.field != selinux {
 			t.Errorf("%s: Build takes it", name)
 		}
 	}
