@@ -20,6 +20,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/containers"
 	"github.com/holdfast-cri/holdfast/daemon/events"
 	"github.com/holdfast-cri/holdfast/daemon/image"
+	"github.com/holdfast-cri/holdfast/daemon/journal"
 	"github.com/holdfast-cri/holdfast/daemon/network"
 	"github.com/holdfast-cri/holdfast/daemon/nri"
 	"github.com/holdfast-cri/holdfast/daemon/placement"
@@ -53,6 +54,7 @@ type Daemon struct {
 	net     *network.Network
 	cgroups *placement.Manager
 	claims  *claims.Table
+	journal *journal.Journal
 	plugins *nri.Plugins[*pods.Pod, *containers.Container] // nil: off
 	userns  error                                          // why this machine has no user namespaces for pods; nil if it has
 
@@ -121,6 +123,7 @@ func (d *Daemon) openStores() (err error) {
 		return err
 	}
 	d.writeDown()
+	d.journal = journal.Open(filepath.Join(cfg.Root, journal.DirName), d.log)
 	if d.layers, err = rootfs.Open(filepath.Join(cfg.Root, "layers"), d.log); err != nil {
 		return err
 	}
@@ -233,6 +236,7 @@ func (d *Daemon) openPods() error {
 
 		NoUserns: d.userns,
 		Publish:  d.Events.Publish,
+		Journal:  d.journal.Add,
 		Go:       d.background,
 		Log:      d.log,
 	})
@@ -265,8 +269,9 @@ func (d *Daemon) newContainers(host spec.Host, sessions *streams.Sessions) *cont
 		Announce: func(c *containers.Container, t runtimeapi.ContainerEventType) {
 			d.Pods.AnnounceContainer(c, t)
 		},
-		Go:  d.background,
-		Log: d.log,
+		Journal: d.journal.Add,
+		Go:      d.background,
+		Log:     d.log,
 	})
 }
 
@@ -323,6 +328,9 @@ func (d *Daemon) closeParts() (err error) {
 	}
 	if d.layers != nil {
 		d.layers.Close()
+	}
+	if d.journal != nil {
+		d.journal.Close()
 	}
 	if d.state != nil {
 		if serr := d.state.Close(); err == nil {

@@ -6,12 +6,14 @@ import (
 	"encoding/json"
 	"errors"
 	"io/fs"
+	"path/filepath"
 	"slices"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/containers"
 	"github.com/holdfast-cri/holdfast/daemon/events"
+	"github.com/holdfast-cri/holdfast/daemon/journal"
 	"github.com/holdfast-cri/holdfast/daemon/pods"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
@@ -81,6 +83,7 @@ func (d *Daemon) recover() (*recovery, error) {
 	r.later = append(r.later, undoPods...) // after their containers
 	d.Events.Found(r.found())
 	r.pods, r.containers = len(d.Pods.All()), len(d.Containers.All())
+	d.background(func(context.Context) { r.completeJournal() })
 	d.background(func(ctx context.Context) {
 		for _, f := range r.later {
 			f(ctx)
@@ -89,6 +92,25 @@ func (d *Daemon) recover() (*recovery, error) {
 		d.Images.CollectAll()
 	})
 	return r, nil
+}
+
+// completeJournal has the journal know of what has happened while no daemon ran.
+func (r *recovery) completeJournal() {
+	entries, err := journal.Read(filepath.Join(r.cfg.Root, journal.DirName))
+	if err != nil {
+		r.log.Warn("cannot read the journal", "error", err)
+		return
+	}
+	known := map[string]map[records.What]bool{}
+	for _, e := range entries {
+		if known[e.ID] == nil {
+			known[e.ID] = map[records.What]bool{}
+		}
+		known[e.ID][e.What] = true
+	}
+	for _, c := range r.Containers.All() {
+		c.JournalMissing(func(w records.What) bool { return known[c.ID()][w] })
+	}
 }
 
 // found are the events of what has ended before this daemon came: containers, in the order

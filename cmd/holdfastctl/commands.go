@@ -42,6 +42,7 @@ func commands() []*command {
 		{"pull", "IMAGE", setupPull},
 		{"pulls", "", setupPulls},
 		{"doctor", "", setupDoctor},
+		{"explain", "NAME", setupExplain},
 		{"version", "", setupVersion},
 	}
 }

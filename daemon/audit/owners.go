@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"strings"
 
+	"github.com/holdfast-cri/holdfast/daemon/journal"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
@@ -40,6 +41,13 @@ func (l *look) readOwners() owners {
 		containers: map[string]*container{},
 		doubtful:   map[string]bool{},
 		known:      map[string]bool{},
+	}
+	entries, err := journal.Read(filepath.Join(l.Root, journal.DirName))
+	if err != nil {
+		l.fail("%w", err)
+	}
+	for _, e := range entries {
+		l.known[e.ID] = true
 	}
 	kept := map[string]*records.Pod{}
 	for _, id := range l.ids(state.Containers) {

@@ -1,6 +1,9 @@
 package containers
 
 import (
+	"fmt"
+	"time"
+
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
@@ -47,6 +50,7 @@ func (c *Container) announceLocked(next runtimeapi.ContainerEventType) {
 		return // whoever asked for it never got it
 	}
 	for ; c.announced < next; c.announced++ {
+		c.noteEvent(c.announced)
 		switch t := c.announced; {
 		case c.m.Announce == nil,
 			rec.Init && t != stopped,
@@ -63,4 +67,69 @@ func (c *Container) ran() bool {
 	s := c.Seen()
 	return !s.StartedAt.IsZero() || s.Exit != nil && !s.Exit.StartedAt.IsZero() ||
 		s.Phase == rundir.PhaseRunning && !s.Guessed
+}
+
+// journal keeps what has happened.
+func (c *Container) journal(what records.What, at time.Time, format string, args ...any) {
+	if c.m.Journal == nil {
+		return
+	}
+	rec := c.Record()
+	c.m.Journal(records.Entry{
+		At:   at,
+		ID:   rec.ID,
+		Pod:  rec.PodID,
+		Name: c.name(),
+		What: what,
+		Text: fmt.Sprintf(format, args...),
+	})
+}
+
+// noteEvent notes an event. That of a pod's init which matters is its end.
+func (c *Container) noteEvent(t runtimeapi.ContainerEventType) {
+	rec, s := c.Record(), c.Seen()
+	switch {
+	case rec.Init && t != stopped:
+	case t == created:
+		c.journal(records.Created, time.Now(), "image %s", rec.Config.M.GetImage().GetImage())
+	case t == started && c.ran():
+		c.journalStart()
+	case t == stopped && s.Exit != nil:
+		c.journalExit()
+	case t == deleted:
+		c.journal(records.Removed, time.Now(), "")
+	}
+}
+
+// JournalMissing keeps what a daemon before has not come to keep, and what has happened
+// while none ran. has says what is there.
+func (c *Container) JournalMissing(has func(records.What) bool) {
+	rec := c.Record()
+	if !has(records.Asked) && !rec.Init {
+		c.journal(records.Asked, rec.CreatedAt, "CreateContainer")
+	}
+	if !has(records.Started) && !rec.Init && c.ran() {
+		c.journalStart()
+	}
+	if !has(records.Exited) && c.Seen().Exit != nil {
+		c.journalExit()
+	}
+}
+
+func (c *Container) journalStart() {
+	s := c.Seen()
+	at := s.StartedAt
+	if at.IsZero() && s.Exit != nil {
+		at = s.Exit.StartedAt
+	}
+	c.journal(records.Started, at, "")
+}
+
+func (c *Container) journalExit() {
+	exit := c.Seen().Exit
+	var status *rundir.Status
+	if s, err := c.dir.ReadStatus(); err == nil {
+		status = &s
+	}
+	c.journal(records.Exited, exit.ExitedAt, "%s", records.Ending(exit, status))
 }

@@ -196,6 +196,8 @@ type Options struct {
 	// is told. It is called under the lock of what is seen. Of the init of a pod it tells
 	// the end alone.
 	Announce func(c *Container, t runtimeapi.ContainerEventType)
+	// Journal keeps what happens to containers. It returns at once, and may be nil.
+	Journal func(records.Entry)
 	// Go runs f in the background, unless the daemon is closing. It ends with ctx.
 	Go  func(f func(ctx context.Context))
 	Log *slog.Logger

@@ -65,7 +65,13 @@ func (m *Manager) Create(ctx context.Context, pod Pod, cfg *runtimeapi.Container
 	id, err := m.Claims.Once(ctx, name, claims.Creation{
 		Make: func(ctx context.Context, cl *claims.Claim) error {
 			rec.ID, rec.CreatedAt = cl.ID, time.Now()
-			return m.create(ctx, cl, pod, rec)
+			asked := m.Adopt(rec, pod, records.Seen{})
+			asked.journal(records.Asked, rec.CreatedAt, "CreateContainer")
+			err := m.create(ctx, cl, pod, rec)
+			if err != nil {
+				asked.journal(records.Failed, time.Now(), "%v", err)
+			}
+			return err
 		},
 		Give:   func(ctx context.Context) error { return m.give(ctx, rec.ID) },
 		Remove: func(ctx context.Context) error { return m.Remove(ctx, rec.ID) },

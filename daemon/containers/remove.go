@@ -42,6 +42,9 @@ func (c *Container) Remove(ctx context.Context) error {
 	if err := step.Reach(step.ContainerRemoving); err != nil {
 		return err
 	}
+	if c.Seen().Exit == nil && !rec.Init {
+		c.journal(records.Stopping, time.Now(), "its removal: SIGKILL at once")
+	}
 	if err := c.end(ctx, "it was removed"); err != nil {
 		return kind.As(kind.Unavailable, fmt.Errorf("cannot remove %s: %w", c, err))
 	}

@@ -95,7 +95,7 @@ func (m *Manager) Stop(ctx context.Context, id string, grace time.Duration) erro
 	if err != nil {
 		return err
 	}
-	if err := c.stop(ctx, grace); err != nil {
+	if err := c.stop(ctx, grace, "StopContainer"); err != nil {
 		return err
 	}
 	c.tellEnd(ctx)
@@ -110,9 +110,9 @@ func (c *Container) tellEnd(ctx context.Context) {
 	}
 }
 
-// stop needs no lock: the shim puts stops in order, and a second one must be able
+// stop is told who asks, for the journal. It needs no lock: the shim puts stops in order, and a second one must be able
 // to shorten the grace of the first one.
-func (c *Container) stop(ctx context.Context, grace time.Duration) error {
+func (c *Container) stop(ctx context.Context, grace time.Duration, who string) error {
 	switch s := c.Seen(); {
 	case s.Exit != nil:
 		return nil
@@ -120,6 +120,11 @@ func (c *Container) stop(ctx context.Context, grace time.Duration) error {
 		return nil // a created container that is stopped may still be started
 	}
 	signal := cmp.Or(c.Record().Signal, int(syscall.SIGTERM))
+	if grace > 0 {
+		c.journal(records.Stopping, time.Now(), "%s: signal %d, and SIGKILL after %s", who, signal, grace)
+	} else {
+		c.journal(records.Stopping, time.Now(), "%s: SIGKILL at once", who)
+	}
 	if err := c.call(ctx, func() error { return c.client.Stop(ctx, signal, grace) }); err != nil {
 		if c.readExit() {
 			return nil
@@ -143,7 +148,7 @@ func (c *Container) Kill(ctx context.Context) error {
 		return c.Remove(ctx) // or waits for whoever does
 	}
 	defer c.tellEnd(ctx)
-	err := c.stop(ctx, 0)
+	err := c.stop(ctx, 0, "the stop of its pod")
 	if !errors.Is(err, client.ErrUnreachable) {
 		return err
 	}

@@ -1,6 +1,7 @@
 package pods
 
 import (
+	"fmt"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -43,6 +44,9 @@ func (p *Pod) announce(last runtimeapi.ContainerEventType) {
 	}
 	for ; p.announced <= last; p.announced++ {
 		t := p.announced
+		if what, ok := journaled[t]; ok {
+			p.journal(what, time.Now(), "")
+		}
 		p.m.publish(func() *runtimeapi.ContainerEventResponse { return p.Event(p.ID(), t) })
 	}
 }
@@ -85,4 +89,26 @@ func (p *Pod) statuses() ([]*runtimeapi.ContainerStatus, bool) {
 		}
 	}
 	return list, true
+}
+
+// journaled are the events of pods that the journal keeps.
+var journaled = map[runtimeapi.ContainerEventType]records.What{
+	created: records.Created,
+	stopped: records.Stopped,
+	deleted: records.Removed,
+}
+
+// journal keeps what has happened.
+func (p *Pod) journal(what records.What, at time.Time, format string, args ...any) {
+	if p.m.Journal == nil {
+		return
+	}
+	m := p.Record().Config.M.GetMetadata()
+	p.m.Journal(records.Entry{
+		At:   at,
+		ID:   p.ID(),
+		Name: m.GetNamespace() + "/" + m.GetName(),
+		What: what,
+		Text: fmt.Sprintf(format, args...),
+	})
 }

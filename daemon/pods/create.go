@@ -114,7 +114,9 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, rec *records.Pod
 		}
 	}
 	p := m.Adopt(rec)
+	p.journal(records.Asked, rec.CreatedAt, "RunPodSandbox")
 	if err := p.make(ctx, cl, want); err != nil {
+		p.journal(records.Failed, time.Now(), "%v", err)
 		ctx, cancel := context.WithTimeout(context.Background(), networkLimit)
 		defer cancel()
 		m.Plugins.RemovePodSandbox(ctx, p)

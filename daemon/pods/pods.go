@@ -82,6 +82,8 @@ type Options struct {
 	NoUserns error
 	// Publish tells subscribers of an event; nil: there are none.
 	Publish func(describe func() *runtimeapi.ContainerEventResponse)
+	// Journal keeps what happens to pods. It returns at once, and may be nil.
+	Journal func(records.Entry)
 	// Go runs f in the background, unless the daemon is closing. It ends with ctx.
 	Go  func(f func(ctx context.Context))
 	Log *slog.Logger

@@ -28,19 +28,20 @@ func (m *Manager) Stop(ctx context.Context, id string) error {
 		return err
 	}
 	defer p.op.Unlock()
-	if err := p.stopLocked(ctx); err != nil {
+	if err := p.stopLocked(ctx, "StopPodSandbox"); err != nil {
 		return kind.As(kind.Unavailable, fmt.Errorf("cannot stop %s: %w", p, err))
 	}
 	return nil
 }
 
-// stopLocked is Stop for the holder of op.
-func (p *Pod) stopLocked(ctx context.Context) error {
+// stopLocked is Stop for the holder of op. who asks is for the journal.
+func (p *Pod) stopLocked(ctx context.Context, who string) error {
 	switch p.Record().Phase {
 	case records.PodStopped, records.PodRemoved:
 		return nil
 	case records.PodStopping:
 	default:
+		p.journal(records.Stopping, time.Now(), "%s", who)
 		p.note(func(r *records.Pod) { r.Phase = records.PodStopping })
 	}
 	if err := step.Reach(step.PodStopping); err != nil {
@@ -138,7 +139,7 @@ func (p *Pod) close(ctx context.Context) error {
 		return err
 	}
 	defer p.op.Unlock()
-	if err := p.stopLocked(ctx); err != nil {
+	if err := p.stopLocked(ctx, "RemovePodSandbox"); err != nil {
 		p.m.Log.Warn("removing a pod that could not be stopped", "pod", p.ID(), "error", err)
 	}
 	return nil

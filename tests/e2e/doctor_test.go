@@ -310,3 +310,57 @@ func enterCgroup(t *testing.T, id string, pid int) {
 		check(t, os.WriteFile(filepath.Join(dir, "cgroup.procs"), fmt.Append(nil, pid), 0))
 	}
 }
+
+// holdfastctl explain tells how each container ended and by whom, also when it is gone, and
+// what happened while no daemon ran.
+func TestExplain(t *testing.T) {
+	t.Parallel()
+	n := harness.New(t)
+	pod := n.RunPod("told")
+	stubborn := []string{"sh", "-c", "trap '' TERM; echo ready; while :; do sleep 1; done"}
+	obedient := []string{"sh", "-c", "trap 'exit 7' TERM; echo ready; while :; do sleep 0.1; done"}
+	killed, stopped := pod.Run("killed", stubborn), pod.Run("stopped", obedient)
+	for _, c := range []*harness.Container{killed, stopped} {
+		c.WaitLog(patience, "ready")
+	}
+	pod.Run("over", []string{"sh", "-c", "exit 3"}).WaitExited(patience)
+	orphan := pod.Run("orphan", []string{"sleep", "100000"})
+	shot := pod.Run("shot", []string{"sh", "-c", "echo ready; exec sleep 100000"})
+	pod.Run("last", []string{"sleep", "100000"})
+	killed.Stop(1)
+	stopped.Stop(100)
+	check(t, unix.Kill(shimOf(t, orphan), unix.SIGKILL))
+	orphan.WaitExited(patience)
+	pid := shot.Info().PID
+	n.Kill()
+	check(t, unix.Kill(pid, unix.SIGKILL)) // while no daemon runs
+	n.Start()
+	shot.WaitExited(patience)
+
+	wants := map[string][]string{
+		"killed":  {"asked to stop, by StopContainer: signal 15, and SIGKILL after 1s", "when the time to stop was over"},
+		"stopped": {"StopContainer: signal 15, and SIGKILL after 1m40s", "by itself, ", "(exit code 7)"},
+		"over":    {"asked for, by CreateContainer", "created", "started", "ended: by itself, with exit code 3"},
+		"orphan":  {"ended: how is not known (ShimDied: "},
+		"shot":    {"signal 9 (killed) ended it, which came from elsewhere"},
+	}
+	for _, when := range []string{"not removed", "removed", "removed, and the daemon killed"} {
+		switch when {
+		case "removed":
+			pod.Remove()
+			wants["last"] = []string{"by the stop of its pod: SIGKILL at once", "(SIGKILL, exit code 137)", "removed"}
+			wants["default/told"] = []string{"RunPodSandbox", "by StopPodSandbox", "stopped", "removed", "container over"}
+		case "removed, and the daemon killed":
+			n.Kill()
+		}
+		for name, texts := range wants {
+			said := n.Explain(name)
+			for _, text := range texts {
+				if !strings.Contains(said, text) {
+					t.Errorf("%s: of %s it is not said %q:\n%s", when, name, text, said)
+				}
+			}
+		}
+	}
+	n.Start()
+}

@@ -81,3 +81,16 @@ func (n *Node) CheckOwners() {
 	}
 	n.T.Errorf("holdfastctl doctor finds %d things:\n  %s", len(found), strings.Join(found[:min(len(found), 40)], "\n  "))
 }
+
+// Explain is what holdfastctl explain tells of a pod or container.
+func (n *Node) Explain(name string) string {
+	n.T.Helper()
+	ctx, cancel := Deadline()
+	defer cancel()
+	out, err := exec.CommandContext(ctx, filepath.Join(n.Bin, "holdfastctl"), "--state", n.State, "explain", name).
+		CombinedOutput()
+	if err != nil {
+		n.T.Errorf("holdfastctl explain %s: %v", name, err)
+	}
+	return string(out)
+}

@@ -77,6 +77,7 @@ func look(n *shared) machine {
 // keptOnPurpose are files that belong to no object.
 func keptOnPurpose(path string) bool {
 	return filepath.Base(path) == "synced" || // the mark of a layer, made in the background
+		strings.Contains(path, "/journal/") || // of all objects, also of those that are gone
 		strings.Contains(path, "/images/ingest/") || // a download that broke off, for the next pull to resume
 		strings.Contains(path, "/images/pending/") || // the note of it
 		strings.Contains(path, "/stream/") && !strings.Contains(path, "/stream/tokens/") // of whoever serves sessions
@@ -106,7 +107,7 @@ func (n *Node) Leftovers() []string {
 	return slices.Sorted(maps.Keys(now))
 }
 
-// CheckClean fails the test if anything is left. It waits a moment for what goes
+// CheckClean fails the test if anything is left, or has no owner. It waits a moment for what goes
 // away by itself: the end of a shim that was told to, the kernel's veths.
 func (n *Node) CheckClean() {
 	n.T.Helper()

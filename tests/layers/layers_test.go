@@ -161,11 +161,12 @@ var ofTheModule = map[string][]string{
 
 	// The auditor joins the mechanisms as daemon does, and reads what they have written.
 	"daemon/audit": {
-		"daemon/image", "daemon/network", "daemon/network/netns", "daemon/placement", "daemon/records", "daemon/rootfs",
-		"daemon/state", "proto/record", "proto/rundir", "proto/stream", "reaper/pidfd", "runc/cgroup",
+		"daemon/image", "daemon/journal", "daemon/network/netns", "daemon/placement", "daemon/records", "daemon/rootfs",
+		"daemon/state", "proto/rundir", "proto/stream", "reaper/pidfd", "runc/cgroup",
 	},
 	"daemon/claims":    {"proto/kind", "proto/step"},
 	"daemon/events":    {"proto/kind"},
+	"daemon/journal":   {"daemon/records"},
 	"daemon/records":   {"proto/kind", "proto/record", "proto/rundir"},
 	"daemon/runtimes":  {"proto/kind", "runc"},
 	"daemon/state":     {"proto/record"},
