@@ -32,12 +32,12 @@ const (
 // doctor is one run of the command.
 type doctor struct {
 	*app
-	root         string
-	verbose      bool
-	fix, yes     bool
-	options      audit.Options
-	in           *bufio.Reader
-	fixed, tried int
+	root     string
+	verbose  bool
+	fix, yes bool
+	options  audit.Options
+	in       *bufio.Reader
+	fixed    int
 }
 
 func setupDoctor(a *app, fs *flag.FlagSet) runFunc {
@@ -78,7 +78,8 @@ func (a *app) auditOptions(root string) audit.Options {
 func (d *doctor) run(ctx context.Context) error {
 	report, err := audit.Look(ctx, d.options)
 	if err != nil {
-		return err
+		fmt.Fprintf(d.stderr, "holdfastctl: %v; are --state and --root right?\n", err)
+		return exitCode(codeUnknown)
 	}
 	if err := d.show(report); err != nil {
 		return err
@@ -157,7 +158,6 @@ func (d *doctor) mend(ctx context.Context, r audit.Report) error {
 		} else if answer != "y" {
 			continue
 		}
-		d.tried++
 		err := audit.Fix(ctx, d.options, t)
 		switch {
 		case errors.Is(err, audit.ErrOwned):

@@ -160,6 +160,7 @@ type look struct {
 	owners
 	stores  stores
 	parents map[string]bool // of the cgroups of containers
+	held    map[string]bool // namespaces that were noted
 	things  []Thing
 	unknown []string
 }

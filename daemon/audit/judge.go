@@ -2,6 +2,7 @@ package audit
 
 import (
 	"fmt"
+	"os"
 	"path"
 	"path/filepath"
 	"slices"
@@ -89,7 +90,7 @@ func (l *look) cgroupParents() map[string]bool {
 }
 
 func (l *look) judgeProcesses() {
-	l.parents = l.cgroupParents()
+	l.parents, l.held = l.cgroupParents(), map[string]bool{}
 	for _, p := range l.processes {
 		if l.judgeProgram(p) {
 			continue
@@ -107,6 +108,8 @@ func (l *look) judgeProcesses() {
 func (l *look) judgeProgram(p *process) bool {
 	dir, _ := argument(p.args, "--dir")
 	switch {
+	case p.elsewhere:
+		return false
 	case p.keeps != "" && l.ours(p.keeps):
 		l.judgeShim(p)
 	case p.keeps != "":
@@ -167,6 +170,9 @@ func (l *look) ofStream(p *process) verdict {
 }
 
 func (l *look) isDaemon(p *process) bool {
+	if p.elsewhere {
+		return false
+	}
 	if run, err := records.ReadDaemon(l.State); err == nil && run.Process == p.Process {
 		return true
 	}
@@ -201,7 +207,7 @@ func (l *look) isRuntime(p *process) bool {
 
 func (l *look) judgeRuntime(p *process) {
 	for parent := l.processes[p.parent]; parent != nil; parent = l.processes[parent.parent] {
-		if parent.keeps != "" || strings.HasPrefix(parent.exe, "holdfastd") {
+		if parent.keeps != "" || !parent.elsewhere && strings.HasPrefix(parent.exe, "holdfastd") {
 			l.add(Process, p.text(), p.same(),
 				verdict{owner: fmt.Sprintf("process %d, %s", parent.PID, parent.exe), why: "the OCI runtime at work"}, nil)
 			return
@@ -254,6 +260,29 @@ func (l *look) judgeMember(p *process, at place) {
 		}
 	}
 	l.add(Process, p.text(), p.same(), v, killMember(l, p, at))
+	if v.owner != "" && at.role == containerRole {
+		l.noteNamespaces(p, v.owner)
+	}
+}
+
+// noteNamespaces notes what namespaces a process of a container has, other than this
+// process. One without an owner is told by its process.
+func (l *look) noteNamespaces(p *process, owner string) {
+	links, _ := filepath.Glob(fmt.Sprintf("/proc/%d/ns/*", p.PID))
+	for _, link := range links {
+		kind := filepath.Base(link)
+		if strings.HasSuffix(kind, "_for_children") {
+			continue
+		}
+		ns, err := os.Readlink(link)
+		if err != nil || l.held[ns] {
+			continue
+		}
+		l.held[ns] = true
+		if ours, err := os.Readlink("/proc/self/ns/" + kind); err == nil && ours != ns {
+			l.add(Namespace, ns, "", verdict{owner: owner, why: fmt.Sprintf("process %d is in it", p.PID)}, nil)
+		}
+	}
 }
 
 // judgeMounts judges what is mounted below the trees.

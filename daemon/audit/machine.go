@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -44,6 +45,9 @@ type process struct {
 	cgroups []string
 	third   string     // what its descriptor 3 is: CNI plugins have a lock there
 	keeps   rundir.Dir // of a shim
+	// elsewhere says that it is in another mount namespace: paths that it names may be
+	// others than ours.
+	elsewhere bool
 }
 
 func (p *process) text() string {
@@ -135,6 +139,8 @@ func readProcess(pid int) (*process, bool) {
 		exe:    filepath.Base(strings.TrimSuffix(exe, " (deleted)")),
 	}
 	p.third, _ = os.Readlink(proc + "fd/3")
+	mnt, _ := os.Readlink(proc + "ns/mnt")
+	p.elsewhere = mnt != ownMounts()
 	groups, _ := os.ReadFile(proc + "cgroup")
 	for line := range strings.Lines(string(groups)) {
 		if f := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3); len(f) == 3 && f[2] != "/" {
@@ -149,6 +155,12 @@ func readProcess(pid int) (*process, bool) {
 	p.Process, err = rundir.FindProcess(pid)
 	return p, err == nil
 }
+
+// ownMounts is the mount namespace of this process.
+var ownMounts = sync.OnceValue(func() string {
+	mnt, _ := os.Readlink("/proc/self/ns/mnt")
+	return mnt
+})
 
 func parentOf(pid int) (parent int) {
 	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))

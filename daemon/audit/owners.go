@@ -303,7 +303,7 @@ func (l *look) otherPrograms() bool {
 				return true
 			}
 		case strings.HasPrefix(p.exe, "holdfast-shim"), strings.HasPrefix(p.exe, "holdfast-stream"):
-			if ok && !l.inState(dir) {
+			if ok && (p.elsewhere || !l.inState(dir)) {
 				return true
 			}
 		}
