@@ -232,7 +232,39 @@ func (h *history) all() []*call {
 		}
 	}
 	slices.SortStableFunc(list, func(a, b *call) int { return cmp.Compare(a.began, b.began) })
-	return list
+	return useful(list)
+}
+
+// useful leaves out calls without an answer that cannot explain more than earlier ones like them do: what is
+// done once for an id needs one of them, and a creation one for each removal, and one more.
+func useful(list []*call) []*call {
+	type like struct {
+		verb    verb
+		slot    int
+		pod, id string
+		script  script
+	}
+	removals := 0
+	for _, c := range list {
+		if c.verb == remove || c.verb == removePod {
+			removals++
+		}
+	}
+	seen := map[like]int{}
+	return slices.DeleteFunc(list, func(c *call) bool {
+		if !c.failed || c.verb == update {
+			return false
+		}
+		key := like{c.verb, c.slot, c.pod, c.id, c.script}
+		if c.verb == stop {
+			key.script.variant = int(c.grace)
+		}
+		seen[key]++
+		if c.verb == create || c.verb == runPod {
+			return seen[key] > removals+1
+		}
+		return seen[key] > 1
+	})
 }
 
 // model is the model as the checker takes it.
