@@ -26,15 +26,31 @@ func (r *Runtime) HasFifo(id string) bool {
 	return err == nil && ferr == nil && st.Mode()&fs.ModeNamedPipe != 0
 }
 
-const fifoName = "exec.fifo"
+const (
+	fifoName = "exec.fifo"
+	// releasedName is what Release calls the FIFO before it lets init go on.
+	releasedName = "exec.fifo.released"
+)
 
 // Release does what "runc start" does, without the price of a process: init
 // waits for a reader of its exec.fifo, writes a byte and runs the container's
 // process. runc takes a container without exec.fifo for a running one.
 //
+// The FIFO loses its name before that: whoever finds the name knows for sure that the
+// program has not run. A call that fails before init was released gives it back.
+//
 // init is a pidfd of init: its end is noticed. The deadline is that of ctx.
-func (r *Runtime) Release(ctx context.Context, id string, init int) error {
-	path := filepath.Join(r.StateDir(id), fifoName)
+func (r *Runtime) Release(ctx context.Context, id string, init int) (err error) {
+	name := filepath.Join(r.StateDir(id), fifoName)
+	path := filepath.Join(r.StateDir(id), releasedName)
+	if err := os.Rename(name, path); err != nil {
+		return fmt.Errorf("cannot start %s: %w", id, err)
+	}
+	defer func() {
+		if err != nil {
+			os.Rename(path, name)
+		}
+	}()
 	// Without O_NONBLOCK, open would wait for an init that may be dead.
 	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -58,8 +74,6 @@ func (r *Runtime) Release(ctx context.Context, id string, init int) error {
 			return fmt.Errorf("cannot start %s: %w", id, ErrNotStartable)
 		}
 	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("cannot mark %s as started: %w", id, err)
-	}
+	os.Remove(path) // or it goes with the container; by this name it means nothing
 	return nil
 }

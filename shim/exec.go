@@ -18,6 +18,7 @@ import (
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/step"
 	"github.com/holdfast-cri/holdfast/reaper"
 	"github.com/holdfast-cri/holdfast/runc"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
@@ -188,6 +189,7 @@ func (e *exec) run(p *specs.Process, setUser bool) {
 	if e.process.Started() {
 		e.process.Reap()
 	}
+	e.task.reach(step.ShimExecEnded)
 	e.stdio.drain(e)
 }
 

@@ -15,6 +15,7 @@ import (
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/session"
+	"github.com/holdfast-cri/holdfast/proto/step"
 	"github.com/holdfast-cri/holdfast/pty"
 	"github.com/holdfast-cri/holdfast/runc"
 )
@@ -160,6 +161,9 @@ func (t *task) Exec(ctx context.Context, p *specs.Process, req *pb.ExecRequest) 
 	s.timer = time.AfterFunc(s.lease, s.expire)
 	// First: what is refused has done nothing.
 	socket, err := s.open()
+	if err == nil {
+		err = step.Reach(step.ShimSession)
+	}
 	if err != nil {
 		e.end()
 		return nil, err

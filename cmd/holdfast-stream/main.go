@@ -24,6 +24,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 	"github.com/holdfast-cri/holdfast/proto/handshake"
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/step"
 	"github.com/holdfast-cri/holdfast/proto/stream"
 	"github.com/holdfast-cri/holdfast/proto/tail"
 )
@@ -105,6 +106,9 @@ func run(launcher *handshake.Launcher, o options) error {
 	if err != nil {
 		return fmt.Errorf("cannot serve sessions of %s: %w", o.dir, err)
 	}
+	if err := step.Reach(step.StreamLocked); err != nil {
+		return err
+	}
 	l, err := listen(o.address, lock.LastPort())
 	if err != nil {
 		return err
@@ -121,6 +125,9 @@ func run(launcher *handshake.Launcher, o options) error {
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()
 	if err := lock.Announce(scheme + "://" + reachable(l.Addr())); err != nil {
+		return err
+	}
+	if err := step.Reach(step.StreamAnnounced); err != nil {
 		return err
 	}
 	launcher.Ready()

@@ -16,6 +16,7 @@ import (
 	"github.com/gorilla/websocket"
 
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/step"
 	"github.com/holdfast-cri/holdfast/proto/stream"
 )
 
@@ -103,6 +104,9 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		return
 	}
 	r, err := s.Take(token)
+	if err == nil {
+		err = step.Reach(step.StreamTaken)
+	}
 	switch {
 	case errors.Is(err, kind.NotFound) || err == nil && string(r.Kind) != what:
 		http.NotFound(w, req)

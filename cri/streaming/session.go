@@ -14,6 +14,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/proto/session"
+	"github.com/holdfast-cri/holdfast/proto/step"
 	"github.com/holdfast-cri/holdfast/proto/stream"
 )
 
@@ -71,6 +72,11 @@ func (s *Server) run(ctx context.Context, r stream.Request, st client.Streams, r
 	}
 	opened, err := s.Open(ctx, r, size)
 	if err != nil {
+		return err
+	}
+	if err := step.Reach(step.StreamOpened); err != nil {
+		cancel() // Copy has the session end then
+		opened.Copy(ctx, st)
 		return err
 	}
 	exit, err := opened.Copy(ctx, st)

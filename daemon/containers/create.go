@@ -317,6 +317,9 @@ func (c *Container) adjust(ctx context.Context, s *specs.Spec) error {
 		return nil
 	}
 	resources, err := c.m.Plugins.CreateContainer(ctx, c, s)
+	if err == nil {
+		err = step.Reach(step.ContainerPlugins)
+	}
 	if err != nil {
 		return err
 	}

@@ -131,6 +131,9 @@ func (c *Container) stop(ctx context.Context, grace time.Duration, who string) e
 		}
 		return err
 	}
+	if err := step.Reach(step.ContainerStopping); err != nil {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(ctx, grace+dyingTimeout)
 	defer cancel()
 	select {
@@ -170,7 +173,10 @@ func (m *Manager) ReopenLog(ctx context.Context, id string) error {
 	if err := c.running(); err != nil {
 		return err
 	}
-	return c.call(ctx, func() error { return c.client.ReopenLog(ctx) })
+	if err := c.call(ctx, func() error { return c.client.ReopenLog(ctx) }); err != nil {
+		return err
+	}
+	return step.Reach(step.ContainerReopened)
 }
 
 // call runs a call of the shim. One that lives and has no socket any more is made

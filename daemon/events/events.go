@@ -16,6 +16,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/step"
 )
 
 // Event is a message of the CRI. Subscribers share it, so it must not be changed.
@@ -187,6 +188,9 @@ func (h *Hub) deliver(ctx context.Context, s *subscriber, found []func() Event, 
 	for {
 		e, ok := h.next(s)
 		if ok {
+			if err := step.Reach(step.EventSending); err != nil {
+				return kind.As(kind.Unavailable, err)
+			}
 			if err := send(e); err != nil {
 				return err
 			}

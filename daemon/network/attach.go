@@ -6,8 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"math"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -132,8 +134,22 @@ func (n *Network) del(ctx context.Context, a Attachment) error {
 		if err := n.cni(run).DelNetworkList(ctx, list, rt); err != nil {
 			return err
 		}
+		if err := n.forget(list.Name, rt); err != nil {
+			return err
+		}
 	}
 	return run.remove()
+}
+
+// forget removes libcni's record of an attachment. The library does so as well, and does
+// not tell where it cannot.
+func (n *Network) forget(network string, rt *libcni.RuntimeConf) error {
+	name := fmt.Sprintf("%s-%s-%s", network, rt.ContainerID, rt.IfName)
+	err := os.Remove(filepath.Join(n.opts.CacheDir, "results", name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 // recorded returns what a was added with; a nil list if it never was.

@@ -195,6 +195,34 @@ func TestDelSaysWhatIsMissing(t *testing.T) {
 	w.removeNamespaces("a")
 }
 
+// libcni does not tell that its record of a pod is left. The next Del removes it.
+func TestDelSaysThatARecordIsLeft(t *testing.T) {
+	needRoot(t)
+	w := newWorld(t)
+	w.conf("10.conflist", "hf-left", "10.230.20.0/24")
+	a := w.pod("a")
+	w.add(a)
+	records, err := filepath.Glob(filepath.Join(w.opts.CacheDir, "results", "*-a-*"))
+	if err != nil || len(records) != 1 {
+		t.Fatalf("the records are %v, %v", records, err)
+	}
+	inTheWay := filepath.Join(records[0], "x")
+	if err := errors.Join(os.Remove(records[0]), os.MkdirAll(inTheWay, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Del(t.Context(), a); !errors.Is(err, ErrNotReleased) {
+		t.Errorf("Del with a record that cannot be removed: %v", err)
+	}
+	if err := os.Remove(inTheWay); err != nil {
+		t.Fatal(err)
+	}
+	w.del(a)
+	if _, err := os.Stat(records[0]); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the record is left: %v", err)
+	}
+	w.removeNamespaces("a")
+}
+
 func TestAddFailureLeavesNothing(t *testing.T) {
 	needRoot(t)
 	w := newWorld(t)

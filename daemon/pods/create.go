@@ -158,7 +158,10 @@ func (p *Pod) make(ctx context.Context, cl *claims.Claim, want records.Want) err
 			return err
 		}
 	}
-	return p.m.Plugins.RunPodSandbox(ctx, p)
+	if err := p.m.Plugins.RunPodSandbox(ctx, p); err != nil {
+		return err
+	}
+	return cl.Reach(step.PodPlugins)
 }
 
 // give makes a pod known: it is listed, takes containers, and a restart keeps it.

@@ -9,6 +9,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/step"
 )
 
 // Update notes other resources and overhead of a pod that is ready. The pod's cgroup is
@@ -53,5 +54,5 @@ func (m *Manager) Update(ctx context.Context, r *runtimeapi.UpdatePodSandboxReso
 		return err
 	}
 	m.Plugins.PostUpdatePodSandbox(ctx, p)
-	return nil
+	return step.Reach(step.PodUpdated)
 }

@@ -248,7 +248,7 @@ func (s *Store) RemoveRunDir(k Kind, id string) error {
 	path := s.RunDir(k, id)
 	real, err := filepath.EvalSymlinks(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return remove(path) // of which the first attempt got no further than another name
 	}
 	var mounts []*mountinfo.Info
 	if err == nil {

@@ -102,6 +102,18 @@ func TestRemovalCutShort(t *testing.T) {
 	}
 }
 
+// A removal that got no further than another name is finished by the next one.
+func TestRunDirRemovalCutShort(t *testing.T) {
+	run := t.TempDir()
+	s := open(t, t.TempDir(), run)
+	left := filepath.Join(run, string(Pods), delPrefix+"a")
+	check(t, os.MkdirAll(filepath.Join(left, "x"), 0o700))
+	check(t, s.RemoveRunDir(Pods, "a"))
+	if _, err := os.Stat(left); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%s: %v", left, err)
+	}
+}
+
 func TestQuarantine(t *testing.T) {
 	root := t.TempDir()
 	s := open(t, root, t.TempDir())

@@ -19,6 +19,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/spawn"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/step"
 	"github.com/holdfast-cri/holdfast/proto/stream"
 	"github.com/holdfast-cri/holdfast/reaper/pidfd"
 )
@@ -78,7 +79,13 @@ func (s *Sessions) url(ctx context.Context, r stream.Request) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	a, err := s.serveLocked(ctx)
+	a := stream.Address{}
+	if err = step.Reach(step.SessionToken); err == nil {
+		a, err = s.serveLocked(ctx)
+	}
+	if err == nil {
+		err = step.Reach(step.SessionServed)
+	}
 	if err != nil {
 		s.Dir.Take(token) // nobody will bring it
 		return "", fmt.Errorf("cannot serve sessions: %w", err)

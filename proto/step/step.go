@@ -18,7 +18,9 @@ const (
 	PodAttached   Step = "pod-attached"   // the result is on record
 	PodInit       Step = "pod-init"       // its init runs, and is not pinned
 	PodPinned     Step = "pod-pinned"     // its init's pid namespace is pinned, which is not on record
+	PodPlugins    Step = "pod-plugins"    // plugins know of it, its record says creating
 	PodReady      Step = "pod-ready"      // its record says ready, no answer was given
+	PodUpdated    Step = "pod-updated"    // other resources are on record, no answer was given
 	PodStopping   Step = "pod-stopping"   // its record says stopping
 	PodKilled     Step = "pod-killed"     // its containers have ended
 	PodDetached   Step = "pod-detached"   // DEL has run, which is not on record
@@ -30,6 +32,7 @@ const (
 const (
 	ContainerImage    Step = "container-image"    // its layers are held
 	ContainerRecord   Step = "container-record"   // its record says creating
+	ContainerPlugins  Step = "container-plugins"  // plugins have changed its spec, which is not on record
 	ContainerRoot     Step = "container-root"     // its root is mounted, its spec made
 	ContainerShim     Step = "container-shim"     // its shim runs, and has no container
 	ContainerRuntime  Step = "container-runtime"  // the shim has created it
@@ -37,10 +40,27 @@ const (
 	ContainerStarted  Step = "container-started"  // the shim has started it, no answer was given
 	ContainerUpdating Step = "container-updating" // its record says that an update may be under way
 	ContainerUpdated  Step = "container-updated"  // the shim has new resources, which is not on record
+	ContainerReopened Step = "container-reopened" // the shim has opened its log anew, no answer was given
+	ContainerStopping Step = "container-stopping" // the shim has the deadline of its stop, no answer was given
 	ContainerRemoving Step = "container-removing" // its record says removing
 	ContainerEnded    Step = "container-ended"    // its shim and its processes are gone
 	ContainerBuried   Step = "container-buried"   // what a dead shim left is killed, no exit record
 	ContainerErased   Step = "container-erased"   // all but its record is gone
+)
+
+// Sessions and events, in the daemon.
+const (
+	SessionToken  Step = "session-token"  // a token is on file, nobody knows whether sessions are served
+	SessionServed Step = "session-served" // holdfast-stream runs, no answer was given
+	EventSending  Step = "event-sending"  // something has happened, one subscriber was not told
+)
+
+// Sessions, in holdfast-stream.
+const (
+	StreamLocked    Step = "stream-locked"    // it has its lock, and does not listen
+	StreamAnnounced Step = "stream-announced" // it listens, the daemon was not told
+	StreamTaken     Step = "stream-taken"     // a token is used, there is no session
+	StreamOpened    Step = "stream-opened"    // there is one, its client has nothing of it
 )
 
 // Creation, start, stop and end of a container, and an exec, in its shim.
@@ -55,6 +75,8 @@ const (
 	ShimReopened      Step = "shim-reopened"       // the log was opened anew, no answer was given
 	ShimExecRecord    Step = "shim-exec-record"    // an exec has its record, and does not run
 	ShimExecStarted   Step = "shim-exec-started"   // it runs, which is not on record
+	ShimSession       Step = "shim-session"        // a socket waits for the client of an exec, which does not run
+	ShimExecEnded     Step = "shim-exec-ended"     // an exec has ended, nobody was told
 	ShimUpdated       Step = "shim-updated"        // the kernel has new resources, which is not on record
 	ShimUpdateKept    Step = "shim-update-kept"    // update.json says so, no answer was given
 	ShimExitSeen      Step = "shim-exit-seen"      // init is a zombie, there is no exit record

@@ -167,7 +167,12 @@ func (d *callDrill) lossOf(id string) loss {
 // story is the life of an image and of a pod with two containers, from nothing to nothing.
 func (k *kubelet) story(name string) {
 	k.t.Helper()
-	k.do("PullImage", func(ctx context.Context) error { return pull(ctx, k.n, harness.Image) })
+	var image string // its id, by which a kubelet removes it
+	k.do("PullImage", func(ctx context.Context) error {
+		r, err := k.n.Images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: harness.Image}})
+		image = r.GetImageRef()
+		return err
+	})
 	pod := k.runPod(name)
 	ends, stays := k.runContainers(pod)
 	k.awaitExit(ends)
@@ -190,7 +195,7 @@ func (k *kubelet) story(name string) {
 		_, err := k.n.Runtime.RemovePodSandbox(ctx, &cri.RemovePodSandboxRequest{PodSandboxId: pod.ID})
 		return err
 	})
-	k.do("RemoveImage", func(ctx context.Context) error { return remove(ctx, k.n, harness.Image) })
+	k.do("RemoveImage", func(ctx context.Context) error { return remove(ctx, k.n, image) })
 	k.clean()
 }
 

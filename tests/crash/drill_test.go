@@ -32,6 +32,8 @@ type disaster struct {
 	// container if that shim is killed there.
 	ofShim bool
 	lost   loss
+	// ofStream says that it is holdfast-stream that reaches it.
+	ofStream bool
 }
 
 // loss is what nobody can know any more of a container whose shim was killed.
@@ -50,17 +52,19 @@ const limit = 30 * time.Second
 type life int
 
 const (
-	plain    life = iota
-	withInit      // its containers share a pid namespace
-	deadShim      // the shim of the container that stays is killed
-	stopped       // the container that stays is stopped with a grace
-	reopened      // its log is opened anew
-	visited       // a command is executed in it
-	updated       // it gets other resources
+	plain     life = iota
+	withInit       // its containers share a pid namespace
+	deadShim       // the shim of the container that stays is killed
+	stopped        // the container that stays is stopped with a grace
+	reopened       // its log is opened anew
+	visited        // a command is executed in it
+	updated        // it, and the pod, get other resources
+	inSession      // it has sessions
+	watched        // somebody has events told
 )
 
 func (l life) String() string {
-	return [...]string{"plain", "with init", "dead shim", "stopped", "reopened", "visited", "updated"}[l]
+	return [...]string{"plain", "with init", "dead shim", "stopped", "reopened", "visited", "updated", "in session", "watched"}[l]
 }
 
 func (d disaster) String() string {
@@ -87,7 +91,9 @@ var disasters = []disaster{
 	{at: step.PodAttached},
 	{at: step.PodInit, life: withInit},
 	{at: step.PodPinned, life: withInit},
+	{at: step.PodPlugins},
 	{at: step.PodReady},
+	{at: step.PodUpdated, life: updated},
 	{at: step.PodStopping},
 	{at: step.PodKilled},
 	{at: step.PodKilled, life: withInit},
@@ -99,6 +105,7 @@ var disasters = []disaster{
 	{at: step.ContainerImage},
 	{at: step.ContainerRecord},
 	{at: step.ContainerRecord, life: withInit},
+	{at: step.ContainerPlugins},
 	{at: step.ContainerRoot},
 	{at: step.ContainerRoot, life: withInit},
 	{at: step.ContainerShim},
@@ -114,6 +121,9 @@ var disasters = []disaster{
 	{at: step.ContainerStarted, life: withInit},
 	{at: step.ContainerUpdating, life: updated},
 	{at: step.ContainerUpdated, life: updated},
+	{at: step.ContainerReopened, life: reopened},
+	{at: step.ContainerStopping, life: stopped},
+	{at: step.ContainerStopping}, // by StopPodSandbox
 	{at: step.ContainerRemoving},
 	{at: step.ContainerRemoving, nth: 2},
 	{at: step.ContainerRemoving, life: withInit},
@@ -125,6 +135,16 @@ var disasters = []disaster{
 	{at: step.ContainerErased},
 	{at: step.ContainerErased, nth: 2},
 	{at: step.ContainerErased, life: withInit},
+
+	{at: step.SessionToken, life: inSession, nth: 2},
+	{at: step.SessionServed, life: inSession},
+	{at: step.SessionServed, life: inSession, nth: 2},
+	{at: step.EventSending, life: watched},
+	{at: step.EventSending, life: watched, nth: 3},
+	{ofStream: true, at: step.StreamLocked, life: inSession},
+	{ofStream: true, at: step.StreamAnnounced, life: inSession},
+	{ofStream: true, at: step.StreamTaken, life: inSession},
+	{ofStream: true, at: step.StreamOpened, life: inSession},
 
 	{ofShim: true, at: step.ShimCreating},
 	{ofShim: true, at: step.ShimCreating, life: withInit},
@@ -138,6 +158,9 @@ var disasters = []disaster{
 	{ofShim: true, at: step.ShimReopened, life: reopened, lost: ending},
 	{ofShim: true, at: step.ShimExecRecord, life: visited, lost: ending},
 	{ofShim: true, at: step.ShimExecStarted, life: visited, lost: ending},
+	{ofShim: true, at: step.ShimExecEnded, life: visited, lost: ending},
+	{ofShim: true, at: step.ShimSession, life: inSession, lost: ending},
+	{ofShim: true, at: step.ShimExecEnded, life: inSession, lost: ending},
 	{ofShim: true, at: step.ShimUpdated, life: updated, lost: ending},
 	{ofShim: true, at: step.ShimUpdateKept, life: updated, lost: ending},
 	{ofShim: true, at: step.ShimExitSeen, lost: ending},
@@ -273,11 +296,19 @@ func (k *kubelet) lose(what harness.Loss, format string, args ...any) {
 func (k *kubelet) live(name string) {
 	defer k.leave()
 	defer k.goOn()()
+	if k.life == inSession {
+		k.endStream()
+	}
 	k.arm()
+	wantEnd := func(string) {}
+	if k.life == watched {
+		wantEnd = k.subscribe()
+	}
 	pod := k.runPod(name)
 	ends, stays := k.runContainers(pod)
 	k.awaitExit(ends)
 	k.checkLiving(pod, ends, stays)
+	wantEnd(ends.ID)
 	k.disturb(stays, k.life)
 	k.do("StopPodSandbox", func(ctx context.Context) error {
 		_, err := k.n.Runtime.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: pod.ID})
@@ -294,6 +325,9 @@ func (k *kubelet) live(name string) {
 		return err
 	})
 	k.checkHappened()
+	if k.life == inSession {
+		k.dropTokens()
+	}
 	k.clean()
 }
 
@@ -331,7 +365,16 @@ func (k *kubelet) disturb(c *harness.Container, what life) {
 			return k.unlessLost(ctx, c, err)
 		})
 	case updated:
+		k.do("UpdatePodSandboxResources", func(ctx context.Context) error {
+			_, err := k.n.Runtime.UpdatePodSandboxResources(ctx, &cri.UpdatePodSandboxResourcesRequest{
+				PodSandboxId: c.Pod.ID,
+				Resources:    &cri.LinuxContainerResources{CpuShares: 1024},
+			})
+			return err
+		})
 		k.update(c)
+	case inSession:
+		k.converse(c)
 	}
 }
 
@@ -453,8 +496,10 @@ func (k *kubelet) goOn() (stop func()) {
 				return
 			case <-time.After(300 * time.Millisecond):
 			}
-			for _, pid := range append(slices.Collect(maps.Values(k.n.ShimPIDs())), k.n.PID()) {
-				unix.Kill(pid, unix.SIGCONT)
+			for _, pid := range append(slices.Collect(maps.Values(k.n.ShimPIDs())), k.n.PID(), k.n.StreamPID()) {
+				if pid > 0 {
+					unix.Kill(pid, unix.SIGCONT)
+				}
 			}
 		}
 	}()
@@ -539,7 +584,7 @@ func (k *kubelet) awaitExit(c *harness.Container) (s *cri.ContainerStatus) {
 
 func (k *kubelet) eventually(what string, f func() bool) {
 	k.t.Helper()
-	harness.Eventually(k.t, limit*slow, what, f)
+	harness.Eventually(k.t, 3*limit*slow, what, f)
 }
 
 // killShim kills the shim of a container, which the daemon has to bury.
@@ -666,7 +711,7 @@ func (k *kubelet) checkHappened() {
 		case reached[string(s)] < times:
 			k.t.Errorf("%s was reached %d times: %v", s, reached[string(s)], reached)
 		}
-		if k.action == "kill" && !k.ofShim {
+		if k.action == "kill" && !k.ofShim && !k.ofStream {
 			want++
 		} else {
 			k.tally.Kill()
