@@ -94,6 +94,7 @@ func newCallDrill(t *testing.T, tally *harness.Tally, chance *rand.Rand, ofShim 
 		kinds[strings.Fields(c)[0]]++
 	}
 	t.Logf("%d calls: %v", len(calls), kinds)
+	checkListed(t, calls, ofShim)
 	if path := os.Getenv("HOLDFAST_CALLS"); path != "" {
 		check(t, os.WriteFile(path, []byte(strings.Join(calls, "\n")+"\n"), 0o644))
 	}

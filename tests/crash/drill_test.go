@@ -242,6 +242,9 @@ func eachStep(t *testing.T, action string) {
 						if strings.HasPrefix(action, "fail") {
 							k.excuse = "failpoint"
 						}
+						if action == "kill" {
+							k.dead = k.checkWindow
+						}
 						k.live(fmt.Sprintf("pod%d-%d", round, i))
 					})
 				}
