@@ -311,7 +311,7 @@ func parseResult(res types.Result) (Result, error) {
 		out.IPs = append(out.IPs, ip.Address.IP.String())
 	}
 	if len(out.IPs) == 0 {
-		return Result{}, fmt.Errorf("the CNI plugins gave %s no address: %s", ifName, raw)
+		return Result{}, fmt.Errorf("the CNI plugins gave %s no address: %s", ifName, words(raw))
 	}
 	return out, nil
 }

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/containernetworking/cni/pkg/version"
@@ -196,16 +197,32 @@ func (r *run) ExecPlugin(ctx context.Context, path string, stdin []byte, env []s
 func pluginError(name string, err error, stdout, stderr []byte) error {
 	var e types.Error
 	if json.Unmarshal(stdout, &e) == nil && e.Msg != "" {
+		e.Msg, e.Details = words([]byte(e.Msg)), words([]byte(e.Details))
 		return fmt.Errorf("CNI plugin %s: %w", name, &e)
 	}
-	said := strings.TrimSpace(string(stderr))
+	said := words(stderr)
 	if said == "" {
-		said = strings.TrimSpace(string(stdout))
+		said = words(stdout)
 	}
 	if said == "" {
 		return fmt.Errorf("CNI plugin %s: %w, it said nothing", name, err)
 	}
 	return fmt.Errorf("CNI plugin %s: %w: %s", name, err, said)
+}
+
+// maxWords bounds what an error repeats of a plugin, in characters: the reason why the
+// network is not ready is part of each status of the node.
+const maxWords = 1000
+
+// words gives what a plugin has said as a text that can be shown.
+func words(said []byte) string {
+	shown := strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) && r != '\n' && r != '\t' {
+			return -1
+		}
+		return r
+	}, string(said))
+	return fmt.Sprintf("%.*s", maxWords, strings.TrimSpace(shown))
 }
 
 // killHolders kills every other process that has the lock file at path open as

@@ -27,6 +27,8 @@ import (
 
 	"github.com/moby/sys/mountinfo"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
@@ -143,9 +145,26 @@ func lock(tree string) (*os.File, error) {
 	}
 	f.Close()
 	if errors.Is(err, syscall.EWOULDBLOCK) {
-		err = ErrLocked
+		err = fmt.Errorf("%w%s", ErrLocked, holder(tree))
 	}
 	return nil, err
+}
+
+// holder says which process has the lock of a directory, as far as the kernel tells.
+func holder(tree string) string {
+	var st unix.Stat_t
+	b, err := os.ReadFile("/proc/locks")
+	if err != nil || unix.Stat(tree, &st) != nil {
+		return ""
+	}
+	file := fmt.Sprintf("%02x:%02x:%d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
+	for line := range strings.Lines(string(b)) {
+		// NUMBER: FLOCK ADVISORY WRITE PID MAJOR:MINOR:INODE START END
+		if f := strings.Fields(line); len(f) > 5 && f[1] == "FLOCK" && f[5] == file {
+			return ": process " + f[4]
+		}
+	}
+	return ""
 }
 
 // Close gives the trees to the next daemon.

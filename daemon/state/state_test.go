@@ -2,10 +2,12 @@ package state
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -26,7 +28,8 @@ func TestOpenOnce(t *testing.T) {
 	root, state := t.TempDir(), t.TempDir()
 	s := open(t, root, state)
 	for _, trees := range [][2]string{{root, t.TempDir()}, {t.TempDir(), state}} {
-		if _, err := Open(trees[0], trees[1], slog.New(slog.DiscardHandler)); !errors.Is(err, ErrLocked) {
+		if _, err := Open(trees[0], trees[1], slog.New(slog.DiscardHandler)); !errors.Is(err, ErrLocked) ||
+			!strings.Contains(err.Error(), fmt.Sprint("process ", os.Getpid())) {
 			t.Errorf("a second Open: %v", err)
 		}
 	}

@@ -213,7 +213,7 @@ func TestSecondDaemon(t *testing.T) {
 			"--root", args["root"], "--state", args["state"], "--address", n.Path("other.sock"))
 		out, err := cmd.CombinedOutput()
 		cancel()
-		if err == nil || !strings.Contains(string(out), "another holdfastd uses it") {
+		if err == nil || !strings.Contains(string(out), fmt.Sprint("another holdfastd uses it: process ", n.PID())) {
 			t.Errorf("a second daemon on the same %s: %v: %s", same, err, out)
 		}
 	}

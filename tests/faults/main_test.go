@@ -89,7 +89,7 @@ func wantRunning(t *testing.T, d *harness.Tally, c *harness.Container, pid int) 
 func wantClean(t *testing.T, d *harness.Tally, n *harness.Node) {
 	t.Helper()
 	var left []string
-	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(10 * harness.Tick) {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(10 * harness.Tick) {
 		if left = n.Leftovers(); len(left) == 0 {
 			return
 		}
