@@ -107,6 +107,8 @@ func (c cgroups) Systemd() bool { return c.Driver() == placement.Systemd }
 
 func (c cgroups) Of(cgroupsPath string) containers.Cgroup { return c.ContainerCgroups(cgroupsPath) }
 
+func (c cgroups) OfShim(id string) containers.Cgroup { return c.ShimCgroups(id) }
+
 func (c cgroups) Recorded(paths map[string]string) containers.Cgroup { return cgroup.Set(paths) }
 
 // networkOfPods is pods.Network.

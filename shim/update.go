@@ -35,7 +35,7 @@ type resources struct {
 func (t *task) Update(update []byte) error {
 	t.updating.Lock()
 	defer t.updating.Unlock()
-	u := &updating{dir: t.dir}
+	u := &updating{dir: t.dir, exited: t.exited}
 	if err := json.Unmarshal(update, &u.Update); err != nil {
 		return kind.Errorf(kind.Invalid, "update: %w", err)
 	}
@@ -80,6 +80,7 @@ type updating struct {
 	rundir.Update
 	dir      rundir.Dir
 	c        *container
+	exited   <-chan struct{} // closed when the container has ended
 	now, was resources
 	before   cgroup.Limits // what the kernel had
 }
@@ -138,7 +139,8 @@ func (u *updating) undo() error {
 	)
 }
 
-// run has the OCI runtime set resources.
+// run has the OCI runtime set resources. The end of the container cuts it short: nothing
+// of it is left that could have any, and its removal waits.
 func (u *updating) run(resources json.RawMessage) error {
 	// The run directory is closed, so the name needs no secret.
 	path := u.dir.Path("." + rundir.UpdateName + ".oci")
@@ -148,5 +150,12 @@ func (u *updating) run(resources json.RawMessage) error {
 	defer os.Remove(path)
 	ctx, cancel := context.WithTimeout(context.Background(), updateTimeout)
 	defer cancel()
+	go func() {
+		select {
+		case <-u.exited:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
 	return u.c.host.Runtime.Update(ctx, u.dir.ID(), path)
 }

@@ -140,6 +140,8 @@ type Cgroups interface {
 	Of(cgroupsPath string) Cgroup
 	// Recorded is the same by what the shim wrote down.
 	Recorded(paths map[string]string) Cgroup
+	// OfShim is that of a shim, with what it has started and not placed elsewhere.
+	OfShim(id string) Cgroup
 	RemoveShim(ctx context.Context, id string) error
 	Systemd() bool
 }

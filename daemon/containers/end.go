@@ -85,7 +85,8 @@ func (c *Container) infer(files records.Files, k records.Kernel, why string) *ru
 func (c *Container) killRest(ctx context.Context, f records.Files) error {
 	rec := c.Record()
 	groups := c.m.cgroups(rec.ID, f, rec)
-	var errs []error
+	// First an OCI runtime that the shim has left at work: it could make a process more.
+	errs := []error{c.m.Cgroups.OfShim(rec.ID).Kill(ctx)}
 	for _, g := range groups {
 		errs = append(errs, g.Kill(ctx))
 	}

@@ -40,6 +40,14 @@ func (m *Manager) PlaceStream(ctx context.Context, pid int) error {
 	return nil
 }
 
+// ShimCgroups are those that exist now of the shim of a container.
+func (m *Manager) ShimCgroups(id string) cgroup.Set {
+	if m.driver == Systemd {
+		return cgroup.At(path.Join("/"+systemSlice, scopeName(id)))
+	}
+	return cgroup.At(path.Join(ShimsPath, id))
+}
+
 func shimCgroups(id string) cgroup.Set { return cgroup.Everywhere(path.Join(ShimsPath, id)) }
 
 // ContainerCgroups are those that exist now of a container, by what

@@ -35,7 +35,9 @@ if [ "$CNI_COMMAND" = "$verb" ]; then
 	noips) echo '{"cniVersion": "1.1.0", "ips": []}'; exit 0 ;;
 	address) echo '{"cniVersion": "1.1.0", "ips": [{"address": "banana/300"}]}'; exit 0 ;;
 	version) echo '{"cniVersion": "9.9.9", "ips": [{"address": "10.0.0.1/8"}]}'; exit 0 ;;
-	controls) printf '{"cniVersion": "1.1.0", "code": 100, "msg": "\\u0000\\u001b[2J%s"}' "$(head -c 5000 /dev/zero | tr '\0' y)"; exit 1 ;;
+	controls)
+		printf '{"cniVersion": "1.1.0", "code": 100, "msg": "\\u0000\\u001b[2J%s"}' "$(head -c 5000 /dev/zero | tr '\0' y)"
+		exit 1 ;;
 	esac
 fi
 case $CNI_COMMAND in
@@ -224,7 +226,8 @@ func TestPluginsAtGC(t *testing.T) {
 	n := newInsane(t, "plugins, GC", "")
 	b, err := os.ReadFile(n.Path("config.toml"))
 	check(t, err)
-	check(t, os.WriteFile(n.Path("config.toml"), []byte(strings.Replace(string(b), "[cni]\n", "[cni]\ngc = true\n", 1)), 0o600))
+	config := strings.Replace(string(b), "[cni]\n", "[cni]\ngc = true\n", 1)
+	check(t, os.WriteFile(n.Path("config.toml"), []byte(config), 0o600))
 	stays, err := n.run(time.Minute, "stays")
 	check(t, err)
 	ways := failures
