@@ -61,7 +61,7 @@ var attacks = map[string]attack{
 const (
 	deaf         = `for i in $(seq 1 64); do trap '' $i 2>/dev/null; done; echo up; while :; do sleep 1; done`
 	stoppedChild = `sleep 1000 & kill -STOP $!; trap '' TERM; echo up; wait`
-	forkBomb     = `trap '' TERM; f() { f | f & }; mkfifo /go; echo up; read x </go; while :; do f; done 2>/dev/null`
+	forkBomb     = `f() { f | f & }; mkfifo /go; echo up; read x </go; (while :; do f; done) 2>/dev/null & exec sleep 1000`
 	orphans      = `for i in 1 2 3 4 5 6 7 8; do (setsid sh -c 'trap "" TERM; sleep 1000' &); done
 trap '' TERM; echo up; while :; do sleep 1; done`
 	manyFiles  = `mkdir /d; cd /d; i=0; while [ $i -lt 20000 ]; do i=$((i+1)); : >$i; done; echo up; exec sleep 1000`

@@ -51,7 +51,7 @@ func shimOf(t *testing.T, c *harness.Container) int {
 
 func hostNetwork(c *cri.PodSandboxConfig) {
 	c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{
-		NamespaceOptions: &cri.NamespaceOption{Network: cri.NamespaceMode_NODE}}
+		NamespaceOptions: &cri.NamespaceOption{Network: cri.NamespaceMode_NODE, Pid: cri.NamespaceMode_CONTAINER}}
 }
 
 // waiter is the command of a container that ends with a code once leave is called.

@@ -190,6 +190,19 @@ func MakeLayer(files map[string]string) (Layer, error) {
 	})
 }
 
+// LinkLayer packs symbolic links, from their names to where they lead.
+func LinkLayer(links map[string]string) (Layer, error) {
+	return packLayer(func(w *tar.Writer) error {
+		for name, target := range links {
+			h := &tar.Header{Name: name, Linkname: target, Mode: 0o777, Typeflag: tar.TypeSymlink}
+			if err := writeEntry(w, h, nil); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
 func packLayer(fill func(*tar.Writer) error) (Layer, error) {
 	var plain, gzipped bytes.Buffer
 	w := tar.NewWriter(&plain)
