@@ -80,11 +80,11 @@ done
 echo up; exec sleep 1000`
 )
 
-// fillsLog waits until 20 MiB are in the log, or its disk is full.
+// fillsLog waits until 8 MiB are in the log, or its disk is full.
 func fillsLog(t *testing.T, c *harness.Container) {
 	harness.Eventually(t, patience, "the log grows", func() bool {
 		st, err := os.Stat(c.LogPath())
-		return err == nil && st.Size() > 20<<20
+		return err == nil && st.Size() > 8<<20
 	})
 }
 
@@ -172,7 +172,7 @@ func TestAttacks(t *testing.T) {
 }
 
 func (a attack) run(t *testing.T, d *harness.Tally, n *harness.Node, name string, witness *harness.Container) {
-	logs := newDisk(t, "tmpfs")
+	logs := newDisk(t, "tmpfs", 12)
 	pod := n.RunPod(name, hostNetwork, func(c *cri.PodSandboxConfig) {
 		c.LogDirectory = logs.dir
 		c.Linux.SecurityContext.Privileged = a.edit != nil

@@ -19,17 +19,17 @@ import (
 // disk is a small file system of its own.
 type disk struct{ dir string }
 
-// newDisk mounts one: a tmpfs, or an ext4.
-func newDisk(t *testing.T, kind string) disk {
+// newDisk mounts one: a tmpfs, or an ext4, of so many MiB.
+func newDisk(t *testing.T, kind string, mib int) disk {
 	t.Helper()
 	d := disk{t.TempDir()}
 	check(t, os.Chmod(d.dir, 0o711))
 	if kind == "tmpfs" {
-		check(t, unix.Mount("tmpfs", d.dir, "tmpfs", 0, "size=48m,nr_inodes=4k"))
+		check(t, unix.Mount("tmpfs", d.dir, "tmpfs", 0, fmt.Sprintf("size=%dm,nr_inodes=4k", mib)))
 	} else {
 		file := filepath.Join(t.TempDir(), "disk")
 		for _, args := range [][]string{
-			{"truncate", "-s", "64M", file},
+			{"truncate", "-s", fmt.Sprintf("%dM", mib), file},
 			{"mkfs.ext4", "-q", "-N", "4000", file},
 			{"mount", "-o", "loop", file, d.dir},
 		} {
@@ -87,7 +87,7 @@ type fullNode struct {
 // lost but where its own disk is full, and there the log says so.
 func TestFullDisks(t *testing.T) {
 	d := harness.Drill(t, "full disks")
-	disks := map[string]disk{"root": newDisk(t, "ext4"), "state": newDisk(t, "tmpfs"), "logs": newDisk(t, "ext4")}
+	disks := map[string]disk{"root": newDisk(t, "ext4", 64), "state": newDisk(t, "tmpfs", 48), "logs": newDisk(t, "ext4", 64)}
 	n := harness.New(t, harness.Options{Root: disks["root"].dir + "/root", State: disks["state"].dir + "/state"})
 	f := &fullNode{Node: n, Tally: d, disks: disks}
 	for _, full := range []string{"root", "state", "logs"} {

@@ -87,7 +87,7 @@ func TestLogDirectoryVanishes(t *testing.T) {
 func TestFrozenLogs(t *testing.T) {
 	t.Parallel()
 	d := harness.Drill(t, "frozen logs")
-	disk := newDisk(t, "ext4")
+	disk := newDisk(t, "ext4", 64)
 	freeze, thaw := disk.freezer(t)
 	n := harness.New(t)
 	other := n.RunPod("other", hostNetwork)
