@@ -87,7 +87,11 @@ type fullNode struct {
 // lost but where its own disk is full, and there the log says so.
 func TestFullDisks(t *testing.T) {
 	d := harness.Drill(t, "full disks")
-	disks := map[string]disk{"root": newDisk(t, "ext4", 64), "state": newDisk(t, "tmpfs", 48), "logs": newDisk(t, "ext4", 64)}
+	disks := map[string]disk{
+		"root":  newDisk(t, "ext4", 64),
+		"state": newDisk(t, "tmpfs", 48),
+		"logs":  newDisk(t, "ext4", 64),
+	}
 	n := harness.New(t, harness.Options{Root: disks["root"].dir + "/root", State: disks["state"].dir + "/state"})
 	f := &fullNode{Node: n, Tally: d, disks: disks}
 	for _, full := range []string{"root", "state", "logs"} {
