@@ -206,6 +206,7 @@ func (d *Daemon) openPods() error {
 	if err != nil {
 		return err
 	}
+	host.AppArmorDefault = d.loadAppArmor(host)
 	d.claims = claims.NewTable(d.log)
 	if d.plugins, err = nri.New[*pods.Pod, *containers.Container](d.nriOptions(host)); err != nil {
 		return err

@@ -68,6 +68,9 @@ func (b *builder) prepare(ctx context.Context) error {
 	if err := spec.Check(b.in); err != nil {
 		return err
 	}
+	if err := spec.CheckLabels(b.in); err != nil {
+		return err
+	}
 	if b.cdi, err = b.m.cdiDevices(b.in.Container); err != nil {
 		return err
 	}

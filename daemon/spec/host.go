@@ -87,6 +87,59 @@ func (h Host) Now() Host {
 	return h
 }
 
+// appArmorProfiles lists the profiles that the kernel has. Tests have another one.
+var appArmorProfiles = "/sys/kernel/security/apparmor/profiles"
+
+// AppArmorLoaded says whether the kernel has an AppArmor profile of this name.
+func AppArmorLoaded(name string) (bool, error) {
+	b, err := os.ReadFile(appArmorProfiles)
+	if err != nil {
+		return false, fmt.Errorf("cannot learn which AppArmor profiles are loaded: %w", err)
+	}
+	// Each line is NAME (MODE).
+	for line := range strings.Lines(string(b)) {
+		if i := strings.LastIndex(line, " ("); i >= 0 && line[:i] == name {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// selinuxContext is where the kernel says whether its policy has a label: what is written is
+// refused if not. Tests have another one.
+var selinuxContext = "/sys/fs/selinux/context"
+
+// CheckLabels refuses an AppArmor profile that is not loaded, and SELinux labels of which
+// the policy of this node knows nothing.
+func CheckLabels(in Input) error {
+	b := &builder{Input: in, sc: in.Container.GetLinux().GetSecurityContext()}
+	if b.sc.GetPrivileged() {
+		return nil
+	}
+	if p := apparmorProfile(b.sc); in.AppArmorEnabled && p.GetProfileType() == profileLocalhost {
+		loaded, err := AppArmorLoaded(p.GetLocalhostRef())
+		if err != nil {
+			return err
+		}
+		if !loaded {
+			return invalid(fieldApparmor+".localhost_ref", "the profile %q is not loaded on this node", p.GetLocalhostRef())
+		}
+	}
+	if !in.SELinuxEnabled {
+		return nil
+	}
+	process, files := b.labelPair()
+	for _, label := range []string{process, files} {
+		if label == "" {
+			continue
+		}
+		if err := os.WriteFile(selinuxContext, []byte(label), 0); errors.Is(err, unix.EINVAL) {
+			return invalid(fieldContext+"selinux_options", "the policy of this node has no label %q", label)
+		}
+	}
+	return nil
+}
+
 // selinuxEnabled says whether labels mean something. A kernel that no policy was given to
 // labels everything with its own name, and OCI runtimes refuse labels there.
 func selinuxEnabled(enforce, current string) bool {

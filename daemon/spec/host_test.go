@@ -171,3 +171,36 @@ func TestSELinuxEnabled(t *testing.T) {
 		t.Error("a label of another kind")
 	}
 }
+
+func TestCheckLabels(t *testing.T) {
+	defer func(path string) { appArmorProfiles = path }(appArmorProfiles)
+	appArmorProfiles = filepath.Join(t.TempDir(), "profiles")
+	check(t, os.WriteFile(appArmorProfiles, []byte("docker-default (enforce)\nmy (own) one (complain)\n"), 0o600))
+	in := input()
+	in.AppArmorEnabled = true
+	for name, want := range map[string]bool{"docker-default": true, "my (own) one": true, "docker": false, "": false} {
+		in.security().Apparmor = &runtimeapi.SecurityProfile{ProfileType: profileLocalhost, LocalhostRef: name}
+		if err := CheckLabels(in); !want {
+			wantField(t, err, kind.Invalid, fieldApparmor+".localhost_ref")
+		} else if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	in.security().Apparmor = nil
+	check(t, CheckLabels(in))
+	in.security().Apparmor = &runtimeapi.SecurityProfile{ProfileType: profileLocalhost, LocalhostRef: "x"}
+	in.privileged()
+	check(t, CheckLabels(in))
+
+	defer func(path string) { selinuxContext = path }(selinuxContext)
+	selinuxContext = filepath.Join(t.TempDir(), "context")
+	in = input()
+	in.SELinuxEnabled = true
+	in.pod().SelinuxOptions = &runtimeapi.SELinuxOption{Type: "mine_t"}
+	check(t, os.WriteFile(selinuxContext, nil, 0o600))
+	check(t, CheckLabels(in))
+	selinuxContext = "/proc/self/oom_score_adj" // takes nothing that is no number
+	wantField(t, CheckLabels(in), kind.Invalid, fieldContext+"selinux_options")
+	in.SELinuxEnabled = false
+	check(t, CheckLabels(in))
+}

@@ -28,10 +28,11 @@ func apparmorProfile(sc *runtimeapi.LinuxContainerSecurityContext) *runtimeapi.S
 }
 
 // apparmor: a profile that was asked for by name is applied or is an error; the
-// default where there is no AppArmor is nothing, as on other runtimes.
+// default where there is no AppArmor is nothing, as on other runtimes. No profile is the
+// default, says the CRI, if there is one.
 func (b *builder) apparmor() error {
 	p := apparmorProfile(b.sc)
-	if p == nil || p.GetProfileType() == profileUnconfined {
+	if p.GetProfileType() == profileUnconfined || p == nil && b.AppArmorDefault == "" {
 		return nil
 	}
 	if p.GetProfileType() == profileLocalhost {

@@ -840,7 +840,8 @@ func TestAppArmor(t *testing.T) {
 		deflt, want   string
 		kind          error
 	}{
-		{name: "nothing", enabled: true, deflt: "d"},
+		{name: "nothing", enabled: true, deflt: "d", want: "d"},
+		{name: "nothing where there is no default", enabled: true},
 		{name: "default", profile: &profile{}, enabled: true, deflt: "d", want: "d"},
 		{name: "default where there is none", profile: &profile{}, enabled: true, kind: kind.Unsupported},
 		{name: "default, disabled", profile: &profile{}},
