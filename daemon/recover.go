@@ -68,7 +68,8 @@ func (d *Daemon) recover() (*recovery, error) {
 	for _, id := range containerIDs {
 		l := r.loadContainer(id)
 		list = append(list, l)
-		if l.rec != nil && l.Do != records.Undo {
+		// What is left of a removed one says nothing of its pod, which may have been removed with it.
+		if l.rec != nil && l.Do != records.Undo && l.Do != records.Remove {
 			r.anyContainer[l.rec.PodID] = l.rec
 		}
 	}

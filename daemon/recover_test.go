@@ -471,6 +471,27 @@ func TestRecoverUndoneLater(t *testing.T) {
 	b.removeAll(pod)
 }
 
+// A pod that was removed does not come back because something is left of one of its containers.
+func TestRecoverRemovedPod(t *testing.T) {
+	b := newBed(t)
+	pod := b.RunPod(t, "pod")
+	id := b.Create(t, pod, fake.ContainerConfig("c"))
+	var rec records.Container
+	check(t, b.Store.Get(state.Containers, id, &rec))
+	b.removeAll(pod)
+	b.close()
+	rec.Phase = records.ContainerRemoving
+	check(t, errors.Join(b.Store.Create(state.Containers, id), b.Store.Put(state.Containers, id, &rec, false)))
+	b.open()
+	if list := b.Pods.List(nil); len(list) != 0 {
+		t.Errorf("listed: %v", list)
+	}
+	if _, err := b.Pods.Find(pod); !errors.Is(err, kind.NotFound) {
+		t.Errorf("the pod: %v", err)
+	}
+	fake.Until(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
+}
+
 // The init of a pod goes on, and is joined by later containers.
 func TestRecoverInit(t *testing.T) {
 	damages := fake.Damages(rundir.StatusName)
