@@ -1,7 +1,6 @@
 package kubelet
 
 import (
-	"bufio"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -9,25 +8,23 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
 	core "k8s.io/api/core/v1"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
+	"github.com/holdfast-cri/holdfast/tests/kubelet/machine"
 )
 
 const (
-	nodeName  = "node"
-	patience  = 4 * time.Minute
+	nodeName  = machine.NodeName
+	nodeIP    = machine.NodeIP
+	patience  = machine.Patience
 	namespace = "default"
 	server    = "127.0.0.1:10250"
 )
@@ -39,8 +36,7 @@ type kubelet struct {
 	client      *http.Client
 	killing     bool // the runtime is killed again and again, until stopKilling
 	stopKilling func()
-	cmd         *exec.Cmd
-	ended       chan struct{} // closed when the process has ended
+	process     *machine.Process // nil while it is stopped
 }
 
 // with is the same kubelet, reporting to another test.
@@ -69,96 +65,35 @@ func startKubelet(t *testing.T, n *harness.Node, gates ...string) *kubelet {
 			t.Fatal(err)
 		}
 	}
-	t.Cleanup(k.removeCgroups)
-	t.Cleanup(func() { k.stop(); k.showLog() })
+	t.Cleanup(func() { machine.RemoveCgroups(n) })
+	t.Cleanup(func() { k.stop(); machine.ShowLog(t, k.log()) })
 	k.start()
 	return k
 }
 
-// config is the kubelet's configuration. It differs from the defaults in what the
-// machine does not allow, and in that nothing takes longer than it has to.
+// config is the kubelet's configuration.
 func (k *kubelet) config(gates []string) string {
-	var b strings.Builder
-	fmt.Fprintf(&b, `apiVersion: kubelet.config.k8s.io/v1beta1
-kind: KubeletConfiguration
-containerRuntimeEndpoint: unix://%s
-staticPodPath: %s
-podLogsDir: %s
+	return machine.KubeletConfig(k.n, fmt.Sprintf(`staticPodPath: %s
 resolvConf: %s
-cgroupRoot: %s
-cgroupDriver: cgroupfs
-failCgroupV1: false
-failSwapOn: false
-oomScoreAdj: 0
-makeIPTablesUtilChains: false
-enforceNodeAllocatable: [pods]
-evictionHard: {memory.available: 0%%, nodefs.available: 0%%, nodefs.inodesFree: 0%%, imagefs.available: 0%%}
-authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
-authorization: {mode: AlwaysAllow}
 address: 127.0.0.1
 fileCheckFrequency: 1s
-syncFrequency: 2s
 containerLogMaxSize: 200Ki
 containerLogMaxFiles: 1000
 containerLogMonitorInterval: 3s
-crashLoopBackOff: {maxContainerRestartPeriod: 1s}
-logging: {verbosity: 2}
-featureGates:
-  KubeletCrashLoopBackOffMax: true
-`, k.n.Socket, k.n.Path("manifests"), k.n.LogDir, k.n.Path("resolv.conf"), k.cgroup())
-	for _, gate := range gates {
-		fmt.Fprintf(&b, "  %s: true\n", gate)
-	}
-	return b.String()
-}
-
-// cgroup is below what the node removes in the end, so that kubelets of several
-// nodes of one machine don't meet.
-func (k *kubelet) cgroup() string { return k.n.PodConfig("any").Linux.CgroupParent }
-
-// hierarchies are the cgroup hierarchies of the machine, or the one of cgroup v2.
-func hierarchies() []string {
-	v1, _ := filepath.Glob("/sys/fs/cgroup/*/tasks")
-	if len(v1) == 0 {
-		return []string{"/sys/fs/cgroup"}
-	}
-	dirs := []string{"/sys/fs/cgroup/unified"}
-	for _, path := range v1 {
-		dirs = append(dirs, filepath.Dir(path))
-	}
-	return dirs
+`, k.n.Path("manifests"), k.n.Path("resolv.conf")), gates...)
 }
 
 func (k *kubelet) start() {
 	k.t.Helper()
-	for _, dir := range hierarchies() { // the kubelet makes those below it
-		if err := os.MkdirAll(filepath.Join(dir, k.cgroup()), 0o755); err != nil {
-			k.t.Fatal(err)
-		}
+	err := machine.MakeCgroups(k.n)
+	if err == nil {
+		k.process, err = machine.Start(k.log(), machine.Program(), "--config", k.n.Path("kubelet.yaml"),
+			"--root-dir", k.n.Path("kubelet"), "--hostname-override", nodeName, "--node-ip", nodeIP)
 	}
-	log, err := os.OpenFile(k.log(), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		k.t.Fatal(err)
 	}
-	defer log.Close()
-	k.cmd = exec.Command(os.Getenv(programVariable), "--config", k.n.Path("kubelet.yaml"),
-		"--root-dir", k.n.Path("kubelet"), "--hostname-override", nodeName, "--node-ip", nodeIP)
-	k.cmd.Stdout, k.cmd.Stderr = log, log
-	k.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	if err := k.cmd.Start(); err != nil {
-		k.t.Fatal(err)
-	}
-	k.ended = make(chan struct{})
-	go func(cmd *exec.Cmd, ended chan struct{}) {
-		cmd.Wait()
-		close(ended)
-	}(k.cmd, k.ended)
-	harness.Eventually(k.t, patience, "the kubelet serves", func() bool {
-		select {
-		case <-k.ended:
-			k.t.Fatalf("the kubelet has ended: %v", k.cmd.ProcessState)
-		default:
-		}
+	k.process.Await(k.t, "the kubelet serves", func() bool {
 		_, err := k.get("/healthz")
 		return err == nil
 	})
@@ -169,41 +104,13 @@ func (k *kubelet) log() string { return k.n.Path("kubelet.log") }
 // stop ends the kubelet.
 func (k *kubelet) stop() {
 	k.t.Helper()
-	if k.cmd == nil {
+	if k.process == nil {
 		return
 	}
-	k.cmd.Process.Signal(unix.SIGTERM)
-	select {
-	case <-k.ended:
-	case <-time.After(time.Minute):
-		k.t.Error("the kubelet does not end by SIGTERM")
-		k.cmd.Process.Kill()
-		<-k.ended
+	if err := k.process.Stop(); err != nil {
+		k.t.Error(err)
 	}
-	k.cmd = nil
-}
-
-// showLog shows what the kubelet had to say, if the test failed.
-func (k *kubelet) showLog() {
-	if b, err := os.ReadFile(k.log()); err == nil && k.t.Failed() {
-		k.t.Logf("the kubelet's log ends with:\n%s", b[max(0, len(b)-20000):])
-	}
-}
-
-// removeCgroups removes the cgroups that a kubelet leaves. Nothing runs in them.
-func (k *kubelet) removeCgroups() {
-	for _, dir := range hierarchies() {
-		var paths []string
-		filepath.WalkDir(filepath.Join(dir, k.cgroup()), func(path string, d os.DirEntry, err error) error {
-			if err == nil && d.IsDir() {
-				paths = append([]string{path}, paths...) // children first
-			}
-			return nil
-		})
-		for _, path := range paths {
-			unix.Rmdir(path) // the node tells what is left
-		}
-	}
+	k.process = nil
 }
 
 // get is what the kubelet answers to a request for a path.
@@ -396,7 +303,7 @@ func (k *kubelet) finish() {
 	})
 	k.stop()
 	k.n.RemoveAllPods()
-	k.removeCgroups()
+	machine.RemoveCgroups(k.n)
 	if k.killing { // a token whose request died with the runtime stays until a later one finds it expired
 		if err := os.RemoveAll(filepath.Join(k.n.State, "stream/tokens")); err != nil {
 			k.t.Error(err)
@@ -421,25 +328,11 @@ func (k *kubelet) sandboxes() []*cri.PodSandbox {
 	}
 }
 
-// complaint is the beginning of a line of the log that tells a warning or an error.
-var complaint = regexp.MustCompile(`^[EWF]\d{4} [\d:.]+ +\d+ `)
-
 // complaints are the warnings and errors of the kubelet, without their times.
-func (k *kubelet) complaints() (lines []string) {
+func (k *kubelet) complaints() []string {
 	k.t.Helper()
-	f, err := os.Open(k.log())
+	lines, err := machine.Complaints(k.log())
 	if err != nil {
-		k.t.Fatal(err)
-	}
-	defer f.Close()
-	s := bufio.NewScanner(f)
-	s.Buffer(nil, 1<<20)
-	for s.Scan() {
-		if at := complaint.FindStringIndex(s.Text()); at != nil {
-			lines = append(lines, s.Text()[:1]+" "+s.Text()[at[1]:])
-		}
-	}
-	if err := s.Err(); err != nil {
 		k.t.Fatal(err)
 	}
 	return lines

@@ -4,7 +4,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -12,6 +11,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
+	"github.com/holdfast-cri/holdfast/tests/kubelet/machine"
 )
 
 // Pods of all kinds, with a runtime that nobody disturbs: and then the kubelet has
@@ -62,31 +62,15 @@ const enoughKills = 10
 // killRuntime has the runtime killed once in a while, until stopKilling is called.
 func (k *kubelet) killRuntime(every time.Duration) {
 	k.killing = true
-	quit, done := make(chan struct{}), make(chan struct{})
-	var kills atomic.Int32
-	go func() {
-		defer close(done)
-		for {
-			select {
-			case <-quit:
-				return
-			case <-time.After(every):
-			}
-			if err := k.n.Bounce(); err != nil {
-				k.t.Errorf("cannot restart the runtime: %v", err)
-				return
-			}
-			kills.Add(1)
-		}
-	}()
-	stop := sync.OnceFunc(func() { close(quit); <-done })
+	killer := machine.KillRuntime(k.t, k.n, every)
+	stop := sync.OnceFunc(killer.Stop)
 	k.t.Cleanup(stop)
 	k.stopKilling = func() {
 		harness.Eventually(k.t, patience, "the runtime was killed often enough", func() bool {
-			return kills.Load() >= enoughKills
+			return killer.Kills() >= enoughKills
 		})
 		stop()
-		k.t.Logf("the runtime was killed %d times", kills.Load())
+		k.t.Logf("the runtime was killed %d times", killer.Kills())
 	}
 }
 

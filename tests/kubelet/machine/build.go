@@ -1,4 +1,4 @@
-package kubelet
+package machine
 
 import (
 	"context"
@@ -13,26 +13,28 @@ import (
 	"github.com/holdfast-cri/holdfast/tests/harness"
 )
 
-// program is the path of a program of the module programs. It takes minutes to be
-// built, so it stays in .cache, by its version and the versions of all that it needs.
-func program(name string) (string, error) {
-	if path := os.Getenv(programVariable); path != "" {
-		return path, nil
-	}
+// build gives the path of a program of the module programs. It takes minutes to be
+// built, so it stays in .cache, by its version, its source and the versions of all that
+// it needs.
+func build(name string) (string, error) {
 	root, err := harness.Root()
 	if err != nil {
 		return "", err
 	}
 	dir := filepath.Join(root, "tests/kubelet/programs")
-	sums, err := os.ReadFile(filepath.Join(dir, "go.sum"))
-	if err != nil {
-		return "", err
+	sum := crc32.NewIEEE()
+	for _, file := range []string{"go.mod", "go.sum", name + "/main.go"} {
+		b, err := os.ReadFile(filepath.Join(dir, file))
+		if err != nil {
+			return "", err
+		}
+		sum.Write(b)
 	}
 	version, err := goCommand(dir, "list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes")
 	if err != nil {
 		return "", err
 	}
-	path := filepath.Join(root, ".cache", fmt.Sprintf("%s-%s-%08x", name, version, crc32.ChecksumIEEE(sums)))
+	path := filepath.Join(root, ".cache", fmt.Sprintf("%s-%s-%08x", name, version, sum.Sum32()))
 	if _, err := os.Stat(path); err == nil {
 		return path, nil
 	}
