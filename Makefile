@@ -21,8 +21,8 @@ PLUGINS  = main/bridge main/loopback ipam/host-local meta/portmap
 FOREIGN = bin/runc $(foreach p,$(PLUGINS),bin/cni/$(notdir $p))
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build programs proto check-proto test drill fuzz vm-test test-kubelet lint bench demo \
-	update-footprint install clean
+.PHONY: help deps build programs proto check-proto test drill fuzz vm-test test-kubelet test-cluster lint bench \
+	demo update-footprint install clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
@@ -90,6 +90,10 @@ vm-test: build ## test under systemd and cgroup v2, in a machine that VM=PROGRAM
 test-kubelet: build ## test with a real kubelet, which is built at first (some minutes, into .cache)
 	@hack/deps.sh test
 	@hack/test.sh kubelet
+
+test-cluster: build ## test with a whole cluster of one node, built at first (many minutes, into .cache)
+	@hack/deps.sh test
+	@hack/test.sh cluster
 
 lint: deps ## check the format and go vet
 	@hack/test.sh gofmt vet

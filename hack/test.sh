@@ -2,10 +2,11 @@
 # Runs the checks and tests, all of them or the named ones, and ends with a
 # summary. One that fails does not keep the others from running.
 #
-#   test.sh [gofmt] [vet] [proto] [unit] [layers] [footprint] [e2e] [sessions] [crash] [orders] [faults] [fuzz] [kubelet]
+#   test.sh [gofmt] [vet] [proto] [unit] [layers] [footprint] [e2e] [sessions] [crash] [orders] [faults] [fuzz]
+#           [kubelet] [cluster]
 #
-# HOLDFAST_DRILL=1 runs e2e, sessions and the drills in full length. fuzz and kubelet run
-# only if named; fuzz takes FUZZTIME, 1m, for each target. The whole output of each
+# HOLDFAST_DRILL=1 runs e2e, sessions and the drills in full length. fuzz, kubelet and cluster
+# run only if named; fuzz takes FUZZTIME, 1m, for each target. The whole output of each
 # step stays in .cache/test/STEP.log.
 set -u
 cd "$(dirname "$0")/.." || exit
@@ -55,6 +56,11 @@ drills() {
 		END { if (NR) row("sum", sum[3], sum[4], sum[5], sum[6], sum[7]) }'
 }
 
+# durations shows how long each test and each part of it took, and what it says of that.
+durations() {
+	sed -nE 's/^ *--- ([A-Z]+): (.*)$/  \1 \2/p; s/^.*_test\.go:[0-9]+: (.* after [0-9hms.]+)$/  \1/p' "$1"
+}
+
 step() {
 	case $1 in
 	gofmt)
@@ -79,7 +85,10 @@ step() {
 	sessions) (cd tests/sessions && go vet . && gotest .) ;; # a module of its own
 	crash | orders | faults) gotest -race "./tests/$1" ;;
 	kubelet) # with programs that are built as they are shipped, in namespaces of their own
-		(cd tests/kubelet && go vet . && HOLDFAST_BIN=$PWD/../../bin gotest .)
+		(cd tests/kubelet && go vet . ./machine && HOLDFAST_BIN=$PWD/../../bin gotest .)
+		;;
+	cluster) # the same, with all programs of a cluster
+		(cd tests/kubelet && go vet ./cluster ./machine && HOLDFAST_BIN=$PWD/../../bin gotest -parallel=16 ./cluster)
 		;;
 	fuzz)
 		fuzz || return
@@ -107,6 +116,7 @@ for s in "${steps[@]}"; do
 		counts=$(count "$log")
 	fi
 	summary+=$(printf '%-10s %-5s %4ds  %s' "$s" "$result" $((SECONDS - start)) "$counts")$'\n'
+	[ $s != cluster ] || summary+=$(durations "$log")$'\n'
 	[ $result = ok ] || summary+=$(failures "$log")$'\n'
 done
 outputs=("${steps[@]/#/$logs/}")
