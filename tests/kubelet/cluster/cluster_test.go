@@ -2,10 +2,8 @@ package cluster
 
 import (
 	"fmt"
-	"maps"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -69,7 +67,7 @@ func (c *cluster) runRows() {
 				c.makeSpace()
 				c.apply(r.manifests)
 				r.check(c)
-				t.Logf("after %v", time.Since(begin).Round(time.Second))
+				t.Logf("%s after %v", r.name, time.Since(begin).Round(time.Second))
 			})
 		}
 	})
@@ -128,8 +126,8 @@ func (c *cluster) finish() {
 	if len(lines) > 0 {
 		c.t.Errorf("%d complaints in the events:\n%s", len(lines), strings.Join(lines, "\n"))
 	}
-	for _, reason := range slices.Sorted(maps.Keys(transient)) {
-		c.t.Logf("%s, as the runtime was gone: %d times", reason, transient[reason])
+	if len(transient) > 0 {
+		c.t.Logf("%d warnings while the runtime was gone:\n%s", len(transient), strings.Join(transient, "\n"))
 	}
 	c.stop()
 	ctx, cancel := harness.Deadline()

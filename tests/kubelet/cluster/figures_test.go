@@ -3,6 +3,7 @@ package cluster
 import (
 	"fmt"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -45,20 +46,21 @@ func checkFigures(c *cluster) {
 		return err
 	})
 	c.untilDone("they grow with its work", func() error { return c.grows(before) })
-	c.checkMetrics("/metrics/cadvisor", map[string]float64{
-		`container_cpu_usage_seconds_total{container="main"`:                   0.01,
-		`container_memory_working_set_bytes{container="main"`:                  8 << 20,
-		`container_memory_usage_bytes{container="main"`:                        8 << 20,
-		`container_fs_usage_bytes{container="main"`:                            5 << 20,
-		`container_processes{container="main"`:                                 2,
-		`container_network_receive_bytes_total{container="",interface="eth0"`:  100,
-		`container_network_transmit_bytes_total{container="",interface="eth0"`: 100,
+	const main, eth0, none = `container="main"`, `interface="eth0"`, ""
+	c.checkMetrics("/metrics/cadvisor", []metric{
+		{"container_cpu_usage_seconds_total", main, 0.01},
+		{"container_memory_working_set_bytes", main, 8 << 20},
+		{"container_memory_usage_bytes", main, 8 << 20},
+		{"container_fs_usage_bytes", main, 5 << 20},
+		{"container_processes", main, 2},
+		{"container_network_receive_bytes_total", eth0, 100},
+		{"container_network_transmit_bytes_total", eth0, 100},
 	})
-	c.checkMetrics("/metrics/resource", map[string]float64{
-		`container_cpu_usage_seconds_total{container="main"`:  0.01,
-		`container_memory_working_set_bytes{container="main"`: 8 << 20,
-		`pod_cpu_usage_seconds_total{`:                        0.01,
-		`pod_memory_working_set_bytes{`:                       8 << 20,
+	c.checkMetrics("/metrics/resource", []metric{
+		{"container_cpu_usage_seconds_total", main, 0.01},
+		{"container_memory_working_set_bytes", main, 8 << 20},
+		{"pod_cpu_usage_seconds_total", none, 0.01},
+		{"pod_memory_working_set_bytes", none, 8 << 20},
 	})
 	c.checkTop()
 }
@@ -145,34 +147,41 @@ func (c *cluster) grows(before *figures) error {
 	return nil
 }
 
-// checkMetrics waits until there are lines that begin so, of the pod busy, with at least
-// these values.
-func (c *cluster) checkMetrics(path string, want map[string]float64) {
+// metric is one with a label, and the least value that is plausible.
+type metric struct {
+	name, label string
+	least       float64
+}
+
+// checkMetrics waits until all these metrics of the pod busy have plausible values.
+func (c *cluster) checkMetrics(path string, want []metric) {
 	c.t.Helper()
-	ours := fmt.Sprintf(`namespace=%q,pod="busy"`, c.space)
+	pod := fmt.Sprintf(`namespace=%q,pod="busy"`, c.space)
 	c.untilDone(path+" has all figures", func() error {
 		b, err := c.read(proxied + path)
 		if err != nil {
 			return err
 		}
-		for begin, least := range want {
-			if v := value(string(b), begin, ours); v < least {
-				return fmt.Errorf("%s is %v, want at least %v", begin, v, least)
+		for _, m := range want {
+			if v := value(string(b), m.name, m.label, pod); v < m.least {
+				return fmt.Errorf("%s with %s is %v, want at least %v", m.name, m.label, v, m.least)
 			}
 		}
 		return nil
 	})
 }
 
-// value is that of the first line that begins so and has a text in it, -1 if there is none.
-func value(text, begin, within string) float64 {
+// value is that of the first line of a metric with these labels, -1 if there is none.
+func value(text, name string, labels ...string) float64 {
 	for line := range strings.Lines(text) {
-		if strings.HasPrefix(line, begin) && strings.Contains(line, within) {
-			_, rest, _ := strings.Cut(line, "} ")
-			number, _, _ := strings.Cut(strings.TrimSpace(rest), " ")
-			if v, err := strconv.ParseFloat(number, 64); err == nil {
-				return v
-			}
+		begin, rest, _ := strings.Cut(line, "} ")
+		missing := func(label string) bool { return !strings.Contains(begin, label) }
+		if !strings.HasPrefix(begin, name+"{") || slices.ContainsFunc(labels, missing) {
+			continue
+		}
+		number, _, _ := strings.Cut(strings.TrimSpace(rest), " ")
+		if v, err := strconv.ParseFloat(number, 64); err == nil {
+			return v
 		}
 	}
 	return -1

@@ -212,33 +212,37 @@ func isDown(text string) bool {
 // accepted are warnings that have another cause than the runtime.
 var accepted = []struct{ reason, text, why string }{
 	{"CgroupV1", "", "the machine's"},
-	{"InvalidDiskCapacity", "invalid capacity 0 on image filesystem", "the kubelet asks before the first figures are there"},
+	{"InvalidDiskCapacity", "invalid capacity 0 on image filesystem", "the kubelet asks before it has figures"},
 	{"FailedScheduling", "", "the one node takes no pods while it is drained"},
 	{"FailedMount", `configmap "kube-root-ca.crt" not found`, "the namespace has been made a moment ago"},
 	{"FailedMount", `object "`, "the kubelet has not read it yet"},
 }
 
+// follows are the texts of events that only repeat another one, which says more.
+var follows = []string{"Error: ImageInspectError", "Error: ErrImagePull"}
+
 // complaints are the events that tell of something wrong: warnings, but for accepted ones
 // and those of a runtime that is gone while it is killed, and what the kubelet or the
 // controllers do when they take a pod or the node for broken.
-func (h *history) complaints(killing bool) (lines []string, transient map[string]int) {
+func (h *history) complaints(killing bool) (lines, transient []string) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	transient = map[string]int{}
 	alarms := []string{"SandboxChanged", "NodeNotReady", "TaintManagerEviction", "Preempted", "Rebooted"}
 	for _, e := range h.events {
 		line := fmt.Sprintf("%s %s %s/%s %dx: %s", e.Reason, e.InvolvedObject.Kind, e.InvolvedObject.Namespace,
 			e.InvolvedObject.Name, e.Count, e.Message)
 		switch {
 		case e.Type == core.EventTypeNormal && !slices.Contains(alarms, e.Reason):
-		case isAccepted(e) || isWanted(e) || e.Reason == "Unhealthy" && !h.servesLocked(e):
-		case killing && isDown(e.Message):
-			transient[e.Reason] += max(1, int(e.Count))
+		case isAccepted(e) || isWanted(e):
+		case e.Reason == "Unhealthy" && !h.servesLocked(e):
+		case killing && (isDown(e.Message) || slices.Contains(follows, e.Message)):
+			transient = append(transient, line)
 		default:
 			lines = append(lines, line)
 		}
 	}
 	slices.Sort(lines)
+	slices.Sort(transient)
 	return lines, transient
 }
 

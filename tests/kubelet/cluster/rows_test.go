@@ -311,7 +311,8 @@ func checkStatefulSet(c *cluster) {
 	c.kubectl("scale", "statefulset/db", "--replicas=2")
 	c.rollout("statefulset/db")
 	var set apps.StatefulSet
-	if err := c.get("/apis/apps/v1/namespaces/"+c.space+"/statefulsets/db", &set); err != nil || set.Status.ReadyReplicas != 2 {
+	err := c.get("/apis/apps/v1/namespaces/"+c.space+"/statefulsets/db", &set)
+	if err != nil || set.Status.ReadyReplicas != 2 {
 		c.t.Errorf("%d replicas are ready: %v", set.Status.ReadyReplicas, err)
 	}
 }

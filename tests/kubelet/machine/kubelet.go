@@ -31,6 +31,8 @@ oomScoreAdj: 0
 makeIPTablesUtilChains: false
 enforceNodeAllocatable: [pods]
 evictionHard: {memory.available: 0%%, nodefs.available: 0%%, nodefs.inodesFree: 0%%, imagefs.available: 0%%}
+imageGCHighThresholdPercent: 100
+imageGCLowThresholdPercent: 99
 authentication: {anonymous: {enabled: true}, webhook: {enabled: false}}
 authorization: {mode: AlwaysAllow}
 syncFrequency: 2s
