@@ -148,6 +148,10 @@ func TestDoctorFindsWhatHasNoOwner(t *testing.T) {
 		t.Errorf("the exit code is %d, want 3", found.Code)
 	}
 	checkFound(t, found, all)
+	if asked := n.Diagnose("--fix"); asked.Code != 2 {
+		t.Errorf("without a terminal nobody can be asked, and the exit code is %d", asked.Code)
+	}
+	checkFound(t, n.Diagnose(), all)
 	for _, running := range []bool{true, false} {
 		if !running {
 			n.Kill()
