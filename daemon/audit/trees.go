@@ -4,6 +4,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -66,6 +67,9 @@ func (l *look) judgeTrees() {
 	l.judgeAddress()
 }
 
+// algorithms are those of digests.
+var algorithms = []string{string(digest.SHA256), string(digest.SHA384), string(digest.SHA512)}
+
 // short is a path with the names of the trees in place of these.
 func (l *look) short(path string) string {
 	for tree, name := range map[string]string{l.Root: "ROOT", l.State: "STATE", l.State + userWaysSuffix: "WAYS"} {
@@ -98,7 +102,7 @@ func (l *look) judgeEntry(e entry, parts []string) {
 	k, v, f := kindOf(e), none("nothing has this name in this version"), removePath(e, false)
 	switch dir := strings.Join(parts[:len(parts)-1], "/"); {
 	case len(parts) < 2:
-	case k == Directory && (dir == "ROOT/images/blobs" || dir == "ROOT/layers") && digest.Algorithm(base).Available():
+	case k == Directory && (dir == "ROOT/images/blobs" || dir == "ROOT/layers") && slices.Contains(algorithms, base):
 		v = verdict{owner: "holdfastd", why: "by the kind of digest"}
 	case dir == "ROOT/pods":
 		v, f = l.ofDir(base, l.ofPodRecord), removePath(e, true)

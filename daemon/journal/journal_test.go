@@ -13,7 +13,8 @@ import (
 )
 
 func entry(n int) records.Entry {
-	return records.Entry{At: time.Unix(int64(n), 0), ID: fmt.Sprint(n), What: records.Asked, Text: strings.Repeat("x", 200)}
+	text := strings.Repeat("x", 200)
+	return records.Entry{At: time.Unix(int64(n), 0), ID: fmt.Sprint(n), What: records.Asked, Text: text}
 }
 
 // What was written is read in order, the newest always, and all of it has a bound.

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -46,6 +47,30 @@ func TestDoctorKnowsAllOwners(t *testing.T) {
 	plain.Run("ended", []string{"sh", "-c", "exit 3"}).WaitExited(patience)
 	look("containers created, running, ended")
 
+	runEachMode(n)
+	look("pods of each mode")
+
+	stubborn := plain.Run("stubborn", []string{"sh", "-c", "trap '' TERM; while :; do sleep 1; done"})
+	var calls sync.WaitGroup // each ends with the daemon, or with its container
+	calls.Go(func() { running.Exec(0, "sleep", "100000") })
+	calls.Go(func() {
+		ctx, cancel := harness.Deadline()
+		defer cancel()
+		n.Runtime.StopContainer(ctx, &cri.StopContainerRequest{ContainerId: stubborn.ID, Timeout: 1000})
+	})
+	look("an exec under way, a container terminating")
+	calls.Wait()
+	created.Start()
+	running.Stop(0)
+	created.Remove()
+	plain.Remove()
+	look("a pod removed")
+	n.RemoveAllPods()
+	n.CheckClean()
+}
+
+// runEachMode runs a pod of each kind that holds something else.
+func runEachMode(n *harness.Node) {
 	host := n.RunPod("host", podWith(&cri.NamespaceOption{Network: cri.NamespaceMode_NODE, Ipc: cri.NamespaceMode_NODE}))
 	host.Run("c", []string{"sleep", "100000"}, containerWith(&cri.NamespaceOption{
 		Network: cri.NamespaceMode_NODE, Ipc: cri.NamespaceMode_NODE,
@@ -64,22 +89,6 @@ func TestDoctorKnowsAllOwners(t *testing.T) {
 			Readonly:      true,
 		}}
 	})
-	look("pods of each mode")
-
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		running.Exec(0, "sleep", "100000") // ends with the daemon, or the container
-	}()
-	look("an exec under way")
-	created.Start()
-	running.Stop(0)
-	<-done
-	created.Remove()
-	plain.Remove()
-	look("a pod removed")
-	n.RemoveAllPods()
-	n.CheckClean()
 }
 
 // What a pull has brought so far belongs to it, also after it was cut short.
@@ -301,15 +310,15 @@ func enterCgroup(t *testing.T, id string, pid int) {
 	t.Helper()
 	tops, err := filepath.Glob("/sys/fs/cgroup/*/holdfast/shims")
 	check(t, err)
-	if _, err := os.Stat("/sys/fs/cgroup/holdfast/shims"); err == nil {
-		tops = append(tops, "/sys/fs/cgroup/holdfast/shims")
+	if _, err := os.Stat("/sys/fs/cgroup/cgroup.procs"); err == nil { // v2 alone
+		tops = []string{"/sys/fs/cgroup/holdfast/shims"}
 	}
 	for _, top := range tops {
 		if strings.Contains(top, "/cpuset/") { // an empty one takes nobody
 			continue
 		}
 		dir := filepath.Join(top, id)
-		check(t, os.Mkdir(dir, 0o755))
+		check(t, os.MkdirAll(dir, 0o755))
 		t.Cleanup(func() { os.Remove(dir) })
 		check(t, os.WriteFile(filepath.Join(dir, "cgroup.procs"), fmt.Append(nil, pid), 0))
 	}
