@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/proto/step"
 	"github.com/holdfast-cri/holdfast/tests/harness"
 )
@@ -218,6 +219,39 @@ func TestHeldAtEachStep(t *testing.T) {
 	}
 }
 
+// A process that is stopped at a step stays so for longer than those wait who call it. The
+// kubelet gives up and repeats its request; the daemon says that a shim does not answer, or
+// kills it for somebody who wants the container gone. What goes on later does no harm.
+func TestStoppedForLongAtEachStep(t *testing.T) {
+	t.Parallel()
+	eachStep(t, stopForLong)
+}
+
+const stopForLong = "stop for long"
+
+// holdFor is how long a disaster has a process stopped for, if that is to be long.
+func (d disaster) holdFor() time.Duration {
+	const (
+		kubelet = 3 * time.Second // longer than givesUp
+		quick   = 12 * time.Second
+		end     = 50 * time.Second // for a stopped shim that is ended: two quick calls, and 30 s
+		slow    = 5 * time.Minute  // for a create or a start
+	)
+	switch creates := []step.Step{step.ShimCreating, step.ShimRuntime, step.ShimCreated, step.ShimReleased,
+		step.ShimStarted}; {
+	case !d.ofShim:
+		return kubelet
+	case !drill:
+		return quick
+	case slices.Contains(creates, d.at):
+		return slow
+	}
+	return end
+}
+
+// givesUp is what a call of a kubelet may take that meets a process that is stopped for long.
+const givesUp = 2 * time.Second
+
 // eachStep has an action happen at each step. Several nodes share the work: most
 // of it is waiting for other processes.
 func eachStep(t *testing.T, action string) {
@@ -228,7 +262,13 @@ func eachStep(t *testing.T, action string) {
 		rounds = 3
 	}
 	lists := make([][]disaster, nodes)
-	for i, d := range chosen(action) {
+	list := chosen(action)
+	if action == stopForLong && !drill {
+		lots := chance(t)
+		lots.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
+		list = list[:2*nodes]
+	}
+	for i, d := range list {
 		lists[i%nodes] = append(lists[i%nodes], d)
 	}
 	for i, list := range lists {
@@ -242,8 +282,11 @@ func eachStep(t *testing.T, action string) {
 						if strings.HasPrefix(action, "fail") {
 							k.excuse = "failpoint"
 						}
-						if action == "kill" {
+						switch action {
+						case "kill":
 							k.dead = k.checkWindow
+						case stopForLong:
+							k.action, k.hold = "stop", d.holdFor()
 						}
 						k.live(fmt.Sprintf("pod%d-%d", round, i))
 					})
@@ -281,6 +324,8 @@ type kubelet struct {
 	// has to be dead.
 	excuse string
 	dead   func() // called when the daemon is found dead; may be nil
+	// hold is how long a process is stopped for, if that is to be long.
+	hold time.Duration
 	// lossOf says what may be lost of a container, where a disaster does not; may be nil.
 	lossOf func(id string) loss
 	killed int // times that the daemon was found dead
@@ -466,8 +511,12 @@ func (k *kubelet) revive() {
 // do repeats a call until it succeeds.
 func (k *kubelet) do(what string, call func(context.Context) error) {
 	k.t.Helper()
-	for deadline := time.Now().Add(limit * slow); ; time.Sleep(harness.Tick) {
+	for deadline := time.Now().Add((limit + 2*k.hold) * slow); ; time.Sleep(harness.Tick) {
 		ctx, cancel := harness.Deadline()
+		if k.hold > 0 && !k.ofShim {
+			cancel()
+			ctx, cancel = context.WithTimeout(context.Background(), givesUp)
+		}
 		err := call(ctx)
 		cancel()
 		if err == nil {
@@ -478,6 +527,8 @@ func (k *kubelet) do(what string, call func(context.Context) error) {
 		case time.Now().After(deadline):
 			k.t.Fatalf("%s still fails: %v", what, err)
 		case k.excuse != "" && strings.Contains(err.Error(), k.excuse):
+			k.failed++
+		case k.hold > 0 && status.Code(err) == codes.DeadlineExceeded:
 			k.failed++
 		case status.Code(err) != codes.Unavailable || k.excuse != "":
 			k.t.Fatalf("%s: %v", what, err)
@@ -491,6 +542,7 @@ func (k *kubelet) goOn() (stop func()) {
 		return func() {}
 	}
 	done, over := make(chan struct{}), make(chan struct{})
+	since := map[rundir.Process]time.Time{}
 	go func() {
 		defer close(over)
 		for {
@@ -500,7 +552,14 @@ func (k *kubelet) goOn() (stop func()) {
 			case <-time.After(300 * time.Millisecond):
 			}
 			for _, pid := range append(slices.Collect(maps.Values(k.n.ShimPIDs())), k.n.PID(), k.n.StreamPID()) {
-				if pid > 0 {
+				p, err := rundir.FindProcess(pid)
+				if err != nil || !p.Stopped() {
+					continue
+				}
+				if since[p].IsZero() {
+					since[p] = time.Now()
+				}
+				if time.Since(since[p]) >= k.hold {
 					unix.Kill(pid, unix.SIGCONT)
 				}
 			}
@@ -587,7 +646,7 @@ func (k *kubelet) awaitExit(c *harness.Container) (s *cri.ContainerStatus) {
 
 func (k *kubelet) eventually(what string, f func() bool) {
 	k.t.Helper()
-	harness.Eventually(k.t, 3*limit*slow, what, f)
+	harness.Eventually(k.t, (3*limit+2*k.hold)*slow, what, f)
 }
 
 // killShim kills the shim of a container, which the daemon has to bury.
@@ -662,6 +721,8 @@ func (k *kubelet) checkEnds(ends, stays *harness.Container) {
 	lostEnds, lostStays := k.loses(ends), k.loses(stays)
 	switch {
 	case k.lossOf != nil:
+	case k.hold > 0 && k.ofShim:
+		lostEnds, lostStays = output, output // if it was killed
 	case k.life == deadShim:
 		lostStays = ending
 	case k.action == "kill" && k.life == plain:
@@ -694,8 +755,12 @@ func (k *kubelet) checkExit(c *harness.Container, code int32, l loss) {
 		reason = "Completed"
 	}
 	good := s.ExitCode == code && s.Reason == reason
+	died := (s.ExitCode == killed || s.ExitCode == unknown) && s.Reason == "ShimDied"
+	if k.hold > 0 && k.ofShim { // the daemon may have killed a shim that did not answer
+		good = good || died
+	}
 	if l == ending {
-		good = (s.ExitCode == killed || s.ExitCode == unknown) && s.Reason == "ShimDied"
+		good = died
 	}
 	if !good {
 		k.lose(harness.Statuses, "%s exited with %d, %s, %q", c.Config.Metadata.Name, s.ExitCode, s.Reason, s.Message)
