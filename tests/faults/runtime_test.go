@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
@@ -26,76 +27,120 @@ esac
 exec %[1]s "$@"
 `
 
-// The OCI runtime hangs, is killed before it has done anything, or after it has done all,
-// at each of its verbs. The call fails or succeeds; the container goes on, and when the
-// runtime is well again so is everything else.
-func TestRuntimeAtEachVerb(t *testing.T) {
-	t.Parallel()
-	d := harness.Drill(t, "runtime at each verb")
+// runtimeNode is a node whose handler "insane" is that runtime.
+type runtimeNode struct {
+	*harness.Node
+	*harness.Tally
+	mode string // a file
+}
+
+func newInsaneRuntime(t *testing.T, name string) *runtimeNode {
 	bin, err := harness.Binaries()
 	check(t, err)
 	dir := t.TempDir()
 	runtime := filepath.Join(dir, "runtime")
 	check(t, os.WriteFile(runtime, fmt.Appendf(nil, insaneRuntime, filepath.Join(bin, "runc")), 0o755))
-	set := func(verb, how string) {
-		check(t, os.WriteFile(filepath.Join(dir, "mode"), []byte(verb+" "+how+"\n"), 0o600))
-	}
-	set("none", "none")
-	n := harness.New(t, harness.Options{Config: fmt.Sprintf("[runtimes.insane]\npath = %q\n", runtime)})
-	for verb, call := range map[string]func(context.Context, *harness.Container) error{
-		"create": func(context.Context, *harness.Container) error { return nil },
-		"start":  func(context.Context, *harness.Container) error { return nil },
-		"exec": func(ctx context.Context, c *harness.Container) error {
-			_, err := n.Runtime.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: c.ID, Cmd: []string{"true"}, Timeout: 1})
-			return err
-		},
-		"update": func(ctx context.Context, c *harness.Container) error {
-			_, err := n.Runtime.UpdateContainerResources(ctx, &cri.UpdateContainerResourcesRequest{ContainerId: c.ID,
-				Linux: &cri.LinuxContainerResources{CpuShares: 300}})
-			return err
-		},
-		"delete": func(ctx context.Context, c *harness.Container) error { return nil },
-	} {
-		for _, how := range []string{"hang", "killed", "half"} {
-			t.Run(verb+" "+how, func(t *testing.T) {
-				d.Kill()
-				set("none", "none")
-				n := n.With(t)
-				config := n.PodConfig(verb+"-"+how, hostNetwork)
-				ctx, cancel := harness.Deadline()
-				defer cancel()
-				r, err := n.Runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: config, RuntimeHandler: "insane"})
-				check(t, err)
-				pod := &harness.Pod{N: n, ID: r.PodSandboxId, Config: config}
-				c := pod.Run("c", []string{"sleep", "1000"})
-				pid := c.Info().PID
+	n := &runtimeNode{mode: filepath.Join(dir, "mode"), Tally: harness.Drill(t, name)}
+	n.set(t, "none", "none")
+	n.Node = harness.New(t, harness.Options{Config: fmt.Sprintf("[runtimes.insane]\npath = %q\n", runtime)})
+	return n
+}
 
-				set(verb, how)
-				limited, end := context.WithTimeout(context.Background(), 3*time.Second)
-				err = call(limited, c)
-				end()
-				if verb == "create" || verb == "delete" {
-					limited, end := context.WithTimeout(context.Background(), 3*time.Second)
-					_, err = n.Runtime.CreateContainer(limited, &cri.CreateContainerRequest{PodSandboxId: pod.ID,
-						Config: harness.ContainerConfig("more", []string{"true"}), SandboxConfig: config})
-					end()
-				}
-				t.Logf("%v", err)
-				if err == nil && (verb == "create" || verb == "exec") && how != "half" {
+func (n *runtimeNode) set(t *testing.T, verb, how string) {
+	t.Helper()
+	check(t, os.WriteFile(n.mode, []byte(verb+" "+how+"\n"), 0o600))
+}
+
+// run gives a container that runs by that runtime, which is well.
+func (n *runtimeNode) run(t *testing.T, name string) *harness.Container {
+	t.Helper()
+	n.set(t, "none", "none")
+	pod := &harness.Pod{N: n.With(t), Config: n.PodConfig(name, hostNetwork)}
+	ctx, cancel := harness.Deadline()
+	defer cancel()
+	r, err := n.Runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: pod.Config, RuntimeHandler: "insane"})
+	check(t, err)
+	pod.ID = r.PodSandboxId
+	return pod.Run("c", []string{"sleep", "1000"})
+}
+
+// calls have the shim run a verb.
+var calls = map[string]func(context.Context, *harness.Container) error{
+	"create": func(ctx context.Context, c *harness.Container) error {
+		_, err := c.N.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: c.Pod.ID,
+			Config: harness.ContainerConfig("more", []string{"true"}), SandboxConfig: c.Pod.Config})
+		return err
+	},
+	"exec": func(ctx context.Context, c *harness.Container) error {
+		_, err := c.N.Runtime.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: c.ID, Cmd: []string{"true"}, Timeout: 1})
+		return err
+	},
+	"update": func(ctx context.Context, c *harness.Container) error {
+		_, err := c.N.Runtime.UpdateContainerResources(ctx, &cri.UpdateContainerResourcesRequest{ContainerId: c.ID,
+			Linux: &cri.LinuxContainerResources{CpuShares: 300}})
+		return err
+	},
+}
+
+var waysOfRuntime = []string{"hang", "killed", "half"}
+
+// The OCI runtime hangs, is killed before it has done anything, or after it has done all,
+// at each of its verbs. The call fails; the container goes on, and when the runtime is well
+// again so is everything else.
+func TestRuntimeAtEachVerb(t *testing.T) {
+	t.Parallel()
+	n := newInsaneRuntime(t, "runtime at each verb")
+	for verb, call := range calls {
+		for _, how := range waysOfRuntime {
+			t.Run(verb+" "+how, func(t *testing.T) {
+				c := n.run(t, verb+"-"+how)
+				pid := c.Info().PID
+				n.set(t, verb, how)
+				n.Kills(1)
+				ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+				err := call(ctx, c)
+				cancel()
+				if err == nil {
 					t.Error("the call has succeeded")
 				}
-				wantRunning(t, d, c, pid)
+				wantRunning(t, n.Tally, c, pid)
 				n.Restart()
-				wantRunning(t, d, c, pid)
-				set("none", "none")
+				wantRunning(t, n.Tally, c, pid)
+				n.set(t, "none", "none")
 				if out := c.Output("echo", "fine"); out != "fine\n" {
 					t.Errorf("a command says %q", out)
 				}
 				c.Stop(0)
-				wantExit(t, d, c, 137)
-				pod.Remove()
-				wantClean(t, d, n)
+				wantExit(t, n.Tally, c, killed)
+				c.Pod.Remove()
+				wantClean(t, n.Tally, n.With(t))
 			})
 		}
+	}
+}
+
+// The same when the daemon has it forget a container whose shim was killed.
+func TestRuntimeAtDelete(t *testing.T) {
+	t.Parallel()
+	n := newInsaneRuntime(t, "runtime at delete")
+	for _, how := range waysOfRuntime {
+		if how == "hang" && !harness.Full {
+			continue // it is waited for, for as long as a disk may take
+		}
+		t.Run(how, func(t *testing.T) {
+			c := n.run(t, how)
+			pid := c.Info().PID
+			n.set(t, "delete", how)
+			n.Kills(1)
+			check(t, unix.Kill(shimOf(t, c), unix.SIGKILL))
+			harness.Eventually(t, patience, "its process is killed", func() bool { return !isProcess(pid) })
+			n.Restart()
+			n.set(t, "none", "none")
+			if s := c.WaitExited(patience); s.Reason != "ShimDied" {
+				n.Lost(harness.Statuses, "the container has ended with %d, %s: %s", s.ExitCode, s.Reason, s.Message)
+			}
+			c.Pod.Remove()
+			wantClean(t, n.Tally, n.With(t))
+		})
 	}
 }
