@@ -31,6 +31,22 @@ var ways = []struct {
 		return os.WriteFile(path, b, 0o600)
 	}},
 	{"removed", func(path string, _ []byte) error { return os.Remove(path) }},
+	{"flipped", func(path string, b []byte) error { // one bit
+		b = bytes.Clone(b)
+		b[len(b)*2/3] ^= 4
+		return os.WriteFile(path, b, 0o600)
+	}},
+	{"of a later version", func(path string, b []byte) error {
+		return os.WriteFile(path, bytes.Replace(b, []byte(`"version":1`), []byte(`"version":99`), 1), 0o600)
+	}},
+	{"a link", func(path string, b []byte) error { // to what it was
+		f, err := os.CreateTemp("", "hf-link-")
+		if err != nil {
+			return err
+		}
+		_, err = f.Write(b)
+		return errors.Join(err, f.Close(), os.Remove(path), os.Symlink(f.Name(), path))
+	}},
 	// Root reads any mode, so what cannot be read is a directory.
 	{"unreadable", func(path string, _ []byte) error {
 		if err := os.Remove(path); err != nil {
@@ -45,6 +61,7 @@ var ways = []struct {
 // exit code.
 func TestDamagedFiles(t *testing.T) {
 	n := harness.New(t)
+	t.Setenv("TMPDIR", t.TempDir()) // for what links lead to
 	pod := n.RunPod("victim")
 	running := pod.Run("running", []string{"testbox", "print"})
 	ended := pod.Run("ended", []string{"sh", "-c", "exit 7"})
