@@ -172,6 +172,10 @@ func TestCheck(t *testing.T) {
 func TestCodes(t *testing.T) {
 	const start = runtimeapi.RuntimeService_StartContainer_FullMethodName
 	req := &runtimeapi.StartContainerRequest{ContainerId: "c"}
+	create := &runtimeapi.CreateContainerRequest{
+		PodSandboxId: "p",
+		Config:       &runtimeapi.ContainerConfig{Image: &runtimeapi.ImageSpec{Image: "i"}},
+	}
 	pull := &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: "i"}}
 	for _, c := range []struct {
 		method string
@@ -197,6 +201,17 @@ func TestCodes(t *testing.T) {
 		{pullImage, pull, kind.As(kind.Unavailable, context.Canceled), codes.Canceled, ""},
 		{pullImage, pull, kind.As(kind.Unavailable, context.DeadlineExceeded), codes.DeadlineExceeded, ""},
 		{pullImage, pull, kind.Errorf(kind.NotFound, "x"), codes.NotFound, "x"},
+		{createContainer, create, nil, codes.OK, ""},
+		{createContainer, create, kind.Errorf(kind.Invalid, "config.mounts[12].host_path: x"), codes.InvalidArgument,
+			"config.mounts[12].host_path: x"},
+		{createContainer, create, kind.Errorf(kind.NotFound, "config.mounts[0].image: x"), codes.NotFound,
+			"ImageVolumeMountFailed: config.mounts[0].image: x"},
+		{createContainer, create, kind.Errorf(kind.Invalid, "config.mounts[3].image_sub_path: x"), codes.InvalidArgument,
+			"ImageVolumeMountFailed: config.mounts[3].image_sub_path: x"},
+		{createContainer, create, kind.Errorf(kind.Unsupported, "config.mounts[1].recursive_read_only: x"),
+			codes.Unimplemented, "RROUnsupported: config.mounts[1].recursive_read_only: x"},
+		{createContainer, create, kind.Errorf(kind.Invalid, "config.mounts[1].recursive_read_only: x"),
+			codes.InvalidArgument, "config.mounts[1].recursive_read_only: x"},
 	} {
 		reached, err := called(c.method, c.req, c.err)
 		if !reached || status.Code(err) != c.code || !strings.HasPrefix(status.Convert(err).Message(), c.text) {

@@ -215,6 +215,7 @@ func TestBadInput(t *testing.T) {
 
 	t.Run("the other calls", func(t *testing.T) {
 		rt, im := n.Runtime, n.Images
+		handled := &cri.ImageSpec{Image: harness.Image, RuntimeHandler: "nobody"}
 		for _, c := range []struct {
 			name  string
 			call  func(context.Context) (any, error)
@@ -269,6 +270,32 @@ func TestBadInput(t *testing.T) {
 			{"remove no image", func(x context.Context) (any, error) {
 				return im.RemoveImage(x, &cri.RemoveImageRequest{})
 			}, codes.InvalidArgument, "image"},
+
+			{"images of a handler", func(x context.Context) (any, error) {
+				return im.ListImages(x, &cri.ListImagesRequest{Filter: &cri.ImageFilter{Image: handled}})
+			}, codes.InvalidArgument, "filter.image.runtime_handler"},
+			{"status of an image of a handler", func(x context.Context) (any, error) {
+				return im.ImageStatus(x, &cri.ImageStatusRequest{Image: handled})
+			}, codes.InvalidArgument, "image.runtime_handler"},
+			{"remove an image of a handler", func(x context.Context) (any, error) {
+				return im.RemoveImage(x, &cri.RemoveImageRequest{Image: handled})
+			}, codes.InvalidArgument, "image.runtime_handler"},
+			{"reopen the log of one that does not run", func(x context.Context) (any, error) {
+				return rt.ReopenContainerLog(x, &cri.ReopenContainerLogRequest{ContainerId: good.ID})
+			}, codes.FailedPrecondition, "container_id"},
+			{"stats of unknown", func(x context.Context) (any, error) {
+				return rt.ContainerStats(x, &cri.ContainerStatsRequest{ContainerId: "nobody"})
+			}, codes.NotFound, "container_id"},
+			{"stats of an unknown pod", func(x context.Context) (any, error) {
+				return rt.PodSandboxStats(x, &cri.PodSandboxStatsRequest{PodSandboxId: "nobody"})
+			}, codes.NotFound, "pod_sandbox_id"},
+			{"resources of an unknown pod", func(x context.Context) (any, error) {
+				return rt.UpdatePodSandboxResources(x, &cri.UpdatePodSandboxResourcesRequest{PodSandboxId: "nobody"})
+			}, codes.NotFound, "pod_sandbox_id"},
+			{"resources of unknown", func(x context.Context) (any, error) {
+				return rt.UpdateContainerResources(x, &cri.UpdateContainerResourcesRequest{ContainerId: "nobody",
+					Linux: &cri.LinuxContainerResources{CpuShares: 2}})
+			}, codes.NotFound, "container_id"},
 
 			{"a session of nothing", func(x context.Context) (any, error) {
 				return rt.Exec(x, &cri.ExecRequest{ContainerId: good.ID, Stdout: true})
