@@ -61,9 +61,24 @@ const (
 	second = uint64(time.Second)
 )
 
+// ofUnified are the metrics whose figures only cgroup v2 has. A descriptor promises values.
+var ofUnified = map[string]bool{
+	"container_memory_events_high_total": true,
+	"container_memory_events_max_total":  true,
+	"container_memory_pgscan_total":      true,
+	"container_memory_pgsteal_total":     true,
+}
+
 // Descriptors is ListMetricDescriptors of the CRI.
-func (c *Collector) Descriptors() (list []*runtimeapi.MetricDescriptor) {
+func (c *Collector) Descriptors() []*runtimeapi.MetricDescriptor {
+	return descriptorsOf(cgroup.Probe().Unified)
+}
+
+func descriptorsOf(unified bool) (list []*runtimeapi.MetricDescriptor) {
 	for _, m := range metrics {
+		if ofUnified[m.name] && !unified {
+			continue
+		}
 		list = append(list, &runtimeapi.MetricDescriptor{
 			Name:      m.name,
 			Help:      m.help,

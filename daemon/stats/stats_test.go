@@ -209,7 +209,10 @@ func everything() *subject {
 // The names are those that a kubelet 1.37 shows under /metrics/cadvisor.
 func TestDescriptorsOfMetrics(t *testing.T) {
 	keys := map[string][]string{}
-	for _, d := range New(Options{}).Descriptors() {
+	if all, some := descriptorsOf(true), descriptorsOf(false); len(all) != len(some)+len(ofUnified) {
+		t.Errorf("%d descriptors on cgroup v2, %d on v1", len(all), len(some))
+	}
+	for _, d := range descriptorsOf(true) {
 		if keys[d.Name] != nil || d.Help == "" {
 			t.Errorf("%s: twice, or without help", d.Name)
 		}
@@ -232,7 +235,7 @@ func TestDescriptorsOfMetrics(t *testing.T) {
 // A kubelet drops all metrics if one comes twice, and one whose labels do not fit.
 func TestPoints(t *testing.T) {
 	keys := map[string]int{}
-	for _, d := range New(Options{}).Descriptors() {
+	for _, d := range descriptorsOf(true) {
 		keys[d.Name] = len(d.LabelKeys)
 	}
 	seen := map[string]bool{}
