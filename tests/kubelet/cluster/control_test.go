@@ -37,9 +37,10 @@ type cluster struct {
 
 // parts is what all views of a cluster have in common.
 type parts struct {
-	names     []string // of the processes, in the order of their starts
-	processes map[string]*machine.Process
-	seen      *history
+	names        []string // of the processes, in the order of their starts
+	processes    map[string]*machine.Process
+	seen         *history
+	stopWatching func() // ends what notes the history
 }
 
 // with is the same cluster, reporting to another test.
@@ -57,7 +58,7 @@ func startCluster(t *testing.T, n *harness.Node) *cluster {
 		t:      t,
 		n:      n,
 		client: &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}},
-		parts:  &parts{processes: map[string]*machine.Process{}},
+		parts:  &parts{processes: map[string]*machine.Process{}, stopWatching: func() {}},
 	}
 	if err := c.writeFiles(); err != nil {
 		t.Fatal(err)
@@ -104,6 +105,7 @@ func (c *cluster) log(name string) string { return c.n.Path(name + ".log") }
 // stop ends all programs, the last one first.
 func (c *cluster) stop() {
 	c.t.Helper()
+	c.stopWatching()
 	for _, name := range slices.Backward(c.names) {
 		if p := c.processes[name]; p != nil {
 			if err := p.Stop(); err != nil {

@@ -24,7 +24,8 @@ type history struct {
 	err    error                    // why a watch has ended before the test
 }
 
-// watch has everything noted that happens from now on, until the test ends.
+// watch has everything noted that happens from now on, until the programs are stopped: an
+// API server waits a minute for watches to end.
 func (c *cluster) watch() {
 	c.seen = &history{pods: map[types.UID][]core.Pod{}, events: map[types.UID]core.Event{}}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -39,7 +40,7 @@ func (c *cluster) watch() {
 			}
 		})
 	}
-	c.t.Cleanup(func() { cancel(); wg.Wait() })
+	c.stopWatching = func() { cancel(); wg.Wait() }
 }
 
 // follow notes the states of all objects of a kind.
@@ -135,7 +136,8 @@ func podReady(p *core.Pod) bool {
 
 // podFaultsLocked compares a state of a pod with what its annotations allow. A reason to
 // be started again is that the runtime died during StartContainer: no runtime can tell
-// the kubelet then that it has not started the container.
+// the kubelet then that it has not started the container. The kubelet has it killed
+// before it was started, and makes another one.
 func (h *history) podFaultsLocked(p *core.Pod, wasReady bool) (faults []string) {
 	calm := p.Annotations[restartsMark] == "" && p.Annotations[endsMark] == "" && p.DeletionTimestamp == nil
 	if p.Status.Phase == core.PodUnknown || wasReady && calm && !podReady(p) {
@@ -153,7 +155,11 @@ func (h *history) podFaultsLocked(p *core.Pod, wasReady bool) (faults []string) 
 				c.Name, c.RestartCount, allowed, failed))
 		}
 		for _, end := range []*core.ContainerStateTerminated{c.State.Terminated, c.LastTerminationState.Terminated} {
-			if end != nil && !mayEnd(p, end) && !(isLook && p.DeletionTimestamp != nil) {
+			switch {
+			case end == nil || mayEnd(p, end):
+			case isLook && p.DeletionTimestamp != nil:
+			case failed > 0 && end.Reason == "ContainerCannotRun" && end.StartedAt.Unix() == 0:
+			default:
 				faults = append(faults, fmt.Sprintf("%s has ended so: %+v", c.Name, *end))
 			}
 		}
