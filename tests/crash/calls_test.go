@@ -59,6 +59,8 @@ func eachCall(t *testing.T, ofShim, kill bool) {
 			for _, at := range list {
 				d.happen(t, at, kill)
 			}
+			d.s.allow()
+			tally.CheckClean(d.n)
 		})
 	}
 }

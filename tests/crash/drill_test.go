@@ -65,7 +65,9 @@ const (
 )
 
 func (l life) String() string {
-	return [...]string{"plain", "with init", "dead shim", "stopped", "reopened", "visited", "updated", "in session", "watched"}[l]
+	return [...]string{
+		"plain", "with init", "dead shim", "stopped", "reopened", "visited", "updated", "in session", "watched",
+	}[l]
 }
 
 func (d disaster) String() string {
@@ -292,6 +294,8 @@ func eachStep(t *testing.T, action string) {
 					})
 				}
 			}
+			n.Arm()
+			tally.CheckClean(n)
 		})
 	}
 }

@@ -66,7 +66,8 @@ const superviseFlags = unix.SECCOMP_FILTER_FLAG_NEW_LISTENER | unix.SECCOMP_FILT
 func supervise(t *testing.T, n *harness.Node, what scope) (s *supervisor, end func()) {
 	t.Helper()
 	// A kernel that knows the flags goes on to the filter, and finds none.
-	if _, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, superviseFlags, 0); errno != unix.EFAULT {
+	_, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, superviseFlags, 0)
+	if errno != unix.EFAULT {
 		t.Skipf("the kernel cannot have system calls supervised: %v; it needs Linux 5.19", errno)
 	}
 	self, err := os.Executable()
@@ -79,7 +80,8 @@ func supervise(t *testing.T, n *harness.Node, what scope) (s *supervisor, end fu
 		t.Fatalf("%v", err)
 	}
 	s.work.Go(s.accept)
-	n.Launcher = []string{self, superviseArg + path + superviseSep + strings.Join(slices.Sorted(maps.Keys(what.kinds)), ",")}
+	kinds := strings.Join(slices.Sorted(maps.Keys(what.kinds)), ",")
+	n.Launcher = []string{self, superviseArg + path + superviseSep + kinds}
 	return s, func() {
 		n.Launcher = nil
 		s.listen.Close()

@@ -73,13 +73,22 @@ func (n *Node) Doctor() (found []string) {
 // being taken away.
 func (n *Node) CheckOwners() {
 	n.T.Helper()
+	if found := n.awaitOwners(); found != "" {
+		n.T.Errorf("%s", found)
+	}
+}
+
+// awaitOwners is CheckOwners without a verdict: it says what has no owner.
+func (n *Node) awaitOwners() string {
+	n.T.Helper()
 	var found []string
 	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * Tick) {
 		if found = n.Doctor(); len(found) == 0 {
-			return
+			return ""
 		}
 	}
-	n.T.Errorf("holdfastctl doctor finds %d things:\n  %s", len(found), strings.Join(found[:min(len(found), 40)], "\n  "))
+	return fmt.Sprintf("holdfastctl doctor finds %d things:\n  %s",
+		len(found), strings.Join(found[:min(len(found), 40)], "\n  "))
 }
 
 // Explain is what holdfastctl explain tells of a pod or container.

@@ -62,10 +62,14 @@ func (d *Tally) Lost(what Loss, format string, args ...any) {
 	d.t.Error(fmt.Sprintf(format, args...))
 }
 
-// CheckClean is that of a node, and counts a leak.
+// CheckClean is that of a node, and counts a leak. Whatever holdfastctl doctor finds is
+// one as well.
 func (d *Tally) CheckClean(n *Node) {
 	d.t.Helper()
 	if left := n.AwaitClean(func() {}); left != "" {
 		d.Lost(Leaks, "%s", left)
+	}
+	if found := n.awaitOwners(); found != "" {
+		d.Lost(Leaks, "%s", found)
 	}
 }

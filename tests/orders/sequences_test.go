@@ -84,19 +84,19 @@ var starts = []struct {
 // shim, which is held there while the daemon is killed. With none it is killed after the answer.
 var cuts = map[verb][]step.Step{
 	runPod: {"", step.PodRecord, step.PodNamespaces, step.PodIntent, step.PodNetwork, step.PodAttached,
-		step.PodReady},
+		step.PodPlugins, step.PodReady},
 	stopPod: {"", step.PodStopping, step.ShimExitSeen, step.PodKilled, step.PodDetached, step.PodStopped},
 	removePod: {"", step.PodStopping, step.PodDetached, step.ContainerRemoving, step.ContainerEnded,
 		step.ContainerErased, step.PodErased},
-	create: {"", step.ContainerImage, step.ContainerRecord, step.ContainerRoot, step.ContainerShim, step.ShimCreating,
-		step.ShimRuntime, step.ShimCreated, step.ContainerRuntime, step.ContainerCreated},
+	create: {"", step.ContainerImage, step.ContainerRecord, step.ContainerPlugins, step.ContainerRoot,
+		step.ContainerShim, step.ShimCreating, step.ShimRuntime, step.ShimCreated, step.ContainerRuntime, step.ContainerCreated},
 	start: {"", step.ShimReleased, step.ShimStarted, step.ContainerStarted},
-	stop: {"", step.ShimStopping, step.ShimSignalled, step.ShimExitSeen, step.ShimExitRecorded, step.ShimReaped,
-		step.ShimExitAnnounced, step.ShimCleaned},
+	stop: {"", step.ShimStopping, step.ShimSignalled, step.ContainerStopping, step.ShimExitSeen,
+		step.ShimExitRecorded, step.ShimReaped, step.ShimExitAnnounced, step.ShimCleaned},
 	remove: {"", step.ContainerRemoving, step.ShimExitSeen, step.ContainerEnded, step.ContainerErased},
 	exec:   {"", step.ShimExecRecord, step.ShimExecStarted},
 	update: {"", step.ContainerUpdating, step.ShimUpdated, step.ShimUpdateKept, step.ContainerUpdated},
-	reopen: {"", step.ShimReopened},
+	reopen: {"", step.ShimReopened, step.ContainerReopened},
 }
 
 // sequences are all that there are. Where each is cut, and whether its last call is repeated,
