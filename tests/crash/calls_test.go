@@ -127,7 +127,7 @@ func (d *callDrill) happen(t *testing.T, at int, kill bool) {
 		}()
 		switch {
 		case kill && d.ofShim:
-			k.action, k.lost, k.lossOf = "kill", ending, d.lossOf
+			k.action, k.lost, k.lossOf, k.neverRan = "kill", ending, d.lossOf, d.neverRan
 			d.s.expect(at, die)
 		case kill:
 			k.action = "kill"
@@ -152,6 +152,13 @@ func (d *callDrill) happen(t *testing.T, at int, kill bool) {
 			d.tally.Kill()
 		}
 	})
+}
+
+// neverRan says whether the shim was killed just before it let init go on: the container
+// ends without having run, and it is to say so. After that nobody may say it.
+func (d *callDrill) neverRan(id string) bool {
+	killed, _ := d.s.killed(id)
+	return killed && strings.HasPrefix(d.s.happened(), "rename STATE/runc/ID/exec.fifo ")
 }
 
 // lossOf says what may be lost of a container: its end, if its shim was killed before that

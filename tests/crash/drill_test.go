@@ -332,8 +332,10 @@ type kubelet struct {
 	hold time.Duration
 	// lossOf says what may be lost of a container, where a disaster does not; may be nil.
 	lossOf func(id string) loss
-	killed int // times that the daemon was found dead
-	failed int // calls that failed otherwise
+	// neverRan says whether a container whose shim was killed has not run for sure; may be nil.
+	neverRan func(id string) bool
+	killed   int // times that the daemon was found dead
+	failed   int // calls that failed otherwise
 }
 
 // lose counts something as lost.
@@ -765,6 +767,9 @@ func (k *kubelet) checkExit(c *harness.Container, code int32, l loss) {
 	}
 	if l == ending {
 		good = died
+		if k.neverRan != nil && k.neverRan(c.ID) {
+			good = s.ExitCode == unknown && s.Reason == "ContainerCannotRun" && len(c.Log()) == 0
+		}
 	}
 	if !good {
 		k.lose(harness.Statuses, "%s exited with %d, %s, %q", c.Config.Metadata.Name, s.ExitCode, s.Reason, s.Message)
