@@ -5,6 +5,7 @@ package faults
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -19,6 +20,8 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	flag.Parse()
+	flag.Set("test.parallel", "8") // more than there are processors: most of them wait
 	code := m.Run()
 	harness.RemoveBinaries()
 	os.Exit(code)
