@@ -64,7 +64,7 @@ const (
 	forkBomb     = `f() { f | f & }; mkfifo /go; echo up; read x </go; (while :; do f; done) 2>/dev/null & exec sleep 1000`
 	orphans      = `for i in 1 2 3 4 5 6 7 8; do (setsid sh -c 'trap "" TERM; sleep 1000' &); done
 trap '' TERM; echo up; while :; do sleep 1; done`
-	manyFiles  = `mkdir /d; cd /d; i=0; while [ $i -lt 20000 ]; do i=$((i+1)); : >$i; done; echo up; exec sleep 1000`
+	manyFiles  = `mkdir /d; cd /d; i=0; while [ $i -lt 5000 ]; do i=$((i+1)); : >$i; done; echo up; exec sleep 1000`
 	deepTree   = `i=0; while [ $i -lt 1500 ]; do i=$((i+1)); mkdir dir; cd dir; done 2>/dev/null; echo up; exec sleep 1000`
 	manyMounts = `mkdir /m; i=0; while [ $i -lt 400 ]; do i=$((i+1)); mount -t tmpfs x /m; done; echo up; exec sleep 1000`
 	// In the first hierarchy that lets it, below the container's own cgroup.
