@@ -50,8 +50,7 @@ var suites = []suite{
 	// What is not here has nothing to do with cgroups or systemd, or needs a
 	// faster machine than an emulated one.
 	{name: "tests/e2e", run: "^(TestStop|TestStopOutlivesTheDaemon|TestKilledShim|TestSharedPIDNamespace|TestNamespaces|" +
-		"TestTerminal|TestPodNetwork|TestLostRecords|TestWedgedShim|TestUserNamespace|TestUserNamespaceAnd|" +
-		"TestDoctorKnowsAllOwners|TestDoctorFindsWhatHasNoOwner|" + ofCgroups},
+		"TestTerminal|TestPodNetwork|TestLostRecords|TestWedgedShim|TestUserNamespace|TestUserNamespaceAnd|" + ofCgroups},
 	// The driver is that of systemd, but here.
 	{name: "tests/e2e", run: "^(TestUserNamespace|" + ofCgroups, env: "HOLDFAST_CGROUP_DRIVER=cgroupfs"},
 	{name: "tests/crash", run: "^TestRandomKills$"},
