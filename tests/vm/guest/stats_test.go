@@ -28,7 +28,7 @@ var busyMetrics = map[string]uint64{
 // usage is what a container with load and its pod use on v2.
 func usage(t *testing.T, pod *harness.Pod) {
 	c := pod.Run("busy", []string{"sh", "-c",
-		"x=$(head -c 8388608 /dev/zero | tr '\\0' x); (x=$(head -c 99999999 /dev/zero | tr '\\0' x)); while :; do :; done"},
+		"x=$(head -c 8388608 /dev/zero | tr '\\0' x); tail /dev/zero; while :; do :; done"},
 		limits, func(c *cri.ContainerConfig) { c.Linux.Resources.MemorySwapLimitInBytes = 64 << 20 })
 	ctx, cancel := harness.Deadline()
 	defer cancel()
