@@ -219,13 +219,19 @@ func (s *shim) Create(_ context.Context, r *proto.CreateRequest) (*proto.CreateR
 	if err != nil {
 		return nil, err
 	}
-	const wait = `[ "$1" = ` + stubborn + ` ] && trap "" TERM && shift; echo > "$0" && exec "$@"`
+	// Like runc's, init has the FIFO before anybody can take its name away.
+	fifo, err := os.OpenFile(filepath.Join(keeps, "exec.fifo"), unix.O_PATH, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer fifo.Close()
+	const wait = `[ "$1" = ` + stubborn + ` ] && trap "" TERM && shift; echo > "$0" && exec "$@" 3>&-`
 	command := spec.Process.Args
 	if command[0] == "/pause" { // of the init of a pod, bound into its root
 		command = Sleeps
 	}
-	args := append([]string{"-c", wait, filepath.Join(keeps, "exec.fifo")}, command...)
-	init := exec.Command("/bin/sh", args...)
+	init := exec.Command("/bin/sh", append([]string{"-c", wait, "/proc/self/fd/3"}, command...)...)
+	init.ExtraFiles = []*os.File{fifo}
 	init.Dir = spec.Linux.CgroupsPath
 	init.SysProcAttr = &syscall.SysProcAttr{Setsid: true, PidFD: &s.pidfd}
 	if err := init.Start(); err != nil {
