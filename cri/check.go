@@ -44,6 +44,15 @@ func check(req any) error {
 		return cmp.Or(require("container_id", r.GetContainerId()), checkStreams(r))
 	case *runtimeapi.UpdateContainerResourcesRequest:
 		return cmp.Or(require("container_id", r.GetContainerId()), checkUpdate(r))
+	case *runtimeapi.CheckpointContainerRequest:
+		return cmp.Or(require("container_id", r.GetContainerId()), require("location", r.GetLocation()))
+	case *runtimeapi.CheckpointPodRequest:
+		return cmp.Or(require("pod_sandbox_id", r.GetPodSandboxId()), require("output_path", r.GetOutputPath()))
+	case *runtimeapi.RestorePodRequest:
+		if r.GetConfig() == nil {
+			return invalid("config", "is missing")
+		}
+		return require("checkpoint_path", r.GetCheckpointPath())
 	case *runtimeapi.PortForwardRequest:
 		return cmp.Or(require("pod_sandbox_id", r.GetPodSandboxId()), checkPorts(r.GetPort()))
 	case *runtimeapi.PullImageRequest:

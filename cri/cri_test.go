@@ -63,7 +63,8 @@ func TestEmptyRequests(t *testing.T) {
 		"image":          "image.image",
 	}
 	optional := []string{"ListContainersRequest", "ListPodSandboxRequest"} // hold a filter, no name
-	other := map[string]string{"ExecSyncRequest": "cmd"}                   // is looked at first
+	// What is looked at first.
+	other := map[string]string{"ExecSyncRequest": "cmd", "RestorePodRequest": "config"}
 	checked := 0
 	for method, req := range methods(t) {
 		d := req.ProtoReflect().Descriptor()

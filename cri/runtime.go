@@ -233,3 +233,26 @@ func (s *Server) ReopenContainerLog(ctx context.Context, r *runtimeapi.ReopenCon
 ) (*runtimeapi.ReopenContainerLogResponse, error) {
 	return &runtimeapi.ReopenContainerLogResponse{}, s.d.Containers.ReopenLog(ctx, r.GetContainerId())
 }
+
+// CheckpointContainer writes an archive of a running container, which goes on.
+func (s *Server) CheckpointContainer(ctx context.Context, r *runtimeapi.CheckpointContainerRequest,
+) (*runtimeapi.CheckpointContainerResponse, error) {
+	timeout, err := seconds("timeout", r.GetTimeout())
+	if err != nil {
+		return nil, err
+	}
+	return &runtimeapi.CheckpointContainerResponse{},
+		s.d.Containers.Checkpoint(ctx, r.GetContainerId(), r.GetLocation(), timeout)
+}
+
+// CheckpointPod writes a checkpoint of containers of a pod, which go on.
+func (s *Server) CheckpointPod(ctx context.Context, r *runtimeapi.CheckpointPodRequest,
+) (*runtimeapi.CheckpointPodResponse, error) {
+	return &runtimeapi.CheckpointPodResponse{}, s.d.Pods.Checkpoint(ctx, r)
+}
+
+// RestorePod makes a pod and its containers of a checkpoint.
+func (s *Server) RestorePod(ctx context.Context, r *runtimeapi.RestorePodRequest,
+) (*runtimeapi.RestorePodResponse, error) {
+	return s.d.Pods.Restore(ctx, r)
+}

@@ -56,6 +56,10 @@ type Config struct {
 	// rely on.
 	RejectAbsentMounts bool
 
+	// RestoreImages lets a container be made of an image that is a checkpoint. Whoever can
+	// name an image is root of the node then.
+	RestoreImages bool
+
 	// CDIDirs have the files of CDI devices, a later one before an earlier one; none:
 	// there are no such devices.
 	CDIDirs []string

@@ -16,6 +16,7 @@ import (
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/holdfast-cri/holdfast/daemon/checkpoint"
 	"github.com/holdfast-cri/holdfast/daemon/claims"
 	"github.com/holdfast-cri/holdfast/daemon/containers"
 	"github.com/holdfast-cri/holdfast/daemon/events"
@@ -228,6 +229,7 @@ func (d *Daemon) openPods() error {
 		Network:    networkOfPods{d.net},
 		Cgroups:    d.cgroups,
 		Plugins:    d.plugins,
+		Trees:      trees{d.layers},
 		Host:       host,
 		Pause:      cfg.Pause,
 		AlwaysInit: cfg.PauseMode,
@@ -263,6 +265,8 @@ func (d *Daemon) newContainers(host spec.Host, sessions *streams.Sessions) *cont
 		Sessions:           sessions,
 		Cgroups:            cgroups{d.cgroups},
 		CDI:                d.openCDI(),
+		NoCRIU:             checkpoint.Probe,
+		RestoreImages:      cfg.RestoreImages,
 		Plugins:            d.plugins,
 		RejectAbsentMounts: cfg.RejectAbsentMounts,
 		OwnPaths:           []string{cfg.Root, cfg.State, string(d.ways()), cfg.Address, cfg.Address + LockSuffix},

@@ -11,6 +11,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/holdfast-cri/holdfast/daemon/checkpoint"
 	"github.com/holdfast-cri/holdfast/daemon/containers"
 	"github.com/holdfast-cri/holdfast/daemon/image"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
@@ -74,6 +75,8 @@ func (i *Images) Hold(ctx context.Context, name, ref string) (containers.Image, 
 		Ref:    digestReference(img, ref),
 		Config: img.Config,
 		Layers: img.DiffIDs,
+
+		Checkpoint: img.Annotations[checkpoint.Annotation],
 	}, release, nil
 }
 

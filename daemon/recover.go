@@ -416,6 +416,9 @@ func (r *recovery) serve(l loaded) {
 	if l.rec.Updating {
 		r.Containers.EndUpdate(c)
 	}
+	if l.rec.Checkpoint != nil {
+		r.Containers.EndCheckpoint(c)
+	}
 }
 
 // act has done what is due of a container that is known.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"os"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -78,6 +80,38 @@ func (r roots) Volumes(root string, names []string, owner records.Owner, at stri
 	use func(dst string) (wanted, mounted bool)) (map[string]string, error) {
 	return rootfs.Volumes(root, names, owner.UID, owner.GID, at, use)
 }
+
+func (r roots) Diff(ctx context.Context, dir string, w io.Writer) error {
+	return treeError(rootfs.Diff(ctx, dir, w, r.layers.Limits))
+}
+
+func (r roots) Restore(ctx context.Context, layers []digest.Digest, dir string, streams ...io.Reader) error {
+	return treeError(r.layers.Restore(ctx, layers, dir, streams...))
+}
+
+// treeError gives an error about a tree of files its kind.
+func treeError(err error) error {
+	switch {
+	case errors.Is(err, rootfs.ErrNoDiff):
+		return kind.As(kind.State, err)
+	case errors.Is(err, rootfs.ErrBadLayer):
+		return kind.As(kind.Invalid, err)
+	}
+	return kind.As(kind.Unavailable, err)
+}
+
+// trees is pods.Trees.
+type trees struct{ layers *rootfs.Store }
+
+func (t trees) Diff(ctx context.Context, dir string, w io.Writer) error {
+	return treeError(rootfs.Archive(ctx, dir, w, t.layers.Limits))
+}
+
+func (t trees) Apply(ctx context.Context, dir string, r io.Reader) error {
+	return treeError(rootfs.Extract(ctx, dir, r, t.layers.Limits))
+}
+
+func (r roots) OpenLayer(layer digest.Digest) (*os.Root, error) { return r.layers.OpenLayer(layer) }
 
 func (r roots) PinPID(p rundir.Process, path string) error { return containers.PinPID(p, path) }
 

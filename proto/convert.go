@@ -136,6 +136,7 @@ func LaunchOf(l rundir.Launch) *CreateRequest {
 		StdinOnce:       l.StdinOnce,
 		Log:             &Log{Directory: l.LogDirectory, Path: l.LogPath},
 		DurableDir:      l.DurableDir,
+		RestoreDir:      l.RestoreDir,
 		ContainerRecord: &anypb.Any{TypeUrl: l.Container.TypeURL, Value: l.Container.Value},
 		SandboxRecord:   &anypb.Any{TypeUrl: l.Sandbox.TypeURL, Value: l.Sandbox.Value},
 	}
@@ -155,6 +156,7 @@ func (r *CreateRequest) Launch() rundir.Launch {
 		LogDirectory: r.GetLog().GetDirectory(),
 		LogPath:      r.GetLog().GetPath(),
 		DurableDir:   r.GetDurableDir(),
+		RestoreDir:   r.GetRestoreDir(),
 		Container: rundir.Opaque{
 			TypeURL: r.GetContainerRecord().GetTypeUrl(),
 			Value:   r.GetContainerRecord().GetValue(),

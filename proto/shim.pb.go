@@ -487,7 +487,11 @@ type CreateRequest struct {
 	// A request that is too large for a message: a file of the caller, as
 	// /proc/PID/fd/N, that holds it, encoded. All other fields but id are empty. A
 	// shim that knows the field has the capability "payload".
-	PayloadPath   string `protobuf:"bytes,11,opt,name=payload_path,json=payloadPath,proto3" json:"payload_path,omitempty"`
+	PayloadPath string `protobuf:"bytes,11,opt,name=payload_path,json=payloadPath,proto3" json:"payload_path,omitempty"`
+	// A directory with what Checkpoint has written: the container is made from that,
+	// and its processes do nothing before Start. A shim that knows the field has the
+	// capability "checkpoint".
+	RestoreDir    string `protobuf:"bytes,12,opt,name=restore_dir,json=restoreDir,proto3" json:"restore_dir,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -595,6 +599,13 @@ func (x *CreateRequest) GetSandboxRecord() *anypb.Any {
 func (x *CreateRequest) GetPayloadPath() string {
 	if x != nil {
 		return x.PayloadPath
+	}
+	return ""
+}
+
+func (x *CreateRequest) GetRestoreDir() string {
+	if x != nil {
+		return x.RestoreDir
 	}
 	return ""
 }
@@ -2586,6 +2597,262 @@ func (*UpdateResponse) Descriptor() ([]byte, []int) {
 	return file_shim_proto_rawDescGZIP(), []int{38}
 }
 
+type FreezeRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	LimitMs       uint64                 `protobuf:"varint,2,opt,name=limit_ms,json=limitMs,proto3" json:"limit_ms,omitempty"` // at least one
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FreezeRequest) Reset() {
+	*x = FreezeRequest{}
+	mi := &file_shim_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FreezeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FreezeRequest) ProtoMessage() {}
+
+func (x *FreezeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shim_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FreezeRequest.ProtoReflect.Descriptor instead.
+func (*FreezeRequest) Descriptor() ([]byte, []int) {
+	return file_shim_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *FreezeRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *FreezeRequest) GetLimitMs() uint64 {
+	if x != nil {
+		return x.LimitMs
+	}
+	return 0
+}
+
+type FreezeResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FreezeResponse) Reset() {
+	*x = FreezeResponse{}
+	mi := &file_shim_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FreezeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FreezeResponse) ProtoMessage() {}
+
+func (x *FreezeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shim_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FreezeResponse.ProtoReflect.Descriptor instead.
+func (*FreezeResponse) Descriptor() ([]byte, []int) {
+	return file_shim_proto_rawDescGZIP(), []int{40}
+}
+
+type ThawRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ThawRequest) Reset() {
+	*x = ThawRequest{}
+	mi := &file_shim_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ThawRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ThawRequest) ProtoMessage() {}
+
+func (x *ThawRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shim_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ThawRequest.ProtoReflect.Descriptor instead.
+func (*ThawRequest) Descriptor() ([]byte, []int) {
+	return file_shim_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *ThawRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type ThawResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ThawResponse) Reset() {
+	*x = ThawResponse{}
+	mi := &file_shim_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ThawResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ThawResponse) ProtoMessage() {}
+
+func (x *ThawResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shim_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ThawResponse.ProtoReflect.Descriptor instead.
+func (*ThawResponse) Descriptor() ([]byte, []int) {
+	return file_shim_proto_rawDescGZIP(), []int{42}
+}
+
+type CheckpointRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Dir           string                 `protobuf:"bytes,2,opt,name=dir,proto3" json:"dir,omitempty"` // absolute, empty
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckpointRequest) Reset() {
+	*x = CheckpointRequest{}
+	mi := &file_shim_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckpointRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckpointRequest) ProtoMessage() {}
+
+func (x *CheckpointRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_shim_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckpointRequest.ProtoReflect.Descriptor instead.
+func (*CheckpointRequest) Descriptor() ([]byte, []int) {
+	return file_shim_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *CheckpointRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *CheckpointRequest) GetDir() string {
+	if x != nil {
+		return x.Dir
+	}
+	return ""
+}
+
+type CheckpointResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckpointResponse) Reset() {
+	*x = CheckpointResponse{}
+	mi := &file_shim_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckpointResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckpointResponse) ProtoMessage() {}
+
+func (x *CheckpointResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_shim_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckpointResponse.ProtoReflect.Descriptor instead.
+func (*CheckpointResponse) Descriptor() ([]byte, []int) {
+	return file_shim_proto_rawDescGZIP(), []int{44}
+}
+
 var File_shim_proto protoreflect.FileDescriptor
 
 const file_shim_proto_rawDesc = "" +
@@ -2613,7 +2880,7 @@ const file_shim_proto_rawDesc = "" +
 	"\x0esystemd_cgroup\x18\x03 \x01(\bR\rsystemdCgroup\"7\n" +
 	"\x03Log\x12\x1c\n" +
 	"\tdirectory\x18\x01 \x01(\tR\tdirectory\x12\x12\n" +
-	"\x04path\x18\x02 \x01(\tR\x04path\"\xbd\x03\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\"\xde\x03\n" +
 	"\rCreateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1d\n" +
 	"\n" +
@@ -2629,7 +2896,9 @@ const file_shim_proto_rawDesc = "" +
 	"\x10container_record\x18\t \x01(\v2\x14.google.protobuf.AnyR\x0fcontainerRecord\x12;\n" +
 	"\x0esandbox_record\x18\n" +
 	" \x01(\v2\x14.google.protobuf.AnyR\rsandboxRecord\x12!\n" +
-	"\fpayload_path\x18\v \x01(\tR\vpayloadPath\"?\n" +
+	"\fpayload_path\x18\v \x01(\tR\vpayloadPath\x12\x1f\n" +
+	"\vrestore_dir\x18\f \x01(\tR\n" +
+	"restoreDir\"?\n" +
 	"\x0eCreateResponse\x12-\n" +
 	"\x04init\x18\x01 \x01(\v2\x19.holdfast.shim.v1.ProcessR\x04init\"\x1e\n" +
 	"\fStartRequest\x12\x0e\n" +
@@ -2776,7 +3045,18 @@ const file_shim_proto_rawDesc = "" +
 	"\rUpdateRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06update\x18\x02 \x01(\fR\x06update\"\x10\n" +
-	"\x0eUpdateResponse*{\n" +
+	"\x0eUpdateResponse\":\n" +
+	"\rFreezeRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x19\n" +
+	"\blimit_ms\x18\x02 \x01(\x04R\alimitMs\"\x10\n" +
+	"\x0eFreezeResponse\"\x1d\n" +
+	"\vThawRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x0e\n" +
+	"\fThawResponse\"5\n" +
+	"\x11CheckpointRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
+	"\x03dir\x18\x02 \x01(\tR\x03dir\"\x14\n" +
+	"\x12CheckpointResponse*{\n" +
 	"\x05Phase\x12\x15\n" +
 	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vPHASE_EMPTY\x10\x01\x12\x12\n" +
@@ -2790,7 +3070,7 @@ const file_shim_proto_rawDesc = "" +
 	"\x12EVENT_TYPE_STARTED\x10\x02\x12\x12\n" +
 	"\x0eEVENT_TYPE_OOM\x10\x03\x12\x17\n" +
 	"\x13EVENT_TYPE_STOPPING\x10\x04\x12\x15\n" +
-	"\x11EVENT_TYPE_EXITED\x10\x052\xc1\t\n" +
+	"\x11EVENT_TYPE_EXITED\x10\x052\xae\v\n" +
 	"\x04Shim\x12H\n" +
 	"\x05Hello\x12\x1e.holdfast.shim.v1.HelloRequest\x1a\x1f.holdfast.shim.v1.HelloResponse\x12K\n" +
 	"\x06Create\x12\x1f.holdfast.shim.v1.CreateRequest\x1a .holdfast.shim.v1.CreateResponse\x12H\n" +
@@ -2807,7 +3087,11 @@ const file_shim_proto_rawDesc = "" +
 	"\x04Pids\x12\x1d.holdfast.shim.v1.PidsRequest\x1a\x1e.holdfast.shim.v1.PidsResponse\x12K\n" +
 	"\x06Delete\x12\x1f.holdfast.shim.v1.DeleteRequest\x1a .holdfast.shim.v1.DeleteResponse\x12K\n" +
 	"\x06Events\x12\x1f.holdfast.shim.v1.EventsRequest\x1a .holdfast.shim.v1.EventsResponse\x12K\n" +
-	"\x06Update\x12\x1f.holdfast.shim.v1.UpdateRequest\x1a .holdfast.shim.v1.UpdateResponseB.Z,github.com/holdfast-cri/holdfast/proto;protob\x06proto3"
+	"\x06Update\x12\x1f.holdfast.shim.v1.UpdateRequest\x1a .holdfast.shim.v1.UpdateResponse\x12K\n" +
+	"\x06Freeze\x12\x1f.holdfast.shim.v1.FreezeRequest\x1a .holdfast.shim.v1.FreezeResponse\x12E\n" +
+	"\x04Thaw\x12\x1d.holdfast.shim.v1.ThawRequest\x1a\x1e.holdfast.shim.v1.ThawResponse\x12W\n" +
+	"\n" +
+	"Checkpoint\x12#.holdfast.shim.v1.CheckpointRequest\x1a$.holdfast.shim.v1.CheckpointResponseB.Z,github.com/holdfast-cri/holdfast/proto;protob\x06proto3"
 
 var (
 	file_shim_proto_rawDescOnce sync.Once
@@ -2822,7 +3106,7 @@ func file_shim_proto_rawDescGZIP() []byte {
 }
 
 var file_shim_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_shim_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
+var file_shim_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
 var file_shim_proto_goTypes = []any{
 	(Phase)(0),                    // 0: holdfast.shim.v1.Phase
 	(EventType)(0),                // 1: holdfast.shim.v1.EventType
@@ -2865,39 +3149,45 @@ var file_shim_proto_goTypes = []any{
 	(*EventsResponse)(nil),        // 38: holdfast.shim.v1.EventsResponse
 	(*UpdateRequest)(nil),         // 39: holdfast.shim.v1.UpdateRequest
 	(*UpdateResponse)(nil),        // 40: holdfast.shim.v1.UpdateResponse
-	nil,                           // 41: holdfast.shim.v1.StateResponse.CgroupsEntry
-	(*anypb.Any)(nil),             // 42: google.protobuf.Any
-	(*timestamppb.Timestamp)(nil), // 43: google.protobuf.Timestamp
+	(*FreezeRequest)(nil),         // 41: holdfast.shim.v1.FreezeRequest
+	(*FreezeResponse)(nil),        // 42: holdfast.shim.v1.FreezeResponse
+	(*ThawRequest)(nil),           // 43: holdfast.shim.v1.ThawRequest
+	(*ThawResponse)(nil),          // 44: holdfast.shim.v1.ThawResponse
+	(*CheckpointRequest)(nil),     // 45: holdfast.shim.v1.CheckpointRequest
+	(*CheckpointResponse)(nil),    // 46: holdfast.shim.v1.CheckpointResponse
+	nil,                           // 47: holdfast.shim.v1.StateResponse.CgroupsEntry
+	(*anypb.Any)(nil),             // 48: google.protobuf.Any
+	(*timestamppb.Timestamp)(nil), // 49: google.protobuf.Timestamp
 }
 var file_shim_proto_depIdxs = []int32{
 	2,  // 0: holdfast.shim.v1.HelloResponse.shim:type_name -> holdfast.shim.v1.Process
 	5,  // 1: holdfast.shim.v1.CreateRequest.runtime:type_name -> holdfast.shim.v1.Runtime
-	42, // 2: holdfast.shim.v1.CreateRequest.spec:type_name -> google.protobuf.Any
+	48, // 2: holdfast.shim.v1.CreateRequest.spec:type_name -> google.protobuf.Any
 	6,  // 3: holdfast.shim.v1.CreateRequest.log:type_name -> holdfast.shim.v1.Log
-	42, // 4: holdfast.shim.v1.CreateRequest.container_record:type_name -> google.protobuf.Any
-	42, // 5: holdfast.shim.v1.CreateRequest.sandbox_record:type_name -> google.protobuf.Any
+	48, // 4: holdfast.shim.v1.CreateRequest.container_record:type_name -> google.protobuf.Any
+	48, // 5: holdfast.shim.v1.CreateRequest.sandbox_record:type_name -> google.protobuf.Any
 	2,  // 6: holdfast.shim.v1.CreateResponse.init:type_name -> holdfast.shim.v1.Process
 	2,  // 7: holdfast.shim.v1.StartResponse.init:type_name -> holdfast.shim.v1.Process
-	43, // 8: holdfast.shim.v1.StartResponse.started_at:type_name -> google.protobuf.Timestamp
-	43, // 9: holdfast.shim.v1.Exit.exited_at:type_name -> google.protobuf.Timestamp
-	43, // 10: holdfast.shim.v1.StopIntent.requested_at:type_name -> google.protobuf.Timestamp
-	43, // 11: holdfast.shim.v1.StopIntent.kill_at:type_name -> google.protobuf.Timestamp
+	49, // 8: holdfast.shim.v1.StartResponse.started_at:type_name -> google.protobuf.Timestamp
+	49, // 9: holdfast.shim.v1.Exit.exited_at:type_name -> google.protobuf.Timestamp
+	49, // 10: holdfast.shim.v1.StopIntent.requested_at:type_name -> google.protobuf.Timestamp
+	49, // 11: holdfast.shim.v1.StopIntent.kill_at:type_name -> google.protobuf.Timestamp
 	0,  // 12: holdfast.shim.v1.StateResponse.phase:type_name -> holdfast.shim.v1.Phase
 	2,  // 13: holdfast.shim.v1.StateResponse.shim:type_name -> holdfast.shim.v1.Process
 	2,  // 14: holdfast.shim.v1.StateResponse.init:type_name -> holdfast.shim.v1.Process
-	43, // 15: holdfast.shim.v1.StateResponse.created_at:type_name -> google.protobuf.Timestamp
-	43, // 16: holdfast.shim.v1.StateResponse.started_at:type_name -> google.protobuf.Timestamp
+	49, // 15: holdfast.shim.v1.StateResponse.created_at:type_name -> google.protobuf.Timestamp
+	49, // 16: holdfast.shim.v1.StateResponse.started_at:type_name -> google.protobuf.Timestamp
 	11, // 17: holdfast.shim.v1.StateResponse.exit:type_name -> holdfast.shim.v1.Exit
 	12, // 18: holdfast.shim.v1.StateResponse.stop:type_name -> holdfast.shim.v1.StopIntent
 	13, // 19: holdfast.shim.v1.StateResponse.log:type_name -> holdfast.shim.v1.LogCounters
-	41, // 20: holdfast.shim.v1.StateResponse.cgroups:type_name -> holdfast.shim.v1.StateResponse.CgroupsEntry
+	47, // 20: holdfast.shim.v1.StateResponse.cgroups:type_name -> holdfast.shim.v1.StateResponse.CgroupsEntry
 	11, // 21: holdfast.shim.v1.WaitResponse.exit:type_name -> holdfast.shim.v1.Exit
-	43, // 22: holdfast.shim.v1.StopResponse.kill_at:type_name -> google.protobuf.Timestamp
-	42, // 23: holdfast.shim.v1.ExecSyncRequest.process:type_name -> google.protobuf.Any
-	42, // 24: holdfast.shim.v1.ExecRequest.process:type_name -> google.protobuf.Any
+	49, // 22: holdfast.shim.v1.StopResponse.kill_at:type_name -> google.protobuf.Timestamp
+	48, // 23: holdfast.shim.v1.ExecSyncRequest.process:type_name -> google.protobuf.Any
+	48, // 24: holdfast.shim.v1.ExecRequest.process:type_name -> google.protobuf.Any
 	2,  // 25: holdfast.shim.v1.ExecResponse.process:type_name -> holdfast.shim.v1.Process
 	11, // 26: holdfast.shim.v1.DeleteResponse.exit:type_name -> holdfast.shim.v1.Exit
-	43, // 27: holdfast.shim.v1.Event.at:type_name -> google.protobuf.Timestamp
+	49, // 27: holdfast.shim.v1.Event.at:type_name -> google.protobuf.Timestamp
 	1,  // 28: holdfast.shim.v1.Event.type:type_name -> holdfast.shim.v1.EventType
 	2,  // 29: holdfast.shim.v1.Event.init:type_name -> holdfast.shim.v1.Process
 	11, // 30: holdfast.shim.v1.Event.exit:type_name -> holdfast.shim.v1.Exit
@@ -2918,24 +3208,30 @@ var file_shim_proto_depIdxs = []int32{
 	34, // 45: holdfast.shim.v1.Shim.Delete:input_type -> holdfast.shim.v1.DeleteRequest
 	37, // 46: holdfast.shim.v1.Shim.Events:input_type -> holdfast.shim.v1.EventsRequest
 	39, // 47: holdfast.shim.v1.Shim.Update:input_type -> holdfast.shim.v1.UpdateRequest
-	4,  // 48: holdfast.shim.v1.Shim.Hello:output_type -> holdfast.shim.v1.HelloResponse
-	8,  // 49: holdfast.shim.v1.Shim.Create:output_type -> holdfast.shim.v1.CreateResponse
-	10, // 50: holdfast.shim.v1.Shim.Start:output_type -> holdfast.shim.v1.StartResponse
-	15, // 51: holdfast.shim.v1.Shim.State:output_type -> holdfast.shim.v1.StateResponse
-	17, // 52: holdfast.shim.v1.Shim.Wait:output_type -> holdfast.shim.v1.WaitResponse
-	19, // 53: holdfast.shim.v1.Shim.Kill:output_type -> holdfast.shim.v1.KillResponse
-	21, // 54: holdfast.shim.v1.Shim.Stop:output_type -> holdfast.shim.v1.StopResponse
-	23, // 55: holdfast.shim.v1.Shim.ExecSync:output_type -> holdfast.shim.v1.ExecSyncResponse
-	25, // 56: holdfast.shim.v1.Shim.Exec:output_type -> holdfast.shim.v1.ExecResponse
-	27, // 57: holdfast.shim.v1.Shim.Open:output_type -> holdfast.shim.v1.OpenResponse
-	29, // 58: holdfast.shim.v1.Shim.ResizePty:output_type -> holdfast.shim.v1.ResizePtyResponse
-	31, // 59: holdfast.shim.v1.Shim.ReopenLog:output_type -> holdfast.shim.v1.ReopenLogResponse
-	33, // 60: holdfast.shim.v1.Shim.Pids:output_type -> holdfast.shim.v1.PidsResponse
-	35, // 61: holdfast.shim.v1.Shim.Delete:output_type -> holdfast.shim.v1.DeleteResponse
-	38, // 62: holdfast.shim.v1.Shim.Events:output_type -> holdfast.shim.v1.EventsResponse
-	40, // 63: holdfast.shim.v1.Shim.Update:output_type -> holdfast.shim.v1.UpdateResponse
-	48, // [48:64] is the sub-list for method output_type
-	32, // [32:48] is the sub-list for method input_type
+	41, // 48: holdfast.shim.v1.Shim.Freeze:input_type -> holdfast.shim.v1.FreezeRequest
+	43, // 49: holdfast.shim.v1.Shim.Thaw:input_type -> holdfast.shim.v1.ThawRequest
+	45, // 50: holdfast.shim.v1.Shim.Checkpoint:input_type -> holdfast.shim.v1.CheckpointRequest
+	4,  // 51: holdfast.shim.v1.Shim.Hello:output_type -> holdfast.shim.v1.HelloResponse
+	8,  // 52: holdfast.shim.v1.Shim.Create:output_type -> holdfast.shim.v1.CreateResponse
+	10, // 53: holdfast.shim.v1.Shim.Start:output_type -> holdfast.shim.v1.StartResponse
+	15, // 54: holdfast.shim.v1.Shim.State:output_type -> holdfast.shim.v1.StateResponse
+	17, // 55: holdfast.shim.v1.Shim.Wait:output_type -> holdfast.shim.v1.WaitResponse
+	19, // 56: holdfast.shim.v1.Shim.Kill:output_type -> holdfast.shim.v1.KillResponse
+	21, // 57: holdfast.shim.v1.Shim.Stop:output_type -> holdfast.shim.v1.StopResponse
+	23, // 58: holdfast.shim.v1.Shim.ExecSync:output_type -> holdfast.shim.v1.ExecSyncResponse
+	25, // 59: holdfast.shim.v1.Shim.Exec:output_type -> holdfast.shim.v1.ExecResponse
+	27, // 60: holdfast.shim.v1.Shim.Open:output_type -> holdfast.shim.v1.OpenResponse
+	29, // 61: holdfast.shim.v1.Shim.ResizePty:output_type -> holdfast.shim.v1.ResizePtyResponse
+	31, // 62: holdfast.shim.v1.Shim.ReopenLog:output_type -> holdfast.shim.v1.ReopenLogResponse
+	33, // 63: holdfast.shim.v1.Shim.Pids:output_type -> holdfast.shim.v1.PidsResponse
+	35, // 64: holdfast.shim.v1.Shim.Delete:output_type -> holdfast.shim.v1.DeleteResponse
+	38, // 65: holdfast.shim.v1.Shim.Events:output_type -> holdfast.shim.v1.EventsResponse
+	40, // 66: holdfast.shim.v1.Shim.Update:output_type -> holdfast.shim.v1.UpdateResponse
+	42, // 67: holdfast.shim.v1.Shim.Freeze:output_type -> holdfast.shim.v1.FreezeResponse
+	44, // 68: holdfast.shim.v1.Shim.Thaw:output_type -> holdfast.shim.v1.ThawResponse
+	46, // 69: holdfast.shim.v1.Shim.Checkpoint:output_type -> holdfast.shim.v1.CheckpointResponse
+	51, // [51:70] is the sub-list for method output_type
+	32, // [32:51] is the sub-list for method input_type
 	32, // [32:32] is the sub-list for extension type_name
 	32, // [32:32] is the sub-list for extension extendee
 	0,  // [0:32] is the sub-list for field type_name
@@ -2952,7 +3248,7 @@ func file_shim_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shim_proto_rawDesc), len(file_shim_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   40,
+			NumMessages:   46,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -24,6 +24,9 @@ type ShimService interface {
 	Delete(context.Context, *DeleteRequest) (*DeleteResponse, error)
 	Events(context.Context, *EventsRequest) (*EventsResponse, error)
 	Update(context.Context, *UpdateRequest) (*UpdateResponse, error)
+	Freeze(context.Context, *FreezeRequest) (*FreezeResponse, error)
+	Thaw(context.Context, *ThawRequest) (*ThawResponse, error)
+	Checkpoint(context.Context, *CheckpointRequest) (*CheckpointResponse, error)
 }
 
 func RegisterShimService(srv *ttrpc.Server, svc ShimService) {
@@ -140,6 +143,27 @@ func RegisterShimService(srv *ttrpc.Server, svc ShimService) {
 					return nil, err
 				}
 				return svc.Update(ctx, &req)
+			},
+			"Freeze": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req FreezeRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Freeze(ctx, &req)
+			},
+			"Thaw": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ThawRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Thaw(ctx, &req)
+			},
+			"Checkpoint": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req CheckpointRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Checkpoint(ctx, &req)
 			},
 		},
 	})
@@ -278,6 +302,30 @@ func (c *shimClient) Events(ctx context.Context, req *EventsRequest) (*EventsRes
 func (c *shimClient) Update(ctx context.Context, req *UpdateRequest) (*UpdateResponse, error) {
 	var resp UpdateResponse
 	if err := c.client.Call(ctx, "holdfast.shim.v1.Shim", "Update", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *shimClient) Freeze(ctx context.Context, req *FreezeRequest) (*FreezeResponse, error) {
+	var resp FreezeResponse
+	if err := c.client.Call(ctx, "holdfast.shim.v1.Shim", "Freeze", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *shimClient) Thaw(ctx context.Context, req *ThawRequest) (*ThawResponse, error) {
+	var resp ThawResponse
+	if err := c.client.Call(ctx, "holdfast.shim.v1.Shim", "Thaw", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *shimClient) Checkpoint(ctx context.Context, req *CheckpointRequest) (*CheckpointResponse, error) {
+	var resp CheckpointResponse
+	if err := c.client.Call(ctx, "holdfast.shim.v1.Shim", "Checkpoint", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

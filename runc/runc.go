@@ -15,6 +15,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/holdfast-cri/holdfast/reaper/group"
 )
 
@@ -80,13 +82,17 @@ type CreateOptions struct {
 	ConsoleSocket string // with a terminal
 }
 
-// Create makes a container whose init waits for Start.
-func (r *Runtime) Create(ctx context.Context, id string, o CreateOptions) error {
-	args := []string{"create", "--bundle", o.Bundle, "--pid-file", o.PidFile}
+func (o CreateOptions) args() []string {
+	args := []string{"--bundle", o.Bundle, "--pid-file", o.PidFile}
 	if o.ConsoleSocket != "" {
 		args = append(args, "--console-socket", o.ConsoleSocket)
 	}
-	return r.run(ctx, id, o.IO, append(args, id)...)
+	return args
+}
+
+// Create makes a container whose init waits for Start.
+func (r *Runtime) Create(ctx context.Context, id string, o CreateOptions) error {
+	return r.run(ctx, id, o.IO, append(append([]string{"create"}, o.args()...), id)...)
 }
 
 // Start lets the init of a created container run the container's process.
@@ -129,6 +135,8 @@ func (r *Runtime) Delete(ctx context.Context, id string, force bool) error {
 	if force {
 		args = append(args, "--force")
 	}
+	// It mounts the root there for a restore, and may have been killed.
+	unix.Unmount(filepath.Join(r.StateDir(id), "criu-root"), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
 	return r.run(ctx, id, IO{}, append(args, id)...)
 }
 

@@ -85,10 +85,11 @@ func (t *task) begin(launch rundir.Launch, rawSpec []byte) error {
 // spec is the part of an OCI spec that the shim cares about. Decoding all of
 // it would cost memory for the life of the container.
 type spec struct {
-	Process json.RawMessage // for execs
-	Root    struct{ Path string }
-	Hooks   struct{ Poststop []json.RawMessage }
-	Linux   struct {
+	Process     json.RawMessage // for execs
+	Root        struct{ Path string }
+	Hooks       struct{ Poststop []json.RawMessage }
+	Annotations map[string]string
+	Linux       struct {
 		CgroupsPath string
 		IntelRdt    json.RawMessage
 		Namespaces  []struct{ Type, Path string }
@@ -222,6 +223,9 @@ func (m *making) make(ctx context.Context) (err error) {
 		return err
 	}
 	c := m.c
+	if err := m.checkRestore(); err != nil {
+		return err
+	}
 	// What is in the cgroup now is not ours, and undo must not kill it.
 	if dir, used, err := m.cgroups().Populated(); err != nil {
 		return fmt.Errorf("cannot create %s: %w", t.dir.ID(), err)
@@ -295,18 +299,15 @@ func (m *making) createWithPipes(ctx context.Context) error {
 			}
 		}
 	}
-	var err error
-	c.init, err = c.host.Create(ctx, o)
-	return err
+	return m.createInit(ctx, o)
 }
 
 // createWithTerminal runs the OCI runtime's create and receives the terminal that it
 // makes.
 func (m *making) createWithTerminal(ctx context.Context) error {
 	t, c := m.task, m.c
-	master, err := pty.Collect(ctx, string(t.dir), "console.sock", func(socket string) (err error) {
-		c.init, err = c.host.Create(ctx, runc.CreateOptions{Bundle: string(t.dir), ConsoleSocket: socket})
-		return err
+	master, err := pty.Collect(ctx, string(t.dir), "console.sock", func(socket string) error {
+		return m.createInit(ctx, runc.CreateOptions{Bundle: string(t.dir), ConsoleSocket: socket})
 	})
 	if err == nil {
 		c.console, err = pty.Dup(master)

@@ -86,7 +86,7 @@ const hangupGrace = time.Second
 // ExecSync runs a process in the container until it ends, ctx is over, or the
 // time is up; in the last two cases its whole tree is killed.
 func (t *task) ExecSync(ctx context.Context, p *specs.Process, req *pb.ExecSyncRequest) (*pb.ExecSyncResponse, error) {
-	e, err := t.newExec()
+	e, err := t.newExec(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -124,12 +124,19 @@ func (e *exec) limit(ms uint64) {
 	}
 }
 
-// newExec puts a new exec into the table, which its end takes out.
-func (t *task) newExec() (*exec, error) {
+// newExec puts a new exec into the table, which its end takes out. It waits while the
+// container is frozen.
+func (t *task) newExec(ctx context.Context) (*exec, error) {
+	if err := t.freezer.awaitThaw(ctx); err != nil {
+		return nil, err
+	}
 	t.starting.Lock() // guards over: no exec comes after finish has looked at the table
 	defer t.starting.Unlock()
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.freezer.frozen() != nil {
+		return nil, kind.Errorf(kind.State, "cannot exec: the container is frozen while a checkpoint is made")
+	}
 	if t.status.Phase != rundir.PhaseRunning || t.over {
 		return nil, kind.Errorf(kind.State, "cannot exec: the container is not running")
 	}

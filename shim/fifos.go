@@ -53,7 +53,9 @@ func (s *service) StartExec(o taskapi.ExecOptions) (taskapi.Exec, error) {
 	if p.Terminal = o.Terminal; o.Terminal && o.Width > 0 && o.Height > 0 {
 		p.ConsoleSize = &specs.Box{Width: uint(o.Width), Height: uint(o.Height)}
 	}
-	e, err := s.task.newExec()
+	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
+	defer cancel()
+	e, err := s.task.newExec(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -39,6 +39,7 @@ func (t *task) finish(c *container) {
 	t.starting.Lock()
 	t.over = true
 	t.starting.Unlock()
+	t.freezer.clear() // execs that wait see the end
 	t.mu.Lock()
 	started, killed, asked := t.status.StartedAt, t.status.Killed, t.status.Stop != nil
 	t.mu.Unlock()

@@ -20,6 +20,7 @@ import (
 // Capabilities tell a daemon what this build can do beyond the protocol's version.
 var Capabilities = []string{
 	"pty", "exec-sync", "exec-cgroup", "exec-user", "sessions", "payload", "oom", "stop-deadline", "events", "update",
+	"checkpoint",
 }
 
 // longPoll is the longest that Wait and Events keep a caller, whatever it asked
@@ -108,9 +109,10 @@ func launchOf(req *pb.CreateRequest) (rundir.Launch, error) {
 	// The shim's working directory is /, so a relative path would mean nothing.
 	for field, path := range map[string]string{
 		"runtime.path": l.Runtime.Path, "runtime.root": l.Runtime.Root,
-		"log.directory": l.LogDirectory, "durable_dir": l.DurableDir,
+		"log.directory": l.LogDirectory, "durable_dir": l.DurableDir, "restore_dir": l.RestoreDir,
 	} {
-		optional := path == "" && (field == "durable_dir" || field == "log.directory" && l.LogPath == "")
+		optional := path == "" && (field == "durable_dir" || field == "restore_dir" ||
+			field == "log.directory" && l.LogPath == "")
 		if !filepath.IsAbs(path) && !optional {
 			return l, kind.Errorf(kind.Invalid, "%s %q is not absolute", field, path)
 		}
@@ -327,6 +329,28 @@ func (s *service) Update(_ context.Context, req *pb.UpdateRequest) (*pb.UpdateRe
 		return nil, err
 	}
 	return &pb.UpdateResponse{}, s.task.Update(req.Update)
+}
+
+func (s *service) Freeze(ctx context.Context, req *pb.FreezeRequest) (*pb.FreezeResponse, error) {
+	if err := s.check(req.Id); err != nil {
+		return nil, err
+	}
+	return &pb.FreezeResponse{}, s.task.Freeze(ctx, milliseconds(req.LimitMs))
+}
+
+func (s *service) Thaw(_ context.Context, req *pb.ThawRequest) (*pb.ThawResponse, error) {
+	if err := s.check(req.Id); err != nil {
+		return nil, err
+	}
+	s.task.Thaw()
+	return &pb.ThawResponse{}, nil
+}
+
+func (s *service) Checkpoint(_ context.Context, req *pb.CheckpointRequest) (*pb.CheckpointResponse, error) {
+	if err := s.check(req.Id); err != nil {
+		return nil, err
+	}
+	return &pb.CheckpointResponse{}, s.task.Checkpoint(req.Dir)
 }
 
 // Shutdown is for package taskapi.

@@ -138,7 +138,7 @@ func (t *task) admit(ctx context.Context, limit time.Duration, serve func(*net.U
 
 // Exec starts a command and gives a socket for the client of its session.
 func (t *task) Exec(ctx context.Context, p *specs.Process, req *pb.ExecRequest) (*pb.ExecResponse, error) {
-	e, err := t.newExec()
+	e, err := t.newExec(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -41,7 +41,7 @@ func (t *task) Start() (rundir.Process, time.Time, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
 	at := time.Now()
-	err := c.init.Start(ctx, c.traits.Fifo)
+	err := c.start(ctx)
 	if errors.Is(err, runc.ErrNotStartable) {
 		err = kind.As(kind.State, err)
 	}
@@ -54,4 +54,12 @@ func (t *task) Start() (rundir.Process, time.Time, error) {
 	})
 	t.log.Info("container started", "pid", s.Init.PID)
 	return s.Init, at, step.Reach(step.ShimStarted)
+}
+
+// start lets the processes run that the create has left waiting.
+func (c *container) start(ctx context.Context) error {
+	if c.traits.Restored {
+		return c.init.Resume(ctx)
+	}
+	return c.init.Start(ctx, c.traits.Fifo)
 }

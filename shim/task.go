@@ -48,6 +48,8 @@ type task struct {
 	// guarded by updating.
 	updateAskedAt time.Duration
 
+	freezer freezer // its saving is taken before mu, its mu after all others
+
 	forgetting sync.Mutex     // of forgetExecs, taken before mu
 	serving    sync.WaitGroup // for the clients of sessions
 	attached   atomic.Int32   // clients of the container, and those awaited

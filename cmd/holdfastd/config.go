@@ -66,6 +66,9 @@ type file struct {
 	Containers struct {
 		AbsentMountSource string `toml:"absent_mount_source"`
 	} `toml:"containers"`
+	Checkpoint struct {
+		RestoreImages bool `toml:"restore_images"`
+	} `toml:"checkpoint"`
 	CDI struct {
 		Enabled  bool     `toml:"enabled"`
 		SpecDirs []string `toml:"spec_dirs"`
@@ -259,6 +262,7 @@ func (f file) resolveModes(c *daemon.Config) error {
 	default:
 		return fmt.Errorf("config: sandbox.mode = %q is neither namespaces nor pause", f.Sandbox.Mode)
 	}
+	c.RestoreImages = f.Checkpoint.RestoreImages
 	switch f.Containers.AbsentMountSource {
 	case "create":
 	case "reject":

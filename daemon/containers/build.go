@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 
+	"github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
@@ -35,6 +36,8 @@ type builder struct {
 	rec *records.Container
 	in  spec.Input // filled step by step
 	cdi Edits      // of devices, nil for none
+
+	from *origin // nil: the container is made anew
 
 	images map[int]Image // that the container reads as volumes, by the index of the mount
 	mounts []records.ImageMount
@@ -146,6 +149,11 @@ func (b *builder) holdImages(ctx context.Context) error {
 func (b *builder) build(ctx context.Context, root string) (*Built, error) {
 	dir := b.m.State.Dir(state.Containers, b.rec.ID)
 	label := spec.FileLabel(b.in)
+	if b.from != nil {
+		if err := b.unpack(ctx); err != nil {
+			return nil, err
+		}
+	}
 	if err := b.m.Roots.Mount(ctx, b.rec.Layers, dir, root, b.pod, label); err != nil {
 		return nil, kind.As(kind.Unavailable, err)
 	}
@@ -167,7 +175,22 @@ func (b *builder) build(ctx context.Context, root string) (*Built, error) {
 		}
 		result.User = spec.StatusUser(result.Spec) // a device may come with groups
 	}
+	if b.from != nil {
+		if err := b.from.fits(result.Spec); err != nil {
+			return nil, err
+		}
+	}
+	b.configureCRIU(result.Spec)
 	return &Built{Spec: result.Spec, User: result.User, ImageMounts: b.mounts, Warnings: result.Warnings}, nil
+}
+
+// configureCRIU says where CRIU finds its configuration, which the shim writes. No annotation
+// of a request may: that file can name a program that CRIU runs as root.
+func (b *builder) configureCRIU(s *specs.Spec) {
+	if s.Annotations == nil {
+		s.Annotations = map[string]string{}
+	}
+	s.Annotations[rundir.CRIUConfigAnnotation] = b.m.dir(b.rec.ID).Path(rundir.CRIUConfigName)
 }
 
 // checkSources makes sure that what is to be mounted exists.

@@ -12,8 +12,10 @@ package containers
 
 import (
 	"context"
+	"io"
 	"log/slog"
 	"maps"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -51,6 +53,9 @@ type Image struct {
 	Ref    string // a digest reference where there is one
 	Config ocispec.ImageConfig
 	Layers []digest.Digest // diff ids, base first
+	// Checkpoint is the name of the container that the image is a checkpoint of; empty: it
+	// is none.
+	Checkpoint string
 }
 
 // Images gives images to containers.
@@ -96,6 +101,13 @@ type Roots interface {
 	Disarm(target string) error
 	// UnmountBelow is Unmount for each entry of a directory, if there is one.
 	UnmountBelow(dir string) error
+	// Diff writes what is in the writable layer below dir as the stream of a layer. Nobody
+	// changes it meanwhile.
+	Diff(ctx context.Context, dir string, w io.Writer) error
+	// Restore makes the writable layer below dir of such streams, before Mount.
+	Restore(ctx context.Context, layers []digest.Digest, dir string, streams ...io.Reader) error
+	// OpenLayer opens the directory of a layer that is held.
+	OpenLayer(layer digest.Digest) (*os.Root, error)
 	// PinPID binds the pid namespace of a process to a path; Unmount undoes it.
 	PinPID(p rundir.Process, path string) error
 }
@@ -187,6 +199,10 @@ type Options struct {
 	Cgroups  Cgroups
 	CDI      CDI // nil: there are no such devices on this node
 	Plugins  Plugins
+	// NoCRIU says why no checkpoint can be made or restored now; nil if one can.
+	NoCRIU func(ctx context.Context) error
+	// RestoreImages is that of daemon.Config.
+	RestoreImages bool
 	// RejectAbsentMounts is that of daemon.Config.
 	RejectAbsentMounts bool
 	// OwnPaths are those of the runtime itself: nothing is made there or below, as

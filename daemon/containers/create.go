@@ -14,6 +14,7 @@ import (
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/holdfast-cri/holdfast/daemon/checkpoint"
 	"github.com/holdfast-cri/holdfast/daemon/claims"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/spec"
@@ -39,13 +40,27 @@ func NameOf(rec *records.Container) claims.Name {
 
 // Create makes a container, with a shim of its own, and gives its id.
 func (m *Manager) Create(ctx context.Context, pod Pod, cfg *runtimeapi.ContainerConfig) (string, error) {
+	return m.CreateFrom(ctx, pod, cfg, nil)
+}
+
+// CreateFrom is Create from a checkpoint, which says of which image it was made. The source
+// is the container's from now on. nil is Create.
+func (m *Manager) CreateFrom(ctx context.Context, pod Pod, cfg *runtimeapi.ContainerConfig,
+	archive *checkpoint.Source) (string, error) {
+	if archive != nil {
+		defer archive.Close() // it is closed twice where this request makes the container
+	}
 	if err := spec.Validate(cfg, pod.Record().Config.M); err != nil {
 		return "", err
 	}
 	if err := m.checkHandlers(cfg); err != nil {
 		return "", err
 	}
-	fingerprint, err := records.Fingerprint(cfg)
+	parts := []any{cfg}
+	if archive != nil {
+		parts = append(parts, archive.String())
+	}
+	fingerprint, err := records.Fingerprint(parts...)
 	if err != nil {
 		return "", kind.As(kind.Invalid, err)
 	}
@@ -67,7 +82,7 @@ func (m *Manager) Create(ctx context.Context, pod Pod, cfg *runtimeapi.Container
 			rec.ID, rec.CreatedAt = cl.ID, time.Now()
 			asked := m.Adopt(rec, pod, records.Seen{})
 			asked.journal(records.Asked, rec.CreatedAt, "CreateContainer")
-			err := m.create(ctx, cl, pod, rec)
+			err := m.create(ctx, cl, pod, rec, archive)
 			if err != nil {
 				asked.journal(records.Failed, time.Now(), "%v", err)
 			}
@@ -88,7 +103,8 @@ func (m *Manager) Create(ctx context.Context, pod Pod, cfg *runtimeapi.Container
 }
 
 // create makes the container that a claim is for.
-func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *records.Container) error {
+func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *records.Container,
+	archive *checkpoint.Source) error {
 	if err := pod.Ready(); err != nil {
 		return err
 	}
@@ -98,11 +114,15 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 	if err := b.prepare(ctx); err != nil {
 		return err
 	}
-	img, release, err := m.Images.Hold(ctx, "config.image.image", cfg.GetImage().GetImage())
+	img, release, from, err := m.holdImage(ctx, cfg.GetImage().GetImage(), pod, archive)
 	if err != nil {
 		return err
 	}
 	defer release()
+	defer from.close()
+	if from != nil {
+		rec.Restored = from.name
+	}
 	if err := cl.Reach(step.ContainerImage); err != nil {
 		return err
 	}
@@ -125,6 +145,9 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 		}
 	}
 	b.in.Image = img.Config
+	if b.from = from; from != nil {
+		b.in.Container = from.withArgs(b.in.Container)
+	}
 	c, err := m.Launch(ctx, cl, pod, rec, b.build)
 	if err != nil {
 		return err
@@ -228,6 +251,9 @@ func (m *Manager) Launch(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 	created.Phase, created.User.M, created.ImageMounts = records.ContainerCreated, built.User, built.ImageMounts
 	if err := c.createOnWay(ctx, &created, built.Spec); err != nil {
 		return nil, err
+	}
+	if err := os.RemoveAll(c.checkpointDir()); err != nil { // it goes with the container at the latest
+		m.Log.Warn("cannot remove an unpacked checkpoint", "container", rec.ID, "error", err)
 	}
 	if err := cl.Reach(step.ContainerRuntime); err != nil {
 		return nil, err
@@ -407,6 +433,7 @@ func (c *Container) createInShim(ctx context.Context, rec *records.Container, s 
 		Stdin:      rec.Config.M.GetStdin(),
 		StdinOnce:  rec.Config.M.GetStdinOnce(),
 		DurableDir: c.m.State.Dir(state.Containers, rec.ID),
+		RestoreDir: c.restoreDir(),
 		Container:  rundir.Opaque{TypeURL: records.ContainerURL, Value: container},
 		Sandbox:    rundir.Opaque{TypeURL: records.PodURL, Value: sandbox},
 	}

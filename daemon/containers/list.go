@@ -171,6 +171,9 @@ func (c *Container) Info() map[string]any {
 		"bootId":         rec.BootID,
 		"rootfs":         c.dir.Path(rundir.RootfsName),
 	}
+	if rec.Restored != "" {
+		info["restoredFrom"] = rec.Restored
+	}
 	if s.Exit != nil {
 		info["pid"] = 0
 	}

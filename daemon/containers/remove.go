@@ -121,7 +121,7 @@ func (c *Container) giveBack(ctx context.Context) error {
 
 func (c *Container) unmount() error {
 	errs := []error{c.m.Roots.RemoveWay(c.ID()), c.m.Roots.Unmount(c.Layer())}
-	for _, name := range []string{imagesName, volumesName} {
+	for _, name := range []string{imagesName, volumesName, rundir.CRIUName} { // CRIU leaves mounts when it is killed
 		errs = append(errs, c.m.Roots.UnmountBelow(c.dir.Path(name)))
 	}
 	for _, name := range []string{rundir.RootfsName, pidName} {

@@ -125,6 +125,7 @@ func (n *Node) Open(t *testing.T) *Daemon {
 		Sessions: n.Sessions,
 		Cgroups:  n.Cgroups,
 		Plugins:  n.Plugins,
+		NoCRIU:   func(context.Context) error { return nil },
 		Announce: func(c *containers.Container, t runtimeapi.ContainerEventType) { d.Pods.AnnounceContainer(c, t) },
 		Go:       d.Go,
 		Log:      d.Log,

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -127,6 +128,17 @@ func (r *Roots) Unmount(string) error { return r.Unmounting.try() }
 
 // UnmountBelow is Unmount.
 func (r *Roots) UnmountBelow(dir string) error { return r.Unmount(dir) }
+
+// Diff writes nothing.
+func (r *Roots) Diff(context.Context, string, io.Writer) error { return r.Mounting.try() }
+
+// Restore restores nothing.
+func (r *Roots) Restore(context.Context, []digest.Digest, string, ...io.Reader) error {
+	return r.Mounting.try()
+}
+
+// OpenLayer has no layers.
+func (r *Roots) OpenLayer(digest.Digest) (*os.Root, error) { return nil, fs.ErrNotExist }
 
 // Bind mounts nothing.
 func (r *Roots) Bind(_, _, _ string) error { return r.Mounting.try() }

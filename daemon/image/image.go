@@ -64,6 +64,8 @@ type Image struct {
 	Created  time.Time
 	// DiffIDs are the digests of the uncompressed layers, the lowest first.
 	DiffIDs []digest.Digest
+	// Annotations are those of the manifest. They are not to be changed.
+	Annotations map[string]string
 	// Pinned images are not to be collected by the kubelet.
 	Pinned bool
 }

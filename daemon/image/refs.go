@@ -248,6 +248,8 @@ func (s *Store) imageOf(refs []*loaded) Image {
 		Config:   c.Config,
 		Platform: c.Platform,
 		DiffIDs:  c.RootFS.DiffIDs,
+
+		Annotations: m.Annotations,
 	}
 	if c.Created != nil {
 		img.Created = *c.Created

@@ -63,7 +63,7 @@ func (p *Pod) makeFiles(want records.Want) error {
 		return nil
 	}
 	root := p.Record().Root()
-	return p.mountTmpfs(filepath.Join(p.dir(), shmName),
+	return p.mountTmpfs(p.shmDir(),
 		fmt.Sprintf("mode=1777,size=%d,nr_inodes=%d,uid=%d,gid=%d", shmSize, shmInodes, root.UID, root.GID))
 }
 
@@ -145,3 +145,6 @@ func (p *Pod) mountTmpfs(path, options string) error {
 	}
 	return p.m.Containers.Roots.Tmpfs(path, options)
 }
+
+// shmDir is where the pod's /dev/shm is mounted, unless it is the host's.
+func (p *Pod) shmDir() string { return filepath.Join(p.dir(), shmName) }

@@ -10,6 +10,7 @@ package pods
 
 import (
 	"context"
+	"io"
 	"log/slog"
 	"maps"
 	"slices"
@@ -63,6 +64,14 @@ type Plugins interface {
 	PostUpdatePodSandbox(ctx context.Context, p *Pod)
 }
 
+// Trees writes what is in a directory as a tar stream, and the other way round.
+type Trees interface {
+	// Diff writes all of a directory, which nobody changes meanwhile.
+	Diff(ctx context.Context, dir string, w io.Writer) error
+	// Apply puts what a hostile stream has into a directory.
+	Apply(ctx context.Context, dir string, r io.Reader) error
+}
+
 // Options are what pods are made of.
 type Options struct {
 	State      *state.Store
@@ -73,6 +82,7 @@ type Options struct {
 	Network    Network
 	Cgroups    Cgroups
 	Plugins    Plugins
+	Trees      Trees
 	Host       spec.Host
 	// Pause is the static binary of a pod's init.
 	Pause string

@@ -130,6 +130,23 @@ type Container struct {
 	// Updating says that the shim was asked for other resources than those of Config, and
 	// has not answered.
 	Updating bool `json:"updating,omitempty"`
+	// Checkpoint says that a checkpoint may be under way: the container may be frozen, and
+	// files of it may be left. nil: none is.
+	Checkpoint *Checkpoint `json:"checkpoint,omitempty"`
+	// Restored is the checkpoint that the container was made from; empty: it was not.
+	Restored string `json:"restored,omitempty"`
+}
+
+// Checkpoint is what has to be undone of a checkpoint that was cut short.
+type Checkpoint struct {
+	Files []File `json:"files"` // beside what is in the container's own directory
+}
+
+// File is a file by its path and by what it is.
+type File struct {
+	Path string `json:"path"`
+	Dev  uint64 `json:"dev"`
+	Ino  uint64 `json:"ino"`
 }
 
 // SetResources replaces the resources of the config.

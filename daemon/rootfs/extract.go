@@ -39,8 +39,8 @@ const (
 // meanwhile.
 type extractor struct {
 	ctx    context.Context
-	root   int // fd of the layer's root
-	trash  int // fd of a directory for what later entries replace
+	root   int // fd of the layer's root, closed by close
+	trash  int // the same of a directory for what later entries replace
 	limits Limits
 	buf    []byte
 
@@ -70,32 +70,47 @@ type dirEntry struct {
 // its digest.
 func extract(ctx context.Context, diff, trash string, diffID digest.Digest, stream io.Reader,
 	limits Limits) (r layerRecord, err error) {
+	x, err := newExtractor(ctx, diff, trash, limits)
+	if err != nil {
+		return r, err
+	}
+	defer x.close()
+	return x.all(diffID, stream)
+}
+
+// newExtractor writes below diff. The caller closes it.
+func newExtractor(ctx context.Context, diff, trash string, limits Limits) (x *extractor, err error) {
 	const dirFlags = unix.O_RDONLY | unix.O_DIRECTORY | unix.O_NOFOLLOW | unix.O_CLOEXEC
-	fds := make([]int, 2)
+	fds := []int{-1, -1}
 	for i, dir := range []string{diff, trash} {
 		if fds[i], err = unix.Open(dir, dirFlags, 0); err != nil {
-			return r, fmt.Errorf("cannot open %s: %w", dir, err)
+			unix.Close(fds[0])
+			return nil, fmt.Errorf("cannot open %s: %w", dir, err)
 		}
-		defer unix.Close(fds[i])
 	}
-	root := fds[0]
-	x := &extractor{
+	x = &extractor{
 		ctx:        ctx,
-		root:       root,
+		root:       fds[0],
 		trash:      fds[1],
 		limits:     limits,
 		buf:        make([]byte, 64<<10),
 		parentName: ".",
-		parent:     root,
+		parent:     fds[0],
 		dirs:       map[uint64]dirEntry{},
 		implied:    map[uint64]string{},
 		inodes:     1,
 	}
-	defer x.forgetParent()
-	if err := x.imply(root, "."); err != nil {
-		return r, err
+	if err := x.imply(x.root, "."); err != nil {
+		x.close()
+		return nil, err
 	}
-	return x.all(diffID, stream)
+	return x, nil
+}
+
+func (x *extractor) close() {
+	x.forgetParent()
+	unix.Close(x.root)
+	unix.Close(x.trash)
 }
 
 // all extracts the archive, and compares its digest.

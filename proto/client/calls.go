@@ -167,6 +167,28 @@ func (c *Client) Update(ctx context.Context, u rundir.Update) error {
 	return err
 }
 
+// Freeze stops all processes of a running container until Thaw, or for the limit at most.
+func (c *Client) Freeze(ctx context.Context, limit time.Duration) error {
+	_, err := call(ctx, c, slow, proto.ShimService.Freeze,
+		&proto.FreezeRequest{Id: c.dir.ID(), LimitMs: uint64(limit.Milliseconds())})
+	return err
+}
+
+// Thaw has a container go on that Freeze has frozen, when a Checkpoint that is under way is
+// over.
+func (c *Client) Thaw(ctx context.Context, limit time.Duration) error {
+	_, err := call(ctx, c, limit, proto.ShimService.Thaw, &proto.ThawRequest{Id: c.dir.ID()})
+	return err
+}
+
+// Checkpoint saves the processes of a frozen container in an empty directory. The shim
+// goes on with it until the limit of Freeze is over, whatever ctx says.
+func (c *Client) Checkpoint(ctx context.Context, dir string, limit time.Duration) error {
+	_, err := call(ctx, c, limit, proto.ShimService.Checkpoint,
+		&proto.CheckpointRequest{Id: c.dir.ID(), Dir: dir})
+	return err
+}
+
 // Pids lists the processes of the container, as the host numbers them.
 func (c *Client) Pids(ctx context.Context) ([]int, error) {
 	resp, err := call(ctx, c, quick, proto.ShimService.Pids, &proto.PidsRequest{Id: c.dir.ID()})

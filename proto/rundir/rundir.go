@@ -16,6 +16,7 @@
 //	init.pid     written by the OCI runtime
 //	exec/ID.json Exec, one for each exec, as long as anything of it lives
 //	exec/ID.sock where the shim awaits the client of a session (ListenSession)
+//	criu.conf    the configuration of CRIU, for a checkpoint or a restore; criu/: its logs
 //	rootfs       where the daemon mounts the container's root
 //
 // Every .json but config.json is a record (package record) that names its
@@ -56,7 +57,13 @@ const (
 	PidfileName  = "init.pid"
 	RootfsName   = "rootfs"
 	ExecsName    = "exec"
+
+	CRIUName       = "criu"      // the directory of CRIU's logs
+	CRIUConfigName = "criu.conf" // its configuration
 )
+
+// CRIUConfigAnnotation is that of a spec by which runc finds the configuration of CRIU.
+const CRIUConfigAnnotation = "org.criu.config"
 
 // SignalReappear has a shim put back what was removed of its lock, its socket,
 // shim.json and state.json. One that misses nothing changes nothing.
@@ -104,6 +111,7 @@ type Launch struct {
 	LogDirectory string  `json:"logDirectory,omitempty"` // absolute
 	LogPath      string  `json:"logPath,omitempty"`      // below it; empty: the output is dropped
 	DurableDir   string  `json:"durableDir,omitempty"`   // absolute; gets a synced copy of exit.json
+	RestoreDir   string  `json:"restoreDir,omitempty"`   // absolute; what a checkpoint has saved
 	Container    Opaque  `json:"container"`
 	Sandbox      Opaque  `json:"sandbox"`
 }
@@ -136,6 +144,9 @@ type Container struct {
 	RuntimeExe string `json:"runtimeExe,omitempty"`
 	// Fifo says that the start of the OCI runtime would do no more than open a FIFO.
 	Fifo bool `json:"fifo,omitempty"`
+	// Restored says that it was made from a checkpoint: its processes have stopped (SIGSTOP)
+	// until it is started.
+	Restored bool `json:"restored,omitempty"`
 	// CheapDelete says that the delete of the OCI runtime would do no more than
 	// remove files and cgroups.
 	CheapDelete bool `json:"cheapDelete,omitempty"`

@@ -21,6 +21,12 @@ const (
 	PodPlugins    Step = "pod-plugins"    // plugins know of it, its record says creating
 	PodReady      Step = "pod-ready"      // its record says ready, no answer was given
 	PodUpdated    Step = "pod-updated"    // other resources are on record, no answer was given
+	PodFrozen     Step = "pod-frozen"     // its containers are frozen, none is saved
+	PodThawed     Step = "pod-thawed"     // all are saved and run, no file has a name
+	PodArchive    Step = "pod-archive"    // the first file of its checkpoint has its name
+	PodArchived   Step = "pod-archived"   // all have, the records say that they are being made
+	PodRestoring  Step = "pod-restoring"  // it is ready and has none of the containers that it is restored with
+	PodRestored   Step = "pod-restored"   // it has all of them, no answer was given
 	PodStopping   Step = "pod-stopping"   // its record says stopping
 	PodKilled     Step = "pod-killed"     // its containers have ended
 	PodDetached   Step = "pod-detached"   // DEL has run, which is not on record
@@ -42,6 +48,11 @@ const (
 	ContainerUpdated  Step = "container-updated"  // the shim has new resources, which is not on record
 	ContainerReopened Step = "container-reopened" // the shim has opened its log anew, no answer was given
 	ContainerStopping Step = "container-stopping" // the shim has the deadline of its stop, no answer was given
+	ContainerFreezing Step = "container-freezing" // its record says that a checkpoint may be under way
+	ContainerFrozen   Step = "container-frozen"   // it is frozen, nothing is saved
+	ContainerSaved    Step = "container-saved"    // it is saved and still frozen, there is no archive
+	ContainerThawed   Step = "container-thawed"   // it runs, there is no archive
+	ContainerArchived Step = "container-archived" // the archive is there, the record says that it is being made
 	ContainerRemoving Step = "container-removing" // its record says removing
 	ContainerEnded    Step = "container-ended"    // its shim and its processes are gone
 	ContainerBuried   Step = "container-buried"   // what a dead shim left is killed, no exit record
@@ -79,6 +90,8 @@ const (
 	ShimExecEnded     Step = "shim-exec-ended"     // an exec has ended, nobody was told
 	ShimUpdated       Step = "shim-updated"        // the kernel has new resources, which is not on record
 	ShimUpdateKept    Step = "shim-update-kept"    // update.json says so, no answer was given
+	ShimFrozen        Step = "shim-frozen"         // it is frozen for a checkpoint, no answer was given
+	ShimSaved         Step = "shim-saved"          // the OCI runtime has saved it, no answer was given
 	ShimExitSeen      Step = "shim-exit-seen"      // init is a zombie, there is no exit record
 	ShimExitRecorded  Step = "shim-exit-recorded"  // exit.json is there, init is not reaped
 	ShimReaped        Step = "shim-reaped"         // init is reaped, the output is not drained

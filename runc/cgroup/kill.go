@@ -211,6 +211,36 @@ func (c Set) freeze() {
 	}
 }
 
+// freezePoll is how often the kernel is asked whether all has stopped: on v1 it tells
+// nobody.
+const freezePoll = 2 * time.Millisecond
+
+// Freeze stops all processes, those below included, and returns when they have stopped.
+// After an error they run. ctx has a deadline.
+func (c Set) Freeze(ctx context.Context) error {
+	dir, name, state := c.freezer()
+	if dir == "" {
+		return ErrNone
+	}
+	err := os.WriteFile(filepath.Join(dir, name), []byte(state.frozen), 0)
+	for err == nil {
+		var now []byte
+		if now, err = os.ReadFile(filepath.Join(dir, state.file)); err != nil || state.is(string(now)) {
+			break
+		}
+		select {
+		case <-time.After(freezePoll):
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+	}
+	if err != nil {
+		c.Thaw()
+		return fmt.Errorf("cannot freeze the processes of cgroup %s: %w", c, err)
+	}
+	return nil
+}
+
 // Thaw lets a frozen cgroup run, and each one below it that was frozen by
 // itself. On v1 a frozen process does not die of a signal, SIGKILL included.
 func (c Set) Thaw() {
@@ -222,16 +252,23 @@ func (c Set) Thaw() {
 	}
 }
 
-type freezerStates struct{ frozen, thawed string }
+type freezerStates struct {
+	frozen, thawed string
+	file, says     string // says is a line of the file when all processes have stopped
+}
+
+func (s freezerStates) is(content string) bool {
+	return strings.Contains("\n"+content, "\n"+s.says+"\n")
+}
 
 // freezer is the directory and the file by which the set is frozen; "" if it
 // cannot be.
 func (c Set) freezer() (dir, name string, states freezerStates) {
 	if dir, ok := c.dir("freezer"); ok {
-		return dir, "freezer.state", freezerStates{"FROZEN", "THAWED"}
+		return dir, "freezer.state", freezerStates{"FROZEN", "THAWED", "freezer.state", "FROZEN"}
 	}
 	if dir, ok := c.dir(""); ok {
-		return dir, "cgroup.freeze", freezerStates{"1", "0"}
+		return dir, "cgroup.freeze", freezerStates{"1", "0", "cgroup.events", "frozen 1"}
 	}
 	return "", "", freezerStates{}
 }

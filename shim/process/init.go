@@ -14,12 +14,28 @@ import (
 // Create runs the OCI runtime's create and adopts the init that it leaves. After an
 // error there may be an init that has to be ended: End.
 func (h *Host) Create(ctx context.Context, o runc.CreateOptions) (*Process, error) {
+	return h.create(o, func(o runc.CreateOptions) error { return h.Runtime.Create(ctx, h.Dir.ID(), o) })
+}
+
+// Restore is Create from what a checkpoint has saved. What comes of it has stopped, and
+// goes on with Resume.
+func (h *Host) Restore(ctx context.Context, o runc.CreateOptions, from string) (*Process, error) {
+	if err := h.configureCRIU(leaveStopped); err != nil {
+		return nil, err
+	}
+	saved := runc.CheckpointOptions{Images: from, Work: h.Dir.Path(rundir.CRIUName)}
+	return h.create(o, func(o runc.CreateOptions) error {
+		return h.Runtime.Restore(ctx, h.Dir.ID(), o, saved)
+	})
+}
+
+func (h *Host) create(o runc.CreateOptions, run func(runc.CreateOptions) error) (*Process, error) {
 	o.PidFile = h.Dir.Path(rundir.PidfileName)
 	// Of an OCI runtime that was killed while it wrote it.
 	defer os.Remove(h.Dir.Path("." + rundir.PidfileName))
 	release := h.Reaper.Hold()
 	defer release()
-	if err := h.Runtime.Create(ctx, h.Dir.ID(), o); err != nil {
+	if err := run(o); err != nil {
 		return nil, err
 	}
 	p := &Process{host: h}

@@ -6,9 +6,12 @@ import (
 	"maps"
 	"math/rand/v2"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -62,11 +65,14 @@ const (
 	updated        // it, and the pod, get other resources
 	inSession      // it has sessions
 	watched        // somebody has events told
+	saved          // a checkpoint is made of it
+	podSaved       // a checkpoint is made of its pod, and another pod of that
 )
 
 func (l life) String() string {
 	return [...]string{
 		"plain", "with init", "dead shim", "stopped", "reopened", "visited", "updated", "in session", "watched",
+		"saved", "pod saved",
 	}[l]
 }
 
@@ -104,6 +110,12 @@ var disasters = []disaster{
 	{at: step.PodDetached, life: withInit},
 	{at: step.PodStopped},
 	{at: step.PodErased},
+	{at: step.PodFrozen, life: podSaved},
+	{at: step.PodThawed, life: podSaved},
+	{at: step.PodArchive, life: podSaved},
+	{at: step.PodArchived, life: podSaved},
+	{at: step.PodRestoring, life: podSaved},
+	{at: step.PodRestored, life: podSaved},
 
 	{at: step.ContainerImage},
 	{at: step.ContainerRecord},
@@ -127,6 +139,11 @@ var disasters = []disaster{
 	{at: step.ContainerReopened, life: reopened},
 	{at: step.ContainerStopping, life: stopped},
 	{at: step.ContainerStopping}, // by StopPodSandbox
+	{at: step.ContainerFreezing, life: saved},
+	{at: step.ContainerFrozen, life: saved},
+	{at: step.ContainerSaved, life: saved},
+	{at: step.ContainerThawed, life: saved},
+	{at: step.ContainerArchived, life: saved},
 	{at: step.ContainerRemoving},
 	{at: step.ContainerRemoving, nth: 2},
 	{at: step.ContainerRemoving, life: withInit},
@@ -166,6 +183,8 @@ var disasters = []disaster{
 	{ofShim: true, at: step.ShimExecEnded, life: inSession, lost: ending},
 	{ofShim: true, at: step.ShimUpdated, life: updated, lost: ending},
 	{ofShim: true, at: step.ShimUpdateKept, life: updated, lost: ending},
+	{ofShim: true, at: step.ShimFrozen, life: saved, lost: ending},
+	{ofShim: true, at: step.ShimSaved, life: saved, lost: ending},
 	{ofShim: true, at: step.ShimExitSeen, lost: ending},
 	{ofShim: true, at: step.ShimExitRecorded, lost: output},
 	{ofShim: true, at: step.ShimReaped, lost: output},
@@ -280,6 +299,9 @@ func eachStep(t *testing.T, action string) {
 			for round := range rounds {
 				for i, d := range list {
 					t.Run(d.String(), func(t *testing.T) {
+						if (d.life == saved || d.life == podSaved) && noCRIU() != "" {
+							t.Skip(noCRIU())
+						}
 						k := &kubelet{disaster: d, n: n.With(t), t: t, tally: tally, action: action}
 						if strings.HasPrefix(action, "fail") {
 							k.excuse = "failpoint"
@@ -299,6 +321,14 @@ func eachStep(t *testing.T, action string) {
 		})
 	}
 }
+
+// noCRIU says why CRIU cannot work on this machine; "" if it can.
+var noCRIU = sync.OnceValue(func() string {
+	if out, err := exec.Command("criu", "check").CombinedOutput(); err != nil {
+		return fmt.Sprintf("criu check: %v: %s", err, out)
+	}
+	return ""
+})
 
 // chosen are the disasters of an action. What the kubelet sees of a step that fails
 // is much the same in each life, so that one of them does but for a drill.
@@ -429,7 +459,93 @@ func (k *kubelet) disturb(c *harness.Container, what life) {
 		k.update(c)
 	case inSession:
 		k.converse(c)
+	case saved:
+		k.save(c)
+	case podSaved:
+		k.restorePod(c, k.savePod(c))
 	}
+}
+
+// savePod makes a checkpoint of the pod of a container, and gives its directory. Whenever
+// that fails, the container goes on, and nothing is left in the directory.
+func (k *kubelet) savePod(c *harness.Container) (dir string) {
+	k.t.Helper()
+	dir = k.t.TempDir()
+	k.do("CheckpointPod", func(ctx context.Context) error {
+		_, err := k.n.Runtime.CheckpointPod(ctx, &cri.CheckpointPodRequest{
+			PodSandboxId: c.Pod.ID,
+			OutputPath:   dir,
+			ContainerIds: []string{c.ID},
+		})
+		files := 3
+		if err != nil {
+			files = 0
+			k.revive()
+		}
+		k.eventually("there is the whole checkpoint or nothing", func() bool {
+			left, rerr := os.ReadDir(dir)
+			return rerr == nil && len(left) == files
+		})
+		lines := len(c.Log())
+		k.eventually("the container goes on", func() bool { return len(c.Log()) > lines+2 })
+		return err
+	})
+	return dir
+}
+
+// restorePod makes a pod of a checkpoint, which is whole in the end, runs, and goes.
+func (k *kubelet) restorePod(c *harness.Container, dir string) {
+	k.t.Helper()
+	p := &harness.Pod{N: k.n, Config: k.n.PodConfig(c.Pod.Config.Metadata.Name + "-restored")}
+	r := &harness.Container{N: k.n, Pod: p, Config: c.Config}
+	k.do("RestorePod", func(ctx context.Context) error {
+		resp, err := k.n.Runtime.RestorePod(ctx, &cri.RestorePodRequest{
+			CheckpointPath:   dir,
+			Config:           p.Config,
+			ContainerConfigs: []*cri.ContainerConfig{c.Config},
+		})
+		if err == nil {
+			p.ID, r.ID = resp.PodSandboxId, resp.RestoredContainers[0].ContainerId
+		}
+		return err
+	})
+	k.do("StartContainer", func(ctx context.Context) error {
+		_, err := k.n.Runtime.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: r.ID})
+		return err
+	})
+	k.eventually("the restored container goes on", func() bool { return len(r.Log()) > 2 })
+	k.do("RemovePodSandbox", func(ctx context.Context) error {
+		_, err := k.n.Runtime.RemovePodSandbox(ctx, &cri.RemovePodSandboxRequest{PodSandboxId: p.ID})
+		return err
+	})
+}
+
+// save makes a checkpoint of a container. Whenever that fails, the container goes on, and
+// nothing is left of the archive.
+func (k *kubelet) save(c *harness.Container) {
+	k.t.Helper()
+	dir := k.t.TempDir()
+	k.do("CheckpointContainer", func(ctx context.Context) error {
+		_, err := k.n.Runtime.CheckpointContainer(ctx, &cri.CheckpointContainerRequest{
+			ContainerId: c.ID,
+			Location:    filepath.Join(dir, "archive.tar"),
+		})
+		files := 1
+		if err != nil {
+			files = 0
+			k.revive()
+		}
+		k.eventually("there is the whole archive or nothing", func() bool {
+			left, rerr := os.ReadDir(dir)
+			return rerr == nil && len(left) == files
+		})
+		if err := k.unlessLost(ctx, c, err); err != nil || k.lost == ending && k.action == "kill" {
+			return err
+		}
+		lines := len(c.Log())
+		k.eventually("the container goes on", func() bool { return len(c.Log()) > lines+2 })
+		return err
+	})
 }
 
 // update gives a container other resources. Whenever that fails, it has the old ones or

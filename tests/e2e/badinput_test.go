@@ -343,7 +343,7 @@ func TestBadInput(t *testing.T) {
 			}, codes.InvalidArgument, "overhead.cpu_period"},
 			{"CheckpointContainer", func(x context.Context) (any, error) {
 				return rt.CheckpointContainer(x, &cri.CheckpointContainerRequest{ContainerId: good.ID})
-			}, codes.Unimplemented, "CheckpointContainer"},
+			}, codes.InvalidArgument, "location"},
 		} {
 			t.Run(c.name, func(t *testing.T) {
 				ctx, cancel := harness.Deadline()

@@ -149,6 +149,8 @@ func (r *requests) request(m protoreflect.MethodDescriptor) proto.Message {
 	case *cri.CreateContainerRequest:
 		q.Config = harness.ContainerConfig(fmt.Sprintf("c%d", r.made), []string{"sleep", "1000"})
 		q.PodSandboxId = r.one(r.pods)
+	case *cri.CheckpointContainerRequest:
+		q.Location = r.n.Path(fmt.Sprintf("c%d.tar", r.made))
 	case *cri.PullImageRequest:
 		q.Image = &cri.ImageSpec{Image: harness.Image}
 	}

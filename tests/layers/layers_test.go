@@ -152,12 +152,12 @@ var ofTheModule = map[string][]string{
 	"daemon": {"daemon/...", "proto/kind", "proto/record", "proto/rundir", "proto/stream", "runc/cgroup"},
 
 	"daemon/pods": {
-		"daemon/beneath", "daemon/claims", "daemon/containers", "daemon/records", "daemon/runtimes", "daemon/spec",
-		"daemon/state", "proto/kind", "proto/rundir", "proto/step", "proto/stream",
+		"daemon/beneath", "daemon/checkpoint", "daemon/claims", "daemon/containers", "daemon/records", "daemon/runtimes",
+		"daemon/spec", "daemon/state", "proto/kind", "proto/rundir", "proto/step", "proto/stream",
 	},
 	"daemon/containers": {
-		"daemon/claims", "daemon/records", "daemon/runtimes", "daemon/spec", "daemon/state", "daemon/beneath",
-		"proto/client", "proto/kind", "proto/record", "proto/rundir", "proto/step", "proto/stream",
+		"daemon/checkpoint", "daemon/claims", "daemon/records", "daemon/runtimes", "daemon/spec", "daemon/state",
+		"daemon/beneath", "proto/client", "proto/kind", "proto/record", "proto/rundir", "proto/step", "proto/stream",
 	},
 
 	// The auditor joins the mechanisms as daemon does, and reads what they have written.
@@ -165,6 +165,9 @@ var ofTheModule = map[string][]string{
 		"daemon/image", "daemon/journal", "daemon/network/netns", "daemon/placement", "daemon/records", "daemon/rootfs",
 		"daemon/state", "proto/rundir", "proto/stream", "reaper/pidfd", "runc/cgroup",
 	},
+	// What a checkpoint is on a disk; it does nothing to a container.
+	"daemon/checkpoint": {"daemon/records", "proto/kind", "reaper/group"},
+
 	"daemon/claims":    {"proto/kind", "proto/step"},
 	"daemon/events":    {"proto/kind", "proto/step"},
 	"daemon/journal":   {"daemon/records"},

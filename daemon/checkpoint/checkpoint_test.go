@@ -1,0 +1,188 @@
+package checkpoint
+
+import (
+	"archive/tar"
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/proto/kind"
+)
+
+// A file has no name before Commit, takes nobody's place, and is removed only as itself.
+func TestOutput(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "a.tar")
+	old := unix.Umask(0o777)
+	o, err := Create(path)
+	unix.Umask(old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer o.Close()
+	if list, _ := os.ReadDir(dir); len(list) != 0 {
+		t.Errorf("before Commit there is %v", list)
+	}
+	if err := o.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	if st, err := os.Stat(path); err != nil || st.Mode() != 0o600 {
+		t.Errorf("after Commit: %v, %v", st, err)
+	}
+	if err := o.Commit(); !errors.Is(err, kind.Exists) {
+		t.Errorf("a second Commit: %v", err)
+	}
+	stranger := o.At
+	stranger.Ino++
+	if err := Remove(stranger); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Error("a stranger's file was removed")
+	}
+	if err := errors.Join(Remove(o.At), Remove(o.At)); err != nil {
+		t.Error(err)
+	}
+	if list, _ := os.ReadDir(dir); len(list) != 0 {
+		t.Errorf("after Remove there is %v", list)
+	}
+	os.Symlink("/etc/passwd", path)
+	for path, want := range map[string]error{
+		path: kind.Exists, "a.tar": kind.Invalid, dir + "/x/../a": kind.Invalid, "/": kind.Invalid, dir + "/": kind.Invalid,
+		dir + "/absent/a": kind.Invalid, dir + "/" + strings.Repeat("x", 256): kind.Invalid, "/proc/a": kind.State,
+	} {
+		if o, err := Create(path); !errors.Is(err, want) {
+			t.Errorf("%.100s: %v, %v, want %v", path, o, err, want)
+		}
+	}
+}
+
+// entry is one of an archive.
+type entry struct {
+	name, body string
+	typ        byte
+}
+
+func archive(t *testing.T, entries ...entry) *Source {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "archive.tar")
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, e := range entries {
+		h := &tar.Header{Name: e.name, Typeflag: e.typ, Size: int64(len(e.body)), Linkname: "/etc/passwd"}
+		if e.typ == 0 {
+			h.Typeflag, h.Linkname = tar.TypeReg, ""
+		}
+		if err := errors.Join(w.WriteHeader(h), second(w.Write([]byte(e.body)))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(w.Close(), os.WriteFile(path, b.Bytes(), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	s, err := OpenArchive(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+func second(_ int, err error) error { return err }
+
+var (
+	fds    = entry{name: "checkpoint/descriptors.json", body: `["/dev/null","pipe:[1]","pipe:[2]"]`}
+	config = entry{name: "config.dump", body: `{"id":"a","name":"b"}`}
+	spec   = entry{name: "spec.dump", body: `{"process":{"args":["sh"]},"linux":{}}`}
+)
+
+// Archives that are in order, and hostile ones: nothing is written but what belongs there.
+func TestUnpack(t *testing.T) {
+	for name, c := range map[string]struct {
+		entries []entry
+		want    string // what is unpacked; empty: it is refused
+	}{
+		"in order": {[]entry{{name: "checkpoint/", typ: tar.TypeDir}, {name: "./checkpoint/core-1.img"}, fds,
+			{name: "rootfs-diff.tar"}}, "checkpoint checkpoint/core-1.img checkpoint/descriptors.json rootfs-diff.tar"},
+		"others": {[]entry{{name: "../../x"}, {name: "ctr.log"}, {name: "checkpoint/a/b"}, fds},
+			"checkpoint checkpoint/descriptors.json"},
+		"a way out":      {[]entry{{name: "checkpoint/../../../x"}, fds}, "checkpoint checkpoint/descriptors.json"},
+		"a link":         {[]entry{fds, {name: "checkpoint/core-1.img", typ: tar.TypeSymlink}}, ""},
+		"a linked place": {[]entry{{name: "checkpoint", typ: tar.TypeSymlink}, fds}, ""},
+		"a device":       {[]entry{fds, {name: "checkpoint/null", typ: tar.TypeChar}}, ""},
+		"twice":          {[]entry{fds, fds}, ""},
+		"no descriptors": {[]entry{{name: "checkpoint/core-1.img"}}, ""},
+		"descriptors":    {[]entry{{name: fds.name, body: `["a","b","c","pipe:[9]"]`}}, ""},
+		"a short host":   {[]entry{fds, {name: "checkpoint/utsns-1.img", body: "x"}}, ""},
+	} {
+		dir := t.TempDir()
+		_, err := archive(t, c.entries...).Unpack(t.Context(), dir, "host")
+		if c.want == "" {
+			if !errors.Is(err, kind.Invalid) {
+				t.Errorf("%s: %v", name, err)
+			}
+			continue
+		}
+		var got []string
+		filepath.WalkDir(dir, func(path string, _ os.DirEntry, _ error) error {
+			if rel, _ := filepath.Rel(dir, path); rel != "." {
+				got = append(got, rel)
+			}
+			return nil
+		})
+		if err != nil || strings.Join(got, " ") != c.want {
+			t.Errorf("%s: %v, %v", name, got, err)
+		}
+	}
+}
+
+func TestInfo(t *testing.T) {
+	info, err := archive(t, config, spec).Info()
+	if err != nil || info.Config.ID != "a" || info.Spec.Process.Args[0] != "sh" {
+		t.Errorf("%v, %v", info, err)
+	}
+	for name, entries := range map[string][]entry{
+		"no config": {spec}, "no spec": {config}, "no process": {config, {name: spec.name, body: "{}"}},
+		"no JSON": {config, {name: spec.name, body: "{"}}, "nothing": nil,
+	} {
+		if _, err := archive(t, entries...).Info(); !errors.Is(err, kind.Invalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for _, path := range []string{t.TempDir(), "/dev/null"} {
+		if _, err := OpenArchive(path); !errors.Is(err, kind.Invalid) {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+}
+
+// The name of the host in an image of CRIU is replaced, and nothing else.
+func TestHostname(t *testing.T) {
+	image := []byte("\x19CVT\x032GT\x0d\x00\x00\x00\x0a\x03zzz\x12\x06(none)")
+	got, err := withHostname(image, "longer")
+	if want := "\x19CVT\x032GT\x10\x00\x00\x00\x0a\x06longer\x12\x06(none)"; err != nil || string(got) != want {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// What other runtimes list as removed becomes whiteouts inside the root.
+func TestDeletedFiles(t *testing.T) {
+	layer, err := archive(t, fds, entry{name: deletedName, body: `["/etc/group","../../a"]`}).
+		Unpack(t.Context(), t.TempDir(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	r := tar.NewReader(bytes.NewReader(layer))
+	for h, err := r.Next(); err == nil; h, err = r.Next() {
+		names = append(names, h.Name)
+	}
+	if got := strings.Join(names, " "); got != "etc/.wh.group .wh.a" {
+		t.Errorf("the layer has %q", got)
+	}
+}

@@ -1,0 +1,153 @@
+package checkpoint
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+)
+
+// Output is a file that has no name until it is complete: it goes with the process that
+// writes it. Its mode is 0600. It has one user.
+type Output struct {
+	*os.File
+	At records.File
+
+	dir *os.File
+}
+
+// Directory opens a directory of the host that a request names. Its own path is resolved as
+// the host's administrator has laid it out; nothing in it is ever followed. The caller
+// closes the result.
+func Directory(path string) (*os.File, error) {
+	if !filepath.IsAbs(path) {
+		return nil, kind.Errorf(kind.Invalid, "%.200q is not absolute", path)
+	}
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, kind.Errorf(kind.Invalid, "cannot open the directory %.200q: %w", path, err)
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// Create begins a file that is to have this path, at which nothing must be. Errors that are
+// the request's are of the kind kind.Invalid, kind.Exists or kind.State.
+func Create(path string) (*Output, error) {
+	name := filepath.Base(path)
+	if !filepath.IsAbs(path) || filepath.Clean(path) != path || name == "/" {
+		return nil, kind.Errorf(kind.Invalid, "%.200q is no absolute path of a file in its shortest form", path)
+	}
+	dir, err := Directory(filepath.Dir(path))
+	if err != nil {
+		return nil, err
+	}
+	o, err := createIn(dir, name)
+	if err != nil {
+		dir.Close()
+		return nil, err
+	}
+	o.dir = dir
+	return o, nil
+}
+
+// CreateIn is Create for a name in an open directory, which stays the caller's.
+func CreateIn(dir *os.File, name string) (*Output, error) {
+	fd, err := unix.FcntlInt(dir.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("cannot hold %s: %w", dir.Name(), err)
+	}
+	own := os.NewFile(uintptr(fd), dir.Name())
+	o, err := createIn(own, name)
+	if err != nil {
+		own.Close()
+		return nil, err
+	}
+	o.dir = own
+	return o, nil
+}
+
+func createIn(dir *os.File, name string) (*Output, error) {
+	path := filepath.Join(dir.Name(), name)
+	var st unix.Stat_t
+	err := unix.Fstatat(int(dir.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW)
+	switch {
+	case err == nil:
+		return nil, kind.Errorf(kind.Exists, "%.200q exists", path)
+	case errors.Is(err, unix.ENAMETOOLONG):
+		return nil, kind.Errorf(kind.Invalid, "%.200q: %w", path, err)
+	case !errors.Is(err, unix.ENOENT):
+		return nil, kind.As(kind.Unavailable, fmt.Errorf("cannot look at %.200q: %w", path, err))
+	}
+	fd, err := unix.Openat(int(dir.Fd()), ".", unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EISDIR) || errors.Is(err, unix.EROFS) {
+		return nil, kind.Errorf(kind.State, "cannot make a file without a name in %s (O_TMPFILE): %w", dir.Name(), err)
+	}
+	if err != nil {
+		return nil, kind.As(kind.Unavailable, fmt.Errorf("cannot make a file in %s: %w", dir.Name(), err))
+	}
+	f := os.NewFile(uintptr(fd), path)
+	err = f.Chmod(0o600) // whatever the umask
+	if err == nil {
+		err = unix.Fstat(fd, &st)
+	}
+	if err != nil {
+		f.Close()
+		return nil, kind.As(kind.Unavailable, fmt.Errorf("cannot make %.200q: %w", path, err))
+	}
+	return &Output{File: f, At: records.File{Path: path, Dev: st.Dev, Ino: st.Ino}}, nil
+}
+
+// Commit gives the file its name, when all of it is on the disk. What has come there
+// meanwhile stays, and is kind.Exists.
+func (o *Output) Commit() error {
+	err := o.Sync()
+	if err == nil {
+		err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", o.Fd()),
+			int(o.dir.Fd()), filepath.Base(o.At.Path), unix.AT_SYMLINK_FOLLOW)
+	}
+	if errors.Is(err, unix.EEXIST) {
+		return kind.Errorf(kind.Exists, "%.200q has come into being meanwhile", o.At.Path)
+	}
+	if err == nil {
+		err = o.dir.Sync()
+	}
+	if err != nil {
+		return kind.As(kind.Unavailable, fmt.Errorf("cannot write %.200q: %w", o.At.Path, err))
+	}
+	return nil
+}
+
+// Close ends the use of it. Without a Commit nothing is left of it.
+func (o *Output) Close() error { return errors.Join(o.File.Close(), o.dir.Close()) }
+
+// Remove removes a file that an Output has made, or was to make. Another one that has come
+// to its path since is not meant.
+func Remove(f records.File) error {
+	dir, err := Directory(filepath.Dir(f.Path))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	name := filepath.Base(f.Path)
+	var st unix.Stat_t
+	err = unix.Fstatat(int(dir.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW)
+	if err == nil && (st.Dev != f.Dev || st.Ino != f.Ino) {
+		return nil
+	}
+	if err == nil {
+		err = unix.Unlinkat(int(dir.Fd()), name, 0)
+	}
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("cannot remove %.200q: %w", f.Path, err)
+	}
+	return nil
+}

@@ -1,0 +1,362 @@
+package containers
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/holdfast-cri/holdfast/daemon/checkpoint"
+	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/daemon/state"
+	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/proto/step"
+)
+
+// A checkpoint freezes the container, has its shim save the processes, writes down what is
+// in the writable layer, and lets it run again. The archive is made of that. The record says
+// from before the freeze on that all this may have to be undone; a shim whose daemon was
+// killed thaws by itself when the time is up.
+
+// DefaultCheckpoint is how long a checkpoint may take for which nothing is said.
+const DefaultCheckpoint = 10 * time.Minute
+
+const (
+	// thawTimeout bounds how long a thaw waits for the OCI runtime, which ends at the limit
+	// of the freeze.
+	thawTimeout = 30 * time.Second
+	// checkpointName is the directory of a checkpoint among the container's own files.
+	checkpointName = "checkpoint"
+)
+
+// Snapshot is a checkpoint of one container on its way: Begin, Freeze, Save, Thaw, Fill,
+// End. End is called in any case, and undoes what is left of the others.
+type Snapshot struct {
+	c    *Container
+	dir  string
+	took time.Time
+}
+
+// Checkpoint makes an archive of a running container, which goes on. timeout 0 is the
+// default.
+func (m *Manager) Checkpoint(ctx context.Context, id, location string, timeout time.Duration) error {
+	c, err := m.Find(id)
+	if err != nil {
+		return err
+	}
+	if timeout == 0 {
+		timeout = DefaultCheckpoint
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	out, err := checkpoint.Create(location)
+	if err != nil {
+		return fmt.Errorf("location: %w", err)
+	}
+	defer out.Close()
+	if err := c.Checkpointable(); err != nil {
+		return err
+	}
+	if err := m.NoCRIU(ctx); err != nil {
+		return err
+	}
+	s, err := c.Begin(ctx, out.At)
+	if err != nil {
+		return err
+	}
+	err = s.make(ctx, out)
+	if eerr := s.End(err == nil); err == nil {
+		err = eerr
+	}
+	return err
+}
+
+// make makes the archive of a container.
+func (s *Snapshot) make(ctx context.Context, out *checkpoint.Output) error {
+	if err := s.take(ctx); err != nil {
+		return err
+	}
+	if err := s.Fill(ctx, out); err != nil {
+		return err
+	}
+	if err := out.Commit(); err != nil {
+		return fmt.Errorf("location: %w", err)
+	}
+	return step.Reach(step.ContainerArchived)
+}
+
+// Checkpointable says why no checkpoint can be made of the container; nil if one can.
+func (c *Container) Checkpointable() error {
+	if err := c.running(); err != nil {
+		return err
+	}
+	if c.pod.Record().Userns() != nil {
+		return kind.Errorf(kind.State, "container_id: %s has a user namespace, which CRIU cannot restore", c)
+	}
+	return nil
+}
+
+// Begin writes down that a checkpoint may be under way, which makes these files. No other
+// call changes the container until End.
+func (c *Container) Begin(ctx context.Context, files ...records.File) (*Snapshot, error) {
+	if err := c.op.Lock(ctx, c.String()); err != nil {
+		return nil, err
+	}
+	s := &Snapshot{c: c, dir: c.checkpointDir()}
+	err := c.Checkpointable()
+	if err == nil && c.Record().Phase == records.ContainerRemoving {
+		err = kind.Errorf(kind.State, "container_id: %s is being removed", c)
+	}
+	if err == nil && c.Record().Checkpoint != nil {
+		err = c.undoCheckpointLocked(ctx, true)
+	}
+	if err == nil {
+		err = c.save(func(r *records.Container) { r.Checkpoint = &records.Checkpoint{Files: files} })
+	}
+	if err != nil {
+		c.op.Unlock()
+		return nil, err
+	}
+	err = step.Reach(step.ContainerFreezing)
+	if err == nil {
+		err = kind.As(kind.Unavailable, errors.Join(os.Mkdir(s.dir, 0o700), os.Mkdir(checkpoint.ImagesDir(s.dir), 0o700)))
+	}
+	if err != nil {
+		s.End(false)
+		return nil, err
+	}
+	return s, nil
+}
+
+// checkpointDir is where a checkpoint of the container lies until it is an archive, or is
+// restored.
+func (c *Container) checkpointDir() string {
+	return filepath.Join(c.m.State.Dir(state.Containers, c.ID()), checkpointName)
+}
+
+// take does all that needs a frozen container.
+func (s *Snapshot) take(ctx context.Context) error {
+	err := s.Freeze(ctx)
+	if err == nil {
+		err = s.Save(ctx)
+	}
+	if terr := s.Thaw(); err == nil && terr == nil {
+		return step.Reach(step.ContainerThawed)
+	} else if err == nil {
+		err = terr
+	}
+	return err
+}
+
+// limit is how long a call of the shim may take: the shim is bounded by that of the freeze.
+func limit(ctx context.Context) time.Duration {
+	if at, ok := ctx.Deadline(); ok {
+		return max(time.Until(at), time.Millisecond)
+	}
+	return DefaultCheckpoint
+}
+
+// Freeze stops the container.
+func (s *Snapshot) Freeze(ctx context.Context) error {
+	c := s.c
+	err := c.call(ctx, func() error { return c.client.Freeze(ctx, limit(ctx)) })
+	if errors.Is(err, kind.Unsupported) {
+		err = kind.Errorf(kind.State, "container_id: the shim of %s is of a version without checkpoints", c)
+	}
+	if err == nil {
+		s.took = time.Now()
+		err = step.Reach(step.ContainerFrozen)
+	}
+	return err
+}
+
+// Save has what a frozen container is written down.
+func (s *Snapshot) Save(ctx context.Context) error {
+	c := s.c
+	err := c.call(ctx, func() error {
+		return c.client.Checkpoint(ctx, checkpoint.ImagesDir(s.dir), limit(ctx))
+	})
+	if err == nil {
+		err = s.saveLayer(ctx)
+	}
+	if err == nil {
+		err = step.Reach(step.ContainerSaved)
+	}
+	return err
+}
+
+// saveLayer writes down what the container has written.
+func (s *Snapshot) saveLayer(ctx context.Context) error {
+	f, err := os.OpenFile(checkpoint.DiffPath(s.dir), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return kind.As(kind.Unavailable, err)
+	}
+	err = s.c.m.Roots.Diff(ctx, filepath.Dir(s.dir), f)
+	return kind.As(kind.Unavailable, errors.Join(err, f.Close()))
+}
+
+// Thaw lets the container run, whatever has become of the caller.
+func (s *Snapshot) Thaw() error {
+	c := s.c
+	ctx, cancel := context.WithTimeout(context.Background(), thawTimeout)
+	defer cancel()
+	err := c.call(ctx, func() error { return c.client.Thaw(ctx, thawTimeout) })
+	if err != nil && c.readExit() {
+		return nil
+	}
+	return err
+}
+
+// Fill makes the archive, which has no name yet.
+func (s *Snapshot) Fill(ctx context.Context, out *checkpoint.Output) error {
+	parts, err := s.parts()
+	if err == nil {
+		err = parts.Write(ctx, out)
+	}
+	return kind.As(kind.Unavailable, err)
+}
+
+// parts says of what the archive is made.
+func (s *Snapshot) parts() (*checkpoint.Parts, error) {
+	c := s.c
+	rec := c.Record()
+	b, err := c.dir.ReadSpec()
+	if err != nil {
+		return nil, err
+	}
+	spec := new(specs.Spec)
+	if err := json.Unmarshal(b, spec); err != nil {
+		return nil, fmt.Errorf("cannot read the spec: %w", err)
+	}
+	if err := annotate(spec, c.pod.Record(), rec); err != nil {
+		return nil, err
+	}
+	handler, err := c.m.Runtimes.For(rec.Handler)
+	if err != nil {
+		return nil, err
+	}
+	return &checkpoint.Parts{
+		Config: checkpoint.Config{
+			ID:           rec.ID,
+			Name:         c.name(),
+			Image:        ImageOf(rec.Config.M).GetImage(),
+			ImageRef:     rec.ImageID,
+			ImageName:    rec.ImageRef,
+			Runtime:      filepath.Base(handler.Path),
+			CreatedAt:    rec.CreatedAt,
+			Checkpointed: s.took,
+			Restored:     rec.Restored != "",
+		},
+		Spec: spec,
+		Dir:  s.dir,
+		Logs: c.dir.Path(rundir.CRIUName),
+	}, nil
+}
+
+// annotate says in a spec what tools for such archives look for there.
+func annotate(spec *specs.Spec, pod *records.Pod, rec *records.Container) error {
+	meta, cfg := pod.Config.M.GetMetadata(), rec.Config.M
+	own, err := json.Marshal(cfg.GetAnnotations())
+	if err != nil {
+		return err
+	}
+	spec.Annotations = maps.Clone(spec.Annotations)
+	if spec.Annotations == nil {
+		spec.Annotations = map[string]string{}
+	}
+	delete(spec.Annotations, rundir.CRIUConfigAnnotation)
+	maps.Copy(spec.Annotations, map[string]string{
+		"io.kubernetes.cri.container-type":    "container",
+		"io.kubernetes.cri.container-name":    cfg.GetMetadata().GetName(),
+		"io.kubernetes.cri.image-name":        ImageOf(cfg).GetImage(),
+		"io.kubernetes.cri.sandbox-id":        pod.ID,
+		"io.kubernetes.cri.sandbox-name":      meta.GetName(),
+		"io.kubernetes.cri.sandbox-namespace": meta.GetNamespace(),
+		"io.kubernetes.cri.sandbox-uid":       meta.GetUid(),
+		"io.kubernetes.cri-o.Annotations":     string(own),
+	})
+	return nil
+}
+
+// End lets go of the container, which runs. Files of a checkpoint that is not kept are
+// removed. What cannot be undone now is undone in the background; then nothing is kept, and
+// the error says why.
+func (s *Snapshot) End(keep bool) error {
+	c := s.c
+	defer c.op.Unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), thawTimeout)
+	defer cancel()
+	err := c.undoCheckpointLocked(ctx, !keep)
+	if err != nil {
+		c.m.Log.Error("a checkpoint is not cleared away yet; trying again", "container", c.ID(), "error", err)
+		c.m.EndCheckpoint(c)
+	}
+	return err
+}
+
+// undoCheckpointLocked makes sure that the container runs and that nothing but perhaps the
+// files of a checkpoint is left of it, and notes that. The caller holds op.
+func (c *Container) undoCheckpointLocked(ctx context.Context, files bool) error {
+	var errs []error
+	if c.Seen().Exit == nil {
+		err := c.call(ctx, func() error { return c.client.Thaw(ctx, thawTimeout) })
+		if err != nil && !c.readExit() {
+			errs = append(errs, err)
+		}
+	}
+	if rec := c.Record(); files && rec.Checkpoint != nil {
+		for _, f := range rec.Checkpoint.Files {
+			errs = append(errs, checkpoint.Remove(f))
+		}
+	}
+	errs = append(errs, os.RemoveAll(c.checkpointDir()))
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	if c.Record().Checkpoint == nil {
+		return nil
+	}
+	// It has to be on the disk: the next daemon would remove the files of a checkpoint that
+	// somebody was told of.
+	return c.save(func(r *records.Container) { r.Checkpoint = nil })
+}
+
+// EndCheckpoint undoes in the background a checkpoint that an earlier daemon, or an earlier
+// call, has left. Its caller got no answer.
+func (m *Manager) EndCheckpoint(c *Container) {
+	m.Go(func(ctx context.Context) {
+		const first, last = 50 * time.Millisecond, 10 * time.Second
+		for wait := first; ; wait = min(2*wait, last) {
+			err := c.endCheckpoint(ctx)
+			if err == nil || ctx.Err() != nil {
+				return
+			}
+			m.Log.Warn("a checkpoint that was cut short is not undone yet", "container", c.ID(), "error", err)
+			select {
+			case <-time.After(wait):
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+}
+
+func (c *Container) endCheckpoint(ctx context.Context) error {
+	if err := c.op.Lock(ctx, c.String()); err != nil {
+		return err
+	}
+	defer c.op.Unlock()
+	if rec := c.Record(); rec.Phase == records.ContainerRemoving || rec.Checkpoint == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, thawTimeout)
+	defer cancel()
+	return c.undoCheckpointLocked(ctx, true)
+}
