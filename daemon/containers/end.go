@@ -84,9 +84,10 @@ func (c *Container) infer(files records.Files, k records.Kernel, why string) *ru
 // runtime forget it.
 func (c *Container) killRest(ctx context.Context, f records.Files) error {
 	rec := c.Record()
-	groups := c.m.cgroups(rec.ID, f, rec)
-	// First an OCI runtime that the shim has left at work: it could make a process more.
+	// First an OCI runtime that the shim has left at work: it could make a process more, or a cgroup
+	// that is not looked for any more.
 	errs := []error{c.m.Cgroups.OfShim(rec.ID).Kill(ctx)}
+	groups := c.m.cgroups(rec.ID, f, rec)
 	for _, g := range groups {
 		errs = append(errs, g.Kill(ctx))
 	}
