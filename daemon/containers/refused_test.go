@@ -53,9 +53,6 @@ func TestRefusedBeforeAnythingIsMade(t *testing.T) {
 		kind  error
 		edit  func(*runtimeapi.ContainerConfig)
 	}{
-		{context + "selinux_options", kind.Unsupported, security(func(s *runtimeapi.LinuxContainerSecurityContext) {
-			s.SelinuxOptions = &runtimeapi.SELinuxOption{Type: "my_t"}
-		})},
 		{context + "apparmor", kind.Unsupported, security(func(s *runtimeapi.LinuxContainerSecurityContext) {
 			s.Apparmor = local("mine")
 		})},

@@ -51,24 +51,6 @@ func (b *builder) apparmor() error {
 	return nil
 }
 
-// labels refuses SELinux options that would confine a container where they cannot be had:
-// without them it would run with more rights than somebody meant it to have. A type that
-// confines nothing is had everywhere, and so is a level alone: it keeps apart what has
-// labels, and pods for any cluster ask for one.
-func (b *builder) labels() error {
-	o, field := selinuxOf(b.sc, b.Sandbox), fieldContext+"selinux_options"
-	if b.sc.GetPrivileged() || o.GetType() == unconfinedType {
-		return nil
-	}
-	if o.GetUser()+o.GetRole()+o.GetType() != "" && !b.SELinuxEnabled {
-		return unsupported(field, "%q cannot be applied: this kernel does not enforce SELinux", o.String())
-	}
-	return nil
-}
-
-// unconfinedType is that of a container with all the rights of the host.
-const unconfinedType = "spc_t"
-
 // selinuxOf gives the container's options, else the pod's.
 func selinuxOf(sc *runtimeapi.LinuxContainerSecurityContext,
 	pod *runtimeapi.PodSandboxConfig) *runtimeapi.SELinuxOption {
@@ -78,7 +60,9 @@ func selinuxOf(sc *runtimeapi.LinuxContainerSecurityContext,
 	return pod.GetLinux().GetSecurityContext().GetSelinuxOptions()
 }
 
-// selinux applies the container's options, else the pod's.
+// selinux applies the container's options, else the pod's. It is not called where the kernel
+// does not enforce SELinux: options are ignored there, as on other runtimes, since pods that
+// are for any cluster ask for levels and types.
 func (b *builder) selinux() {
 	b.spec.Process.SelinuxLabel, b.spec.Linux.MountLabel = b.labelPair()
 }

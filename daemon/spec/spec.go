@@ -149,7 +149,7 @@ func Check(in Input) error {
 	b := &builder{Input: in, sc: in.Container.GetLinux().GetSecurityContext()}
 	b.spec = &specs.Spec{Process: &specs.Process{}, Linux: &specs.Linux{Resources: &specs.LinuxResources{}}}
 	for _, step := range []func() error{
-		b.capabilities, b.labels, b.lsm, b.checkSeccomp, b.resources, b.mountSupport,
+		b.capabilities, b.lsm, b.checkSeccomp, b.resources, b.mountSupport,
 	} {
 		if err := step(); err != nil {
 			return err

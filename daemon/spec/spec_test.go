@@ -906,7 +906,7 @@ func TestCheck(t *testing.T) {
 	pages := func(size string) func(*Input) {
 		return resources(&res{HugepageLimits: []*runtimeapi.HugepageLimit{{PageSize: "2MB"}, {PageSize: size}}})
 	}
-	const selinux, unifiedField = fieldContext + "selinux_options", fieldResources + ".unified"
+	const unifiedField = fieldResources + ".unified"
 	for name, tt := range map[string]struct {
 		host  host
 		edit  func(in *Input)
@@ -915,11 +915,10 @@ func TestCheck(t *testing.T) {
 	}{
 		"nothing asked": {nil, nil, nil, ""},
 
-		"empty label": {nil, func(in *Input) { in.security().SelinuxOptions = &runtimeapi.SELinuxOption{} }, nil, ""},
-		"label":       {nil, func(in *Input) { in.security().SelinuxOptions = label }, kind.Unsupported, selinux},
-		"label of the pod": {nil, func(in *Input) { in.pod().SelinuxOptions = label },
-			kind.Unsupported, selinux},
-		"level": {nil, func(in *Input) { in.security().SelinuxOptions = level }, nil, ""},
+		"empty label":      {nil, func(in *Input) { in.security().SelinuxOptions = &runtimeapi.SELinuxOption{} }, nil, ""},
+		"label":            {nil, func(in *Input) { in.security().SelinuxOptions = label }, nil, ""},
+		"label of the pod": {nil, func(in *Input) { in.pod().SelinuxOptions = label }, nil, ""},
+		"level":            {nil, func(in *Input) { in.security().SelinuxOptions = level }, nil, ""},
 		"level, relabel, no kernel": {nil, func(in *Input) {
 			in.Container.Mounts, in.security().SelinuxOptions = relabel, level
 		}, nil, ""},
@@ -986,7 +985,7 @@ func TestCheck(t *testing.T) {
 			continue
 		}
 		wantField(t, err, tt.kind, tt.field)
-		if _, berr := Build(in); berr == nil && tt.field != selinux {
+		if _, berr := Build(in); berr == nil {
 			t.Errorf("%s: Build takes it", name)
 		}
 	}
