@@ -2,14 +2,11 @@ package kubelet
 
 import (
 	"context"
-	"encoding/json"
-	"strings"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	core "k8s.io/api/core/v1"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
@@ -76,58 +73,4 @@ func first[T any](s grpc.ServerStreamingClient[T], err error) error {
 		_, err = s.Recv()
 	}
 	return err
-}
-
-// summary is what the test looks at of /stats/summary.
-type summary struct {
-	Pods []struct {
-		PodRef     struct{ Name string }
-		CPU        struct{ UsageCoreNanoSeconds uint64 }
-		Memory     struct{ WorkingSetBytes uint64 }
-		Network    struct{ RxBytes uint64 }
-		Containers []struct {
-			Name   string
-			CPU    struct{ UsageCoreNanoSeconds uint64 }
-			Memory struct{ WorkingSetBytes uint64 }
-			Rootfs struct{ UsedBytes uint64 }
-		}
-	}
-}
-
-// checkFigures looks at the figures of one pod, in both places where there are some.
-func (k *kubelet) checkFigures() {
-	k.t.Helper()
-	const pod = "probes"
-	k.until(pod, "the summary has all figures of "+pod, func(*core.Pod) bool {
-		b, err := k.get("/stats/summary")
-		var s summary
-		if err != nil || json.Unmarshal(b, &s) != nil {
-			return false
-		}
-		for _, p := range s.Pods {
-			if p.PodRef.Name != podName(pod) || len(p.Containers) != 3 {
-				continue
-			}
-			ok := p.CPU.UsageCoreNanoSeconds > 0 && p.Memory.WorkingSetBytes > 0 && p.Network.RxBytes > 0
-			for _, c := range p.Containers {
-				ok = ok && c.CPU.UsageCoreNanoSeconds > 0 && c.Memory.WorkingSetBytes > 0 && c.Rootfs.UsedBytes > 0
-			}
-			return ok
-		}
-		return false
-	})
-	b, err := k.get("/metrics/cadvisor")
-	if err != nil {
-		k.t.Errorf("cannot get the metrics: %v", err)
-	}
-	for _, name := range []string{"container_cpu_usage_seconds_total", "container_memory_working_set_bytes",
-		"container_network_receive_bytes_total", "container_fs_usage_bytes"} {
-		found := false
-		for line := range strings.Lines(string(b)) {
-			found = found || strings.HasPrefix(line, name+"{") && strings.Contains(line, `pod="`+podName(pod)+`"`)
-		}
-		if !found {
-			k.t.Errorf("/metrics/cadvisor has no %s of %s", name, pod)
-		}
-	}
 }

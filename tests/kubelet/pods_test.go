@@ -45,6 +45,7 @@ var rows = []row{
 	{name: "hostns", spec: hostNamespacesSpec, check: checkHostNamespaces},
 	{name: "imagevolume", spec: imageVolumeSpec, check: checkImageVolume},
 	{name: "sessions", spec: sessionsSpec, check: checkSessions},
+	{name: figuresPod, spec: figuresSpec, check: func(k *kubelet) { k.ready(figuresPod) }},
 }
 
 const initSpec = `
@@ -80,7 +81,7 @@ const probesSpec = `
     image: IMAGE
     command: [sh, -c, sleep 1; touch /work/started /work/ready; exec sleep 1000]
     volumeMounts: [{name: work, mountPath: /work}]
-    startupProbe: {exec: {command: [test, -e, /work/started]}, periodSeconds: 1, failureThreshold: 100}
+    startupProbe: {exec: {command: [test, -e, /work/started]}, periodSeconds: 1, timeoutSeconds: 30, failureThreshold: 9}
     readinessProbe: {exec: {command: [test, -e, /work/ready]}, periodSeconds: 1, timeoutSeconds: 10}
     livenessProbe: {exec: {command: ["true"]}, periodSeconds: 1, timeoutSeconds: 30}
   - name: http
@@ -357,7 +358,7 @@ const sidecarSpec = `
       trap 'echo side ends >>/marks/sidecar; exit 0' TERM
       echo side >>/marks/sidecar
       while :; do sleep 0.1; done
-    startupProbe: {exec: {command: [test, -e, /marks/sidecar]}, periodSeconds: 1, failureThreshold: 100}
+    startupProbe: {exec: {command: [test, -e, /marks/sidecar]}, periodSeconds: 1, timeoutSeconds: 30, failureThreshold: 9}
     volumeMounts: [{name: marks, mountPath: /marks}]
   containers:
   - name: main
