@@ -81,7 +81,11 @@ const probesSpec = `
     image: IMAGE
     command: [sh, -c, sleep 1; touch /work/started /work/ready; exec sleep 1000]
     volumeMounts: [{name: work, mountPath: /work}]
-    startupProbe: {exec: {command: [test, -e, /work/started]}, periodSeconds: 1, timeoutSeconds: 30, failureThreshold: 9}
+    startupProbe:
+      exec: {command: [test, -e, /work/started]}
+      periodSeconds: 1
+      timeoutSeconds: 30
+      failureThreshold: 100
     readinessProbe: {exec: {command: [test, -e, /work/ready]}, periodSeconds: 1, timeoutSeconds: 10}
     livenessProbe: {exec: {command: ["true"]}, periodSeconds: 1, timeoutSeconds: 30}
   - name: http
@@ -358,7 +362,11 @@ const sidecarSpec = `
       trap 'echo side ends >>/marks/sidecar; exit 0' TERM
       echo side >>/marks/sidecar
       while :; do sleep 0.1; done
-    startupProbe: {exec: {command: [test, -e, /marks/sidecar]}, periodSeconds: 1, timeoutSeconds: 30, failureThreshold: 9}
+    startupProbe:
+      exec: {command: [test, -e, /marks/sidecar]}
+      periodSeconds: 1
+      timeoutSeconds: 30
+      failureThreshold: 100
     volumeMounts: [{name: marks, mountPath: /marks}]
   containers:
   - name: main
