@@ -36,6 +36,7 @@ const descriptorsName = "descriptors.json"
 // such as a layer of an image. Its errors are of the kind kind.Invalid where the checkpoint
 // is at fault.
 type Source struct {
+	name string
 	file *os.File // nil: it is a directory
 	size int64
 	root *os.Root
@@ -56,12 +57,12 @@ func OpenArchive(name string) (*Source, error) {
 		}
 		return nil, kind.Errorf(kind.Invalid, "cannot open the checkpoint %.200q: %w", name, err)
 	}
-	return OfFile(os.NewFile(uintptr(fd), name))
+	return OfFile(os.NewFile(uintptr(fd), name), name)
 }
 
-// OfFile is OpenArchive for one that is open. The file is the Source's from now on, also
-// after an error.
-func OfFile(f *os.File) (*Source, error) {
+// OfFile is OpenArchive for one that is open, which is called name. The file is the Source's
+// from now on, also after an error.
+func OfFile(f *os.File, name string) (*Source, error) {
 	st, err := f.Stat()
 	switch {
 	case err != nil:
@@ -72,9 +73,9 @@ func OfFile(f *os.File) (*Source, error) {
 	}
 	if err != nil {
 		f.Close()
-		return nil, kind.Errorf(kind.Invalid, "cannot read the checkpoint %.200q: %w", f.Name(), err)
+		return nil, kind.Errorf(kind.Invalid, "cannot read the checkpoint %.200q: %w", name, err)
 	}
-	return &Source{file: f, size: st.Size()}, nil
+	return &Source{name: name, file: f, size: st.Size()}, nil
 }
 
 // In says whether a directory has a checkpoint in it.
@@ -98,7 +99,7 @@ func (s *Source) Close() error {
 // String names it in errors.
 func (s *Source) String() string {
 	if s.file != nil {
-		return fmt.Sprintf("checkpoint %.200q", s.file.Name())
+		return fmt.Sprintf("checkpoint %.200q", s.name)
 	}
 	return "checkpoint in the image"
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -126,6 +127,7 @@ func (m *Manager) restoreShm(ctx context.Context, p *Pod, saved *savedPod) error
 
 // savedPod is a checkpoint of a pod that somebody gives. It is hostile, as an archive is.
 type savedPod struct {
+	path string
 	root *os.Root
 	manifest
 }
@@ -141,7 +143,7 @@ func openCheckpoint(path string) (*savedPod, error) {
 	if err != nil {
 		return nil, kind.As(kind.Unavailable, fmt.Errorf("cannot open the directory %.200q: %w", path, err))
 	}
-	s := &savedPod{root: root}
+	s := &savedPod{path: path, root: root}
 	if err := s.read(); err != nil {
 		root.Close()
 		return nil, kind.Errorf(kind.Invalid, "%.200q is no checkpoint of a pod, or not a whole one: %w", path, err)
@@ -191,7 +193,8 @@ func (s *savedPod) archive(name string) (*checkpoint.Source, error) {
 	if err != nil {
 		return nil, kind.As(kind.Invalid, err)
 	}
-	return checkpoint.OfFile(f)
+	// The same name in each daemon: a repeated request has to find what the first one has made.
+	return checkpoint.OfFile(f, filepath.Join(s.path, name))
 }
 
 // container gives one by its name; nil if there is none.
