@@ -480,14 +480,17 @@ func (k *kubelet) savePod(c *harness.Container) (dir string) {
 		files := 3
 		if err != nil {
 			files = 0
-			k.revive()
 		}
 		k.eventually("there is the whole checkpoint or nothing", func() bool {
+			k.revive() // its end may be seen later than that of the call
 			left, rerr := os.ReadDir(dir)
 			return rerr == nil && len(left) == files
 		})
 		lines := len(c.Log())
-		k.eventually("the container goes on", func() bool { return len(c.Log()) > lines+2 })
+		k.eventually("the container goes on", func() bool {
+			k.revive()
+			return len(c.Log()) > lines+2
+		})
 		return err
 	})
 	return dir
@@ -533,9 +536,9 @@ func (k *kubelet) save(c *harness.Container) {
 		files := 1
 		if err != nil {
 			files = 0
-			k.revive()
 		}
 		k.eventually("there is the whole archive or nothing", func() bool {
+			k.revive() // its end may be seen later than that of the call
 			left, rerr := os.ReadDir(dir)
 			return rerr == nil && len(left) == files
 		})
@@ -543,7 +546,10 @@ func (k *kubelet) save(c *harness.Container) {
 			return err
 		}
 		lines := len(c.Log())
-		k.eventually("the container goes on", func() bool { return len(c.Log()) > lines+2 })
+		k.eventually("the container goes on", func() bool {
+			k.revive()
+			return len(c.Log()) > lines+2
+		})
 		return err
 	})
 }
