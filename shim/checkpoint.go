@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/proto/step"
@@ -29,8 +31,9 @@ const (
 
 // freezer holds a container still while a checkpoint is made of it.
 type freezer struct {
-	// saving is held while the OCI runtime works on a frozen container, and while the
-	// container is thawed: CRIU would freeze it again. It is taken before mu.
+	// saving is held while the container is frozen, while the OCI runtime works on it, and
+	// while it is thawed: a thaw that came in between would be undone. It is taken before
+	// all other locks.
 	saving sync.Mutex
 
 	mu    sync.Mutex
@@ -86,12 +89,17 @@ func (f *freezer) clear() (was bool) {
 
 // Freeze stops all processes of the container. They go on at Thaw, or after the limit.
 func (t *task) Freeze(ctx context.Context, limit time.Duration) error {
+	if limit <= 0 {
+		return kind.Errorf(kind.Invalid, "limit_ms is 0: the container would stay frozen")
+	}
+	// A freeze that waited would come when nobody thaws any more.
+	if !t.freezer.saving.TryLock() {
+		return kind.Errorf(kind.State, "cannot freeze %s: a checkpoint of it is under way", t.dir.ID())
+	}
+	defer t.freezer.saving.Unlock()
 	c, err := t.runs()
 	if err != nil {
 		return err
-	}
-	if limit <= 0 {
-		return kind.Errorf(kind.Invalid, "limit_ms is 0: the container would stay frozen")
 	}
 	again := t.freezer.frozen() != nil
 	// Before it is so, or an exec could start in between.
@@ -111,18 +119,24 @@ func (t *task) Freeze(ctx context.Context, limit time.Duration) error {
 		err = step.Reach(step.ShimFrozen)
 	}
 	if err != nil {
-		t.Thaw()
+		t.thawLocked()
 		return fmt.Errorf("cannot freeze %s: %w", t.dir.ID(), err)
 	}
 	return nil
 }
 
-// runs gives the container if it runs.
+// runs gives the container if it runs, and is not handed over.
 func (t *task) runs() (*container, error) {
+	t.starting.Lock()
+	over := t.over
+	t.starting.Unlock()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.status.Phase != rundir.PhaseRunning {
 		return nil, kind.Errorf(kind.State, "the container is %s", t.status.Phase)
+	}
+	if over {
+		return nil, kind.Errorf(kind.State, "the container ends, or is handed over")
 	}
 	return t.container, nil
 }
@@ -149,10 +163,16 @@ func (t *task) awaitQuiet(ctx context.Context) error {
 	return nil
 }
 
-// Thaw lets a container run that Freeze has frozen, when the OCI runtime is done with it.
+// Thaw lets a container run that Freeze has frozen, when the OCI runtime is done with it, and
+// after a Freeze that is under way.
 func (t *task) Thaw() {
 	t.freezer.saving.Lock()
 	defer t.freezer.saving.Unlock()
+	t.thawLocked()
+}
+
+// thawLocked is Thaw. The caller holds saving.
+func (t *task) thawLocked() {
 	t.mu.Lock()
 	c := t.container
 	t.mu.Unlock()
@@ -170,7 +190,11 @@ func (t *task) Checkpoint(dir string) error {
 	if !filepath.IsAbs(dir) {
 		return kind.Errorf(kind.Invalid, "dir %q is not absolute", dir)
 	}
-	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+	entries, err := os.ReadDir(dir)
+	if err == nil && len(entries) > 0 {
+		err = unix.ENOTEMPTY
+	}
+	if err != nil {
 		return kind.Errorf(kind.Invalid, "dir %s is no empty directory: %w", dir, err)
 	}
 	t.freezer.saving.Lock()
@@ -203,7 +227,7 @@ func (m *making) checkRestore() error {
 	return kind.Errorf(kind.Invalid, "spec.annotations[%s] is not %s", rundir.CRIUConfigAnnotation, want)
 }
 
-// create has the OCI runtime make the container, anew or from a checkpoint.
+// createInit has the OCI runtime make the container, anew or from a checkpoint.
 func (m *making) createInit(ctx context.Context, o runc.CreateOptions) (err error) {
 	if m.launch.RestoreDir == "" {
 		m.c.init, err = m.c.host.Create(ctx, o)

@@ -255,7 +255,9 @@ func (t *task) resumeExecsLocked(c *container) {
 // connections end with this process. It is to be followed by an execve(2) or by the
 // end of this process.
 func (t *task) handOver() (*Files, error) {
-	t.Thaw() // the next one knows nothing of it
+	t.freezer.saving.Lock() // nobody freezes it from here on
+	defer t.freezer.saving.Unlock()
+	t.thawLocked() // the next one knows nothing of it
 	t.updating.Lock()
 	defer t.updating.Unlock()
 	t.starting.Lock()
