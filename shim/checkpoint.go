@@ -111,6 +111,9 @@ func (t *task) Freeze(ctx context.Context, limit time.Duration) error {
 		return nil
 	}
 	if err = t.awaitQuiet(ctx); err == nil {
+		err = c.checkStopped()
+	}
+	if err == nil {
 		ctx, cancel := context.WithTimeout(ctx, freezeTimeout)
 		defer cancel()
 		err = c.init.Cgroups.Freeze(ctx)
@@ -139,6 +142,22 @@ func (t *task) runs() (*container, error) {
 		return nil, kind.Errorf(kind.State, "the container ends, or is handed over")
 	}
 	return t.container, nil
+}
+
+// checkStopped refuses a container for which CRIU would wait until its time is up: on cgroup
+// v1 a process that a signal has stopped does not answer it while it is frozen.
+func (c *container) checkStopped() error {
+	if !c.init.Cgroups.FreezesOnV1() {
+		return nil
+	}
+	pids, err := c.init.Cgroups.Pids()
+	for _, pid := range pids {
+		if p, perr := rundir.FindProcess(pid); perr == nil && p.Stopped() {
+			return kind.Errorf(kind.State, "process %d was stopped by a signal, and CRIU cannot save it on cgroup v1: "+
+				"send it SIGCONT first", pid)
+		}
+	}
+	return err
 }
 
 // awaitQuiet waits until no exec runs. None is started meanwhile.
@@ -190,24 +209,25 @@ func (t *task) Checkpoint(dir string) error {
 	if !filepath.IsAbs(dir) {
 		return kind.Errorf(kind.Invalid, "dir %q is not absolute", dir)
 	}
-	entries, err := os.ReadDir(dir)
-	if err == nil && len(entries) > 0 {
-		err = unix.ENOTEMPTY
-	}
-	if err != nil {
-		return kind.Errorf(kind.Invalid, "dir %s is no empty directory: %w", dir, err)
-	}
 	t.freezer.saving.Lock()
 	defer t.freezer.saving.Unlock()
 	t.freezer.mu.Lock()
 	until := t.freezer.until
 	t.freezer.mu.Unlock()
+	// Before the directory: the call is repeated when the end of the container cuts it short.
 	c, err := t.runs()
 	if err == nil && until.IsZero() {
 		err = kind.Errorf(kind.State, "cannot checkpoint %s: it is not frozen", t.dir.ID())
 	}
 	if err != nil {
 		return err
+	}
+	entries, err := os.ReadDir(dir)
+	if err == nil && len(entries) > 0 {
+		err = unix.ENOTEMPTY
+	}
+	if err != nil {
+		return kind.Errorf(kind.Invalid, "dir %s is no empty directory: %w", dir, err)
 	}
 	ctx, cancel := context.WithDeadline(context.Background(), until)
 	defer cancel()

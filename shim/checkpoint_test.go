@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 
+	"google.golang.org/grpc/codes"
+
 	pb "github.com/holdfast-cri/holdfast/proto"
 )
 
@@ -51,5 +53,26 @@ func TestThawDuringFreeze(t *testing.T) {
 	if state, err := os.ReadFile("/sys/fs/cgroup/freezer" + b.cgroup + "/freezer.state"); err == nil &&
 		string(state) != "THAWED\n" {
 		t.Errorf("the container is %s", state)
+	}
+}
+
+// TestFreezeStopped has a process in the container that a signal has stopped. The container
+// goes on, whether that can be saved or not.
+func TestFreezeStopped(t *testing.T) {
+	b := newBox(t)
+	b.run("sleep 1000 & kill -STOP $!; echo ready; wait")
+	b.says("ready")
+	want := codes.OK
+	if updateV1 {
+		want = codes.FailedPrecondition
+	}
+	if _, err := b.client.Freeze(b.ctx(), &pb.FreezeRequest{Id: b.id, LimitMs: 600_000}); code(err) != want {
+		t.Errorf("got %v, not %s", err, want)
+	}
+	if _, err := b.client.Thaw(b.ctx(), &pb.ThawRequest{Id: b.id}); err != nil {
+		t.Error(err)
+	}
+	if _, err := b.exec(sh("true"), &pb.ExecSyncRequest{}); err != nil {
+		t.Errorf("an exec after the thaw: %v", err)
 	}
 }

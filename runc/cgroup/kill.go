@@ -241,6 +241,12 @@ func (c Set) Freeze(ctx context.Context) error {
 	return nil
 }
 
+// FreezesOnV1 says whether Freeze is that of cgroup v1.
+func (c Set) FreezesOnV1() bool {
+	_, ok := c.dir("freezer")
+	return ok
+}
+
 // Thaw lets a frozen cgroup run, and each one below it that was frozen by
 // itself. On v1 a frozen process does not die of a signal, SIGKILL included.
 func (c Set) Thaw() {
