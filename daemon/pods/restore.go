@@ -122,7 +122,24 @@ func (m *Manager) restoreShm(ctx context.Context, p *Pod, saved *savedPod) error
 	if st, err := f.Stat(); err != nil || st.Size() == 0 {
 		return err
 	}
+	if err := emptyShm(p.shmDir()); err != nil {
+		return kind.As(kind.Unavailable, fmt.Errorf("cannot empty the pod's /dev/shm: %w", err))
+	}
 	return m.Trees.Apply(ctx, p.shmDir(), f)
+}
+
+// emptyShm removes what a restore that was cut short has left. No container has it mounted.
+func emptyShm(dir string) error {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	entries, err := fs.ReadDir(root.FS(), ".")
+	for _, e := range entries {
+		err = errors.Join(err, root.RemoveAll(e.Name()))
+	}
+	return err
 }
 
 // savedPod is a checkpoint of a pod that somebody gives. It is hostile, as an archive is.

@@ -263,7 +263,8 @@ func (s *Store) Restore(ctx context.Context, diffIDs []digest.Digest, rw string,
 // replaced.
 func Extract(ctx context.Context, dir string, stream io.Reader, limits Limits) error {
 	trash := dir + trashSuffix
-	if err := os.Mkdir(trash, 0o700); err != nil {
+	// One may be left by a daemon that was killed.
+	if err := errors.Join(os.RemoveAll(trash), os.Mkdir(trash, 0o700)); err != nil {
 		return err
 	}
 	x, err := newExtractor(ctx, dir, trash, limits)

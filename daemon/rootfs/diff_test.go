@@ -44,7 +44,12 @@ func TestDiffAndRestore(t *testing.T) {
 	os.Remove(filepath.Join(root, "d/s")) // a tar archive has no sockets
 
 	rw2, root2 := t.TempDir(), filepath.Join(t.TempDir(), "root")
-	err := errors.Join(os.Mkdir(root2, 0o700), s.Restore(t.Context(), []digest.Digest{layer}, rw2, &diff),
+	// As a daemon that was killed leaves it.
+	err := os.MkdirAll(filepath.Join(rw2, upperName+trashSuffix, "1"), 0o700)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = errors.Join(os.Mkdir(root2, 0o700), s.Restore(t.Context(), []digest.Digest{layer}, rw2, &diff),
 		s.Mount(t.Context(), []digest.Digest{layer}, rw2, root2, nil))
 	if err != nil {
 		t.Fatal(err)

@@ -347,8 +347,15 @@ func TestPodCheckpoint(t *testing.T) {
 	}
 	ctx, cancel := harness.Deadline()
 	defer cancel()
+	// A daemon that was killed has left the pod, and a part of its /dev/shm.
+	half, err := n.Runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: req.Config})
+	check(t, err)
+	check(t, os.WriteFile(n.Path(filepath.Join("state/pods", half.PodSandboxId, "shm/count")), []byte("0\n"), 0o644))
 	resp, err := n.Runtime.RestorePod(ctx, req)
 	check(t, err)
+	if resp.PodSandboxId != half.PodSandboxId {
+		t.Errorf("the pod is %s, not %s", resp.PodSandboxId, half.PodSandboxId)
+	}
 	again, err := n.Runtime.RestorePod(ctx, req)
 	check(t, err)
 	if len(resp.RestoredContainers) != 2 || !proto.Equal(resp, again) {
