@@ -194,6 +194,40 @@ func (o *origin) fits(s *specs.Spec) error {
 		return kind.Errorf(kind.Invalid, "config.linux.security_context.namespace_options: the container had the "+
 			"namespaces %s when the checkpoint was made, and would have %s", a, b)
 	}
+	return o.exceeds(s)
+}
+
+// exceeds refuses a checkpoint whose processes, as its spec says, may do more than the
+// request lets them: CRIU gives them what they had. It is no defence against an archive
+// that lies.
+func (o *origin) exceeds(s *specs.Spec) error {
+	was, now := o.info.Spec.Process, s.Process
+	a, b := was.User, now.User
+	missing := func(had, have []string) bool {
+		return slices.ContainsFunc(had, func(name string) bool { return !slices.Contains(have, name) })
+	}
+	had, have := cmp.Or(was.Capabilities, &specs.LinuxCapabilities{}), cmp.Or(now.Capabilities, &specs.LinuxCapabilities{})
+	for _, f := range []struct {
+		field string
+		more  bool
+	}{
+		{"run_as_user", a.UID != b.UID},
+		{"run_as_group", a.GID != b.GID},
+		{"supplemental_groups", slices.ContainsFunc(a.AdditionalGids, func(gid uint32) bool {
+			return !slices.Contains(b.AdditionalGids, gid)
+		})},
+		{"capabilities", missing(had.Bounding, have.Bounding) || missing(had.Permitted, have.Permitted) ||
+			missing(had.Effective, have.Effective) || missing(had.Inheritable, have.Inheritable) ||
+			missing(had.Ambient, have.Ambient)},
+		{"no_new_privs", now.NoNewPrivileges && !was.NoNewPrivileges},
+		{"seccomp", s.Linux.Seccomp != nil && o.info.Spec.Linux.Seccomp == nil},
+		{"apparmor", now.ApparmorProfile != "" && was.ApparmorProfile == ""},
+	} {
+		if f.more {
+			return kind.Errorf(kind.Invalid, "config.linux.security_context.%s: the processes of the checkpoint have more, "+
+				"or others, than is asked for", f.field)
+		}
+	}
 	return nil
 }
 

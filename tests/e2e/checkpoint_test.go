@@ -182,6 +182,19 @@ func TestRestoreContainer(t *testing.T) {
 	c.Remove()
 
 	p := n.RunPod("after")
+	for field, less := range map[string]*cri.LinuxContainerSecurityContext{
+		"run_as_user":  {RunAsUser: &cri.Int64Value{Value: 1000}},
+		"capabilities": {Capabilities: &cri.Capability{DropCapabilities: []string{"ALL"}}},
+		"no_new_privs": {NoNewPrivs: true},
+	} {
+		cfg := harness.ContainerConfig("less", nil)
+		cfg.Image.Image, cfg.Linux = archive, &cri.LinuxContainerConfig{SecurityContext: less}
+		ctx, cancel := harness.Deadline()
+		_, err := n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{
+			PodSandboxId: p.ID, Config: cfg, SandboxConfig: p.Config})
+		cancel()
+		wantError(t, err, codes.InvalidArgument, field)
+	}
 	r := p.Create("counter", nil, func(cfg *cri.ContainerConfig) { cfg.Image.Image = archive })
 	if s := r.Status(); s.State != cri.ContainerState_CONTAINER_CREATED || s.ImageId == "" {
 		t.Errorf("a restored container that was not started: %v", s)
