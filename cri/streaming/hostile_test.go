@@ -225,7 +225,7 @@ func TestRules(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			fk := newFake(t, nil)
-			fk.CreationTimeout = time.Second
+			fk.CreationTimeout = patient
 			nothingLeft(t)
 			r := fk.raw(t, stream.Request{Kind: stream.PortForward}, "portforward.k8s.io")
 			r.SetDeadline(time.Now().Add(2 * patient))
