@@ -36,11 +36,14 @@ func TestErrorIsTheRuntimes(t *testing.T) {
 // The log of a runtime that fails again and again has a bound, and the words of each
 // failure are found.
 func TestLogIsBounded(t *testing.T) {
-	r := script(t, `{ printf '{"level":"error","msg":"%s' "$7"; head -c 300000 /dev/zero | tr '\0' x; echo '"}'; } >> "$4"; exit 3`)
+	const fail = `{ printf '{"level":"error","msg":"%s' "$7"
+head -c 300000 /dev/zero | tr '\0' x; echo '"}'; } >> "$4"; exit 3`
+	r := script(t, fail)
 	for i := range 20 {
 		verb := []string{"start", "delete"}[i%2]
 		var e *Error
-		if err := r.run(t.Context(), "box", IO{}, verb, "box"); !errors.As(err, &e) || !strings.HasPrefix(e.Message, verb+"xxx") {
+		err := r.run(t.Context(), "box", IO{}, verb, "box")
+		if !errors.As(err, &e) || !strings.HasPrefix(e.Message, verb+"xxx") {
 			t.Fatalf("failure %d: %.100q", i, err)
 		}
 		if st, err := os.Stat(r.Log); err != nil || st.Size() > maxLog+400_000 {

@@ -113,10 +113,8 @@ func run(launcher *handshake.Launcher, o options) error {
 	if err != nil {
 		return err
 	}
-	if scheme == "http" && !reserved(l.Addr().(*net.TCPAddr).Port) {
-		log.Warn("without TLS, any user of the node can take this port when holdfast-stream was killed, and with it "+
-			"the tokens of the last minute: leave the port to holdfast-stream, or give it a certificate",
-			"address", l.Addr())
+	if config.TLS == nil {
+		warnOfPort(log, l.Addr().(*net.TCPAddr))
 	}
 	server, err := streaming.New(config)
 	if err != nil {
@@ -133,6 +131,15 @@ func run(launcher *handshake.Launcher, o options) error {
 	launcher.Ready()
 	log.Info("holdfast-stream serves sessions", "address", l.Addr(), "tls", config.TLS != nil)
 	return live(server, lock, l, served, terminated)
+}
+
+// warnOfPort says what a port that any user may take means without TLS.
+func warnOfPort(log *slog.Logger, address *net.TCPAddr) {
+	if !reserved(address.Port) {
+		log.Warn("without TLS, any user of the node can take this port when holdfast-stream was killed, and with it "+
+			"the tokens of the last minute: leave the port to holdfast-stream, or give it a certificate",
+			"address", address)
+	}
 }
 
 // live waits until there is nothing more to do.

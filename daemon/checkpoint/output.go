@@ -47,13 +47,8 @@ func Create(path string) (*Output, error) {
 	if err != nil {
 		return nil, err
 	}
-	o, err := createIn(dir, name)
-	if err != nil {
-		dir.Close()
-		return nil, err
-	}
-	o.dir = dir
-	return o, nil
+	defer dir.Close()
+	return CreateIn(dir, name)
 }
 
 // CreateIn is Create for a name in an open directory, which stays the caller's.

@@ -3,11 +3,14 @@ package pods_test
 import (
 	"context"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/events"
@@ -94,7 +97,16 @@ func TestEvents(t *testing.T) {
 	ctx := t.Context()
 	w := b.watch()
 	pod := b.RunPod(t, "pod")
-	short := b.Run(t, pod, fake.ContainerConfig("short", "sh", "-c", "exit 3"))
+	// It ends when its start has been told: an event has the state of the moment at which it is made.
+	goOn := filepath.Join(t.TempDir(), "go")
+	if err := unix.Mkfifo(goOn, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	short := b.Run(t, pod, fake.ContainerConfig("short", "sh", "-c", "read x <"+goOn+"; exit 3"))
+	fake.Until(t, "the event of a start", func() bool { return len(w.of(short)) >= 2 })
+	if err := os.WriteFile(goOn, []byte("go\n"), 0); err != nil {
+		t.Fatal(err)
+	}
 	b.Ended(t, short)
 	long := b.Run(t, pod, fake.ContainerConfig("long"))
 	idle := b.Create(t, pod, fake.ContainerConfig("idle"))

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -113,15 +114,8 @@ func (m *Manager) toSave(p *Pod, r *runtimeapi.CheckpointPodRequest) (list []*co
 		seen[c.ID()] = true
 		list = append(list, c)
 	}
-	slices.SortFunc(list, func(a, b *containers.Container) int { return cmpIDs(a.ID(), b.ID()) })
+	slices.SortFunc(list, func(a, b *containers.Container) int { return strings.Compare(a.ID(), b.ID()) })
 	return list, nil
-}
-
-func cmpIDs(a, b string) int {
-	if a < b {
-		return -1
-	}
-	return 1
 }
 
 // emptyDirectory opens a directory in which nothing is. The caller closes it.

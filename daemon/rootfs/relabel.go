@@ -24,8 +24,8 @@ const maxLabelDepth = 1000
 // container its own programs could not read it any more.
 var systemDirs = []string{
 	"/", "/bin", "/boot", "/dev", "/etc", "/etc/passwd", "/etc/pki", "/etc/shadow", "/home", "/lib", "/lib64", "/media",
-	"/mnt", "/opt", "/proc", "/root", "/run", "/sbin", "/srv", "/sys", "/tmp", "/usr", "/usr/bin", "/usr/lib", "/usr/lib64",
-	"/usr/local", "/usr/sbin", "/var", "/var/lib", "/var/log", "/var/run", "/var/tmp",
+	"/mnt", "/opt", "/proc", "/root", "/run", "/sbin", "/srv", "/sys", "/tmp", "/usr", "/usr/bin", "/usr/lib",
+	"/usr/lib64", "/usr/local", "/usr/sbin", "/var", "/var/lib", "/var/log", "/var/run", "/var/tmp",
 }
 
 // CheckRelabel refuses, as kind.Invalid, a path whose files nobody may relabel for a

@@ -35,7 +35,8 @@ func pair(t *testing.T) (all [2]*net.UnixConn) {
 func TestLongErrors(t *testing.T) {
 	for _, piece := range []string{"x", "\x01", "\xff", "<", "é", "\U0001f600"} {
 		ends := pair(t)
-		if err := Send(ends[0], Message{Exit: &Exit{Code: 7, Reason: TimedOut, Error: strings.Repeat(piece, 5000)}}); err != nil {
+		exit := &Exit{Code: 7, Reason: TimedOut, Error: strings.Repeat(piece, 5000)}
+		if err := Send(ends[0], Message{Exit: exit}); err != nil {
 			t.Fatal(err)
 		}
 		m, _, err := Receive(ends[1])
