@@ -232,6 +232,9 @@ func TestMappedMounts(t *testing.T) {
 		gone(t, root+mappedSuffix)
 		b, err := os.ReadFile("/proc/self/mountinfo")
 		check(t, err)
+		if !strings.Contains(string(b), "="+root+mappedSuffix+"/") {
+			t.Error("the mount table has no real paths of the layers")
+		}
 		if n := strings.Count(string(b), " "+rw+"/"); n != 1 {
 			t.Errorf("%d mounts below %s, want 1", n, rw)
 		}
@@ -305,10 +308,9 @@ func TestMappedClassicMount(t *testing.T) {
 	}
 	t.Cleanup(func() { Unmount(target) })
 	check(t, attachMapped(s.dir, layers, m.Userns))
-	o, err := newOverlay(layers, rw, target)
-	check(t, err)
+	lower := []string{filepath.Join(layer.Algorithm().String(), layer.Encoded(), diffName)}
+	o := newOverlay(layers, lower, rw, target)
 	defer o.close()
-	o.lower = []string{filepath.Join(layer.Algorithm().String(), layer.Encoded(), diffName)}
 	check(t, o.mountClassic())
 	check(t, detach(layers))
 	if st := lstat(t, target, "file"); st.Uid != hostUID+7 {

@@ -74,15 +74,13 @@ func (s *Store) mount(diffIDs []digest.Digest, rw, target string, m *IDMap, labe
 		}
 		defer func() { err = errors.Join(err, detach(layers)) }()
 	}
-	o, err := newOverlay(layers, rw, target)
+	lower, err := s.lower(diffIDs)
 	if err != nil {
 		return err
 	}
+	o := newOverlay(layers, lower, rw, target)
 	defer o.close()
 	o.label = label
-	if o.lower, err = s.lower(diffIDs); err != nil {
-		return err
-	}
 	return o.mount()
 }
 
@@ -145,49 +143,99 @@ func (s *Store) makeUpperDir(upper string, diffIDs []digest.Digest, m *IDMap) er
 //	index=off     the layers are shared by many mounts, which an index forbids
 //	metacopy=off  no attribute of a layer is to redirect to another file
 //
-// The kernel is given each directory as /proc/self/fd/N/..., because it bounds
-// the length of a path, and takes some characters for separators. The rest of the
-// path is what mountinfo tells: which layers and which container it is.
+// The names of the directories stand in the mount table of the container and of the
+// host, where other programs read them: they are real paths wherever the kernel allows.
+// All of these directories are ours, in trees that nobody else can enter.
 type overlay struct {
-	layers string   // the directory of all layers, by its fd
+	layers string   // the directory of all layers
 	lower  []string // below layers, the highest first
-	upper  string   // by an fd as well
-	work   string
+	rw     string   // the directory of the container
 	target string
 	label  string // of all files, if not empty
+	short  bool   // directories are named by descriptors; see name
 	fds    []int  // closed by close
+	bases  map[string]string
 }
 
-const fdPrefix = "/proc/self/fd/"
+const (
+	fdPrefix = "/proc/self/fd/"
+	lowerKey = "lowerdir+" // one directory; in mount(2) lowerdir has all
+)
+
+const (
+	maxOption = 255 // bytes of a string for fsconfig(2)
+	// maxLine bounds what the names of directories take in a line of mountinfo. Many programs,
+	// runc among them, read lines of up to 64 KiB, and fail for all mounts at a longer one.
+	maxLine = 60 << 10
+)
 
 var overlayFlags = [][2]string{{"index", "off"}, {"metacopy", "off"}}
 
-// newOverlay opens the directories. The caller sets lower, and calls close when
-// it is mounted, or has failed.
-func newOverlay(layers, rw, target string) (*overlay, error) {
-	o := &overlay{target: target}
-	var err error
-	if o.layers, err = o.open(layers); err == nil {
-		var parent string
-		parent, err = o.open(filepath.Dir(rw))
-		rw = path.Join(parent, filepath.Base(rw))
+// newOverlay prepares a mount on target of lower, which are directories below layers with
+// the highest first. The caller calls close when it is mounted, or has failed.
+func newOverlay(layers string, lower []string, rw, target string) *overlay {
+	o := &overlay{layers: layers, lower: lower, rw: rw, target: target, bases: map[string]string{}}
+	size := 0
+	for _, d := range o.dirs() {
+		size += len(d[0]) + len(d[1]) + len("=,")
 	}
-	if err != nil {
-		o.close()
-		return nil, err
+	o.short = size > maxLine
+	return o
+}
+
+// dirs are the options that name directories.
+func (o *overlay) dirs() (dirs [][2]string) {
+	for _, dir := range o.lower {
+		dirs = append(dirs, [2]string{lowerKey, filepath.Join(o.layers, dir)})
 	}
-	o.upper, o.work = path.Join(rw, upperName), path.Join(rw, workName)
-	return o, nil
+	return append(dirs, [][2]string{
+		{"upperdir", filepath.Join(o.rw, upperName)},
+		{"workdir", filepath.Join(o.rw, workName)},
+	}...)
+}
+
+// name gives a name of a directory as the text of an option.
+func (o *overlay) name(dir string) (string, error) {
+	if !o.short && len(dir) <= maxOption && !strings.ContainsAny(dir, `\:,`) {
+		return dir, nil
+	}
+	return o.shortName(dir)
+}
+
+// shortName is for paths that are too long for the kernel, or have what it takes for a
+// separator. It begins with a descriptor. The rest is what tells the layer, or the container.
+func (o *overlay) shortName(dir string) (string, error) {
+	base := o.layers
+	rest, ok := strings.CutPrefix(dir, base+"/")
+	if !ok {
+		base = filepath.Dir(o.rw)
+		rest = filepath.Join(filepath.Base(o.rw), filepath.Base(dir))
+	}
+	if o.bases[base] == "" {
+		var err error
+		if o.bases[base], err = o.open(base); err != nil {
+			return "", err
+		}
+	}
+	return path.Join(o.bases[base], rest), nil
 }
 
 // open gives a name of a directory that is good until close.
 func (o *overlay) open(dir string) (string, error) {
-	fd, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	fd, err := openDir(dir, unix.O_PATH)
 	if err != nil {
-		return "", fmt.Errorf("cannot open %s: %w", dir, err)
+		return "", err
 	}
 	o.fds = append(o.fds, fd)
 	return fmt.Sprint(fdPrefix, fd), nil
+}
+
+func openDir(dir string, flags int) (int, error) {
+	fd, err := unix.Open(dir, flags|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("cannot open %s: %w", dir, err)
+	}
+	return fd, nil
 }
 
 func (o *overlay) close() {
@@ -196,39 +244,68 @@ func (o *overlay) close() {
 	}
 }
 
+// mount mounts it in the first way that the kernel knows.
 func (o *overlay) mount() error {
-	err := o.mountNew()
-	if errors.Is(err, errNoAppend) {
-		err = o.mountClassic()
+	ways := []func() error{o.mountFiles, o.mountNames, o.mountClassic}
+	if o.short {
+		ways = ways[1:] // the first one shows whole paths
+	}
+	var err error
+	for _, way := range ways {
+		if err = way(); !errors.Is(err, errOtherWay) {
+			break
+		}
 	}
 	return err
 }
 
-// errNoAppend says that the kernel cannot take lower directories one by one
-// (Linux 6.8).
-var errNoAppend = errors.New("overlayfs has no lowerdir+")
+// errOtherWay says that the kernel does not know this way to give it directories.
+var errOtherWay = errors.New("overlayfs has no such option")
 
-func (o *overlay) mountNew() error {
+// mountFiles gives the kernel descriptors, of which it shows the paths (Linux 6.13).
+func (o *overlay) mountFiles() error {
+	return o.mountNew(func(fsfd int, key, dir string) error {
+		fd, err := openDir(dir, unix.O_RDONLY) // O_PATH would need Linux 6.15
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		return unix.FsconfigSetFd(fsfd, key, fd)
+	})
+}
+
+// mountNames gives the kernel names, one by one (Linux 6.8).
+func (o *overlay) mountNames() error {
+	return o.mountNew(func(fsfd int, key, dir string) error {
+		name, err := o.name(dir)
+		if err != nil {
+			return err
+		}
+		return unix.FsconfigSetString(fsfd, key, name)
+	})
+}
+
+func (o *overlay) mountNew(setDir func(fsfd int, key, dir string) error) error {
 	fsfd, err := unix.Fsopen("overlay", unix.FSOPEN_CLOEXEC)
 	if err != nil {
 		return fmt.Errorf("cannot open overlayfs (fsopen): %w", err)
 	}
 	defer unix.Close(fsfd)
-	var options [][2]string
-	for _, dir := range o.lower {
-		options = append(options, [2]string{"lowerdir+", path.Join(o.layers, dir)})
+	for i, d := range o.dirs() {
+		err := setDir(fsfd, d[0], d[1])
+		if i == 0 && errors.Is(err, unix.EINVAL) {
+			return errOtherWay
+		}
+		if err != nil {
+			return fmt.Errorf("cannot set %s of overlayfs to %s: %w%s", d[0], d[1], err, fsLog(fsfd))
+		}
 	}
-	options = append(options, [][2]string{{"upperdir", o.upper}, {"workdir", o.work}, {"source", "overlay"}}...)
-	options = append(options, overlayFlags...)
+	options := append([][2]string{{"source", "overlay"}}, overlayFlags...)
 	if o.label != "" {
 		options = append(options, [2]string{"context", o.label})
 	}
-	for i, f := range options {
-		err := unix.FsconfigSetString(fsfd, f[0], f[1])
-		if i == 0 && errors.Is(err, unix.EINVAL) {
-			return errNoAppend
-		}
-		if err != nil {
+	for _, f := range options {
+		if err := unix.FsconfigSetString(fsfd, f[0], f[1]); err != nil {
 			return fmt.Errorf("cannot set %s of overlayfs to %s: %w%s", f[0], f[1], err, fsLog(fsfd))
 		}
 	}
@@ -267,19 +344,14 @@ func fsLog(fsfd int) string {
 // mountClassic is for kernels before 6.8. All options together have to fit a
 // page. For many layers only names do that from which nobody can tell the layer.
 func (o *overlay) mountClassic() error {
-	lower := make([]string, len(o.lower))
-	for i, dir := range o.lower {
-		lower[i] = path.Join(o.layers, dir)
-	}
-	data := o.data(lower)
-	if len(data) >= os.Getpagesize() {
-		for i := range lower {
-			var err error
-			if lower[i], err = o.open(lower[i]); err != nil {
-				return err
-			}
+	data, err := o.data(o.name, o.name)
+	for _, name := range []func(string) (string, error){o.shortName, o.open} {
+		if err == nil && len(data) >= os.Getpagesize() {
+			data, err = o.data(name, o.shortName)
 		}
-		data = o.data(lower)
+	}
+	if err != nil {
+		return err
 	}
 	if len(data) >= os.Getpagesize() {
 		return fmt.Errorf("%d layers are too many for this kernel, Linux 6.8 takes more", len(o.lower))
@@ -290,15 +362,33 @@ func (o *overlay) mountClassic() error {
 	return nil
 }
 
-func (o *overlay) data(lower []string) string {
-	data := fmt.Sprintf("volatile,lowerdir=%s,upperdir=%s,workdir=%s", strings.Join(lower, ":"), o.upper, o.work)
+// data are all options as mount(2) takes them, with the names of layers and of the other
+// directories.
+func (o *overlay) data(layer, other func(dir string) (string, error)) (string, error) {
+	lower, data := "", "volatile"
+	for _, d := range o.dirs() {
+		if d[0] == lowerKey {
+			name, err := layer(d[1])
+			if err != nil {
+				return "", err
+			}
+			lower += ":" + name
+			continue
+		}
+		name, err := other(d[1])
+		if err != nil {
+			return "", err
+		}
+		data += "," + d[0] + "=" + name
+	}
+	data += ",lowerdir=" + strings.TrimPrefix(lower, ":")
 	for _, f := range overlayFlags {
 		data += "," + f[0] + "=" + f[1]
 	}
 	if o.label != "" {
 		data += fmt.Sprintf(",context=%q", o.label) // a level has commas
 	}
-	return data
+	return data, nil
 }
 
 // Unmount unmounts all that is mounted at target, lazily if it is busy, and what

@@ -827,9 +827,7 @@ func TestClassicMount(t *testing.T) {
 					check(t, os.MkdirAll(d, 0o755))
 				}
 				check(t, os.WriteFile(filepath.Join(layers, lower[n-1], "f"), nil, 0o644))
-				o, err := newOverlay(layers, rw, target)
-				check(t, err)
-				o.lower = lower
+				o := newOverlay(layers, lower, rw, target)
 				defer o.close()
 				defer Unmount(target)
 				check(t, o.mountClassic())
@@ -837,6 +835,77 @@ func TestClassicMount(t *testing.T) {
 			})
 		}
 	}
+}
+
+// The mount table shows real paths of the directories, in every way to mount them. Where
+// they would make a line that other programs cannot read, it is shorter names, which tell the
+// layers.
+func TestMountTable(t *testing.T) {
+	needRoot(t)
+	ways := map[string]func(*overlay) error{
+		"files":   (*overlay).mountFiles,
+		"names":   (*overlay).mountNames,
+		"classic": (*overlay).mountClassic,
+		"any":     (*overlay).mount,
+	}
+	for way, mount := range ways {
+		for _, n := range []int{1, 15, 499} {
+			t.Run(fmt.Sprint(way, n), func(t *testing.T) {
+				dir := filepath.Join(t.TempDir(), strings.Repeat("x", 60))
+				layers, rw := filepath.Join(dir, "layers"), filepath.Join(dir, "rw")
+				var lower []string
+				for i := range n {
+					lower = append(lower, filepath.Join("sha256", fmt.Sprintf("%064x", i), diffName))
+					check(t, os.MkdirAll(filepath.Join(layers, lower[i]), 0o755))
+				}
+				target := filepath.Join(dir, "target")
+				for _, d := range []string{filepath.Join(rw, upperName), filepath.Join(rw, workName), target} {
+					check(t, os.MkdirAll(d, 0o755))
+				}
+				o := newOverlay(layers, lower, rw, target)
+				defer o.close()
+				defer Unmount(target)
+				err := mount(o)
+				switch {
+				case way == "files" && errors.Is(err, errOtherWay):
+					t.Skip("this kernel takes no descriptors")
+				case way == "classic" && n == 499:
+					if err == nil {
+						t.Error("a page has room for all layers")
+					}
+					return
+				}
+				check(t, err)
+				checkTable(t, o, way != "files" && n == 499)
+			})
+		}
+	}
+}
+
+// checkTable checks the line of an overlay in mountinfo.
+func checkTable(t *testing.T, o *overlay, short bool) {
+	t.Helper()
+	table, err := os.ReadFile("/proc/self/mountinfo")
+	check(t, err)
+	for line := range strings.Lines(string(table)) {
+		if !strings.Contains(line, " "+o.target+" ") {
+			continue
+		}
+		if short {
+			if len(line) > 64<<10 {
+				t.Errorf("a line of %d bytes", len(line))
+			}
+		} else if strings.Contains(line, "/proc/self/fd") || !strings.Contains(line, "="+o.rw+"/upper") {
+			t.Errorf("no real paths: %.1000s", line)
+		}
+		for _, l := range o.lower {
+			if !strings.Contains(line, l) || !short && !strings.Contains(line, filepath.Join(o.layers, l)) {
+				t.Fatalf("it does not tell of layer %s: %.1000s", l, line)
+			}
+		}
+		return
+	}
+	t.Error("it is not in the mount table")
 }
 
 // Directories that overlayfs does not take, or that mountinfo does not show, as

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"strings"
 	"testing"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -23,6 +24,11 @@ func TestNamesOfDirectories(t *testing.T) {
 				})
 				if got, want := c.Output("cat", "/image/etc/group"), c.Output("cat", "/etc/group"); got != want || got == "" {
 					t.Errorf("the volume has %q, the root %q", got, want)
+				}
+				table := c.Output("cat", "/proc/self/mountinfo")
+				// An older kernel cannot be given such names in another way.
+				if _, older := harness.KernelBefore(6, 13); !older && strings.Contains(table, "/proc/self/fd") {
+					t.Errorf("the mount table names descriptors:\n%s", table)
 				}
 				return c
 			}
