@@ -222,6 +222,7 @@ var accepted = []struct{ reason, text, why string }{
 	{"FailedScheduling", "", "the one node takes no pods while it is drained"},
 	{"FailedMount", `configmap "kube-root-ca.crt" not found`, "the namespace has been made a moment ago"},
 	{"FailedMount", `object "`, "the kubelet has not read it yet"},
+	{"ClusterIPNotAllocated", "", "the API server looks for what its own start is about to record"},
 }
 
 // follows are the texts of events that only repeat another one, which says more.
