@@ -18,6 +18,7 @@ profile holdfast-default flags=(attach_disconnected, mediate_deleted) {
   # Settings of the node. Those of the IPC and network namespaces are the container's own.
   deny /proc/sys/{abi,crypto,debug,dev,sunrpc,user,vm}/** wklx,
   deny /proc/sys/fs/[^m]** wklx,
+  deny /proc/sys/fs/m[^q]** wklx,
   deny /proc/sys/kernel/[^ms]** wklx,
   deny /proc/sys/kernel/m[^s]** wklx,
   deny /proc/sys/kernel/s[^eh]** wklx,
@@ -30,5 +31,6 @@ profile holdfast-default flags=(attach_disconnected, mediate_deleted) {
   deny /sys/{block,bus,class,dev,devices,hypervisor,module,power}/** wklx,
   deny /sys/fs/{bpf,ext4,fuse,pstore,selinux,smackfs,xfs}/** wklx,
   deny /sys/kernel/** wklx,
+  deny /sys/devices/virtual/powercap/** rwklx,
   deny /sys/{firmware,kernel/debug,kernel/security,kernel/tracing}/** rwklx,
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"strings"
@@ -17,7 +18,7 @@ func setupExplain(a *app, fs *flag.FlagSet) runFunc {
 		"what survives a reboot is in `DIR` (default: as the daemon was started, or its config says)")
 	return func(_ context.Context, _ rundir.Dir, args []string) error {
 		stories, err := audit.Stories(a.auditOptions(*root), args[0])
-		if err != nil {
+		if err != nil && len(stories) == 0 {
 			return err
 		}
 		if len(stories) == 0 {
@@ -27,7 +28,7 @@ func setupExplain(a *app, fs *flag.FlagSet) runFunc {
 		for _, s := range stories {
 			writeStory(&b, s)
 		}
-		return a.print(stories, b.String())
+		return errors.Join(a.print(stories, b.String()), err)
 	}
 }
 
@@ -48,20 +49,20 @@ func writeStory(b *strings.Builder, s audit.Story) {
 	if s.Pod != "" {
 		what = "container"
 	}
-	fmt.Fprintf(b, "%s %s (%s)\n", what, printable(s.Name), records.ShortID(s.ID))
+	fmt.Fprintf(b, "%s %s (%s)\n", what, printable(s.Name), printable(records.ShortID(s.ID)))
 	gone := false
 	for _, line := range s.Lines {
 		verb := verbs[line.What]
 		if s.Pod == "" && line.What == records.Exited {
 			verb = "its init ended:"
 		}
-		text := strings.TrimSpace(cmp.Or(verb, string(line.What)) + " " + printable(line.Text))
-		fmt.Fprintf(b, "  %s  %s\n", timeText(line.At), text)
+		text := strings.TrimSpace(cmp.Or(verb, string(line.What)) + " " + line.Text)
+		fmt.Fprintf(b, "  %s  %s\n", timeText(line.At), printable(text))
 		gone = gone || line.What == records.Removed || line.What == records.Failed
 	}
 	switch {
 	case s.Now != "":
-		fmt.Fprintf(b, "  now: %s\n", s.Now)
+		fmt.Fprintf(b, "  now: %s\n", printable(s.Now))
 	case !gone:
 		b.WriteString("  now: it is gone; when it was removed is not known\n")
 	}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -285,16 +284,14 @@ func setupPids(a *app, _ *flag.FlagSet) runFunc {
 
 // commandLine is empty for a process that has ended meanwhile.
 func commandLine(pid int) string {
-	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	b = bytes.TrimRight(b, "\x00")
-	return printable(string(bytes.ReplaceAll(b, []byte{0}, []byte{' '})))
+	return printable(strings.Join(rundir.CommandLine(pid), " "))
 }
 
 // printable keeps what a container or a registry chose from driving the
 // terminal.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
-		if unicode.IsControl(r) {
+		if !unicode.IsPrint(r) { // also marks that turn the direction of a line
 			return '?'
 		}
 		return r

@@ -132,10 +132,9 @@ func readProcess(pid int) (*process, bool) {
 	if err != nil {
 		return nil, false
 	}
-	cmdline, _ := os.ReadFile(proc + "cmdline")
 	p := &process{
 		parent: parentOf(pid),
-		args:   strings.Split(strings.TrimRight(string(cmdline), "\x00"), "\x00"),
+		args:   rundir.CommandLine(pid),
 		exe:    filepath.Base(strings.TrimSuffix(exe, " (deleted)")),
 	}
 	p.third, _ = os.Readlink(proc + "fd/3")

@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -60,8 +61,10 @@ func Open(dir string, log *slog.Logger) *Journal {
 // Add writes an entry soon. It never waits for the disk; what the disk does not take in
 // time is left out.
 func (j *Journal) Add(e records.Entry) {
-	if len(e.Text) > maxText {
-		e.Text = strings.ToValidUTF8(e.Text[:maxText], "")
+	for _, text := range []*string{&e.Name, &e.Text} {
+		if len(*text) > maxText {
+			*text = strings.ToValidUTF8((*text)[:maxText], "")
+		}
 	}
 	select {
 	case j.waiting <- e:
@@ -141,23 +144,15 @@ func (j *Journal) open() error {
 	if err := os.Mkdir(j.dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	const flags = os.O_RDWR | os.O_APPEND | os.O_CREATE | unix.O_NOFOLLOW | unix.O_NONBLOCK
-	f, err := os.OpenFile(filepath.Join(j.dir, nowName), flags, 0o600)
+	f, size, err := openFile(filepath.Join(j.dir, nowName), os.O_RDWR|os.O_APPEND|os.O_CREATE)
 	if err != nil {
 		return err
 	}
-	st, err := f.Stat()
-	if err == nil && !st.Mode().IsRegular() {
-		err = fmt.Errorf("%s is no file", f.Name())
-	}
-	if err == nil {
-		err = endLine(f, st.Size())
-	}
-	if err != nil {
+	if err := endLine(f, size); err != nil {
 		f.Close()
 		return err
 	}
-	j.file, j.size = f, st.Size()
+	j.file, j.size = f, size
 	return nil
 }
 
@@ -174,27 +169,50 @@ func endLine(f *os.File, size int64) error {
 	return err
 }
 
-// Read gives the entries of a journal, the oldest first. A line that does not read, as a
-// full disk leaves it, is left out.
+// Read gives the entries of a journal, the oldest first, also where there is an error. A line that does not read, as a
+// full disk leaves it, is left out. Of a file that is larger than a journal makes it only the end is read.
 func Read(dir string) (all []records.Entry, err error) {
 	for _, name := range []string{beforeName, nowName} {
-		f, oerr := os.OpenFile(filepath.Join(dir, name), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
-		if errors.Is(oerr, fs.ErrNotExist) {
-			continue
+		entries, ferr := readFile(filepath.Join(dir, name))
+		all = append(all, entries...)
+		if ferr != nil && !errors.Is(ferr, fs.ErrNotExist) {
+			err = errors.Join(err, fmt.Errorf("cannot read the journal: %w", ferr))
 		}
-		if oerr != nil {
-			return all, fmt.Errorf("cannot read the journal: %w", oerr)
-		}
-		lines := bufio.NewScanner(f)
-		lines.Buffer(nil, 2*maxFile)
-		for lines.Scan() {
-			var e records.Entry
-			if json.Unmarshal(lines.Bytes(), &e) == nil && e.ID != "" {
-				all = append(all, e)
-			}
-		}
-		err = errors.Join(err, lines.Err())
-		f.Close()
 	}
 	return all, err
+}
+
+func readFile(path string) (all []records.Entry, err error) {
+	f, size, err := openFile(path, os.O_RDONLY)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	from := max(0, size-maxFile)
+	lines := bufio.NewScanner(io.NewSectionReader(f, from, size-from))
+	lines.Buffer(nil, maxFile+1)
+	for lines.Scan() {
+		var e records.Entry
+		if json.Unmarshal(lines.Bytes(), &e) == nil && e.ID != "" {
+			all = append(all, e)
+		}
+	}
+	return all, lines.Err()
+}
+
+// openFile opens what has to be a file, without waiting for anybody, and gives its size in bytes.
+func openFile(path string, flags int) (*os.File, int64, error) {
+	f, err := os.OpenFile(path, flags|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o600)
+	if err != nil {
+		return nil, 0, err
+	}
+	st, err := f.Stat()
+	if err == nil && !st.Mode().IsRegular() {
+		err = fmt.Errorf("%s is no file: %s", path, st.Mode())
+	}
+	if err != nil {
+		f.Close()
+		return nil, 0, err
+	}
+	return f, st.Size(), nil
 }

@@ -1,6 +1,9 @@
 package journal
 
 import (
+	"bytes"
+	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -8,6 +11,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
 )
@@ -72,5 +77,55 @@ func TestTorn(t *testing.T) {
 	}
 	if all, err := Read(t.TempDir()); err != nil || len(all) != 0 {
 		t.Errorf("without a journal: %v, %v", all, err)
+	}
+}
+
+// A file that is larger than it may be, or none at all, costs neither memory nor time, and the other one is read. The
+// journal goes on.
+func TestStrangeFiles(t *testing.T) {
+	for name, put := range map[string]func(path string) error{
+		"directory": func(path string) error { return os.Mkdir(path, 0o700) },
+		"FIFO":      func(path string) error { return unix.Mkfifo(path, 0o600) },
+		"device":    func(path string) error { return unix.Mknod(path, unix.S_IFCHR|0o600, int(unix.Mkdev(1, 5))) },
+		"link":      func(path string) error { return os.Symlink("/dev/zero", path) },
+		"sparse":    func(path string) error { return errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, 10<<30)) },
+	} {
+		dir := t.TempDir()
+		j := Open(dir, slog.New(slog.DiscardHandler))
+		j.Add(entry(1))
+		j.Close()
+		if err := put(filepath.Join(dir, beforeName)); err != nil {
+			t.Skipf("%s: %v", name, err)
+		}
+		if fd, err := unix.Open(filepath.Join(dir, beforeName), unix.O_RDWR|unix.O_NONBLOCK, 0); err == nil {
+			defer unix.Close(fd) // whoever writes into the FIFO
+		}
+		all, err := Read(dir)
+		if len(all) != 1 || err == nil && name != "sparse" {
+			t.Errorf("%s: %v, %v", name, all, err)
+		}
+	}
+}
+
+// A journal that has become too large, by whatever, is read from its end, and replaced with the next entry.
+func TestHugeFile(t *testing.T) {
+	dir := t.TempDir()
+	now := filepath.Join(dir, nowName)
+	line, err := json.Marshal(entry(1))
+	if err == nil {
+		err = os.WriteFile(now, bytes.Repeat(append(line, '\n'), 10*maxFile/len(line)), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if all, err := Read(dir); err != nil || len(all) == 0 || len(all) > maxFile/len(line) {
+		t.Errorf("%d entries, %v", len(all), err)
+	}
+	j := Open(dir, slog.New(slog.DiscardHandler))
+	j.Add(records.Entry{ID: "2", Name: strings.Repeat("n", 10*maxFile)})
+	j.Close()
+	st, err := os.Stat(now)
+	if err != nil || st.Size() > 2*maxText {
+		t.Errorf("the file has %d bytes, %v", st.Size(), err)
 	}
 }

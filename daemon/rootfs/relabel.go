@@ -49,7 +49,7 @@ func Relabel(ctx context.Context, path, label string) error {
 		return err
 	}
 	defer unix.Close(fd)
-	r := relabelling{ctx: ctx, label: []byte(label)}
+	r := relabelling{ctx: ctx, label: []byte(label), system: systemFiles()}
 	if err := r.tree(fd, 0); err != nil {
 		return fmt.Errorf("cannot relabel %s: %w", path, err)
 	}
@@ -62,29 +62,51 @@ func openToRelabel(path string) (int, error) {
 		return -1, kind.Errorf(kind.Invalid, "cannot relabel %s: %w", path, err)
 	}
 	var st unix.Stat_t
-	err = unix.Fstat(fd, &st)
-	for _, dir := range systemDirs {
-		var system unix.Stat_t
-		if serr := unix.Stat(dir, &system); serr == nil && system.Dev == st.Dev && system.Ino == st.Ino {
-			err = kind.Errorf(kind.Invalid, "cannot relabel %s: this is %s, whose files the host itself needs", path, dir)
-		}
+	if err = unix.Fstat(fd, &st); err == nil {
+		err = systemFiles().check(&st)
 	}
 	if err != nil {
 		unix.Close(fd)
-		return -1, err
+		return -1, kind.Errorf(kind.Invalid, "cannot relabel %s: %w", path, err)
 	}
 	return fd, nil
 }
 
-type relabelling struct {
-	ctx   context.Context
-	label []byte
+// files are paths by device and inode.
+type files map[[2]uint64]string
+
+func systemFiles() files {
+	all := files{}
+	for _, path := range systemDirs {
+		var st unix.Stat_t
+		if unix.Stat(path, &st) == nil {
+			all[[2]uint64{st.Dev, st.Ino}] = path
+		}
+	}
+	return all
 }
 
-// tree labels what an O_PATH descriptor stands for, and before that what is below it.
+func (f files) check(st *unix.Stat_t) error {
+	if path := f[[2]uint64{st.Dev, st.Ino}]; path != "" {
+		return fmt.Errorf("this is %s, whose files the host itself needs", path)
+	}
+	return nil
+}
+
+type relabelling struct {
+	ctx    context.Context
+	label  []byte
+	system files
+}
+
+// tree labels what an O_PATH descriptor stands for, and before that what is below it. A directory of the system may be
+// mounted there.
 func (r *relabelling) tree(fd, depth int) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if err := r.system.check(&st); err != nil {
 		return err
 	}
 	if st.Mode&unix.S_IFMT == unix.S_IFDIR {

@@ -126,6 +126,24 @@ func TestRelabelRaces(t *testing.T) {
 	}
 }
 
+// A directory of the system that is mounted inside, as in a tree for chroot(8), keeps its labels.
+func TestRelabelMounts(t *testing.T) {
+	dir := labelDir(t)
+	inside := filepath.Join(dir, "dev")
+	check(t, os.Mkdir(inside, 0o755))
+	if err := unix.Mount("/dev", inside, "", unix.MS_BIND, ""); err != nil {
+		t.Skipf("cannot mount: %v", err)
+	}
+	defer unix.Unmount(inside, unix.MNT_DETACH)
+	const other = "system_u:object_r:container_file_t:s0:c3"
+	if err := Relabel(t.Context(), dir, other); err == nil || !strings.Contains(err.Error(), "this is /dev") {
+		t.Errorf("a directory of the system was relabelled: %v", err)
+	}
+	if got := labelOf(t, filepath.Join(inside, "null")); got == other {
+		t.Error("/dev/null was relabelled")
+	}
+}
+
 func TestRelabelRefused(t *testing.T) {
 	dir := t.TempDir()
 	link := filepath.Join(dir, "link")

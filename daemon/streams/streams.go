@@ -11,7 +11,6 @@ import (
 	"log/slog"
 	"os"
 	"slices"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -164,19 +163,15 @@ func (s *Sessions) args() []string {
 // reason to replace it.
 func (s *Sessions) outdated(p rundir.Process) bool {
 	proc := fmt.Sprintf("/proc/%d/", p.PID)
-	cmdline, err := os.ReadFile(proc + "cmdline")
-	if err != nil {
-		return false
-	}
+	args := rundir.CommandLine(p.PID)
 	running, err := os.Stat(proc + "exe")
 	if err != nil {
 		return false
 	}
 	installed, err := os.Stat(s.Binary)
-	if err != nil || !p.Alive() {
+	if err != nil || len(args) == 0 || !p.Alive() {
 		return false
 	}
-	args := strings.Split(strings.TrimSuffix(string(cmdline), "\x00"), "\x00")
 	return !slices.Equal(args[1:], s.args()) || !os.SameFile(running, installed)
 }
 

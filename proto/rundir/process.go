@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strconv"
 	"strings"
@@ -62,6 +63,22 @@ func procStat(pid int) (start uint64, state byte, err error) {
 		return 0, 0, fmt.Errorf("cannot read /proc/%d/stat: %w", pid, err)
 	}
 	return start, fields[0][0], nil
+}
+
+// maxCommandLine is how much of a command line is read, in bytes: a process can make its own one appear as large as
+// all memory that it can address (PR_SET_MM_MAP of prctl(2)).
+const maxCommandLine = 64 << 10
+
+// CommandLine gives the beginning of the command line of a process, empty if there is none. It is what the process
+// wants it to be. The call waits for memory of the process to be read in, which a file system of its own can delay.
+func CommandLine(pid int) []string {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	b, _ := io.ReadAll(io.LimitReader(f, maxCommandLine)) // a process that ends meanwhile has none
+	return strings.Split(strings.TrimRight(string(b), "\x00"), "\x00")
 }
 
 // BootID is the kernel's name for this boot. It cannot fail on a Linux with

@@ -98,15 +98,6 @@ func keeps(pid int, dir Dir) bool {
 // of that name that root runs in the daemon's mount namespace.
 func kept(pid int) (Dir, bool) {
 	proc := filepath.Join("/proc", strconv.Itoa(pid))
-	cmdline, err := os.ReadFile(filepath.Join(proc, "cmdline"))
-	if err != nil {
-		return "", false
-	}
-	args := strings.Split(string(cmdline), "\x00")
-	i := slices.Index(args, "--dir")
-	if i < 0 || i+1 >= len(args) || !filepath.IsAbs(args[i+1]) {
-		return "", false
-	}
 	exe, err := os.Readlink(filepath.Join(proc, "exe"))
 	if err != nil || !strings.HasPrefix(filepath.Base(exe), "holdfast-shim") {
 		return "", false
@@ -120,6 +111,12 @@ func kept(pid int) (Dir, bool) {
 	}
 	status, err := os.ReadFile(filepath.Join(proc, "status"))
 	if err != nil || !bytes.Contains(status, fmt.Appendf(nil, "\nUid:\t%d\t", os.Getuid())) {
+		return "", false
+	}
+	// The command line comes last: it is memory of the process, so only that of a trusted one is read.
+	args := CommandLine(pid)
+	i := slices.Index(args, "--dir")
+	if i < 0 || i+1 >= len(args) || !filepath.IsAbs(args[i+1]) {
 		return "", false
 	}
 	return Dir(args[i+1]), true
