@@ -52,6 +52,13 @@ func (e *Error) Unwrap() error { return e.Err }
 // or what it was told to run. Any other error is the machine's, or the caller's.
 func (e *Error) Unrunnable() bool { return e.Verb == "create" && unrunnable(e.Message) }
 
+// Unfinished says that the runtime did not come to its end by itself: it was killed, or could
+// not be run. Nothing is wrong with what it was asked for.
+func (e *Error) Unfinished() bool {
+	exit, ok := errors.AsType[*exec.ExitError](e.Err)
+	return !ok || !exit.Exited()
+}
+
 // unrunnable knows how runtimes say that a container's program or its working directory
 // is not there, is none, or may not be used. There is nothing but their texts to tell
 // it by: those of runc (libcontainer's init: LookPath, MkdirAll of cwd, chdir, and its

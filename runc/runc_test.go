@@ -33,6 +33,21 @@ func TestErrorIsTheRuntimes(t *testing.T) {
 	}
 }
 
+// A runtime that was killed, or could not be run, has said nothing about what it was asked for.
+func TestUnfinished(t *testing.T) {
+	for body, want := range map[string]bool{"exit 1": false, "kill -9 $$": true, "rm $0; exec $0": false} {
+		r := script(t, body)
+		e, ok := errors.AsType[*Error](r.Start(t.Context(), "box"))
+		if !ok || e.Unfinished() != want {
+			t.Errorf("%s: %v, unfinished is not %v", body, e, want)
+		}
+	}
+	r := &Runtime{Path: "/nowhere/runtime"}
+	if e, ok := errors.AsType[*Error](r.Start(t.Context(), "box")); !ok || !e.Unfinished() {
+		t.Errorf("a runtime that is not there: %v", e)
+	}
+}
+
 // The log of a runtime that fails again and again has a bound, and the words of each
 // failure are found.
 func TestLogIsBounded(t *testing.T) {

@@ -2,6 +2,7 @@ package shim
 
 import (
 	"context"
+	"errors"
 	"math"
 	"path/filepath"
 	"sync"
@@ -15,6 +16,7 @@ import (
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/runc"
 )
 
 // Capabilities tell a daemon what this build can do beyond the protocol's version.
@@ -38,10 +40,13 @@ var _ pb.ShimService = (*service)(nil)
 // convertErrors gives every method's error its code.
 func convertErrors(ctx context.Context, u ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, m ttrpc.Method) (any, error) {
 	resp, err := m(ctx, u)
-	if err != nil {
-		return nil, kind.ToStatus(err)
+	if err == nil {
+		return resp, nil
 	}
-	return resp, nil
+	if e, ok := errors.AsType[*runc.Error](err); ok && e.Unfinished() {
+		err = kind.As(kind.Unavailable, err) // the same call may succeed when it is made again
+	}
+	return nil, kind.ToStatus(err)
 }
 
 // check refuses a request that is not meant for this shim's container.

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
@@ -100,8 +102,12 @@ func TestRuntimeAtEachVerb(t *testing.T) {
 				ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 				err := call(ctx, c)
 				cancel()
-				if err == nil {
-					t.Error("the call has succeeded")
+				want := codes.Unavailable // the kubelet may ask again
+				if how == "hang" {
+					want = codes.DeadlineExceeded
+				}
+				if status.Code(err) != want {
+					t.Errorf("the call ends with %s, want %s: %v", status.Code(err), want, err)
 				}
 				wantRunning(t, n.Tally, c, pid)
 				n.Restart()
