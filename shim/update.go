@@ -47,6 +47,11 @@ func (t *task) Update(update []byte) error {
 	if len(u.Resources) == 0 {
 		return nil
 	}
+	// The connection of the caller has broken, and the call is made again: its container may
+	// have ended since, which is no reason to refuse what has been done.
+	if kept, err := t.dir.ReadUpdate(); err == nil && u.AskedAt != 0 && kept.AskedAt == u.AskedAt {
+		return nil
+	}
 	if err := errors.Join(json.Unmarshal(u.Resources, &u.now), json.Unmarshal(u.Undo, &u.was)); err != nil {
 		return kind.Errorf(kind.Invalid, "update: %w", err)
 	}
@@ -67,7 +72,8 @@ func (t *task) Update(update []byte) error {
 			t.log.Error("something is left of an update", "err", uerr)
 		}
 		if c.init.Ended() {
-			err = kind.As(kind.State, err)
+			// As text, because the kind of the cause would come first.
+			err = kind.Errorf(kind.State, "cannot update: the container has ended: %v", err)
 		}
 		return err
 	}
