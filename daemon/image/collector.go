@@ -33,7 +33,7 @@ func (s *Store) collector() {
 			return
 		}
 		if err := s.collect(); err != nil {
-			s.o.Log.Warn("cannot remove unused blobs, trying again", "in", wait, "error", err)
+			s.o.Log.Warn("cannot remove what is not used, trying again", "in", wait, "error", err)
 			again.Reset(wait)
 			wait = min(2*wait, longest)
 			continue
@@ -62,7 +62,7 @@ func (s *Store) collect() error {
 	named := s.namedLocked()
 	s.mu.Unlock()
 	removed := 0
-	errs = append(errs, s.eachBlob(func(path string, d digest.Digest) error {
+	errs = append(errs, s.collectRecords(), s.eachBlob(func(path string, d digest.Digest) error {
 		if named[d] {
 			return nil // a blob that has lost its name meanwhile is for the next run
 		}

@@ -1,10 +1,13 @@
 package image
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -21,6 +24,8 @@ const logEvery = 10
 
 // progress is how far one pull is. A nil one is not looked at.
 type progress struct {
+	record string // the file; empty: there is none
+
 	mu    sync.Mutex
 	p     records.Pull // without what the layers tell
 	parts map[digest.Digest]*part
@@ -194,6 +199,9 @@ func (s *Store) follow(asked, name, pod string) (g *progress, stop func()) {
 		Phase:  records.PullResolving,
 		Daemon: self(),
 	}}
+	if s.o.ProgressDir != "" {
+		g.record = filepath.Join(s.o.ProgressDir, fmt.Sprintf("%d-%d.json", os.Getpid(), s.count.records.Add(1)))
+	}
 	s.running.mu.Lock()
 	s.running.m[g] = struct{}{}
 	s.running.mu.Unlock()
@@ -206,16 +214,15 @@ func (s *Store) follow(asked, name, pod string) (g *progress, stop func()) {
 		s.running.mu.Lock()
 		delete(s.running.m, g)
 		s.running.mu.Unlock()
+		if g.record != "" && os.Remove(g.record) != nil {
+			s.kick() // or it was never written
+		}
 	}
 }
 
 // report tells about a pull until quit is closed.
 func (s *Store) report(g *progress, quit <-chan struct{}) {
-	var path string
-	if s.o.ProgressDir != "" {
-		path = filepath.Join(s.o.ProgressDir, fmt.Sprintf("%d-%d.json", os.Getpid(), s.count.records.Add(1)))
-		defer os.Remove(path)
-	}
+	path := g.record
 	tick := time.NewTicker(s.o.ProgressEvery)
 	defer tick.Stop()
 	type point struct {
@@ -264,6 +271,30 @@ func (s *Store) logProgress(p records.Pull) {
 		args = append(args, "trouble", p.Trouble)
 	}
 	s.o.Log.Info("pulling image", append(args, "since", time.Since(p.Since).Round(time.Second))...)
+}
+
+// collectRecords removes records of pulls that have ended, which could not be removed then.
+func (s *Store) collectRecords() error {
+	if s.o.ProgressDir == "" {
+		return nil
+	}
+	files, err := os.ReadDir(s.o.ProgressDir) // before the look at the pulls: one that begins has no file here
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	runs := map[string]bool{}
+	s.running.mu.Lock()
+	for g := range s.running.m {
+		runs[filepath.Base(g.record)] = true
+	}
+	s.running.mu.Unlock()
+	for _, f := range files {
+		name, _, _ := strings.Cut(strings.TrimPrefix(f.Name(), "."), ".json") // or it is being written
+		if !runs[name+".json"] {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(s.o.ProgressDir, f.Name())))
+		}
+	}
+	return err
 }
 
 // openProgressDir removes what a killed process left.

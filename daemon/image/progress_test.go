@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -141,5 +142,34 @@ func TestProgressBeforeLayers(t *testing.T) {
 	close(gate)
 	if err := <-ended; err != nil {
 		t.Error(err)
+	}
+}
+
+// A record that cannot be removed with the end of its pull is removed later, and those of pulls that run
+// are not.
+func TestRecordRemovedLater(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "pulls")
+	s := openAt(t, t.TempDir(), func(o *Options) { o.ProgressDir, o.ProgressEvery = dir, time.Hour })
+	written := func(g *progress) func() bool {
+		return func() bool { return record.Read(g.record, new(records.Pull)) == nil }
+	}
+	one, stop := s.follow("one", "one", "")
+	two, stopTwo := s.follow("two", "two", "")
+	defer stopTwo()
+	eventually(t, "one is written", written(one))
+	eventually(t, "two is written", written(two))
+	// A file cannot be refused to root, but a directory is none.
+	if err := errors.Join(os.Remove(one.record), os.MkdirAll(filepath.Join(one.record, "x"), 0o700),
+		os.WriteFile(filepath.Join(dir, "."+filepath.Base(one.record)+".123"), nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	stop()
+	eventually(t, "the first is gone", func() bool {
+		files, err := os.ReadDir(dir)
+		return err == nil && len(files) == 1
+	})
+	if !written(two)() {
+		t.Error("the record of a pull that runs is gone")
 	}
 }

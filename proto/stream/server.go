@@ -3,8 +3,10 @@ package stream
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/url"
 	"os"
+	"strings"
 
 	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
@@ -49,6 +51,25 @@ func (d Dir) address() (a Address, err error) {
 	return a, err
 }
 
+// sweepAddresses removes what a holdfast-stream has left that was killed while it wrote its
+// address. Only who has the lock writes it: what was there before a look at the lock, which
+// nobody had, is nobody's.
+func (d Dir) sweepAddresses() error {
+	entries, err := os.ReadDir(string(d))
+	if err != nil {
+		return fmt.Errorf("cannot look for what is left of addresses: %w", err)
+	}
+	if held, err := rundir.Held(d.Path(lockName)); held || err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), "."+addressName+".") {
+			err = errors.Join(err, os.RemoveAll(d.Path(e.Name())))
+		}
+	}
+	return err
+}
+
 // Server is the lock by which a holdfast-stream lives: at most one has it.
 type Server struct {
 	dir  Dir
@@ -61,6 +82,8 @@ func (d Dir) Lock() (*Server, error) {
 	if err := d.Make(); err != nil {
 		return nil, err
 	}
+	// What cannot be removed is for the next start.
+	_ = d.sweepAddresses()
 	lock, err := rundir.Lock(d.Path(lockName))
 	if err != nil && !errors.Is(err, rundir.ErrLocked) {
 		if err = os.RemoveAll(d.Path(lockName)); err == nil {

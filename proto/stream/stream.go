@@ -175,7 +175,7 @@ func (d Dir) Take(token string) (Request, error) {
 	return s.Request, nil
 }
 
-// Sweep removes the tokens that have expired.
+// Sweep removes the tokens that have expired, and what a killed holdfast-stream has left.
 func (d Dir) Sweep(ctx context.Context) error {
 	if err := d.Make(); err != nil {
 		return err
@@ -186,7 +186,7 @@ func (d Dir) Sweep(ctx context.Context) error {
 	}
 	defer gate.Close()
 	_, _, err = d.sweepLocked()
-	return err
+	return errors.Join(err, d.sweepAddresses())
 }
 
 // sweepLocked removes the tokens that have expired and tells how many are left, with

@@ -350,6 +350,44 @@ func TestLockAndAddress(t *testing.T) {
 	}
 }
 
+// What a holdfast-stream leaves that is killed while it writes its address goes with the next start of
+// the daemon, or of another one; that of one that lives does not.
+func TestLeftAddress(t *testing.T) {
+	d := newDir(t)
+	left := func() bool {
+		_, err := os.Lstat(d.Path(".address.123"))
+		return err == nil
+	}
+	leave := func() {
+		t.Helper()
+		if err := os.WriteFile(d.Path(".address.123"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sweep := func() {
+		t.Helper()
+		if err := d.Sweep(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	leave()
+	s, err := d.Lock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left() {
+		t.Error("the next holdfast-stream leaves it")
+	}
+	leave()
+	if sweep(); !left() {
+		t.Error("the daemon takes it from one that runs")
+	}
+	s.Close()
+	if sweep(); left() {
+		t.Error("the daemon leaves it")
+	}
+}
+
 func TestRetire(t *testing.T) {
 	d := newDir(t)
 	s, err := d.Lock()
