@@ -278,10 +278,6 @@ const givesUp = 2 * time.Second
 func eachStep(t *testing.T, action string) {
 	const nodes = 4
 	tally := harness.Drill(t, strings.TrimPrefix(t.Name(), "Test"))
-	rounds := 1
-	if drill {
-		rounds = 3
-	}
 	lists := make([][]disaster, nodes)
 	list := chosen(action)
 	if action == stopForLong && !drill {
@@ -296,25 +292,23 @@ func eachStep(t *testing.T, action string) {
 		t.Run(fmt.Sprintf("node %d", i), func(t *testing.T) {
 			t.Parallel()
 			n := harness.New(t, harness.Options{Failpoints: true})
-			for round := range rounds {
-				for i, d := range list {
-					t.Run(d.String(), func(t *testing.T) {
-						if (d.life == saved || d.life == podSaved) && noCRIU() != "" {
-							t.Skip(noCRIU())
-						}
-						k := &kubelet{disaster: d, n: n.With(t), t: t, tally: tally, action: action}
-						if strings.HasPrefix(action, "fail") {
-							k.excuse = "failpoint"
-						}
-						switch action {
-						case "kill":
-							k.dead = k.checkWindow
-						case stopForLong:
-							k.action, k.hold = "stop", d.holdFor()
-						}
-						k.live(fmt.Sprintf("pod%d-%d", round, i))
-					})
-				}
+			for i, d := range list {
+				t.Run(d.String(), func(t *testing.T) {
+					if (d.life == saved || d.life == podSaved) && noCRIU() != "" {
+						t.Skip(noCRIU())
+					}
+					k := &kubelet{disaster: d, n: n.With(t), t: t, tally: tally, action: action}
+					if strings.HasPrefix(action, "fail") {
+						k.excuse = "failpoint"
+					}
+					switch action {
+					case "kill":
+						k.dead = k.checkWindow
+					case stopForLong:
+						k.action, k.hold = "stop", d.holdFor()
+					}
+					k.live(fmt.Sprintf("pod%d", i))
+				})
 			}
 			n.Arm()
 			tally.CheckClean(n)

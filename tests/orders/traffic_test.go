@@ -28,7 +28,7 @@ func TestTraffic(t *testing.T) {
 		t:       t,
 		n:       harness.New(t),
 		tally:   harness.Drill(t, "random traffic of eight clients, and kills"),
-		until:   lasts(t, 15*time.Second, 30*time.Minute),
+		until:   lasts(t, 15*time.Second, 15*time.Minute),
 		targets: map[string]*target{},
 	}
 	w.restarted.Store(time.Now().UnixNano())
