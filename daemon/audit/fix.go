@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/daemon/mounts"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/reaper/pidfd"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
@@ -143,10 +144,10 @@ func endShim(l *look, p *process) *fix {
 }
 
 // unmount takes a mount away that nobody uses: the kernel refuses it else.
-func unmount(m mount) *fix {
+func unmount(m mounts.Mount) *fix {
 	return &fix{text: "unmount it", do: func(context.Context) error {
-		if err := unix.Unmount(m.point, unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) {
-			return fmt.Errorf("cannot unmount %s: %w", m.point, err)
+		if err := unix.Unmount(m.Point, unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) {
+			return fmt.Errorf("cannot unmount %s: %w", m.Point, err)
 		}
 		return nil
 	}}
@@ -219,13 +220,13 @@ func removePath(e entry, inTheWay bool) *fix {
 // unused says who uses a file, or something below a directory: a mount, a process that has
 // it open, a socket that somebody listens on.
 func unused(path string) error {
-	mounts, err := readMounts("/proc/self/mountinfo")
+	table, err := mounts.Read(mounts.Self)
 	if err != nil {
 		return err
 	}
-	for _, m := range mounts {
-		if m.point == path || strings.HasPrefix(m.point, path+"/") {
-			return fmt.Errorf("cannot remove %s: %s is mounted", path, m.point)
+	for _, m := range table {
+		if m.Below(path) {
+			return fmt.Errorf("cannot remove %s: %s is mounted", path, m.Point)
 		}
 	}
 	if b, _ := os.ReadFile("/proc/net/unix"); strings.Contains(string(b), " "+path+"\n") {

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/holdfast-cri/holdfast/daemon/mounts"
 	"github.com/holdfast-cri/holdfast/daemon/placement"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
@@ -291,26 +292,26 @@ func (l *look) judgeMounts() {
 		m := l.mounts[i]
 		var v verdict
 		switch {
-		case m.point == l.Root || m.point == l.State:
+		case m.Point == l.Root || m.Point == l.State:
 			continue
-		case strings.HasPrefix(m.point, l.State+"/"):
-			v = l.ofStateMount(m, strings.Split(m.point[len(l.State)+1:], "/"))
-		case strings.HasPrefix(m.point, l.State+userWaysSuffix+"/"):
-			v = l.ofWay(strings.Split(m.point[len(l.State+userWaysSuffix)+1:], "/"))
-		case strings.HasPrefix(m.point, l.Root+"/"):
-			v = l.ofRootMount(strings.Split(m.point[len(l.Root)+1:], "/"))
+		case strings.HasPrefix(m.Point, l.State+"/"):
+			v = l.ofStateMount(m, strings.Split(m.Point[len(l.State)+1:], "/"))
+		case strings.HasPrefix(m.Point, l.State+userWaysSuffix+"/"):
+			v = l.ofWay(strings.Split(m.Point[len(l.State+userWaysSuffix)+1:], "/"))
+		case strings.HasPrefix(m.Point, l.Root+"/"):
+			v = l.ofRootMount(strings.Split(m.Point[len(l.Root)+1:], "/"))
 		default:
 			continue
 		}
 		k, f := Mount, unmount(m)
-		if m.kind == "nsfs" {
-			k, f = Namespace, unpin(m.point)
+		if m.Kind == "nsfs" {
+			k, f = Namespace, unpin(m.Point)
 		}
-		l.add(k, m.point, m.id, v, f)
+		l.add(k, m.Point, m.ID, v, f)
 	}
 }
 
-func (l *look) ofStateMount(m mount, parts []string) verdict {
+func (l *look) ofStateMount(m mounts.Mount, parts []string) verdict {
 	if len(parts) < 3 {
 		return none("nothing is mounted there by this version")
 	}
@@ -354,8 +355,8 @@ func (l *look) ofRootMount(parts []string) verdict {
 func (l *look) judgePins() {
 	mounted := map[string]string{}
 	for _, m := range l.mounts {
-		if strings.HasPrefix(m.point, netnsDir+"/") {
-			mounted[m.point] = m.id
+		if strings.HasPrefix(m.Point, netnsDir+"/") {
+			mounted[m.Point] = m.ID
 		}
 	}
 	for _, path := range l.pins {

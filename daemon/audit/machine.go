@@ -1,7 +1,6 @@
 package audit
 
 import (
-	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
@@ -16,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/daemon/mounts"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
@@ -30,7 +30,7 @@ const (
 type machine struct {
 	daemonRuns bool // somebody has the lock of STATE
 	processes  map[int]*process
-	mounts     []mount
+	mounts     []mounts.Mount
 	pins       []string // files in netnsDir that are called as ours are
 	cgroups    []group
 	trees      []entry
@@ -59,11 +59,6 @@ func (p *process) text() string {
 }
 
 func (p *process) same() string { return fmt.Sprint(p.StartTime) }
-
-// mount is a line of mountinfo.
-type mount struct {
-	id, kind, point, root, options string
-}
 
 // group is a cgroup of one hierarchy.
 type group struct{ dir, path string }
@@ -181,40 +176,12 @@ func (m *machine) descends(p *process, from int) bool {
 	return false
 }
 
-func (l *look) listMounts() []mount {
-	list, err := readMounts("/proc/self/mountinfo")
+func (l *look) listMounts() []mounts.Mount {
+	list, err := mounts.Read(mounts.Self)
 	if err != nil {
 		l.fail("cannot list the mounts: %w", err)
 	}
 	return list
-}
-
-var unescape = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace
-
-// readMounts reads a file as proc_pid_mountinfo(5) has it.
-func readMounts(path string) (all []mount, err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	lines := bufio.NewScanner(f)
-	lines.Buffer(nil, 64<<20)
-	for lines.Scan() {
-		before, after, _ := strings.Cut(lines.Text(), " - ")
-		m, super := strings.Fields(before), strings.Fields(after)
-		if len(m) < 6 || len(super) < 3 {
-			continue
-		}
-		all = append(all, mount{
-			id:      m[0],
-			root:    unescape(m[3]),
-			point:   unescape(m[4]),
-			kind:    super[0],
-			options: super[2],
-		})
-	}
-	return all, lines.Err()
 }
 
 // listTrees lists what lies in the trees, as deep as it says something by itself: what is

@@ -276,7 +276,7 @@ var stateForm = regexp.MustCompile(
 func (l *look) otherStates() (others []string) {
 	found := map[string]bool{}
 	for _, m := range l.mounts {
-		if f := stateForm.FindStringSubmatch(m.point); f != nil {
+		if f := stateForm.FindStringSubmatch(m.Point); f != nil {
 			found[f[1]] = true
 		}
 	}

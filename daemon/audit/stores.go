@@ -10,6 +10,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/holdfast-cri/holdfast/daemon/image"
+	"github.com/holdfast-cri/holdfast/daemon/mounts"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
 	"github.com/holdfast-cri/holdfast/daemon/state"
@@ -43,10 +44,10 @@ func (l *look) readStores() (s stores) {
 		}
 	}
 	for _, m := range l.mounts {
-		if m.kind != "overlay" {
+		if m.Kind != "overlay" {
 			continue
 		}
-		layers, _ := rootfs.LayersIn(m.options)
+		layers, _ := rootfs.LayersIn(m.FSOptions)
 		for _, layer := range layers {
 			s.mounted[layer] = true
 		}
@@ -126,16 +127,16 @@ func removeLayer(l *look, e entry, d digest.Digest) *fix {
 	f.do = func(context.Context) error {
 		links, err := filepath.Glob("/proc/[0-9]*/mountinfo")
 		for _, path := range links {
-			mounts, merr := readMounts(path)
+			table, merr := mounts.Read(path)
 			if merr != nil {
 				continue // it has ended
 			}
-			for _, m := range mounts {
-				layers, all := rootfs.LayersIn(m.options)
+			for _, m := range table {
+				layers, all := rootfs.LayersIn(m.FSOptions)
 				for _, used := range layers {
 					all = all && used != d
 				}
-				if m.kind == "overlay" && !all {
+				if m.Kind == "overlay" && !all {
 					return fmt.Errorf("cannot remove %s: a root may be made of it (%s)", e.path, path)
 				}
 			}

@@ -13,8 +13,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/moby/sys/mountinfo"
-
+	"github.com/holdfast-cri/holdfast/daemon/mounts"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
 
@@ -130,11 +129,13 @@ func cgroupsOf(t *testing.T, pid int) string {
 // hierarchies are the mount points of all.
 func hierarchies(t *testing.T) []string {
 	t.Helper()
-	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup", "cgroup2"))
+	table, err := mounts.Read(mounts.Self)
 	check(t, err)
 	var dirs []string
-	for _, m := range mounts {
-		dirs = append(dirs, m.Mountpoint)
+	for _, m := range table {
+		if m.Kind == "cgroup" || m.Kind == "cgroup2" {
+			dirs = append(dirs, m.Point)
+		}
 	}
 	return dirs
 }

@@ -11,9 +11,10 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/daemon/mounts"
 )
 
 const hostUID, hostGID, mappedIDs = 200000, 300000, 1000
@@ -276,7 +277,7 @@ func TestMappedLeftovers(t *testing.T) {
 	left()
 	check(t, Unmount(target))
 	gone(t, target+mappedSuffix)
-	if on, err := mountinfo.Mounted(target); on || err != nil {
+	if on, err := mounts.Mounted(target); on || err != nil {
 		t.Errorf("still mounted: %v, %v", on, err)
 	}
 	read(t, s.layerDir(layer), diffName, "file")

@@ -13,9 +13,10 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/daemon/mounts"
 )
 
 // Names in a container's own directory.
@@ -53,7 +54,7 @@ func (s *Store) MountLabelled(ctx context.Context, diffIDs []digest.Digest, rw, 
 }
 
 func (s *Store) mount(diffIDs []digest.Digest, rw, target string, m *IDMap, label string) (err error) {
-	if mounted, err := mountinfo.Mounted(target); mounted || err != nil {
+	if mounted, err := mounts.Mounted(target); mounted || err != nil {
 		return cmp.Or(err, ErrBusy)
 	}
 	diffIDs = distinct(diffIDs)

@@ -30,11 +30,11 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/daemon/dirs"
+	"github.com/holdfast-cri/holdfast/daemon/mounts"
 	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
@@ -140,14 +140,16 @@ var (
 	nameless = regexp.MustCompile(`lowerdir=` + fdPrefix + `\d+(:|,|$)`)
 )
 
-// layersOf gives the layers of the overlay mounts that filter selects, as far as
+// layersOf gives the layers of the overlay mounts that are wanted, as far as
 // these tell. Where one does not, or the mounts cannot be read, all is false.
-func layersOf(filter mountinfo.FilterFunc) (layers []digest.Digest, all bool) {
-	mounts, err := mountinfo.GetMounts(filter)
+func layersOf(wanted func(mounts.Mount) bool) (layers []digest.Digest, all bool) {
+	table, err := mounts.Read(mounts.Self)
 	all = err == nil
-	for _, m := range mounts {
-		some, complete := LayersIn(m.VFSOptions)
-		layers, all = append(layers, some...), all && complete
+	for _, m := range table {
+		if wanted(m) {
+			some, complete := LayersIn(m.FSOptions)
+			layers, all = append(layers, some...), all && complete
+		}
 	}
 	return layers, all
 }
@@ -155,7 +157,7 @@ func layersOf(filter mountinfo.FilterFunc) (layers []digest.Digest, all bool) {
 // LayersAt are the layers of the root file system that is mounted at target, as
 // far as its mount tells. It is for a container whose records are lost.
 func LayersAt(target string) []digest.Digest {
-	layers, _ := layersOf(mountinfo.SingleEntryFilter(target))
+	layers, _ := layersOf(func(m mounts.Mount) bool { return m.Point == target })
 	return layers
 }
 
@@ -171,7 +173,7 @@ func LayersIn(options string) (layers []digest.Digest, all bool) {
 // usedLayers gives a function that says whether something mounted may have a
 // layer, by its digest without the algorithm, among its lower directories.
 func usedLayers() func(hex string) bool {
-	layers, all := layersOf(mountinfo.FSTypeFilter("overlay"))
+	layers, all := layersOf(func(m mounts.Mount) bool { return m.Kind == "overlay" })
 	return func(hex string) bool {
 		return !all || slices.ContainsFunc(layers, func(d digest.Digest) bool { return d.Encoded() == hex })
 	}

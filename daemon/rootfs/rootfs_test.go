@@ -19,10 +19,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/daemon/mounts"
 	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
@@ -885,6 +885,9 @@ func TestMountTable(t *testing.T) {
 // checkTable checks the line of an overlay in mountinfo.
 func checkTable(t *testing.T, o *overlay, short bool) {
 	t.Helper()
+	if n := len(LayersAt(o.target)); n != len(o.lower) {
+		t.Errorf("of %d layers, %d are found again", len(o.lower), n)
+	}
 	table, err := os.ReadFile("/proc/self/mountinfo")
 	check(t, err)
 	for line := range strings.Lines(string(table)) {
@@ -951,7 +954,7 @@ func TestMountTwiceUnmountTwice(t *testing.T) {
 	check(t, os.Mkdir(target, 0o755))
 	t.Cleanup(func() { Unmount(target) })
 	check(t, s.Mount(t.Context(), []digest.Digest{d}, dir, target, nil))
-	if m, err := mountinfo.Mounted(target); !m || err != nil {
+	if m, err := mounts.Mounted(target); !m || err != nil {
 		t.Errorf("mounted: %v %v", m, err)
 	}
 	for _, rw := range []string{dir, t.TempDir()} {
@@ -967,7 +970,7 @@ func TestMountTwiceUnmountTwice(t *testing.T) {
 	for range 2 {
 		check(t, Unmount(target))
 	}
-	if m, err := mountinfo.Mounted(target); m || err != nil {
+	if m, err := mounts.Mounted(target); m || err != nil {
 		t.Errorf("unmounted: %v %v", m, err)
 	}
 	f.Close()

@@ -13,11 +13,11 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/holdfast-cri/holdfast/daemon/mounts"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
 
@@ -370,24 +370,24 @@ func propagates(src string, accepted []string) (on string, ok bool, err error) {
 	if src, err = filepath.EvalSymlinks(src); err != nil {
 		return "", false, err
 	}
-	mounts, err := mountinfo.GetMounts(mountinfo.ParentsFilter(src))
+	table, err := mounts.Read(mounts.Self)
 	if err != nil {
 		return "", false, err
 	}
-	var best *mountinfo.Info
-	for _, m := range mounts {
+	var best mounts.Mount
+	for _, m := range table {
 		// Of two on the same point the later one is on top.
-		if best == nil || len(m.Mountpoint) >= len(best.Mountpoint) {
+		if m.Holds(src) && len(m.Point) >= len(best.Point) {
 			best = m
 		}
 	}
-	if best == nil {
+	if best.Point == "" {
 		return "", false, fmt.Errorf("no mount holds %s", src)
 	}
-	for f := range strings.FieldsSeq(best.Optional) {
+	for f := range strings.FieldsSeq(best.Peers) {
 		for _, a := range accepted {
 			ok = ok || strings.HasPrefix(f, a)
 		}
 	}
-	return best.Mountpoint, ok, nil
+	return best.Point, ok, nil
 }

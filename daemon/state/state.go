@@ -25,10 +25,9 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/moby/sys/mountinfo"
-
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/daemon/mounts"
 	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
@@ -269,12 +268,14 @@ func (s *Store) RemoveRunDir(k Kind, id string) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return remove(path) // of which the first attempt got no further than another name
 	}
-	var mounts []*mountinfo.Info
+	var table []mounts.Mount
 	if err == nil {
-		mounts, err = mountinfo.GetMounts(mountinfo.PrefixFilter(real))
+		table, err = mounts.Read(mounts.Self)
 	}
-	if err == nil && len(mounts) > 0 {
-		err = fmt.Errorf("%s is still mounted", mounts[0].Mountpoint)
+	for _, m := range table {
+		if m.Below(real) {
+			err = fmt.Errorf("%s is still mounted", m.Point)
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("cannot remove %s: %w", path, err)

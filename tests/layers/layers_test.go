@@ -66,6 +66,7 @@ var allowed = map[string][]string{
 	},
 
 	"daemon/beneath": {"golang.org/x/sys/unix"},
+	"daemon/mounts":  {"golang.org/x/sys/unix"},
 	"daemon/cdi": {
 		module + "daemon/beneath", module + "proto/kind", "github.com/opencontainers/runtime-spec/specs-go",
 		"tags.cncf.io/container-device-interface/pkg/cdi", "tags.cncf.io/container-device-interface/pkg/parser",
@@ -162,8 +163,8 @@ var ofTheModule = map[string][]string{
 
 	// The auditor joins the mechanisms as daemon does, and reads what they have written.
 	"daemon/audit": {
-		"daemon/image", "daemon/journal", "daemon/network/netns", "daemon/placement", "daemon/records", "daemon/rootfs",
-		"daemon/state", "proto/rundir", "proto/stream", "reaper/pidfd", "runc/cgroup",
+		"daemon/image", "daemon/journal", "daemon/mounts", "daemon/network/netns", "daemon/placement", "daemon/records",
+		"daemon/rootfs", "daemon/state", "proto/rundir", "proto/stream", "reaper/pidfd", "runc/cgroup",
 	},
 	// What a checkpoint is on a disk; it does nothing to a container.
 	"daemon/checkpoint": {"daemon/records", "proto/kind", "reaper/group"},
@@ -173,15 +174,15 @@ var ofTheModule = map[string][]string{
 	"daemon/journal":   {"daemon/records"},
 	"daemon/records":   {"proto/kind", "proto/record", "proto/rundir"},
 	"daemon/runtimes":  {"proto/kind", "runc"},
-	"daemon/state":     {"proto/record"},
-	"daemon/spec":      {"daemon/beneath", "proto/kind", "runc/cgroup"},
+	"daemon/state":     {"daemon/mounts", "proto/record"},
+	"daemon/spec":      {"daemon/beneath", "daemon/mounts", "proto/kind", "runc/cgroup"},
 	"daemon/placement": {"runc/cgroup"},
 	"daemon/shims":     {"daemon/spawn", "proto/client", "proto/rundir", "reaper/pidfd"},
 	"daemon/spawn":     {"proto/step"},
 	"daemon/stats":     {"daemon/network/netns", "runc/cgroup"},
 	"daemon/streams": {"daemon/spawn", "proto/kind", "proto/rundir", "proto/step", "proto/stream",
 		"reaper/pidfd"},
-	"daemon/rootfs": {"daemon/beneath", "daemon/dirs", "proto/kind", "proto/record", "proto/rundir"},
+	"daemon/rootfs": {"daemon/beneath", "daemon/dirs", "daemon/mounts", "proto/kind", "proto/record", "proto/rundir"},
 	"daemon/image": {"daemon/dirs", "daemon/records", "daemon/image/registry", "proto/kind", "proto/record",
 		"proto/rundir", "reaper/group"},
 	"daemon/image/registry": {"daemon/beneath", "proto/kind"},
@@ -192,8 +193,9 @@ var ofTheModule = map[string][]string{
 	"daemon/network/netns": {},
 
 	"daemon/fake": {
-		"daemon/claims", "daemon/containers", "daemon/events", "daemon/pods", "daemon/records", "daemon/runtimes", "daemon/shims",
-		"daemon/spec", "daemon/state", "proto", "proto/kind", "proto/record", "proto/rundir", "proto/stream", "reaper/pidfd", "runc",
+		"daemon/claims", "daemon/containers", "daemon/events", "daemon/pods", "daemon/records", "daemon/runtimes",
+		"daemon/shims", "daemon/spec", "daemon/state", "proto", "proto/kind", "proto/record", "proto/rundir",
+		"proto/stream", "reaper/pidfd", "runc",
 	},
 
 	"daemon/cdi":     {"daemon/beneath", "proto/kind"},
@@ -201,6 +203,7 @@ var ofTheModule = map[string][]string{
 	"daemon/metrics": {"daemon/records"},
 	"daemon/beneath": {},
 	"daemon/dirs":    {},
+	"daemon/mounts":  {},
 
 	"cmd/holdfastd": {"cri", "daemon", "daemon/...", "proto/..."},
 }
