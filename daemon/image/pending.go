@@ -60,7 +60,12 @@ func (s *Store) cleanPending() {
 		case err != nil && !strings.HasPrefix(filepath.Base(path), "."): // else it was being written
 			s.o.Log.Warn("record of an interrupted pull dropped", "record", path, "error", err)
 		}
-		return os.RemoveAll(path) // also of a pull that had come to its end
+		if err == nil { // of a pull that had come to its end, but for the disk
+			if err := record.SyncDir(filepath.Join(s.o.Root, refsName)); err != nil {
+				return err
+			}
+		}
+		return os.RemoveAll(path)
 	})
 	if err != nil {
 		s.o.Log.Warn("cannot read the records of interrupted pulls, they begin anew", "error", err)
