@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/proto/rundir"
@@ -858,12 +859,30 @@ func (k *kubelet) checkEnds(ends, stays *harness.Container) {
 	}
 	k.checkExit(ends, 17, lostEnds)
 	k.checkExit(stays, code, lostStays)
+	if k.lossOf != nil && (lostEnds != nothing || lostStays != nothing) {
+		k.checkKept(ends, stays)
+	}
 	log := ends.Log()
 	if len(log) > 1 || len(log) == 1 && log[0].Text != "leaving" || len(log) == 0 && lostEnds == nothing {
 		k.lose(harness.Lines, "the log of a container is %v, want one line", log)
 	}
 	if count, err := harness.Numbered("line", stays.Log()); err != nil {
 		k.lose(harness.Lines, "the log of a container after %d good lines: %v", count, err)
+	}
+}
+
+// checkKept: the next daemon says the same of containers whose shims were killed.
+func (k *kubelet) checkKept(list ...*harness.Container) {
+	k.t.Helper()
+	before := map[string]*cri.ContainerStatus{}
+	for _, c := range list {
+		before[c.ID] = c.Status()
+	}
+	k.n.Restart()
+	for _, c := range list {
+		if now := c.Status(); !proto.Equal(now, before[c.ID]) {
+			k.lose(harness.Statuses, "%s has another status after a restart:\n%v\n%v", c.Config.Metadata.Name, before[c.ID], now)
+		}
 	}
 }
 

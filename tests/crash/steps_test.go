@@ -140,7 +140,7 @@ func storeScope(n *harness.Node) scope {
 	}
 	return scope{kinds: kinds, place: func(path string) string {
 		p, ok := strings.CutPrefix(path, n.Root+"/")
-		if !ok || !strings.HasPrefix(p, "images/") && !strings.HasPrefix(p, "layers/") {
+		if !ok || p != "layers" && !strings.HasPrefix(p, "images/") && !strings.HasPrefix(p, "layers/") {
 			return ""
 		}
 		// One file of a tree that has no name yet, or no more, is as good as another.

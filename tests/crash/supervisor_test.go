@@ -15,6 +15,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -32,6 +33,7 @@ type supervisor struct {
 	work   sync.WaitGroup
 
 	mu   sync.Mutex
+	disk *disk    // told of each call that is made
 	log  []string // each of the calls since expect
 	at   int      // the one that is not made, from 1 on; 0: none
 	fate syscall.Errno
@@ -74,7 +76,7 @@ func supervise(t *testing.T, n *harness.Node, what scope) (s *supervisor, end fu
 	if err != nil {
 		t.Fatalf("%v", err)
 	}
-	s = &supervisor{scope: what}
+	s = &supervisor{scope: what, disk: newDisk(n)}
 	path := n.Path("supervisor.sock")
 	if s.listen, err = net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"}); err != nil {
 		t.Fatalf("%v", err)
@@ -86,6 +88,9 @@ func supervise(t *testing.T, n *harness.Node, what scope) (s *supervisor, end fu
 		n.Launcher = nil
 		s.listen.Close()
 		s.work.Wait() // each follower ends with its daemon
+		for _, fault := range s.disk.faults[:min(len(s.disk.faults), 10)] {
+			t.Errorf("a power cut would tell: %s", fault)
+		}
 	}
 }
 
@@ -95,7 +100,7 @@ func (s *supervisor) expect(at int, fate syscall.Errno) (calls []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	calls = s.log
-	s.log, s.at, s.fate, s.met, s.victim = nil, at, fate, "", ""
+	s.log, s.at, s.fate, s.met, s.victim, s.recorded = nil, at, fate, "", "", false
 	return calls
 }
 
@@ -207,12 +212,21 @@ func (s *supervisor) answer(n *notification, daemon int) syscall.Errno {
 	if pid == 0 {
 		return 0
 	}
-	call := s.describe(n)
+	call, paths := s.describe(n)
 	if call == "" {
 		return 0
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	fate := s.fateLocked(call, pid)
+	if fate == 0 {
+		s.disk.note(supervised[int(n.nr)].name, paths)
+	}
+	return fate
+}
+
+// fateLocked counts a call and decides what becomes of it.
+func (s *supervisor) fateLocked(call string, pid int) syscall.Errno {
 	// What is written piece by piece is one call.
 	if strings.HasPrefix(call, "write ") && len(s.log) > 0 && s.log[len(s.log)-1] == call {
 		return 0
@@ -224,13 +238,35 @@ func (s *supervisor) answer(n *notification, daemon int) syscall.Errno {
 	s.met = call
 	if s.fate == die && s.scope.ofShim {
 		s.victim = runDirOf(pid)
-		_, err := os.Stat(s.victim.Path(rundir.ExitName))
-		s.recorded = err == nil
 	}
 	if s.fate == die {
-		unix.Kill(pid, unix.SIGKILL)
+		s.killLocked(pid)
 	}
 	return s.fate
+}
+
+// answerTime is how long a process lives on that is killed at a call, which is not made. An answer
+// that does not wait for the call is given meanwhile, and holds.
+const answerTime = 20 * time.Millisecond
+
+// killLocked kills a process in a moment, in a goroutine that ends with that.
+func (s *supervisor) killLocked(pid int) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return // it was killed already
+	}
+	victim := s.victim
+	s.work.Go(func() {
+		defer unix.Close(fd)
+		time.Sleep(answerTime)
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if victim != "" && victim == s.victim {
+			_, err := os.Stat(victim.Path(rundir.ExitName))
+			s.recorded = err == nil
+		}
+		unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0) // an error: it was killed meanwhile
+	})
 }
 
 // killed says whether the shim of a container was killed in place of a call, and whether
@@ -270,22 +306,23 @@ func (s *supervisor) caller(n *notification, daemon int) (pid int) {
 	return pid
 }
 
-// describe says what a call is about, "" if that lies outside of the scope.
-func (s *supervisor) describe(n *notification) string {
+// describe says what a call is about, "" if that lies outside of the scope, and its paths.
+func (s *supervisor) describe(n *notification) (call string, paths []string) {
 	c := supervised[int(n.nr)]
 	words := []string{c.name}
 	ours := false
 	for i := 0; i < len(c.args); i += 2 {
 		path := pathOf(n, c.args[i], c.args[i+1])
+		paths = append(paths, path)
 		if p := s.scope.place(path); p != "" {
 			path, ours = p, true
 		}
 		words = append(words, path)
 	}
 	if !ours {
-		return ""
+		return "", nil
 	}
-	return strings.Join(words, " ")
+	return strings.Join(words, " "), paths
 }
 
 // Places of a path among the arguments of a call, instead of a number.
