@@ -133,9 +133,9 @@ func (h *history) begin(c *call) {
 	case remove:
 		a.kill, a.remove = true, true
 	case stopPod:
-		a.kill, a.podStop = true, true
+		a.podStop = true
 	case removePod:
-		a.kill, a.podStop, a.remove = true, true, true
+		a.podStop, a.remove = true, true
 	case create:
 		for other := range h.making[c.slot] {
 			other.may.creating, c.may.creating = true, true

@@ -2,6 +2,7 @@ package orders
 
 import (
 	"bytes"
+	"fmt"
 	"maps"
 	"math/rand/v2"
 	"os"
@@ -13,11 +14,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// killAtRandom kills processes of the node until stop is closed, and leaves the daemon running.
+// killAtRandom kills processes of the node until stop is closed, and leaves the daemon running. One step at a
+// time takes longer than it would, so that others, and the kills, come between that and the next one.
 func (w *world) killAtRandom(stop chan struct{}) {
 	w.kills = map[string]int{}
 	chance := rand.New(rand.NewPCG(seed, 1<<63))
+	var steps []string
+	for _, at := range cuts {
+		for _, s := range at {
+			if s != "" && !slices.Contains(steps, string(s)) {
+				steps = append(steps, string(s))
+			}
+		}
+	}
+	slices.Sort(steps)
+	defer w.n.Arm()
 	for {
+		w.n.Arm(fmt.Sprintf("%s %s", steps[chance.IntN(len(steps))], 200*time.Millisecond))
 		select {
 		case <-stop:
 			return

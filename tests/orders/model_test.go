@@ -66,6 +66,7 @@ type object struct {
 	phase    phase
 	script   script
 	ran      bool
+	stopped  bool // of the pod: StopPodSandbox was answered, or may have been done whole
 	shares   int64
 	created  int64 // the times are 0 until somebody has seen them
 	started  int64
@@ -86,9 +87,9 @@ type state struct {
 // asked is what had been asked of an object before an answer was given, and may be at work.
 type asked struct {
 	term     bool // StopContainer: the program gets a signal, and ends with 0
-	kill     bool // StopContainer, RemoveContainer, and what does it with a pod
+	kill     bool // StopContainer, RemoveContainer
 	remove   bool // RemoveContainer, RemovePodSandbox
-	podStop  bool // StopPodSandbox, RemovePodSandbox
+	podStop  bool // StopPodSandbox, RemovePodSandbox: its containers are killed
 	shimDied bool // the shim was killed
 	creating bool // another CreateContainer for the name
 }
@@ -151,7 +152,7 @@ func (s state) accept(c *call) (state, bool) {
 		return s, true
 	case start:
 		// CONTAINER_CREATED becomes CONTAINER_RUNNING. Again: the result of the first call.
-		if there && o.phase == created && (s.pod.phase == running || c.may.podStop) {
+		if there && o.phase == created && s.takes(c.may) {
 			o.phase, o.ran = running, true
 		}
 		return s, there && o.phase == running
@@ -188,7 +189,7 @@ func (s state) acceptPod(c *call) (state, bool) {
 		return s, true
 	}
 	// "If there are any running containers in the sandbox, they must be forcibly terminated."
-	s.pod.phase = exited
+	s.pod.phase, s.pod.stopped = exited, true
 	for i := range s.containers {
 		if o := &s.containers[i]; o.phase != absent {
 			o.phase = exited
@@ -197,10 +198,14 @@ func (s state) acceptPod(c *call) (state, bool) {
 	return s, true
 }
 
+// takes says whether the pod may take a container, or let one start. One that is being stopped may do so for
+// calls that have come before.
+func (s state) takes(may asked) bool { return s.pod.phase == running || may.podStop && !s.pod.stopped }
+
 // create: the name of a container is unique in its pod. The same request again gets the result of the
 // first one.
 func (s state) create(c *call) (state, bool) {
-	if !s.is(&s.pod, c.pod) || s.pod.phase != running && !c.may.podStop {
+	if !s.is(&s.pod, c.pod) || !s.takes(c.may) {
 		return s, false
 	}
 	o := &s.containers[c.slot]
@@ -229,7 +234,7 @@ func (s state) refuse(c *call) (state, bool) {
 		if c.may.creating || o.phase != absent && (o.script != c.script || o.phase == exited) {
 			return s, true
 		}
-		return s, o.phase != absent && o.end(c.may)
+		return s, o.phase != absent && s.end(o, c.may)
 	case c.code != codes.FailedPrecondition:
 		return s, false
 	case c.verb == create:
@@ -244,13 +249,18 @@ func (s state) refuse(c *call) (state, bool) {
 		return s, true
 	}
 	// It has ended by itself. It counts as such when its output is in the log, which may be later.
-	ended := *o
-	return s, ended.end(c.may)
+	after := s
+	return s, after.end(after.at(c.slot), c.may)
 }
 
-// end has a container end by itself, if it can.
-func (o *object) end(may asked) bool {
-	if !(may.kill || may.shimDied || o.phase == running && o.script.lines > 0) {
+// end has a container end by itself, if it can. One that is killed with its pod shows that the pod is not
+// ready any more: that is on record before anything is killed.
+func (s *state) end(o *object, may asked) bool {
+	switch {
+	case may.kill || may.shimDied || o.phase == running && o.script.lines > 0:
+	case may.podStop:
+		s.pod.phase = exited
+	default:
 		return false
 	}
 	o.phase = exited
@@ -292,7 +302,7 @@ func (s state) see(c *call) (state, bool) {
 	if v.phase == running && o.phase != running {
 		return s, false // nobody has started it
 	}
-	if v.phase == exited && o.phase != exited && !o.end(c.may) {
+	if v.phase == exited && o.phase != exited && !s.end(o, c.may) {
 		return s, false
 	}
 	return s, !v.whole || o.agrees(v, c.may)
@@ -304,7 +314,7 @@ func (o *object) agrees(v *view, may asked) bool {
 	switch {
 	case v.shares != o.shares:
 		return false
-	case !o.ran && v.started != 0 && !unclear, o.ran && v.started == 0 && !unclear:
+	case !o.ran && v.started != 0 && !unclear, o.ran && v.started == 0:
 		return false
 	case v.started != 0 && !same(&o.started, v.started), v.started == 0 && o.started != 0:
 		return false
@@ -320,15 +330,16 @@ func (o *object) agrees(v *view, may asked) bool {
 // plausible says whether a container can have ended so.
 func (o *object) plausible(v *view, may asked) bool {
 	scripted := o.script.lines > 0 && v.exit == o.script.exit
+	killed := may.kill || may.podStop
 	switch {
 	case may.shimDied && v.reason == shimDied:
 		return v.exit == codeKilled || v.exit == codeUnknown
 	case !o.ran: // killed before it was started
-		return may.kill || may.shimDied
+		return killed || may.shimDied
 	case v.exit == 0:
 		return v.reason == "Completed" && (scripted || may.term)
 	case v.exit == codeKilled:
-		return v.reason == "Error" && may.kill
+		return v.reason == "Error" && killed
 	case v.exit == codeEarly && may.term:
 		return v.reason == "Error"
 	}

@@ -26,7 +26,7 @@ func TestTraffic(t *testing.T) {
 	t.Logf("HOLDFAST_SEED=%d", seed)
 	w := &world{
 		t:       t,
-		n:       harness.New(t),
+		n:       harness.New(t, harness.Options{Failpoints: true}),
 		tally:   harness.Drill(t, "random traffic of eight clients, and kills"),
 		until:   lasts(t, 15*time.Second, 15*time.Minute),
 		targets: map[string]*target{},
@@ -119,7 +119,7 @@ func (w *world) conclude(g *target) {
 	os.RemoveAll(g.config.LogDirectory)
 }
 
-// converse makes some calls.
+// converse makes some calls. One of the two clients stops the pod in the end, and the other one may still be at it.
 func (w *world) converse(g *target, client int, chance *rand.Rand) {
 	const calls = 14
 	for n := 0; n < calls && !w.over(); {
@@ -137,6 +137,9 @@ func (w *world) converse(g *target, client int, chance *rand.Rand) {
 		}
 		w.calls.Add(1)
 		n++
+	}
+	if client == 0 {
+		g.do(call{verb: stopPod, slot: thePod, client: client})
 	}
 }
 
