@@ -12,13 +12,17 @@ set -u
 cd "$(dirname "$0")/.." || exit
 PATH=$PWD/.cache/go/bin:$PATH:/usr/local/go/bin
 logs=.cache/test
+# A package is compiled twice at most: with -race and cgo, for most tests and the daemon
+# that they run, and without both, for the programs as they are shipped and the other tests.
+export GOFLAGS="${GOFLAGS:-} -trimpath"
 mkdir -p "$logs"
 
 # The limits end what hangs, and show where. They allow for a machine that is
 # several times slower than others; a drill takes hours there.
 limit=30m
 [ -z "${HOLDFAST_DRILL:-}" ] || limit=360m
-gotest() { go test -v -count=1 -timeout="${TIMEOUT:-$limit}" "$@"; }
+# The step vet has vetted what is tested.
+gotest() { go test -v -count=1 -vet=off -timeout="${TIMEOUT:-$limit}" "$@"; }
 
 # fuzz runs all fuzz targets, one after the other. Go would spend up to a minute
 # on making each input smaller that it has not seen the like of, and try nothing
@@ -68,7 +72,7 @@ step() {
 		bad=$(gofmt -l $(find . -name '*.go' -not -path './.*'))
 		[ -z "$bad" ] || { echo "gofmt -w is due for: $bad"; return 1; }
 		;;
-	vet) hack/go.sh --check && go vet ./... && go vet -tags=failpoint ./proto/step ;;
+	vet) hack/go.sh --check && go vet -race ./... && go vet -race -tags=failpoint ./proto/step ;;
 	proto) hack/proto.sh --check ;;
 	unit)
 		local packages
@@ -79,10 +83,12 @@ step() {
 		gotest -race -tags=failpoint ./proto/step || failed=1
 		return $failed
 		;;
-	layers) gotest ./tests/layers ./tests/crifields ;; # what the tree and the table of the CRI promise
-	footprint) gotest ./tests/footprint ;; # measures the shim as it is shipped
+	layers) CGO_ENABLED=0 gotest ./tests/layers ./tests/crifields ;; # what the tree and the table of the CRI promise
+	footprint) CGO_ENABLED=0 gotest ./tests/footprint ;; # measures the shim as it is shipped
 	e2e) gotest -race ./tests/e2e ;;
-	sessions) (cd tests/sessions && go vet . && gotest .) ;; # a module of its own
+	sessions) # a module of its own
+		(cd tests/sessions && export CGO_ENABLED=0 && go vet . && gotest .)
+		;;
 	crash | orders | faults) gotest -race "./tests/$1" ;;
 	kubelet) # with programs that are built as they are shipped, in namespaces of their own
 		(cd tests/kubelet && go vet . ./machine && HOLDFAST_BIN=$PWD/../../bin gotest .)

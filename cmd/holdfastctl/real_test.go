@@ -41,7 +41,9 @@ var programs = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	binDir = dir
-	out, err := exec.Command("go", "build", "-o", dir+"/", repository+"/cmd/holdfast-shim", ".").CombinedOutput()
+	build := exec.Command("go", "build", "-o", dir+"/", repository+"/cmd/holdfast-shim", ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	out, err := build.CombinedOutput()
 	if err != nil {
 		err = fmt.Errorf("cannot build the programs: %w: %s", err, out)
 	}

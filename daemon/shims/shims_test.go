@@ -31,7 +31,9 @@ func run(m *testing.M) int {
 	}
 	defer os.RemoveAll(tmp)
 	binary = filepath.Join(tmp, "holdfast-shim")
-	if out, err := exec.Command("go", "build", "-o", binary, "../../cmd/holdfast-shim").CombinedOutput(); err != nil {
+	build := exec.Command("go", "build", "-o", binary, "../../cmd/holdfast-shim")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
 		fmt.Fprintf(os.Stderr, "cannot build the shim: %v\n%s", err, out)
 		return 1
 	}
