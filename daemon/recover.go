@@ -416,7 +416,7 @@ func (r *recovery) serve(l loaded) {
 	if l.rec.Updating {
 		r.Containers.EndUpdate(c)
 	}
-	if l.rec.Checkpoint != nil {
+	if l.rec.Checkpoint != nil || len(l.rec.Leftover) > 0 {
 		r.Containers.EndCheckpoint(c)
 	}
 }

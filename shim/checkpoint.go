@@ -231,6 +231,8 @@ func (t *task) Checkpoint(dir string) error {
 	}
 	ctx, cancel := context.WithDeadline(context.Background(), until)
 	defer cancel()
+	// Of a container that has ended there is nothing in which the OCI runtime has its hands.
+	defer context.AfterFunc(c.life, cancel)()
 	if err := c.host.Checkpoint(ctx, dir); err != nil {
 		return kind.As(kind.State, err)
 	}

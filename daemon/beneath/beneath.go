@@ -85,8 +85,28 @@ func open(root, name string, kind Kind, max int64) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
+	return openHeld(held, name, kind, max)
+}
+
+// FileAt opens a regular file of at most max bytes below an open directory, for reading, by a
+// path without any link or "..".
+func FileAt(dir *os.File, name string, max int64) (*os.File, error) {
+	held, err := openat2(int(dir.Fd()), name, unix.O_PATH|unix.O_NOFOLLOW, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_SYMLINKS)
+	if err == nil {
+		f, oerr := openHeld(held, name, File, max)
+		if oerr == nil {
+			return f, nil
+		}
+		err = oerr
+	}
+	return nil, fmt.Errorf("cannot open %.200q in %s: %w", name, dir.Name(), err)
+}
+
+// openHeld opens what held (O_PATH) is, if it is of the right kind. It owns held.
+func openHeld(held int, name string, kind Kind, max int64) (*os.File, error) {
 	var st unix.Stat_t
-	if err = unix.Fstat(held, &st); err == nil {
+	err := unix.Fstat(held, &st)
+	if err == nil {
 		err = check(&st, kind, max)
 	}
 	if err != nil {

@@ -6,11 +6,13 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
@@ -25,9 +27,18 @@ func TestOutput(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer o.Close()
-	if list, _ := os.ReadDir(dir); len(list) != 0 {
-		t.Errorf("before Commit there is %v", list)
+	holds := func(when string, names ...string) {
+		t.Helper()
+		var got []string
+		list, err := os.ReadDir(dir)
+		for _, e := range list {
+			got = append(got, e.Name())
+		}
+		if err != nil || !slices.Equal(got, names) {
+			t.Errorf("%s there is %v, %v, want %v", when, got, err, names)
+		}
 	}
+	holds("before Commit")
 	if err := o.Commit(); err != nil {
 		t.Fatal(err)
 	}
@@ -37,20 +48,12 @@ func TestOutput(t *testing.T) {
 	if err := o.Commit(); !errors.Is(err, kind.Exists) {
 		t.Errorf("a second Commit: %v", err)
 	}
-	stranger := o.At
-	stranger.Ino++
-	if err := Remove(stranger); err != nil {
-		t.Error(err)
-	}
-	if _, err := os.Stat(path); err != nil {
-		t.Error("a stranger's file was removed")
-	}
+	holds("after Commit", o.At.Own, "a.tar")
 	if err := errors.Join(Remove(o.At), Remove(o.At)); err != nil {
 		t.Error(err)
 	}
-	if list, _ := os.ReadDir(dir); len(list) != 0 {
-		t.Errorf("after Remove there is %v", list)
-	}
+	holds("after Remove")
+	testRemove(t, dir, holds)
 	os.Symlink("/etc/passwd", path)
 	for path, want := range map[string]error{
 		path: kind.Exists, "a.tar": kind.Invalid, dir + "/x/../a": kind.Invalid, "/": kind.Invalid, dir + "/": kind.Invalid,
@@ -59,6 +62,50 @@ func TestOutput(t *testing.T) {
 		if o, err := Create(path); !errors.Is(err, want) {
 			t.Errorf("%.100s: %v, %v, want %v", path, o, err, want)
 		}
+	}
+}
+
+// testRemove removes files to whose paths something else has come.
+func testRemove(t *testing.T, dir string, holds func(string, ...string)) {
+	path := filepath.Join(dir, "a.tar")
+	made := func() *Output {
+		o, err := Create(path)
+		if err == nil {
+			t.Cleanup(func() { o.Close() })
+			err = o.Commit()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return o
+	}
+	kept := made().At
+	kept.Kept = true
+	if err := errors.Join(Remove(kept), Remove(kept)); err != nil {
+		t.Error(err)
+	}
+	holds("of one that is kept", "a.tar")
+	// Once it is kept it is no longer ours, whatever a record says.
+	kept.Kept = false
+	if err := Remove(kept); err != nil {
+		t.Error(err)
+	}
+	holds("of one that was kept", "a.tar")
+	os.Remove(path)
+	moved := made().At
+	if err := errors.Join(os.Remove(path), os.WriteFile(path, nil, 0o600), Remove(moved)); err != nil {
+		t.Error(err)
+	}
+	holds("of one whose path has another file", "a.tar")
+	os.Remove(path)
+	// The directory has gone, or is something else now: there is nothing to remove.
+	gone := filepath.Join(dir, "gone")
+	lost := records.File{Path: filepath.Join(gone, "below/a.tar"), Own: "own"}
+	if err := Remove(lost); err != nil {
+		t.Errorf("without the directory: %v", err)
+	}
+	if err := errors.Join(os.WriteFile(gone, nil, 0o600), Remove(lost), os.Remove(gone)); err != nil {
+		t.Errorf("with a file in place of the directory: %v", err)
 	}
 }
 

@@ -1,6 +1,7 @@
 package checkpoint
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,8 +14,13 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
+// tempPrefix begins the names that only an Output makes.
+const tempPrefix = ".holdfast-"
+
 // Output is a file that has no name until it is complete: it goes with the process that
-// writes it. Its mode is 0600. It has one user.
+// writes it. Then it has two: the one that was asked for, and one that nobody else makes. As
+// long as it has the second, it can be told from all that has come to the first. Its mode is
+// 0600. It has one user.
 type Output struct {
 	*os.File
 	At records.File
@@ -87,24 +93,22 @@ func createIn(dir *os.File, name string) (*Output, error) {
 		return nil, kind.As(kind.Unavailable, fmt.Errorf("cannot make a file in %s: %w", dir.Name(), err))
 	}
 	f := os.NewFile(uintptr(fd), path)
-	err = f.Chmod(0o600) // whatever the umask
-	if err == nil {
-		err = unix.Fstat(fd, &st)
-	}
-	if err != nil {
+	if err := f.Chmod(0o600); err != nil { // whatever the umask
 		f.Close()
 		return nil, kind.As(kind.Unavailable, fmt.Errorf("cannot make %.200q: %w", path, err))
 	}
-	return &Output{File: f, At: records.File{Path: path, Dev: st.Dev, Ino: st.Ino}}, nil
+	return &Output{File: f, At: records.File{Path: path, Own: tempPrefix + rand.Text()}}, nil
 }
 
-// Commit gives the file its name, when all of it is on the disk. What has come there
-// meanwhile stays, and is kind.Exists.
+// Commit gives the file its names, when all of it is on the disk. What has come there
+// meanwhile stays, and is kind.Exists. Remove takes away the second name, or both.
 func (o *Output) Commit() error {
 	err := o.Sync()
-	if err == nil {
-		err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", o.Fd()),
-			int(o.dir.Fd()), filepath.Base(o.At.Path), unix.AT_SYMLINK_FOLLOW)
+	for _, name := range []string{o.At.Own, filepath.Base(o.At.Path)} {
+		if err == nil {
+			err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", o.Fd()),
+				int(o.dir.Fd()), name, unix.AT_SYMLINK_FOLLOW)
+		}
 	}
 	if errors.Is(err, unix.EEXIST) {
 		return kind.Errorf(kind.Exists, "%.200q has come into being meanwhile", o.At.Path)
@@ -121,28 +125,34 @@ func (o *Output) Commit() error {
 // Close ends the use of it. Without a Commit nothing is left of it.
 func (o *Output) Close() error { return errors.Join(o.File.Close(), o.dir.Close()) }
 
-// Remove removes a file that an Output has made, or was to make. Another one that has come
-// to its path since is not meant.
+// Remove removes a file that an Output has made, or was to make; of one that is kept only the
+// name that is our own. A file that has come to its path since is not meant. Where there is
+// no such directory any more there is nothing to remove.
 func Remove(f records.File) error {
 	dir, err := Directory(filepath.Dir(f.Path))
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
 	defer dir.Close()
-	name := filepath.Base(f.Path)
-	var st unix.Stat_t
-	err = unix.Fstatat(int(dir.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW)
-	if err == nil && (st.Dev != f.Dev || st.Ino != f.Ino) {
+	// As long as the file has our name, no other one has its inode number.
+	var own, there unix.Stat_t
+	err = unix.Fstatat(int(dir.Fd()), f.Own, &own, unix.AT_SYMLINK_NOFOLLOW)
+	if errors.Is(err, unix.ENOENT) {
 		return nil
 	}
-	if err == nil {
+	name := filepath.Base(f.Path)
+	if err == nil && !f.Kept && unix.Fstatat(int(dir.Fd()), name, &there, unix.AT_SYMLINK_NOFOLLOW) == nil &&
+		there.Dev == own.Dev && there.Ino == own.Ino {
 		err = unix.Unlinkat(int(dir.Fd()), name, 0)
 	}
+	if err == nil || errors.Is(err, unix.ENOENT) {
+		err = unix.Unlinkat(int(dir.Fd()), f.Own, 0)
+	}
 	if err != nil && !errors.Is(err, unix.ENOENT) {
-		return fmt.Errorf("cannot remove %.200q: %w", f.Path, err)
+		return fmt.Errorf("cannot remove %.200q, or its other name %s: %w", f.Path, f.Own, err)
 	}
 	return nil
 }

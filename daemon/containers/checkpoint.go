@@ -56,6 +56,8 @@ func (m *Manager) Checkpoint(ctx context.Context, id, location string, timeout t
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
+	ctx, interrupt := context.WithCancelCause(ctx)
+	defer interrupt(nil)
 	out, err := checkpoint.Create(location)
 	if err != nil {
 		return fmt.Errorf("location: %w", err)
@@ -67,11 +69,11 @@ func (m *Manager) Checkpoint(ctx context.Context, id, location string, timeout t
 	if err := m.NoCRIU(ctx); err != nil {
 		return err
 	}
-	s, err := c.Begin(ctx, out.At)
+	s, err := c.Begin(ctx, interrupt, out.At)
 	if err != nil {
 		return err
 	}
-	err = s.make(ctx, out)
+	err = Interrupted(ctx, s.make(ctx, out))
 	if eerr := s.End(err == nil); err == nil {
 		err = eerr
 	}
@@ -104,8 +106,9 @@ func (c *Container) Checkpointable() error {
 }
 
 // Begin writes down that a checkpoint may be under way, which makes these files. No other
-// call changes the container until End.
-func (c *Container) Begin(ctx context.Context, files ...records.File) (*Snapshot, error) {
+// call changes the container until End; one that stops it calls interrupt.
+func (c *Container) Begin(ctx context.Context, interrupt context.CancelCauseFunc, files ...records.File) (
+	*Snapshot, error) {
 	if err := c.op.Lock(ctx, c.String()); err != nil {
 		return nil, err
 	}
@@ -115,7 +118,7 @@ func (c *Container) Begin(ctx context.Context, files ...records.File) (*Snapshot
 		err = kind.Errorf(kind.State, "container_id: %s is being removed", c)
 	}
 	if err == nil && c.Record().Checkpoint != nil {
-		err = c.undoCheckpointLocked(ctx, true)
+		err = c.undoCheckpointLocked(ctx, false)
 	}
 	if err == nil {
 		err = c.save(func(r *records.Container) { r.Checkpoint = &records.Checkpoint{Files: files} })
@@ -124,6 +127,7 @@ func (c *Container) Begin(ctx context.Context, files ...records.File) (*Snapshot
 		c.op.Unlock()
 		return nil, err
 	}
+	c.interrupt.Store(&interrupt)
 	err = step.Reach(step.ContainerFreezing)
 	if err == nil {
 		err = kind.As(kind.Unavailable, errors.Join(os.Mkdir(s.dir, 0o700), os.Mkdir(checkpoint.ImagesDir(s.dir), 0o700)))
@@ -133,6 +137,22 @@ func (c *Container) Begin(ctx context.Context, files ...records.File) (*Snapshot
 		return nil, err
 	}
 	return s, nil
+}
+
+// interruptCheckpoint ends a checkpoint that is being made. The container runs soon after: as
+// soon as CRIU has let go of it.
+func (c *Container) interruptCheckpoint(why string) {
+	if interrupt := c.interrupt.Load(); interrupt != nil {
+		(*interrupt)(kind.Errorf(kind.State, "container_id: %s is told to end meanwhile, by %s", c, why))
+	}
+}
+
+// Interrupted says why a checkpoint failed that was made under ctx. nil stays nil.
+func Interrupted(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); err != nil && errors.Is(cause, kind.State) {
+		return cause
+	}
+	return err
 }
 
 // checkpointDir is where a checkpoint of the container lies until it is an archive, or is
@@ -283,80 +303,4 @@ func annotate(spec *specs.Spec, pod *records.Pod, rec *records.Container) error 
 		"io.kubernetes.cri-o.Annotations":     string(own),
 	})
 	return nil
-}
-
-// End lets go of the container, which runs. Files of a checkpoint that is not kept are
-// removed. What cannot be undone now is undone in the background; then nothing is kept, and
-// the error says why.
-func (s *Snapshot) End(keep bool) error {
-	c := s.c
-	defer c.op.Unlock()
-	ctx, cancel := context.WithTimeout(context.Background(), thawTimeout)
-	defer cancel()
-	err := c.undoCheckpointLocked(ctx, !keep)
-	if err != nil {
-		c.m.Log.Error("a checkpoint is not cleared away yet; trying again", "container", c.ID(), "error", err)
-		c.m.EndCheckpoint(c)
-	}
-	return err
-}
-
-// undoCheckpointLocked makes sure that the container runs and that nothing but perhaps the
-// files of a checkpoint is left of it, and notes that. The caller holds op.
-func (c *Container) undoCheckpointLocked(ctx context.Context, files bool) error {
-	var errs []error
-	if c.Seen().Exit == nil {
-		err := c.call(ctx, func() error { return c.client.Thaw(ctx, thawTimeout) })
-		if err != nil && !c.readExit() {
-			errs = append(errs, err)
-		}
-	}
-	if rec := c.Record(); files && rec.Checkpoint != nil {
-		for _, f := range rec.Checkpoint.Files {
-			errs = append(errs, checkpoint.Remove(f))
-		}
-	}
-	errs = append(errs, os.RemoveAll(c.checkpointDir()))
-	if err := errors.Join(errs...); err != nil {
-		return err
-	}
-	if c.Record().Checkpoint == nil {
-		return nil
-	}
-	// It has to be on the disk: the next daemon would remove the files of a checkpoint that
-	// somebody was told of.
-	return c.save(func(r *records.Container) { r.Checkpoint = nil })
-}
-
-// EndCheckpoint undoes in the background a checkpoint that an earlier daemon, or an earlier
-// call, has left. Its caller got no answer.
-func (m *Manager) EndCheckpoint(c *Container) {
-	m.Go(func(ctx context.Context) {
-		const first, last = 50 * time.Millisecond, 10 * time.Second
-		for wait := first; ; wait = min(2*wait, last) {
-			err := c.endCheckpoint(ctx)
-			if err == nil || ctx.Err() != nil {
-				return
-			}
-			m.Log.Warn("a checkpoint that was cut short is not undone yet", "container", c.ID(), "error", err)
-			select {
-			case <-time.After(wait):
-			case <-ctx.Done():
-				return
-			}
-		}
-	})
-}
-
-func (c *Container) endCheckpoint(ctx context.Context) error {
-	if err := c.op.Lock(ctx, c.String()); err != nil {
-		return err
-	}
-	defer c.op.Unlock()
-	if rec := c.Record(); rec.Phase == records.ContainerRemoving || rec.Checkpoint == nil {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(ctx, thawTimeout)
-	defer cancel()
-	return c.undoCheckpointLocked(ctx, true)
 }

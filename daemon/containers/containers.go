@@ -256,6 +256,9 @@ type Container struct {
 	ending  claims.Lock
 	removed bool // by Remove; guarded by op
 
+	undoing   atomic.Bool                             // by EndCheckpoint; false again only under op
+	interrupt atomic.Pointer[context.CancelCauseFunc] // ends a checkpoint that is being made; nil: none is
+
 	record atomic.Pointer[records.Container] // replaced by save, never changed in place
 
 	seeing    sync.Mutex // held by observe, and while events are announced

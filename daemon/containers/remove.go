@@ -28,6 +28,9 @@ func (m *Manager) Remove(ctx context.Context, id string) error {
 // Remove is Manager.Remove. It fails only while the container cannot be ended:
 // what else cannot be given back is owed, and tried again in the background.
 func (c *Container) Remove(ctx context.Context) error {
+	if c.interrupt.Load() != nil && c.Record().Phase != records.ContainerCreating {
+		c.stop(ctx, 0, "its removal") // or the checkpoint would keep the lock; what fails is done again below
+	}
 	if err := c.op.Lock(ctx, c.String()); err != nil {
 		return err
 	}
@@ -108,6 +111,7 @@ func (c *Container) giveBack(ctx context.Context) error {
 			}
 		})
 	}
+	c.dropFiles()
 	err := errors.Join(c.unmount(), c.m.Cgroups.RemoveShim(ctx, c.ID()))
 	// Fails, and follows nothing, while something is mounted below.
 	if rerr := c.m.State.RemoveRunDir(state.Containers, c.ID()); err != nil || rerr != nil {

@@ -125,6 +125,7 @@ func (c *Container) stop(ctx context.Context, grace time.Duration, who string) e
 	} else {
 		c.journal(records.Stopping, time.Now(), "%s: SIGKILL at once", who)
 	}
+	c.interruptCheckpoint(who)
 	if err := c.call(ctx, func() error { return c.client.Stop(ctx, signal, grace) }); err != nil {
 		if c.readExit() {
 			return nil

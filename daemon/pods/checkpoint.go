@@ -76,8 +76,10 @@ func (m *Manager) Checkpoint(ctx context.Context, r *runtimeapi.CheckpointPodReq
 	}
 	ctx, cancel := context.WithTimeout(ctx, containers.DefaultCheckpoint)
 	defer cancel()
-	s := &saving{pod: p, list: list}
-	err = s.make(ctx, dir)
+	ctx, interrupt := context.WithCancelCause(ctx)
+	defer interrupt(nil)
+	s := &saving{pod: p, list: list, interrupt: interrupt}
+	err = containers.Interrupted(ctx, s.make(ctx, dir))
 	if eerr := s.end(err == nil); err == nil {
 		err = eerr
 	}
@@ -142,6 +144,7 @@ type saving struct {
 	// outputs are the archives in the order of list, then shm.tar and pod.json.
 	outputs   []*checkpoint.Output
 	snapshots []*containers.Snapshot
+	interrupt context.CancelCauseFunc
 }
 
 // make makes the checkpoint.
@@ -175,19 +178,19 @@ func (s *saving) create(dir *os.File) error {
 	return nil
 }
 
-// begin has it on record what is to be undone. Each container has all files: as long as one
-// record says so, none of them is kept.
+// begin has it on record what is to be undone. The first container has all files, so that one
+// record decides whether they are kept.
 func (s *saving) begin(ctx context.Context) error {
 	var files []records.File
 	for _, out := range s.outputs {
 		files = append(files, out.At)
 	}
 	for _, c := range s.list {
-		snapshot, err := c.Begin(ctx, files...)
+		snapshot, err := c.Begin(ctx, s.interrupt, files...)
 		if err != nil {
 			return err
 		}
-		s.snapshots = append(s.snapshots, snapshot)
+		s.snapshots, files = append(s.snapshots, snapshot), nil
 	}
 	return nil
 }
@@ -275,9 +278,14 @@ func (s *saving) writeManifest(w io.Writer) error {
 	return kind.As(kind.Unavailable, err)
 }
 
-// end lets go of all, which run. Without keep no file is left, nor after an error.
-func (s *saving) end(keep bool) error {
-	err := s.each(func(c *containers.Snapshot) error { return c.End(keep) })
+// end lets go of all, which run. Without keep no file is left, nor after an error. Only the
+// first has files: what cannot be undone now of the others is no reason to keep none.
+func (s *saving) end(keep bool) (err error) {
+	if len(s.snapshots) > 0 {
+		err = s.snapshots[0].End(keep)
+		s.snapshots = s.snapshots[1:]
+	}
+	s.each(func(c *containers.Snapshot) error { return c.End(keep) })
 	for _, out := range s.outputs {
 		out.Close()
 	}

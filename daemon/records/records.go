@@ -133,6 +133,9 @@ type Container struct {
 	// Checkpoint says that a checkpoint may be under way: the container may be frozen, and
 	// files of it may be left. nil: none is.
 	Checkpoint *Checkpoint `json:"checkpoint,omitempty"`
+	// Leftover are files of checkpoints that are over, which may still have their second
+	// names; those that are not kept may have both.
+	Leftover []File `json:"leftover,omitempty"`
 	// Restored is the checkpoint that the container was made from; empty: it was not.
 	Restored string `json:"restored,omitempty"`
 }
@@ -142,11 +145,12 @@ type Checkpoint struct {
 	Files []File `json:"files"` // beside what is in the container's own directory
 }
 
-// File is a file by its path and by what it is.
+// File is a file of a checkpoint. While it is made it has a second name, in the same
+// directory, that nobody else gives to a file.
 type File struct {
 	Path string `json:"path"`
-	Dev  uint64 `json:"dev"`
-	Ino  uint64 `json:"ino"`
+	Own  string `json:"own"` // the second name
+	Kept bool   `json:"kept,omitempty"`
 }
 
 // SetResources replaces the resources of the config.
