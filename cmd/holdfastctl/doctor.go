@@ -21,7 +21,7 @@ import (
 // Exit codes of doctor beside those of all commands.
 const (
 	codeOwnerless = 3 // something has no owner
-	codeUnknown   = 4 // something could not be looked at
+	codeUnknown   = 4 // something could not be looked at, or it cannot be told whose it is
 )
 
 const (
@@ -78,7 +78,7 @@ func (a *app) auditOptions(root string) audit.Options {
 func (d *doctor) run(ctx context.Context) error {
 	report, err := audit.Look(ctx, d.options)
 	if err != nil {
-		fmt.Fprintf(d.stderr, "holdfastctl: %v; are --state and --root right?\n", err)
+		fmt.Fprintf(d.stderr, "holdfastctl: %s; are --state and --root right?\n", printable(err.Error()))
 		return exitCode(codeUnknown)
 	}
 	if err := d.show(report); err != nil {
@@ -97,7 +97,7 @@ func (d *doctor) run(ctx context.Context) error {
 	switch {
 	case len(report.Ownerless()) > 0:
 		return exitCode(codeOwnerless)
-	case len(report.Unknown) > 0:
+	case len(report.Doubtful())+len(report.Unknown) > 0:
 		return exitCode(codeUnknown)
 	}
 	return nil
@@ -131,10 +131,13 @@ func (d *doctor) show(r audit.Report) error {
 			fmt.Fprintf(&b, "    to do: %s\n", t.Remedy)
 		}
 	}
+	for _, t := range r.Doubtful() {
+		fmt.Fprintf(&b, "NOT KNOWN: whose is %s %s: %s\n", t.Kind, printable(t.Name), printable(t.Why))
+	}
 	for _, u := range r.Unknown {
 		fmt.Fprintf(&b, "NOT KNOWN: %s\n", printable(strings.ReplaceAll(u, "\n", "; ")))
 	}
-	if len(r.Ownerless()) == 0 && len(r.Unknown) == 0 {
+	if len(r.Ownerless())+len(r.Doubtful())+len(r.Unknown) == 0 {
 		b.WriteString("all of it has an owner\n")
 	}
 	return d.print(r, b.String())
@@ -148,35 +151,43 @@ func (d *doctor) mend(ctx context.Context, r audit.Report) error {
 		}
 		d.in = bufio.NewReader(d.stdin)
 	}
+	var all []audit.Thing
 	for _, t := range r.Ownerless() {
 		if !r.CanFix(t) {
 			fmt.Fprintf(d.stderr, "left: %s %s (%s)\n", t.Kind, printable(t.Name), cmp.Or(t.Remedy, "nothing to be done here"))
 			continue
 		}
-		if answer, err := d.ask(t); err != nil || answer == "q" {
-			return err
-		} else if answer != "y" {
+		if d.yes {
+			all = append(all, t)
 			continue
 		}
-		err := audit.Fix(ctx, d.options, t)
-		switch {
-		case errors.Is(err, audit.ErrOwned):
-			fmt.Fprintf(d.stderr, "gone, or not without an owner any more: %s %s\n", t.Kind, printable(t.Name))
-		case err != nil:
-			fmt.Fprintf(d.stderr, "left: %s %s: %v\n", t.Kind, printable(t.Name), err)
-		default:
-			d.fixed++
-			fmt.Fprintf(d.stderr, "taken away: %s %s\n", t.Kind, printable(t.Name))
+		answer, err := d.ask(t)
+		if err == nil && answer == "y" {
+			err = audit.Fix(ctx, d.options, []audit.Thing{t}, d.tell)
+		}
+		if err != nil || answer == "q" {
+			return err
 		}
 	}
-	return nil
+	return audit.Fix(ctx, d.options, all, d.tell)
+}
+
+// tell says what came of taking a thing away.
+func (d *doctor) tell(t audit.Thing, err error) {
+	what := fmt.Sprint(t.Kind, " ", printable(t.Name))
+	switch {
+	case errors.Is(err, audit.ErrOwned):
+		fmt.Fprintf(d.stderr, "gone, or not without an owner any more: %s\n", what)
+	case err != nil:
+		fmt.Fprintf(d.stderr, "left: %s: %s\n", what, printable(err.Error()))
+	default:
+		d.fixed++
+		fmt.Fprintf(d.stderr, "taken away: %s\n", what)
+	}
 }
 
 // ask asks whether a thing is to be taken away: y, n or q.
 func (d *doctor) ask(t audit.Thing) (string, error) {
-	if d.yes {
-		return "y", nil
-	}
 	for {
 		fmt.Fprintf(d.stderr, "%s %s\n    %s\n%s? [y/n/q] ", t.Kind, printable(t.Name), printable(t.Why), t.Remedy)
 		line, err := d.in.ReadString('\n')

@@ -56,6 +56,9 @@ func writeStory(b *strings.Builder, s audit.Story) {
 		if s.Pod == "" && line.What == records.Exited {
 			verb = "its init ended:"
 		}
+		if line.What == records.Created && line.Text != "" {
+			verb = "created from"
+		}
 		text := strings.TrimSpace(cmp.Or(verb, string(line.What)) + " " + line.Text)
 		fmt.Fprintf(b, "  %s  %s\n", timeText(line.At), printable(text))
 		gone = gone || line.What == records.Removed || line.What == records.Failed

@@ -1,11 +1,10 @@
-// Package audit compares a machine with the records: it finds every shim, process, mount,
-// namespace, cgroup and file that Holdfast has, or may have left, and says whose it is and
-// why it is there, or that it has no owner. It needs no daemon, and asks none: what the
-// records and the kernel say is compared, so that what a daemon has forgotten is found.
+// Package audit compares a machine with the records: it finds every shim, process, mount, namespace, cgroup and file
+// that Holdfast has, or may have left, and says whose it is and why it is there, or that it has no owner. It needs no
+// daemon, and asks none: what the records and the kernel say is compared, so that what a daemon has forgotten is found.
 //
-// The machine goes on meanwhile. What is there is looked at first and the records after
-// that, because everything is on record before it is taken; and what has no owner has to
-// have none in a second look as well, as the same process, mount or file.
+// The machine goes on meanwhile. What is there is looked at first and the records after that, because everything is on
+// record before it is taken; and what has no owner has to have none in a second look as well, as the same process,
+// mount or file.
 package audit
 
 import (
@@ -20,8 +19,7 @@ import (
 // Kind is what a thing is.
 type Kind string
 
-// The kinds, in the order in which they are listed and taken away: a process uses mounts,
-// and a mount keeps a directory.
+// The kinds.
 const (
 	Daemon     Kind = "daemon"
 	Shim       Kind = "shim"
@@ -44,6 +42,7 @@ const (
 	Quarantine Kind = "quarantine"
 )
 
+// order is that in which things are listed and taken away: a process uses mounts, and a mount keeps a directory.
 var order = []Kind{
 	Daemon, Shim, Process, Mount, Namespace, Veth, Lease, Cgroup, Token, Socket, FIFO, Directory, File, Log, Layer,
 	Blob, Download, Record, Quarantine,
@@ -57,17 +56,15 @@ type Thing struct {
 	Why   string `json:"why"`             // it is there, or has no owner
 	// Remedy is what is to be done about one without an owner.
 	Remedy string `json:"remedy,omitempty"`
-	// Doubt says that its owner cannot be told, because a record does not read.
+	// Doubt says that it cannot be told whose it is, or whether it has an owner. It is not taken away.
 	Doubt bool `json:"doubt,omitempty"`
 
-	same string // differs between two things of one name, one after the other
-	fix  *fix   // nil: not for this package to take away
+	key string // differs between all things that there are, and were
+	fix *fix   // nil: not for this package to take away
 }
 
 // Ownerless says whether it is known to have no owner.
 func (t *Thing) Ownerless() bool { return t.Owner == "" && !t.Doubt }
-
-func (t *Thing) key() string { return string(t.Kind) + "\x00" + t.Name + "\x00" + t.same }
 
 // Options say where to look. Paths are absolute.
 type Options struct {
@@ -88,9 +85,14 @@ type Report struct {
 }
 
 // Ownerless are the things without an owner.
-func (r *Report) Ownerless() (list []Thing) {
+func (r *Report) Ownerless() []Thing { return r.those((*Thing).Ownerless) }
+
+// Doubtful are the things of which nobody can tell the owner.
+func (r *Report) Doubtful() []Thing { return r.those(func(t *Thing) bool { return t.Doubt }) }
+
+func (r *Report) those(are func(*Thing) bool) (list []Thing) {
 	for _, t := range r.Things {
-		if t.Ownerless() {
+		if are(&t) {
 			list = append(list, t)
 		}
 	}
@@ -100,42 +102,38 @@ func (r *Report) Ownerless() (list []Thing) {
 // maxLooks bounds the looks at a machine on which things come and go all the time.
 const maxLooks = 5
 
-// Look looks at the machine, and looks again if something has no owner.
+// Look looks at the machine, and looks again as long as there is something without an owner, or with a doubtful one,
+// that was not so before: things come and go.
 func Look(ctx context.Context, o Options) (Report, error) {
 	o, err := o.resolved()
 	if err != nil {
 		return Report{}, err
 	}
-	r, ownerless := takeLook(o).report()
-	for n := 1; n < maxLooks && len(ownerless) > 0; n++ {
+	before := map[string]bool{}
+	for n := 1; ; n++ {
+		r := takeLook(o).report()
+		now, fresh := map[string]bool{}, 0
+		for i := range r.Things {
+			t := &r.Things[i]
+			if t.Owner != "" {
+				continue
+			}
+			now[t.key] = t.Doubt
+			if doubt, seen := before[t.key]; !seen || doubt != t.Doubt {
+				fresh++
+				if n == maxLooks {
+					t.Doubt, t.Why = true, "it came while it was looked for: look again. "+t.Why
+				}
+			}
+		}
+		if fresh == 0 || n == maxLooks {
+			return r, nil
+		}
+		before = now
 		select {
 		case <-time.After(cmp.Or(o.Pause, time.Second)):
 		case <-ctx.Done():
 			return r, ctx.Err()
-		}
-		before := ownerless
-		r, ownerless = takeLook(o).report()
-		fresh := 0
-		for i := range r.Things {
-			if t := &r.Things[i]; t.Ownerless() && !before[t.key()] {
-				fresh++
-			}
-		}
-		if fresh == 0 {
-			return r, nil
-		}
-		if n == maxLooks-1 {
-			r.excuse(before)
-		}
-	}
-	return r, nil
-}
-
-// excuse takes what was not seen without an owner before for something in motion.
-func (r *Report) excuse(before map[string]bool) {
-	for i := range r.Things {
-		if t := &r.Things[i]; t.Ownerless() && !before[t.key()] {
-			t.Owner, t.Why = "not known yet", "it came while it was looked for: look again"
 		}
 	}
 }
@@ -163,36 +161,34 @@ type look struct {
 	held    map[string]bool // namespaces that were noted
 	things  []Thing
 	unknown []string
+	// blind says that a part of the machine could not be looked at. What has an owner there may seem to have none.
+	blind bool
 }
 
 func takeLook(o Options) *look {
-	l := &look{Options: o}
+	l := &look{Options: o, held: map[string]bool{}}
 	// The order matters: see the comment of the package.
 	l.machine = l.lookAtMachine()
 	l.networks = l.lookAtNetworks()
 	l.owners = l.readOwners()
 	l.stores = l.readStores()
-	for _, judge := range []func(){
-		l.judgeProcesses, l.judgeMounts, l.judgePins, l.judgeNetworks, l.judgeCgroups, l.judgeTrees,
-	} {
-		judge()
-	}
+	l.parents = l.cgroupParents()
+	l.judgeProcesses()
+	l.judgeMounts()
+	l.judgePins()
+	l.judgeNetworks()
+	l.judgeCgroups()
+	l.judgeTrees()
 	return l
 }
 
-// report sorts what was found, and gives the keys of what has no owner.
-func (l *look) report() (Report, map[string]bool) {
+// report sorts what was found.
+func (l *look) report() Report {
 	slices.SortStableFunc(l.things, func(a, b Thing) int {
 		return cmp.Or(cmp.Compare(slices.Index(order, a.Kind), slices.Index(order, b.Kind)), cmp.Compare(a.Name, b.Name))
 	})
-	ownerless := map[string]bool{}
-	for _, t := range l.things {
-		if t.Ownerless() {
-			ownerless[t.key()] = true
-		}
-	}
 	slices.Sort(l.unknown)
-	return Report{DaemonRuns: l.daemonRuns, Things: l.things, Unknown: slices.Compact(l.unknown)}, ownerless
+	return Report{DaemonRuns: l.daemonRuns, Things: l.things, Unknown: slices.Compact(l.unknown)}
 }
 
 // verdict is what is known of the owner of something.
@@ -201,20 +197,40 @@ type verdict struct {
 	doubt      bool
 }
 
-// none is the verdict on what has no owner.
-func none(format string, args ...any) verdict { return verdict{why: fmt.Sprintf(format, args...)} }
+func (v verdict) none() bool { return v.owner == "" && !v.doubt }
 
-// add notes a thing. The fix counts only if it has no owner.
+// of, none and doubt are the verdicts on what has an owner, has none, and may have one.
+func of(owner, why string) verdict            { return verdict{owner: owner, why: why} }
+func none(format string, args ...any) verdict { return verdict{why: fmt.Sprintf(format, args...)} }
+func doubtful(format string, args ...any) verdict {
+	return verdict{why: fmt.Sprintf(format, args...), doubt: true}
+}
+
+// add notes a thing. same differs between two things of one name, one after the other. The fix counts only if it has no
+// owner.
 func (l *look) add(k Kind, name, same string, v verdict, f *fix) {
-	t := Thing{Kind: k, Name: name, Owner: v.owner, Why: v.why, Doubt: v.doubt, same: same}
-	if t.Ownerless() {
+	key := fmt.Sprint(k, "\x00", name, "\x00", same)
+	t := Thing{Kind: k, Name: name, Owner: v.owner, Why: v.why, Doubt: v.doubt, key: key}
+	if v.none() {
 		t.fix = f
 		t.Remedy = f.remedy(l.daemonRuns)
 	}
 	l.things = append(l.things, t)
 }
 
-// fail notes what could not be looked at.
+// addProcess notes a process, which may change its name at will.
+func (l *look) addProcess(k Kind, p *process, v verdict) {
+	l.add(k, p.text(), "", v, killProcess(p))
+	l.things[len(l.things)-1].key = fmt.Sprint(k, p.Process)
+}
+
+// fail notes what does not read.
 func (l *look) fail(format string, args ...any) {
 	l.unknown = append(l.unknown, fmt.Errorf(format, args...).Error())
+}
+
+// miss notes a part of the machine that could not be looked at: nothing is taken away then.
+func (l *look) miss(format string, args ...any) {
+	l.blind = true
+	l.fail(format, args...)
 }

@@ -33,21 +33,24 @@ func check(t *testing.T, err error) {
 func TestPlaceOf(t *testing.T) {
 	l := &look{parents: map[string]bool{"/kubepods/podX": true}}
 	for path, want := range map[string]place{
-		"/holdfast/shims/" + idA:                                         {shimRole, idA, false},
-		"/holdfast/shims/" + idA + "/x":                                  {shimRole, idA, true},
-		"/holdfast/stream":                                               {streamRole, "", false},
-		"/holdfast/pods/" + idB:                                          {podRole, idB, false},
-		"/holdfast/pods/" + idB + "/" + idA:                              {containerRole, idA, false},
-		"/holdfast/pods/" + idB + "/" + idA + "/exec":                    {containerRole, idA, true},
-		"/kubepods/podX/" + idA:                                          {containerRole, idA, false},
-		"/kubepods/podX/" + idA + "/a/b":                                 {containerRole, idA, true},
-		"/kubepods.slice/kubepods-podX.slice/holdfast-" + idA + ".scope": {containerRole, idA, false},
-		"/system.slice/holdfast-shim-" + idA + ".scope":                  {shimRole, idA, false},
-		"/system.slice/holdfast-stream-12.scope":                         {streamRole, "", false},
-		"/kubepods/podY/" + idA:                                          {},
-		"/kubepods/podX/other":                                           {},
-		"/holdfast/shims":                                                {},
-		"/system.slice/holdfastd.service":                                {},
+		"/holdfast/shims/" + idA:                                                       {shimRole, idA, false, false},
+		"/holdfast/shims/" + idA + "/x":                                                {shimRole, idA, true, false},
+		"/holdfast/stream":                                                             {streamRole, "", false, false},
+		"/holdfast/pods/" + idB:                                                        {podRole, idB, false, false},
+		"/holdfast/pods/" + idB + "/" + idA:                                            {containerRole, idA, false, false},
+		"/holdfast/pods/" + idB + "/" + idA + "/exec":                                  {containerRole, idA, true, false},
+		"/kubepods/podX/" + idA:                                                        {containerRole, idA, false, true},
+		"/kubepods/podX/" + idA + "/a/b":                                               {containerRole, idA, true, true},
+		"/kubepods.slice/kubepods-podX.slice/holdfast-" + idA + ".scope":               {containerRole, idA, false, false},
+		"/system.slice/holdfast-shim-" + idA + ".scope":                                {shimRole, idA, false, false},
+		"/system.slice/holdfast-stream-12.scope":                                       {streamRole, "", false, false},
+		"/docker/x/system.slice/holdfast-shim-" + idA + ".scope":                       {},
+		"/user.slice/user-1.slice/user@1.service/app.slice/holdfast-" + idA + ".scope": {},
+		"/kubepods/podY/" + idB + "/holdfast-shim-" + idA + ".scope":                   {},
+		"/kubepods/podY/" + idA:                                                        {},
+		"/kubepods/podX/other":                                                         {},
+		"/holdfast/shims":                                                              {},
+		"/system.slice/holdfastd.service":                                              {},
 	} {
 		got, ok := l.placeOf(path)
 		if got != want || ok != (want != place{}) {
@@ -103,8 +106,7 @@ func TestDebtsDecide(t *testing.T) {
 	}
 }
 
-// A record that does not read says nothing: what is named after it is neither owned nor
-// ownerless.
+// A record that does not read says nothing: what is named after it is neither owned nor ownerless.
 func TestDamagedRecord(t *testing.T) {
 	o := trees(t, records.PodReady, records.AllDebts)
 	check(t, os.WriteFile(filepath.Join(o.Root, "pods", idA, "record.json"), []byte("torn"), 0o600))
@@ -113,6 +115,15 @@ func TestDamagedRecord(t *testing.T) {
 	if none := r.Ownerless(); len(none) > 0 || len(r.Unknown) == 0 {
 		t.Errorf("%v, %v", none, r.Unknown)
 	}
+	if told, err := Stories(o, idA[:5]); err != nil || len(told) != 1 || !strings.Contains(told[0].Now, "no record") {
+		t.Errorf("%+v, %v", told, err)
+	}
+}
+
+func fixOne(t *testing.T, o Options, thing Thing) (err error) {
+	t.Helper()
+	check(t, Fix(t.Context(), o, []Thing{thing}, func(_ Thing, e error) { err = e }))
+	return err
 }
 
 // What comes and goes, or gets its record meanwhile, has no say; what is in use stays.
@@ -132,16 +143,16 @@ func TestFix(t *testing.T) {
 	}
 	old := find()
 	check(t, errors.Join(os.Rename(stray, stray+".away"), os.WriteFile(stray, nil, 0o600), os.Remove(stray+".away")))
-	if err := Fix(t.Context(), o, old); !errors.Is(err, ErrOwned) {
+	if err := fixOne(t, o, old); !errors.Is(err, ErrOwned) {
 		t.Errorf("another file of that name: %v", err)
 	}
 	f, err := os.Open(stray)
 	check(t, err)
-	if err := Fix(t.Context(), o, find()); err == nil {
+	if err := fixOne(t, o, find()); err == nil {
 		t.Error("a file that is open was removed")
 	}
 	f.Close()
-	check(t, Fix(t.Context(), o, find()))
+	check(t, fixOne(t, o, find()))
 	if _, err := os.Lstat(stray); err == nil {
 		t.Error("it is still there")
 	}
@@ -165,7 +176,7 @@ func TestFixBesideDaemon(t *testing.T) {
 		if len(none) != 1 || r.DaemonRuns != runs || r.CanFix(none[0]) == runs {
 			t.Fatalf("a daemon runs %v: %v, %v", runs, r.DaemonRuns, none)
 		}
-		err = Fix(t.Context(), o, none[0])
+		err = fixOne(t, o, none[0])
 		if _, serr := os.Lstat(none[0].Name); (serr == nil) != runs || (err == nil) == runs {
 			t.Errorf("a daemon runs %v: %v, %v", runs, err, serr)
 		}

@@ -7,14 +7,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/daemon/mounts"
+	"github.com/holdfast-cri/holdfast/daemon/rootfs"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/reaper/pidfd"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
@@ -35,6 +34,9 @@ type fix struct {
 	do func(ctx context.Context) error
 }
 
+// byHand is the fix of what a person has to decide.
+func byHand(text string) *fix { return &fix{text: text} }
+
 // remedy says what is to be done.
 func (f *fix) remedy(daemonRuns bool) string {
 	switch {
@@ -51,34 +53,67 @@ func (r *Report) CanFix(t Thing) bool {
 	return t.fix != nil && t.fix.do != nil && !(t.fix.offline && r.DaemonRuns)
 }
 
-// fixTimeout bounds the taking away of one thing.
-const fixTimeout = time.Minute
+const (
+	fixTimeout = time.Minute      // for one thing
+	maxLookAge = 10 * time.Second // of a look by which things are taken away
+)
 
-// Fix takes a thing away that a Report says has no owner. It looks once more before, under
-// the daemon's lock where no daemon may run meanwhile. ErrOwned: there is nothing to do any
-// more. What a running process uses is left, with an error.
-func Fix(ctx context.Context, o Options, t Thing) error {
+// Fix takes away things that a Report says have no owner, and tells done of each: nil, it is gone; ErrOwned, there is
+// nothing to do any more. It looks once more before, and holds the daemon's lock where no daemon may run
+// meanwhile. What a running process uses is left, with an error.
+func Fix(ctx context.Context, o Options, things []Thing, done func(Thing, error)) error {
 	o, err := o.resolved()
 	if err != nil {
 		return err
 	}
-	if t.fix == nil || t.fix.do == nil {
-		return ErrNotHere
+	var online, offline []Thing
+	for _, t := range things {
+		switch {
+		case t.fix == nil || t.fix.do == nil:
+			done(t, ErrNotHere)
+		case t.fix.offline:
+			offline = append(offline, t)
+		default:
+			online = append(online, t)
+		}
+	}
+	fixThose(ctx, o, online, done)
+	if len(offline) == 0 {
+		return nil
+	}
+	locks, err := state.Lock(o.Root, o.State)
+	if err != nil {
+		for _, t := range offline {
+			done(t, fmt.Errorf("%w: stop the daemon first: %w", ErrNotHere, err))
+		}
+		return nil
+	}
+	for _, f := range locks {
+		defer f.Close()
+	}
+	fixThose(ctx, o, offline, done)
+	return nil
+}
+
+func fixThose(ctx context.Context, o Options, things []Thing, done func(Thing, error)) {
+	var now *look
+	var at time.Time
+	for _, t := range things {
+		if now == nil || time.Since(at) > maxLookAge {
+			now, at = takeLook(o), time.Now()
+		}
+		done(t, now.fix(ctx, t))
+	}
+}
+
+func (l *look) fix(ctx context.Context, t Thing) error {
+	if l.blind {
+		return fmt.Errorf("%w: not all of the machine can be looked at", ErrNotHere)
 	}
 	ctx, cancel := context.WithTimeout(ctx, fixTimeout)
 	defer cancel()
-	if t.fix.offline {
-		locks, err := state.Lock(o.Root, o.State)
-		if err != nil {
-			return fmt.Errorf("%w: stop the daemon first: %w", ErrNotHere, err)
-		}
-		for _, f := range locks {
-			defer f.Close()
-		}
-	}
-	now := takeLook(o)
-	for _, again := range now.things {
-		if again.key() == t.key() && again.Ownerless() {
+	for _, again := range l.things {
+		if again.key == t.key && again.Ownerless() {
 			return again.fix.do(ctx)
 		}
 	}
@@ -87,59 +122,16 @@ func Fix(ctx context.Context, o Options, t Thing) error {
 
 // killProcess ends a process with SIGKILL.
 func killProcess(p *process) *fix {
-	return &fix{text: "kill it", do: func(ctx context.Context) error { return kill(ctx, p) }}
-}
-
-func kill(ctx context.Context, p *process) error {
-	held, err := pidfd.Open(p.PID, p.Alive)
-	if errors.Is(err, pidfd.ErrEnded) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer held.Close()
-	return held.Kill(ctx)
-}
-
-// killMember is killProcess for one that its cgroup tells. Where another container runtime
-// may have made the cgroup, a person has to decide.
-func killMember(l *look, p *process, at place) *fix {
-	if !l.surelyOurs(p.cgroups, at) {
-		return &fix{text: "find out whose it is: another container runtime may have put it there"}
-	}
-	return killProcess(p)
-}
-
-// surelyOurs says whether a cgroup was made for one of our containers: it is below one of
-// our own, or a scope that is called as ours are, or the container is known.
-func (l *look) surelyOurs(paths []string, at place) bool {
-	if at.role != containerRole || l.containers[at.id] != nil {
-		return true
-	}
-	if _, err := os.Lstat(filepath.Join(l.State, "runc", at.id)); err == nil {
-		return true
-	}
-	return slices.ContainsFunc(paths, func(path string) bool {
-		return strings.HasPrefix(path, "/holdfast/") || strings.Contains(path, "/holdfast-"+at.id+".scope")
-	})
-}
-
-// endShim ends a shim of which no record tells what it keeps, unless it keeps something.
-func endShim(l *look, p *process) *fix {
-	dir := p.keeps
-	return &fix{text: "kill the shim, if it keeps no container that lives", do: func(ctx context.Context) error {
-		if s, err := dir.ReadStatus(); err == nil && s.Init.Alive() {
-			return fmt.Errorf("%w: its container lives; end it with: holdfastctl stop %s", ErrNotHere, dir.ID())
+	return &fix{text: "kill it", do: func(ctx context.Context) error {
+		held, err := pidfd.Open(p.PID, p.Alive)
+		if errors.Is(err, pidfd.ErrEnded) {
+			return nil
 		}
-		for _, other := range l.processes {
-			for _, path := range other.cgroups {
-				if at, ok := l.placeOf(path); ok && at == (place{containerRole, dir.ID(), at.below}) {
-					return fmt.Errorf("%w: process %d of its container lives", ErrNotHere, other.PID)
-				}
-			}
+		if err != nil {
+			return err
 		}
-		return kill(ctx, p)
+		defer held.Close()
+		return held.Kill(ctx)
 	}}
 }
 
@@ -170,21 +162,18 @@ func unpin(path string) *fix {
 	}}
 }
 
-// inNamespace gives a process that is in the namespace that is pinned at a path, 0 if none
-// is.
-func inNamespace(path string) (int, error) {
-	var pin unix.Stat_t
-	if err := unix.Stat(path, &pin); err != nil {
-		if errors.Is(err, unix.ENOENT) {
+// inNamespace gives a process of which a thread is in the namespace that is pinned at a path, 0 if none is.
+func inNamespace(path string) (pid int, err error) {
+	pin, err := os.Stat(path)
+	if err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
 			err = nil
 		}
 		return 0, err
 	}
-	links, err := filepath.Glob("/proc/[0-9]*/ns/*")
+	links, err := filepath.Glob("/proc/[0-9]*/task/[0-9]*/ns/*")
 	for _, link := range links {
-		var ns unix.Stat_t
-		if unix.Stat(link, &ns) == nil && ns.Ino == pin.Ino && ns.Dev == pin.Dev {
-			pid := 0
+		if ns, err := os.Stat(link); err == nil && os.SameFile(ns, pin) {
 			fmt.Sscanf(link, "/proc/%d/", &pid)
 			return pid, nil
 		}
@@ -193,37 +182,30 @@ func inNamespace(path string) (int, error) {
 }
 
 // removeCgroup removes a cgroup without processes from all hierarchies.
-func removeCgroup(l *look, dirs []string, path string, at place) *fix {
-	if !l.surelyOurs([]string{path}, at) {
-		return &fix{text: "find out whose it is: another container runtime may have made it"}
-	}
+func removeCgroup(dirs []string) *fix {
 	return &fix{text: "remove it, if no process is in it", do: func(context.Context) error {
 		return cgroup.RemoveDirs(dirs)
 	}}
 }
 
-// settled is how long what a creation has just made may be without a record.
-const settled = 10 * time.Minute
-
-// removePath removes a file or a tree that nobody uses. inTheWay: a daemon that runs may be
-// just about to use it, unless it is old.
-func removePath(e entry, inTheWay bool) *fix {
-	young := time.Since(time.Unix(e.at.Unix())) < settled
-	return &fix{text: "remove it, if nobody uses it", offline: inTheWay && young, do: func(context.Context) error {
-		if err := unused(e.path); err != nil {
+// removePath removes a file or a tree that nobody uses. offline: a daemon that runs may be just about to use it.
+func removePath(path string, offline bool) *fix {
+	return &fix{text: "remove it, if nobody uses it", offline: offline, do: func(context.Context) error {
+		if err := unused(path); err != nil {
 			return err
 		}
-		return state.RemoveTree(e.path)
+		return state.RemoveTree(path)
 	}}
 }
 
-// unused says who uses a file, or something below a directory: a mount, a process that has
-// it open, a socket that somebody listens on.
+// unused says who uses a file, or something below a directory: a mount, a process that has it open, a socket that
+// somebody listens on, an overlay in whatever mount namespace.
 func unused(path string) error {
 	table, err := mounts.Read(mounts.Self)
 	if err != nil {
 		return err
 	}
+	within := func(to string) bool { return to == path || strings.HasPrefix(to, path+"/") }
 	for _, m := range table {
 		if m.Below(path) {
 			return fmt.Errorf("cannot remove %s: %s is mounted", path, m.Point)
@@ -232,25 +214,42 @@ func unused(path string) error {
 	if b, _ := os.ReadFile("/proc/net/unix"); strings.Contains(string(b), " "+path+"\n") {
 		return fmt.Errorf("cannot remove %s: somebody has the socket open", path)
 	}
-	links, err := filepath.Glob("/proc/[0-9]*/fd/*")
-	if err != nil {
-		return err
-	}
-	for _, name := range []string{"cwd", "root", "exe"} {
-		more, _ := filepath.Glob("/proc/[0-9]*/" + name)
-		links = append(links, more...)
-	}
-	for _, link := range links {
-		to, err := os.Readlink(link)
-		if err == nil && (to == path || strings.HasPrefix(to, path+"/")) {
-			return fmt.Errorf("cannot remove %s: %s leads to it", path, link)
+	for _, pattern := range []string{"fd/*", "cwd", "root", "exe"} {
+		links, err := filepath.Glob("/proc/[0-9]*/" + pattern)
+		if err != nil {
+			return err
+		}
+		for _, link := range links {
+			if to, err := os.Readlink(link); err == nil && within(to) {
+				return fmt.Errorf("cannot remove %s: %s leads to it", path, link)
+			}
 		}
 	}
-	return nil
+	return notInOverlay(path)
 }
 
-// same is when a file was changed, for two looks at it.
-func sameFile(st fs.FileInfo) string {
-	sys := st.Sys().(*syscall.Stat_t)
-	return fmt.Sprintf("%d %d", sys.Ino, sys.Ctim.Nano())
+// notInOverlay says which process sees an overlay that has a directory as a layer, by the last two names of its path,
+// or may have it: the kernel tells some layers without their names.
+func notInOverlay(path string) error {
+	name := strings.TrimPrefix(path, filepath.Dir(filepath.Dir(path))) + "/"
+	lists, err := filepath.Glob("/proc/[0-9]*/mountinfo")
+	seen := map[string]bool{}
+	for _, list := range lists {
+		ns, nerr := os.Readlink(filepath.Join(filepath.Dir(list), "ns/mnt"))
+		if nerr != nil || seen[ns] {
+			continue
+		}
+		seen[ns] = true
+		table, merr := mounts.Read(list)
+		if merr != nil {
+			seen[ns] = false // the process has ended; another one may be in the namespace
+		}
+		for _, m := range table {
+			_, all := rootfs.LayersIn(m.FSOptions)
+			if m.Kind == "overlay" && (strings.Contains(m.FSOptions, name) || !all) {
+				return fmt.Errorf("cannot remove %s: it may be a layer of what is mounted at %s (%s)", path, m.Point, list)
+			}
+		}
+	}
+	return err
 }

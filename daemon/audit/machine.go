@@ -2,25 +2,27 @@ package audit
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/daemon/mounts"
+	"github.com/holdfast-cri/holdfast/daemon/placement"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
 
-// netnsDir is where the network namespaces of pods are pinned.
+// Where the network namespaces of pods are pinned, and how their names begin.
 const (
 	netnsDir  = "/run/netns"
 	pinPrefix = "holdfast-"
@@ -40,25 +42,30 @@ type machine struct {
 type process struct {
 	rundir.Process
 	parent  int
-	args    []string
 	exe     string // base name of its program
 	cgroups []string
+	root    bool // it is root's, and not that of a user namespace
+	// trusted says that it is root's and in this mount namespace: it is what it is called, and paths that it names are
+	// those that they seem to be. Of others neither arguments nor descriptors are looked at.
+	trusted bool
+	args    []string
 	third   string     // what its descriptor 3 is: CNI plugins have a lock there
 	keeps   rundir.Dir // of a shim
-	// elsewhere says that it is in another mount namespace: paths that it names may be
-	// others than ours.
-	elsewhere bool
 }
 
 func (p *process) text() string {
-	line := strings.Join(p.args, " ")
+	line := p.exe
+	if p.trusted {
+		line = strings.Join(p.args, " ")
+	}
 	if len(line) > 200 {
 		line = line[:200] + "…"
 	}
 	return fmt.Sprintf("%d %s", p.PID, line)
 }
 
-func (p *process) same() string { return fmt.Sprint(p.StartTime) }
+// is says whether a process runs one of our programs, of whatever version.
+func (p *process) is(program string) bool { return p.trusted && strings.HasPrefix(p.exe, program) }
 
 // group is a cgroup of one hierarchy.
 type group struct{ dir, path string }
@@ -71,29 +78,72 @@ type entry struct {
 	at   syscall.Timespec // of its last change
 }
 
+func newEntry(path string, st fs.FileInfo) entry {
+	sys := st.Sys().(*syscall.Stat_t)
+	return entry{path, st.Mode(), sys.Ino, sys.Ctim}
+}
+
 func (e entry) same() string { return fmt.Sprintf("%d %d", e.ino, e.at.Nano()) }
 
 func (l *look) lookAtMachine() (m machine) {
 	m.daemonRuns = l.locked()
 	m.processes = l.listProcesses()
-	m.mounts = l.listMounts()
-	m.pins, _ = filepath.Glob(netnsDir + "/" + pinPrefix + "*")
-	err := cgroup.Visit(func(dir, path string) bool {
-		m.cgroups = append(m.cgroups, group{dir, path})
-		return len(path) < 3000 // deeper ones are a container's own
+	var err error
+	if m.mounts, err = mounts.Read(mounts.Self); err != nil {
+		l.miss("cannot list the mounts: %w", err)
+	}
+	for _, name := range l.names(netnsDir) {
+		if id, ok := strings.CutPrefix(name, pinPrefix); ok && idForm.MatchString(id) {
+			m.pins = append(m.pins, filepath.Join(netnsDir, name))
+		}
+	}
+	err = cgroup.Visit(func(dir, name string) bool {
+		ours := oursByName(name)
+		if ours {
+			m.cgroups = append(m.cgroups, group{dir, name})
+		}
+		return len(name) < 3000 && (!ours || path.Dir(name) == placement.PodsPath)
 	})
 	if err != nil {
-		l.fail("cannot list the cgroups: %w", err)
+		l.miss("cannot list the cgroups: %w", err)
 	}
-	m.trees = l.listTrees()
+	for dir, depth := range map[string]int{
+		l.Root:                   1,
+		l.Root + "/pods":         1,
+		l.Root + "/containers":   1,
+		l.Root + "/cni":          2,
+		l.Root + "/images":       3,
+		l.Root + "/layers":       2,
+		l.Root + "/quarantine":   1,
+		l.Root + "/journal":      1,
+		l.State:                  1,
+		l.State + "/pods":        1,
+		l.State + "/containers":  3,
+		l.State + "/runc":        2,
+		l.State + "/stream":      2,
+		l.State + "/pulls":       1,
+		l.State + userWaysSuffix: 1,
+	} {
+		m.trees = append(m.trees, l.listTree(dir, depth)...)
+	}
 	return m
+}
+
+// oursByName says whether a cgroup may be that of one of our shims, containers or pods. What is below one of a
+// container is the container's, which may make as many there as it likes.
+func oursByName(cgroup string) bool {
+	name := path.Base(cgroup)
+	_, shim := placement.ShimOfScope(name)
+	_, container := placement.ContainerOfScope(name)
+	return shim || container || idForm.MatchString(name) || placement.IsStreamScope(name) ||
+		slices.Contains([]string{placement.PodsPath, placement.ShimsPath}, path.Dir(cgroup)) || cgroup == placement.StreamPath
 }
 
 // locked says whether a daemon has the lock of STATE.
 func (l *look) locked() bool {
 	f, err := os.Open(l.State)
 	if err != nil {
-		l.fail("cannot look whether a daemon runs: %w", err)
+		l.miss("cannot look whether a daemon runs: %w", err)
 		return true
 	}
 	defer f.Close() // and with it the lock
@@ -103,66 +153,69 @@ func (l *look) locked() bool {
 
 func (l *look) listProcesses() map[int]*process {
 	all := map[int]*process{}
-	entries, err := os.ReadDir("/proc")
+	own, err := os.Readlink("/proc/self/ns/mnt")
 	if err != nil {
-		l.fail("cannot list the processes: %w", err)
+		l.miss("cannot look at processes: %w", err)
 	}
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
+	for _, name := range l.names("/proc") {
+		pid, err := strconv.Atoi(name)
 		if err != nil {
 			continue
 		}
-		if p, ok := readProcess(pid); ok {
+		p, err := readProcess(pid, own)
+		if err == nil {
 			all[pid] = p
+		} else if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH) && !errors.Is(err, rundir.ErrNoProcess) {
+			l.miss("cannot look at process %d: %w", pid, err)
 		}
 	}
 	return all
 }
 
-// readProcess reads what is known of a process; not ok: it has ended, or is one of the
-// kernel's.
-func readProcess(pid int) (*process, bool) {
+// readProcess reads what is known of a process. fs.ErrNotExist, ESRCH, rundir.ErrNoProcess: it has ended, or is one of
+// the kernel's. One that this process may not look into is an error if it is called as ours are.
+func readProcess(pid int, own string) (*process, error) {
 	proc := fmt.Sprintf("/proc/%d/", pid)
-	exe, err := os.Readlink(proc + "exe")
+	status, err := os.ReadFile(proc + "status")
 	if err != nil {
-		return nil, false
+		return nil, err
 	}
-	p := &process{
-		parent: parentOf(pid),
-		args:   rundir.CommandLine(pid),
-		exe:    filepath.Base(strings.TrimSuffix(exe, " (deleted)")),
+	groups, err := os.ReadFile(proc + "cgroup")
+	if err != nil {
+		return nil, err
 	}
-	p.third, _ = os.Readlink(proc + "fd/3")
-	mnt, _ := os.Readlink(proc + "ns/mnt")
-	p.elsewhere = mnt != ownMounts()
-	groups, _ := os.ReadFile(proc + "cgroup")
+	p := &process{}
+	exe, err := os.Readlink(proc + "exe")
+	theirs, nserr := os.Readlink(proc + "ns/mnt")
+	if err = cmp.Or(err, nserr); errors.Is(err, fs.ErrPermission) && !bytes.HasPrefix(status, []byte("Name:\tholdfast")) {
+		exe, err = "(hidden)", nil
+	}
+	if err != nil {
+		if _, gone := rundir.FindProcess(pid); gone != nil {
+			err = gone
+		}
+		return nil, err
+	}
+	p.exe = filepath.Base(strings.TrimSuffix(exe, " (deleted)"))
+	p.root = bytes.Contains(status, []byte("\nUid:\t0\t0\t"))
+	p.trusted = p.root && theirs == own
+	if _, after, ok := bytes.Cut(status, []byte("\nPPid:\t")); ok {
+		fmt.Sscan(string(after[:min(len(after), 20)]), &p.parent)
+	}
 	for line := range strings.Lines(string(groups)) {
 		if f := strings.SplitN(strings.TrimSuffix(line, "\n"), ":", 3); len(f) == 3 && f[2] != "/" {
 			p.cgroups = append(p.cgroups, f[2])
 		}
 	}
 	p.cgroups = slices.Compact(p.cgroups)
-	if strings.HasPrefix(p.exe, "holdfast-shim") {
+	if p.trusted {
+		p.args = rundir.CommandLine(pid)
+		p.third, _ = os.Readlink(proc + "fd/3")
 		p.keeps, _ = rundir.KeptBy(pid)
 	}
 	// Last: all of it is that process's, or it is gone.
 	p.Process, err = rundir.FindProcess(pid)
-	return p, err == nil
-}
-
-// ownMounts is the mount namespace of this process.
-var ownMounts = sync.OnceValue(func() string {
-	mnt, _ := os.Readlink("/proc/self/ns/mnt")
-	return mnt
-})
-
-func parentOf(pid int) (parent int) {
-	b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if i := bytes.LastIndexByte(b, ')'); i >= 0 { // the name may have anything in it
-		var state string
-		fmt.Sscan(string(b[i+1:]), &state, &parent)
-	}
-	return parent
+	return p, err
 }
 
 // descends says whether a process comes from another one.
@@ -176,64 +229,43 @@ func (m *machine) descends(p *process, from int) bool {
 	return false
 }
 
-func (l *look) listMounts() []mounts.Mount {
-	list, err := mounts.Read(mounts.Self)
-	if err != nil {
-		l.fail("cannot list the mounts: %w", err)
+// hasChildren says whether a process has any.
+func (m *machine) hasChildren(pid int) bool {
+	for _, p := range m.processes {
+		if p.parent == pid {
+			return true
+		}
 	}
-	return list
+	return false
 }
 
-// listTrees lists what lies in the trees, as deep as it says something by itself: what is
-// in an object's own directory is that object's.
-func (l *look) listTrees() (all []entry) {
-	for dir, depth := range map[string]int{
-		l.Root:                   1,
-		l.Root + "/pods":         1,
-		l.Root + "/containers":   1,
-		l.Root + "/cni":          3,
-		l.Root + "/images":       3,
-		l.Root + "/layers":       2,
-		l.Root + "/quarantine":   1,
-		l.State:                  1,
-		l.State + "/pods":        1,
-		l.State + "/containers":  3,
-		l.State + "/runc":        2,
-		l.State + "/stream":      2,
-		l.State + "/pulls":       1,
-		l.State + userWaysSuffix: 1,
-	} {
-		all = append(all, l.listTree(dir, depth)...)
+// names lists a directory. One that is not there has none.
+func (l *look) names(dir string) (all []string) {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTDIR) {
+		l.miss("cannot list %s: %w", dir, err)
+	}
+	for _, e := range entries {
+		all = append(all, e.Name())
 	}
 	return all
 }
 
-// listTree lists what is below a directory, and not what is mounted there. What goes
-// meanwhile is left out.
+// listTree lists what is below a directory, as deep as it says something by itself, and not what is mounted there. What
+// goes meanwhile is left out.
 func (l *look) listTree(dir string, depth int) (all []entry) {
-	if depth == 0 {
+	top, err := os.Lstat(dir)
+	if depth == 0 || err != nil {
 		return nil
 	}
-	var top unix.Stat_t
-	names, err := os.ReadDir(dir)
-	if err == nil {
-		err = unix.Lstat(dir, &top)
-	}
-	if err != nil {
-		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTDIR) {
-			l.fail("cannot list %s: %w", dir, err)
-		}
-		return nil
-	}
-	for _, name := range names {
-		path := filepath.Join(dir, name.Name())
+	for _, name := range l.names(dir) {
+		path := filepath.Join(dir, name)
 		st, err := os.Lstat(path)
 		if err != nil {
 			continue
 		}
-		sys := st.Sys().(*syscall.Stat_t)
-		all = append(all, entry{path, st.Mode(), sys.Ino, sys.Ctim})
-		if st.IsDir() && sys.Dev == top.Dev {
+		all = append(all, newEntry(path, st))
+		if st.IsDir() && st.Sys().(*syscall.Stat_t).Dev == top.Sys().(*syscall.Stat_t).Dev {
 			all = append(all, l.listTree(path, depth-1)...)
 		}
 	}

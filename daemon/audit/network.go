@@ -7,23 +7,25 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/daemon/beneath"
 	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/daemon/state"
 )
 
-// networks is what CNI configs tell of where plugins leave something: those of the pods and
-// those in the directory of configs.
+// networks is what CNI configs tell of where plugins leave something: those of the pods and those in the directory of
+// configs.
 type networks struct {
 	leases  []entry           // files of host-local
 	holders map[string]string // of a lease: what the file says, by its path
@@ -41,6 +43,9 @@ const (
 	builtinBridge  = "holdfast0"
 	defaultBridge  = "cni0"
 	defaultDataDir = "/var/lib/cni/networks"
+
+	maxConfig = 1 << 20 // bytes of a CNI config
+	maxLease  = 4 << 10
 )
 
 // cniConfig is the part of a config, or of a list, that says so.
@@ -59,8 +64,8 @@ type cniPlugin struct {
 	} `json:"ipam"`
 }
 
-// lookAtNetworks lists leases and ports. Which pods there are is read before, for the sake
-// of their configs only: what is judged is read again.
+// lookAtNetworks lists leases and ports. Which pods there are is read before, for the sake of their configs only: what
+// is judged is read again.
 func (l *look) lookAtNetworks() (n networks) {
 	n.holders = map[string]string{}
 	dirs, bridges := map[string]bool{l.Root + "/cni/networks/holdfast": true}, map[string]bool{builtinBridge: true}
@@ -73,48 +78,52 @@ func (l *look) lookAtNetworks() (n networks) {
 			if p.Type == "bridge" {
 				bridges[cmp.Or(p.Bridge, defaultBridge)] = true
 			}
-			if p.IPAM.Type == "host-local" {
-				dirs[filepath.Join(cmp.Or(p.IPAM.DataDir, defaultDataDir), c.Name)] = true
+			if dir := cmp.Or(p.IPAM.DataDir, defaultDataDir); p.IPAM.Type == "host-local" && filepath.IsAbs(dir) {
+				dirs[filepath.Join(dir, c.Name)] = true
 			}
 		}
 	}
 	for dir := range dirs {
-		n.leases = append(n.leases, l.listLeases(dir, n.holders)...)
+		for _, e := range l.listTree(dir, 1) {
+			// The others are a lock, and the last address that was given out.
+			if _, err := netip.ParseAddr(filepath.Base(e.path)); err != nil {
+				continue
+			}
+			if holder, err := leaseHolder(e.path); err == nil {
+				n.leases, n.holders[e.path] = append(n.leases, e), holder
+			}
+		}
 	}
-	for bridge := range bridges {
-		n.ports = append(n.ports, l.listPorts(bridge)...)
+	links, err := netlink.LinkList()
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		l.miss("cannot list the network interfaces: %w", err)
+	}
+	names := map[int]string{}
+	for _, link := range links {
+		names[link.Attrs().Index] = link.Attrs().Name
+	}
+	for _, link := range links {
+		if a := link.Attrs(); link.Type() == "veth" && bridges[names[a.MasterIndex]] {
+			n.ports = append(n.ports, port{a.Name, names[a.MasterIndex], a.Index, a.NetNsID})
+		}
 	}
 	return n
 }
 
 // cniConfigs are those in the directory of configs, and those that pods were given.
 func (l *look) cniConfigs() (all [][]byte) {
-	for _, pattern := range []string{"*.conf", "*.conflist", "*.json"} {
-		files, _ := filepath.Glob(filepath.Join(l.CNIConfDir, pattern))
-		for _, path := range files {
-			if b, err := os.ReadFile(path); err == nil {
+	if l.CNIConfDir != "" {
+		for _, name := range l.names(l.CNIConfDir) {
+			if slices.Contains([]string{".conf", ".conflist", ".json"}, filepath.Ext(name)) {
+				b, _ := beneath.HostFile(filepath.Join(l.CNIConfDir, name), maxConfig) // what does not read makes no network
 				all = append(all, b)
 			}
 		}
 	}
-	dirs, _ := filepath.Glob(filepath.Join(l.Root, "pods", "*"))
-	for _, dir := range dirs {
+	for _, id := range l.names(filepath.Join(l.Root, string(state.Pods))) {
 		rec := new(records.Pod)
-		if l.readPodRecord(filepath.Base(dir), rec) == nil && rec.Network != nil {
+		if state.Read(l.Root, state.Pods, id, rec) == nil && rec.Network != nil {
 			all = append(all, rec.Network.Attachment.Config)
-		}
-	}
-	return all
-}
-
-func (l *look) listLeases(dir string, holders map[string]string) (all []entry) {
-	for _, e := range l.listTree(dir, 1) {
-		if _, err := netip.ParseAddr(filepath.Base(e.path)); err != nil {
-			continue // a lock, or the last address that was given out
-		}
-		if holder, err := leaseHolder(e.path); err == nil {
-			all = append(all, e)
-			holders[e.path] = holder
 		}
 	}
 	return all
@@ -122,26 +131,9 @@ func (l *look) listLeases(dir string, holders map[string]string) (all []entry) {
 
 // leaseHolder is who has a lease: the first line of the file.
 func leaseHolder(path string) (string, error) {
-	b, err := os.ReadFile(path)
+	b, err := beneath.HostFile(path, maxLease)
 	first, _, _ := strings.Cut(string(b), "\n")
 	return strings.TrimSpace(first), err
-}
-
-func (l *look) listPorts(bridge string) (all []port) {
-	br, err := netlink.LinkByName(bridge)
-	if err != nil {
-		return nil // it is made with the first pod
-	}
-	links, err := netlink.LinkList()
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		l.fail("cannot list the network interfaces: %w", err)
-	}
-	for _, link := range links {
-		if a := link.Attrs(); link.Type() == "veth" && a.MasterIndex == br.Attrs().Index {
-			all = append(all, port{a.Name, bridge, a.Index, a.NetNsID})
-		}
-	}
-	return all
 }
 
 func (l *look) judgeNetworks() {
@@ -149,12 +141,14 @@ func (l *look) judgeNetworks() {
 	for _, e := range l.leases {
 		id := l.holders[e.path]
 		v := l.ofPod(id, records.DebtNetwork)
-		if v.owner == "" && !v.doubt && !l.ourLease(e.path, id) {
+		// Other container runtimes have theirs in the same directory.
+		if v.none() && !strings.HasPrefix(e.path, l.Root+"/") && !l.known[id] {
 			if inUse == nil {
 				inUse = l.addresses()
 			}
+			v = doubtful("another container runtime may have it: %s, and none was known", v.why)
 			if inUse[filepath.Base(e.path)] {
-				v = verdict{owner: "not Holdfast", why: "an interface on this machine has the address"}
+				v = of("not Holdfast", "an interface on this machine has the address")
 			}
 		}
 		l.add(Lease, e.path, e.same(), v, freeLease(l, e, id))
@@ -164,84 +158,78 @@ func (l *look) judgeNetworks() {
 	}
 	ids := l.namespaceIDs()
 	for _, p := range l.ports {
-		l.add(Veth, p.name, fmt.Sprint(p.index), l.ofPort(p, ids), removePort(p))
+		l.add(Veth, p.name, fmt.Sprint(p.index), l.ofPort(p, ids[p.netns]), removePort(p))
 	}
 }
 
-// ourLease says whether a lease was certainly given to a pod of ours.
-func (l *look) ourLease(path, id string) bool {
-	return strings.HasPrefix(path, l.Root+"/") || l.known[id]
-}
-
-// namespaceIDs gives what has a network namespace by the id that the kernel has for it: the
-// path of a pin, or a process.
-func (l *look) namespaceIDs() map[int]string {
-	ids := map[int]string{}
-	note := func(path, name string) {
-		f, err := os.Open(path)
-		if err != nil {
-			return
-		}
-		defer f.Close()
-		if id, err := netlink.GetNetNsIdByFd(int(f.Fd())); err == nil && id >= 0 && ids[id] == "" {
-			ids[id] = name
-		}
-	}
+// eachNetwork calls f with the path of each network namespace that has a pin or a process, and a name for it. The pins
+// of pods come first.
+func (l *look) eachNetwork(f func(path, name string)) {
 	for _, path := range l.pins {
-		note(path, path)
+		f(path, path)
 	}
-	others, _ := filepath.Glob(netnsDir + "/*")
-	for _, path := range others {
-		note(path, path)
+	for _, name := range l.names(netnsDir) {
+		f(filepath.Join(netnsDir, name), filepath.Join(netnsDir, name))
 	}
 	seen := map[string]bool{}
 	for pid := range l.processes {
 		path := fmt.Sprintf("/proc/%d/ns/net", pid)
 		if link, err := os.Readlink(path); err == nil && !seen[link] {
 			seen[link] = true
-			note(path, fmt.Sprintf("process %d", pid))
+			f(path, fmt.Sprintf("process %d", pid))
 		}
 	}
+}
+
+// namespaceIDs gives what has a network namespace by the id that the kernel has for it: the path of a pin, or a
+// process.
+func (l *look) namespaceIDs() map[int]string {
+	ids := map[int]string{}
+	l.eachNetwork(func(path, name string) {
+		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return
+		}
+		defer unix.Close(fd)
+		if id, err := netlink.GetNetNsIdByFd(fd); err == nil && id >= 0 && ids[id] == "" {
+			ids[id] = name
+		}
+	})
 	return ids
 }
 
-// ofPort is the verdict on a link on a bridge, by its other end.
-func (l *look) ofPort(p port, ids map[int]string) verdict {
-	holder := ids[p.netns]
-	for id, pod := range l.pods {
-		if pod.Network == nil {
-			continue
-		}
-		ours := func(i records.Interface) bool { return i.Sandbox == "" && i.Name == p.name }
-		if holder == netnsDir+"/"+pinPrefix+id || slices.ContainsFunc(pod.Network.Result.Interfaces, ours) {
-			return l.ofPod(id, records.DebtNetwork)
-		}
+// ofPort is the verdict on a link on a bridge, by what has the namespace of its other end, and by its name. Other
+// programs may use the bridge.
+func (l *look) ofPort(p port, holder string) verdict {
+	id, pinned := strings.CutPrefix(holder, filepath.Join(netnsDir, pinPrefix))
+	if pinned && idForm.MatchString(id) {
+		return l.unlessForeign(id, l.ofPod(id, records.DebtNetwork))
 	}
-	id, pinned := strings.CutPrefix(holder, netnsDir+"/"+pinPrefix)
+	v := doubtful("it is on the bridge %s and leads to a namespace of which nothing is known", p.bridge)
 	switch {
 	case p.netns < 0:
-		return none("it is on the bridge %s and leads to no pod: its other end is on this machine", p.bridge)
-	case holder == "":
-		return none("it is on the bridge %s and leads to a namespace that nothing has", p.bridge)
-	case pinned && !l.foreign(id):
-		return none("it leads to %s, which has no owner", holder)
+		v = of("not Holdfast", "both its ends are on this machine")
+	case holder != "":
+		v = of("not Holdfast", "it leads to the namespace of "+holder)
 	}
-	return verdict{owner: "not Holdfast", why: "it leads to the namespace of " + holder}
+	for _, id := range slices.Sorted(maps.Keys(l.pods)) {
+		network := l.pods[id].Network
+		if network == nil || !slices.ContainsFunc(network.Result.Interfaces, func(i records.Interface) bool {
+			return i.Sandbox == "" && i.Name == p.name
+		}) {
+			continue
+		}
+		if v = l.ofPod(id, records.DebtNetwork); v.owner != "" {
+			return v
+		}
+	}
+	return v
 }
 
 // addresses are those that interfaces in any network namespace have.
 func (l *look) addresses() map[string]bool {
-	paths, _ := filepath.Glob(netnsDir + "/*")
-	seen := map[string]bool{}
-	for pid := range l.processes {
-		path := fmt.Sprintf("/proc/%d/ns/net", pid)
-		if link, err := os.Readlink(path); err == nil && !seen[link] {
-			seen[link] = true
-			paths = append(paths, path)
-		}
-	}
 	all := map[string]bool{}
-	for _, path := range paths {
+	l.eachNetwork(func(path, _ string) {
 		err := netns.OnThread(func() error {
 			if err := netns.Enter(path); err != nil {
 				return err
@@ -255,9 +243,9 @@ func (l *look) addresses() map[string]bool {
 			return err
 		})
 		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.EINVAL) {
-			l.fail("cannot learn which addresses are in use in %s: %w", path, err)
+			l.miss("cannot learn which addresses are in use in %s: %w", path, err)
 		}
-	}
+	})
 	return all
 }
 
@@ -265,7 +253,8 @@ func (l *look) addresses() map[string]bool {
 func freeLease(l *look, e entry, id string) *fix {
 	address := filepath.Base(e.path)
 	return &fix{text: "free the address, if no interface has it", do: func(context.Context) error {
-		lock, err := os.OpenFile(filepath.Join(filepath.Dir(e.path), "lock"), os.O_RDONLY|os.O_CREATE, 0o600)
+		const flags = os.O_RDONLY | os.O_CREATE | unix.O_NONBLOCK | unix.O_NOFOLLOW
+		lock, err := os.OpenFile(filepath.Join(filepath.Dir(e.path), "lock"), flags, 0o600)
 		if err != nil {
 			return err
 		}
@@ -276,8 +265,7 @@ func freeLease(l *look, e entry, id string) *fix {
 		if now, err := leaseHolder(e.path); err != nil || now != id {
 			return errors.Join(err, ErrOwned)
 		}
-		failed := len(l.unknown)
-		if l.addresses()[address] || len(l.unknown) > failed {
+		if l.addresses()[address] || l.blind {
 			return fmt.Errorf("cannot free %s: an interface has it, or not all could be asked", address)
 		}
 		return os.Remove(e.path)
@@ -298,7 +286,7 @@ func removePort(p port) *fix {
 		if err == nil {
 			err = netlink.LinkDel(link)
 		}
-		if err != nil && !errors.Is(err, syscall.ENODEV) {
+		if err != nil && !errors.Is(err, unix.ENODEV) {
 			return fmt.Errorf("cannot remove %s: %w", p.name, err)
 		}
 		return nil

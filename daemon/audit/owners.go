@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/holdfast-cri/holdfast/daemon/journal"
@@ -16,23 +18,22 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
-// owners are the pods and containers that something may belong to. They are read as a
-// daemon reads them that starts: the record in ROOT, or else a copy of it.
+// owners are the pods and containers that something may belong to. They are read as a daemon reads them that starts:
+// the record in ROOT, or else a copy of it.
 type owners struct {
 	pods       map[string]*records.Pod
 	containers map[string]*container
 	doubtful   map[string]bool // ids of which a record is there, and none reads
 	known      map[string]bool // ids that are ours, or were
 	others     []string        // state directories of other daemons on this machine
-	alone      bool            // there is no sign of another daemon
+	stranger   string          // a process that is one of theirs
 }
 
 // container is one with what its shim has written.
 type container struct {
 	*records.Container
-	exit *rundir.Exit    // nil: it has not ended, or nothing says so
-	shim *process        // nil: none lives
-	run  *rundir.Runtime // nil: not known
+	exit *rundir.Exit // nil: it has not ended, or nothing says so
+	shim *process     // nil: none lives
 }
 
 func (l *look) readOwners() owners {
@@ -53,80 +54,105 @@ func (l *look) readOwners() owners {
 	for _, id := range l.ids(state.Containers) {
 		l.readContainer(id, kept)
 	}
-	for _, id := range l.ids(state.Pods) {
+	l.matchShims()
+	pods := l.ids(state.Pods)
+	for id := range kept {
+		pods = append(pods, id)
+	}
+	slices.Sort(pods)
+	for _, id := range slices.Compact(pods) {
 		l.readPod(id, kept[id])
 	}
-	for id, p := range kept {
-		if l.pods[id] == nil {
-			l.fail("the record of pod %s is missing; a shim keeps a copy: restart the daemon", id)
-			l.pods[id] = p
+	l.lookForOthers()
+	return l.owners
+}
+
+// matchShims finds the shims of containers. One that keeps something of which no record tells is reason to doubt, and
+// so is one that lives, by its lock, and is not seen.
+func (l *look) matchShims() {
+	for _, p := range l.processes {
+		if p.keeps == "" || !l.ours(p.keeps) || !p.Alive() {
+			continue
+		}
+		id := p.keeps.ID()
+		if c := l.containers[id]; c != nil {
+			c.shim = p
+		} else if status, err := p.keeps.ReadStatus(); l.hasChildren(p.PID) || err == nil && status.Init.Alive() {
+			l.doubt("container", id, fmt.Errorf("process %d, its shim, keeps processes", p.PID))
 		}
 	}
-	l.others = l.otherStates()
-	l.alone = len(l.others) == 0 && !l.otherPrograms()
-	return l.owners
+	for id, c := range l.containers {
+		dir := l.runDir(id)
+		held, _ := dir.Held()
+		if c.shim != nil || !held {
+			continue
+		}
+		_, err := dir.FindShim()                       // it may just have come
+		if held, _ := dir.Held(); held && err != nil { // or gone
+			l.miss("the shim of container %s lives, and is not among the processes: look from where the daemon runs", id)
+		}
+	}
 }
 
 // ids are those of objects that have a directory in either tree.
 func (l *look) ids(k state.Kind) (ids []string) {
-	seen := map[string]bool{}
 	for _, tree := range []string{l.Root, l.State} {
-		entries, err := os.ReadDir(filepath.Join(tree, string(k)))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			l.fail("cannot list the %s: %w", k, err)
-		}
-		for _, e := range entries {
-			if e.IsDir() && !strings.HasPrefix(e.Name(), ".") && !seen[e.Name()] {
-				seen[e.Name()], l.known[e.Name()] = true, true
-				ids = append(ids, e.Name())
+		for _, name := range l.names(filepath.Join(tree, string(k))) {
+			if idForm.MatchString(name) && !slices.Contains(ids, name) {
+				ids = append(ids, name)
+				l.known[name] = true
 			}
 		}
 	}
 	return ids
 }
 
-// readContainer reads the record of a container, or what its shim was given. kept gets the
-// record of its pod that the shim has.
-func (l *look) readContainer(id string, kept map[string]*records.Pod) {
-	rec, copied := new(records.Container), new(records.Container)
-	err := state.Read(l.Root, state.Containers, id, rec)
-	if err == nil && rec.ID != id {
-		err = fmt.Errorf("it is the record of %q", rec.ID)
+// first gives an object by the first of its records that reads; nil: none does. A record that is there, and does not
+// read, is reason to doubt.
+func first[T any](l *look, what, id string, idOf func(*T) string, reads ...func(*T) error) *T {
+	var errs []error
+	for _, read := range reads {
+		rec := new(T)
+		err := read(rec)
+		if err == nil && idOf(rec) != id {
+			err = fmt.Errorf("it is the record of %q", idOf(rec))
+		}
+		if err == nil && len(errs) > 0 {
+			l.fail("the record of %s %s does not read; there is a copy, from which a restart of the daemon makes it anew: %w",
+				what, id, errs[0])
+		}
+		if err == nil {
+			return rec
+		}
+		errs = append(errs, err)
 	}
+	if slices.ContainsFunc(errs, func(err error) bool { return !errors.Is(err, fs.ErrNotExist) }) {
+		l.doubt(what, id, errors.Join(errs...))
+	}
+	return nil
+}
+
+// readContainer reads the record of a container, or what its shim was given. kept gets the record of its pod that the
+// shim has.
+func (l *look) readContainer(id string, kept map[string]*records.Pod) {
 	dir := l.runDir(id)
 	launch, lerr := dir.ReadLaunch()
-	if lerr == nil {
-		lerr = json.Unmarshal(launch.Container.Value, copied)
-	}
-	if lerr == nil && copied.ID != id {
-		lerr = fmt.Errorf("it is that of %q", copied.ID)
-	}
+	rec := first(l, "container", id, func(c *records.Container) string { return c.ID },
+		func(c *records.Container) error { return state.Read(l.Root, state.Containers, id, c) },
+		func(c *records.Container) error {
+			return cmp.Or(lerr, json.Unmarshal(launch.Container.Value, c))
+		})
 	pod := new(records.Pod)
 	if lerr == nil && json.Unmarshal(launch.Sandbox.Value, pod) == nil && pod.ID != "" {
 		kept[pod.ID] = pod
 	}
-	if err != nil && lerr == nil {
-		rec = copied
-		l.missing("container", id, err)
-	}
-	if err != nil && lerr != nil {
-		if !errors.Is(err, fs.ErrNotExist) || !errors.Is(lerr, fs.ErrNotExist) {
-			l.doubt("container", id, errors.Join(err, lerr))
-		}
+	if rec == nil {
 		return
 	}
 	c := &container{Container: rec}
-	if lerr == nil {
-		c.run = &launch.Runtime
-	}
 	for _, at := range []string{string(dir), filepath.Join(l.Root, string(state.Containers), id)} {
 		if exit, err := rundir.ReadExitIn(at); err == nil && c.exit == nil {
 			c.exit = &exit
-		}
-	}
-	for _, p := range l.processes {
-		if p.keeps != "" && p.keeps.ID() == id && l.ours(p.keeps) {
-			c.shim = p
 		}
 	}
 	l.containers[id] = c
@@ -134,40 +160,19 @@ func (l *look) readContainer(id string, kept map[string]*records.Pod) {
 
 // readPod reads the record of a pod, or a copy of it.
 func (l *look) readPod(id string, kept *records.Pod) {
-	var errs []error
-	for _, tree := range []string{l.Root, l.State} {
-		rec := new(records.Pod)
-		err := state.Read(tree, state.Pods, id, rec)
-		if err == nil && rec.ID != id {
-			err = fmt.Errorf("it is the record of %q", rec.ID)
-		}
-		if err == nil {
-			if len(errs) > 0 {
-				l.missing("pod", id, errs[0])
-			}
-			l.pods[id] = rec
-			return
-		}
-		errs = append(errs, err)
+	in := func(tree string) func(*records.Pod) error {
+		return func(p *records.Pod) error { return state.Read(tree, state.Pods, id, p) }
 	}
-	switch {
-	case kept != nil:
-		l.missing("pod", id, errs[0])
-		l.pods[id] = kept
-	case !errors.Is(errs[0], fs.ErrNotExist) || !errors.Is(errs[1], fs.ErrNotExist):
-		l.doubt("pod", id, errors.Join(errs...))
+	last := func(p *records.Pod) error {
+		if kept == nil {
+			return fs.ErrNotExist
+		}
+		*p = *kept
+		return nil
 	}
-}
-
-// readPodRecord reads the record of a pod in ROOT.
-func (l *look) readPodRecord(id string, rec *records.Pod) error {
-	return state.Read(l.Root, state.Pods, id, rec)
-}
-
-// missing notes a record that does not read, of which there is a copy.
-func (l *look) missing(what, id string, err error) {
-	l.fail("the record of %s %s does not read; there is a copy, from which a restart of the daemon makes it anew: %w",
-		what, id, err)
+	if p := first(l, "pod", id, func(p *records.Pod) string { return p.ID }, in(l.Root), in(l.State), last); p != nil {
+		l.pods[id] = p
+	}
 }
 
 // doubt notes an object of which no record reads.
@@ -192,12 +197,11 @@ func (l *look) ours(dir rundir.Dir) bool {
 
 // ofContainer is the verdict on what belongs to a container by its name.
 func (l *look) ofContainer(id string) verdict {
-	c := l.containers[id]
-	switch {
-	case c != nil:
-		return verdict{owner: l.containerName(id), why: c.state()}
-	case l.doubtful[id]:
-		return verdict{why: "no record of container " + records.ShortID(id) + " reads", doubt: true}
+	if c := l.containers[id]; c != nil {
+		return of(l.containerName(id), c.state())
+	}
+	if l.doubtful[id] {
+		return doubtful("no record of container %s reads", records.ShortID(id))
 	}
 	return none("there is no container %s", records.ShortID(id))
 }
@@ -207,13 +211,13 @@ func (l *look) ofPod(id string, d records.Debt) verdict {
 	p := l.pods[id]
 	switch {
 	case p != nil && p.Owes(d):
-		return verdict{owner: l.podName(id), why: podState(p)}
+		return of(l.podName(id), podState(p))
 	case p != nil && p.Phase != records.PodReady:
 		return none("%s has given it back (%s), its record says", l.podName(id), d)
 	case p != nil:
 		return none("%s does not hold it (%s), its record says", l.podName(id), d)
 	case l.doubtful[id]:
-		return verdict{why: "no record of pod " + records.ShortID(id) + " reads", doubt: true}
+		return doubtful("no record of pod %s reads", records.ShortID(id))
 	}
 	return none("there is no pod %s", records.ShortID(id))
 }
@@ -271,9 +275,9 @@ var idForm = regexp.MustCompile(`^[0-9a-f]{64}$`)
 var stateForm = regexp.MustCompile(
 	`^(/.+)/(?:pods/[0-9a-f]{64}/(?:ns/\w+|shm|etc|pid)|containers/[0-9a-f]{64}/rootfs)$`)
 
-// otherStates are the state directories of other daemons, as far as mounts and processes
-// tell. Network namespaces and cgroups of all daemons of a machine lie beside each other.
-func (l *look) otherStates() (others []string) {
+// lookForOthers finds the state directories of other daemons, as far as mounts and processes tell, and one of their
+// programs, in whatever mount namespace.
+func (l *look) lookForOthers() {
 	found := map[string]bool{}
 	for _, m := range l.mounts {
 		if f := stateForm.FindStringSubmatch(m.Point); f != nil {
@@ -281,46 +285,38 @@ func (l *look) otherStates() (others []string) {
 		}
 	}
 	for _, p := range l.processes {
-		if p.keeps != "" {
+		switch {
+		case !p.root:
+		case p.keeps != "":
 			found[filepath.Dir(filepath.Dir(string(p.keeps)))] = true
+		case strings.HasPrefix(p.exe, "holdfastd") && !l.isDaemon(p),
+			strings.HasPrefix(p.exe, "holdfast-shim") && !p.trusted,
+			strings.HasPrefix(p.exe, "holdfast-stream") && !l.inState(p.argument("--dir")):
+			l.stranger = p.text()
 		}
 	}
 	for dir := range found {
 		if real, err := filepath.EvalSymlinks(dir); err == nil && real != l.State {
-			others = append(others, real)
+			l.others = append(l.others, real)
 		}
 	}
-	return others
 }
 
-// otherPrograms says whether processes of another daemon run, in whatever mount namespace.
-func (l *look) otherPrograms() bool {
-	for _, p := range l.processes {
-		dir, ok := argument(p.args, "--dir")
-		switch {
-		case strings.HasPrefix(p.exe, "holdfastd"):
-			if !l.isDaemon(p) {
-				return true
-			}
-		case strings.HasPrefix(p.exe, "holdfast-shim"), strings.HasPrefix(p.exe, "holdfast-stream"):
-			if ok && (p.elsewhere || !l.inState(dir)) {
-				return true
-			}
-		}
+// unlessForeign is a verdict on what is named after an id, where there may be another daemon: all of a machine have
+// cgroups and network namespaces beside each other, and those in another mount namespace show no files.
+func (l *look) unlessForeign(id string, v verdict) verdict {
+	if !v.none() {
+		return v
 	}
-	return false
-}
-
-// foreign says whether something that is named after an id may be of another daemon. All
-// daemons of a machine have cgroups and network namespaces beside each other, and those in
-// another mount namespace show no files. known ids are ours.
-func (l *look) foreign(id string) bool {
 	for _, dir := range l.others {
 		for _, k := range []state.Kind{state.Pods, state.Containers} {
 			if _, err := os.Lstat(filepath.Join(dir, string(k), id)); err == nil {
-				return true
+				return of("another daemon", "it uses "+dir)
 			}
 		}
 	}
-	return !l.alone && !l.known[id]
+	if l.known[id] || len(l.others) == 0 && l.stranger == "" {
+		return v
+	}
+	return doubtful("it may be another daemon's: %s", cmp.Or(l.stranger, strings.Join(l.others, ", ")))
 }

@@ -30,8 +30,8 @@ type Line struct {
 	Text string       `json:"text,omitempty"`
 }
 
-// Stories tells of the pods and containers whose id begins with key, or whose name it is:
-// of a pod also NAMESPACE/NAME, and with the containers of it. The oldest is the first.
+// Stories tells of the pods and containers whose id begins with key, or whose name it is: of a pod also NAMESPACE/NAME,
+// and with the containers of it. The oldest is the first.
 func Stories(o Options, key string) ([]Story, error) {
 	o, err := o.resolved()
 	if err != nil {
@@ -59,6 +59,12 @@ func Stories(o Options, key string) ([]Story, error) {
 	}
 	for id, c := range l.containers {
 		l.tellContainer(all, id, c)
+	}
+	for id := range l.doubtful {
+		if all[id] == nil {
+			all[id] = &Story{ID: id}
+		}
+		all[id].Now = "no record of it reads; holdfastctl doctor says more"
 	}
 	var list []Story
 	for _, s := range all {
@@ -120,8 +126,8 @@ func (l *look) tellPod(all map[string]*Story, id string, p *records.Pod) {
 	s.add(Line{p.CreatedAt, records.Asked, "RunPodSandbox"})
 }
 
-// tellContainer adds what files say of a container that is there. The init of a pod has the
-// pod's id, and is a part of its story.
+// tellContainer adds what files say of a container that is there. The init of a pod has the pod's id, and is a part of
+// its story.
 func (l *look) tellContainer(all map[string]*Story, id string, c *container) {
 	s := all[id]
 	if s == nil {

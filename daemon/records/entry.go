@@ -44,10 +44,10 @@ func Ending(e *rundir.Exit, status *rundir.Status) string {
 	}
 	how := fmt.Sprintf("exit code %d", e.Code)
 	switch {
-	case e.Source == rundir.SourceInferred:
-		return fmt.Sprintf("how is not known (%s: %s)", e.Reason, e.Message)
 	case e.Reason == rundir.ReasonStartError, e.Reason == rundir.ReasonNeverRan:
 		return fmt.Sprintf("it never ran (%s: %s)", e.Reason, e.Message)
+	case e.Source == rundir.SourceInferred:
+		return fmt.Sprintf("how is not known (%s: %s)", e.Reason, e.Message)
 	case e.OOMKilled:
 		return fmt.Sprintf("the kernel killed it for want of memory (%s): %s", how, e.Message)
 	case stop != nil && killed && e.Signal == int(syscall.SIGKILL):

@@ -163,8 +163,8 @@ var ofTheModule = map[string][]string{
 
 	// The auditor joins the mechanisms as daemon does, and reads what they have written.
 	"daemon/audit": {
-		"daemon/image", "daemon/journal", "daemon/mounts", "daemon/network/netns", "daemon/placement", "daemon/records",
-		"daemon/rootfs", "daemon/state", "proto/rundir", "proto/stream", "reaper/pidfd", "runc/cgroup",
+		"daemon/beneath", "daemon/image", "daemon/journal", "daemon/mounts", "daemon/network/netns", "daemon/placement",
+		"daemon/records", "daemon/rootfs", "daemon/state", "proto/rundir", "proto/stream", "reaper/pidfd", "runc/cgroup",
 	},
 	// What a checkpoint is on a disk; it does nothing to a container.
 	"daemon/checkpoint": {"daemon/records", "proto/kind", "reaper/group"},

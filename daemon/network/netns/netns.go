@@ -40,7 +40,7 @@ func Enter(path string) error {
 	if path == "" {
 		return nil
 	}
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("cannot open network namespace: %w", err)
 	}
