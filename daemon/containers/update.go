@@ -106,7 +106,11 @@ func (c *Container) updateLocked(ctx context.Context, change *spec.Change) error
 }
 
 func updateOf(change *spec.Change) (*rundir.Update, error) {
-	u := &rundir.Update{OOMScoreAdj: change.OOMScoreAdj, Record: rundir.Opaque{TypeURL: records.ResourcesURL}}
+	u := &rundir.Update{
+		OOMScoreAdj: change.OOMScoreAdj,
+		AskedAt:     rundir.BootTime(), // the same however often the shim has to be called
+		Record:      rundir.Opaque{TypeURL: records.ResourcesURL},
+	}
 	record, err := records.Encoded(change.Wanted)
 	if err == nil {
 		u.Record.Value, err = record.MarshalJSON()

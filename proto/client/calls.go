@@ -1,6 +1,7 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"io"
@@ -155,9 +156,9 @@ func (c *Client) Resize(ctx context.Context, execID string, size Size) error {
 
 // Update has the shim set the resources of the container, all of them or none. Without
 // resources it waits for an update that is under way, and makes sure that none comes any
-// more that was asked for earlier.
+// more that was asked for earlier. AskedAt is now if it is not set.
 func (c *Client) Update(ctx context.Context, u rundir.Update) error {
-	u.AskedAt = rundir.BootTime()
+	u.AskedAt = cmp.Or(u.AskedAt, rundir.BootTime())
 	update, err := json.Marshal(u)
 	if err != nil {
 		return kind.As(kind.Invalid, err)
