@@ -36,7 +36,18 @@ func (d *Daemon) Info() (map[string]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	return map[string]string{"config": string(config), "counts": string(counts)}, nil
+	host := d.Containers.Host
+	security, err := json.Marshal(map[string]any{
+		"apparmor":              host.AppArmorEnabled,
+		"apparmorDefault":       host.AppArmorDefault,
+		"seccomp":               host.SeccompSupported,
+		"selinux":               host.SELinuxEnabled,
+		"selinuxOptionsIgnored": !host.SELinuxEnabled,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return map[string]string{"config": string(config), "counts": string(counts), "security": string(security)}, nil
 }
 
 // Snapshot is what there is to count. It comes from memory: no file is read and no

@@ -225,6 +225,8 @@ type Options struct {
 type Manager struct {
 	Options
 
+	selinuxIgnored sync.Once // the one warning that it is
+
 	mu   sync.Mutex
 	all  map[string]*Container
 	pods map[string]map[string]*Container // the same by their pods: the kubelet asks pod by pod

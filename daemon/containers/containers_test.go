@@ -36,7 +36,8 @@ func TestObserveGoesForward(t *testing.T) {
 	started := client.Event{Seq: 2, Type: client.Started, At: at, Init: rundir.Process{PID: 7, StartTime: 9}}
 	c.take(started)
 	c.take(client.Event{Seq: 1, Type: client.Created})
-	if got := c.Seen(); got.State() != runtimeapi.ContainerState_CONTAINER_RUNNING || !got.StartedAt.Equal(at) || got.Init.PID != 7 {
+	got := c.Seen()
+	if got.State() != runtimeapi.ContainerState_CONTAINER_RUNNING || !got.StartedAt.Equal(at) || got.Init.PID != 7 {
 		t.Errorf("after a late Created: %+v", got)
 	}
 	c.take(client.Event{Seq: 3, Type: client.Exited, Exit: &rundir.Exit{Code: 3, Source: rundir.SourceWaited}})

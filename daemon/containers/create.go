@@ -246,6 +246,9 @@ func (m *Manager) Launch(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 	}
 	for _, w := range built.Warnings {
 		m.Log.Debug("spec adapted to this machine", "container", rec.ID, "warning", w)
+		if w == spec.SELinuxIgnored {
+			m.selinuxIgnored.Do(func() { m.Log.Warn(w, "container", rec.ID) })
+		}
 	}
 	created := *c.Record()
 	created.Phase, created.User.M, created.ImageMounts = records.ContainerCreated, built.User, built.ImageMounts

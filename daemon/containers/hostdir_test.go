@@ -22,7 +22,9 @@ func TestMakeHostDir(t *testing.T) {
 	if err := os.MkdirAll(state, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	for name, to := range map[string]string{"to-run": "run", "to-socket": address, "to-state": state, "dangling": "made/by/link"} {
+	for name, to := range map[string]string{
+		"to-run": "run", "to-socket": address, "to-state": state, "dangling": "made/by/link",
+	} {
 		if err := os.Symlink(to, filepath.Join(dir, name)); err != nil {
 			t.Fatal(err)
 		}

@@ -16,9 +16,15 @@ func (b *builder) lsm() error {
 	}
 	if b.SELinuxEnabled {
 		b.selinux()
+	} else if o := selinuxOf(b.sc, b.Sandbox); o.GetUser()+o.GetRole()+o.GetType()+o.GetLevel() != "" {
+		b.warn("%s", SELinuxIgnored)
 	}
 	return b.apparmor()
 }
+
+// SELinuxIgnored is the warning about a container that has a label on other nodes.
+const SELinuxIgnored = fieldContext + "selinux_options are ignored, as this kernel does not enforce SELinux: " +
+	"nothing confines the container that they would confine elsewhere"
 
 func apparmorProfile(sc *runtimeapi.LinuxContainerSecurityContext) *runtimeapi.SecurityProfile {
 	if p := sc.GetApparmor(); p != nil {

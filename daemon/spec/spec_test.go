@@ -875,8 +875,10 @@ func TestAppArmor(t *testing.T) {
 func TestSELinux(t *testing.T) {
 	in := input()
 	in.security().SelinuxOptions = &runtimeapi.SELinuxOption{Type: "my_t", Level: "s0:c1,c2"}
-	if s := build(t, in).Spec; s.Process.SelinuxLabel != "" || s.Linux.MountLabel != "" {
-		t.Errorf("labels %q and %q without SELinux", s.Process.SelinuxLabel, s.Linux.MountLabel)
+	r := build(t, in)
+	if s := r.Spec; s.Process.SelinuxLabel != "" || s.Linux.MountLabel != "" ||
+		!slices.Contains(r.Warnings, SELinuxIgnored) {
+		t.Errorf("without SELinux: labels %q and %q, warnings %q", s.Process.SelinuxLabel, s.Linux.MountLabel, r.Warnings)
 	}
 	in.SELinuxEnabled = true
 	s := build(t, in).Spec

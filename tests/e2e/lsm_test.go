@@ -27,6 +27,7 @@ func TestSELinux(t *testing.T) {
 	const process, files = "system_u:system_r:container_t:s0:c1,c2", "system_u:object_r:container_file_t:s0:c1,c2"
 	if !selinux() {
 		t.Log("not possible here: this kernel has no SELinux, or no policy")
+		ignored(t)
 		return
 	}
 	for _, label := range []string{process, files} {
@@ -128,4 +129,30 @@ func TestAppArmor(t *testing.T) {
 	_, err := tryCreate(pod, profile(&cri.SecurityProfile{ProfileType: cri.SecurityProfile_Localhost,
 		LocalhostRef: "nothing"}))
 	wantError(t, err, codes.InvalidArgument, "config.linux.security_context.apparmor.localhost_ref")
+}
+
+// ignored checks that a node without SELinux runs containers with options, and says that they
+// mean nothing there: once in its log, and in its status.
+func ignored(t *testing.T) {
+	n := harness.New(t)
+	pod := n.RunPod("labelled", func(c *cri.PodSandboxConfig) {
+		c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{SelinuxOptions: &cri.SELinuxOption{Level: "s0"}}
+	})
+	for i := range 2 {
+		pod.Run(fmt.Sprint(i), []string{"sleep", "1000"}, func(c *cri.ContainerConfig) {
+			c.Linux.SecurityContext.SelinuxOptions = &cri.SELinuxOption{Type: "container_logreader_t"}
+		})
+	}
+	log, err := os.ReadFile(n.DaemonLog())
+	check(t, err)
+	if said := strings.Count(string(log), `level=WARN msg="config.linux.security_context.selinux_options`); said != 1 {
+		t.Errorf("the log says %d times that options are ignored", said)
+	}
+	ctx, cancel := harness.Deadline()
+	defer cancel()
+	r, err := n.Runtime.Status(ctx, &cri.StatusRequest{Verbose: true})
+	check(t, err)
+	if !strings.Contains(r.Info["security"], `"selinuxOptionsIgnored":true`) {
+		t.Errorf("the status says %q", r.Info["security"])
+	}
 }
