@@ -24,6 +24,9 @@ const (
 	codeUnknown   = 4 // something could not be looked at, or it cannot be told whose it is
 )
 
+// maxDoubtful is how many things are listed whose owner is not known.
+const maxDoubtful = 10
+
 const (
 	defaultRoot   = "/var/lib/holdfast"
 	defaultCNIDir = "/etc/cni/net.d"
@@ -113,8 +116,11 @@ func (d *doctor) show(r audit.Report) error {
 			kinds = append(kinds, string(t.Kind))
 		}
 		if d.verbose {
-			fmt.Fprintf(&b, "%s %s\n    %s: %s\n", t.Kind, printable(t.Name), cmp.Or(printable(t.Owner), "no owner"),
-				printable(t.Why))
+			owner := cmp.Or(printable(t.Owner), "no owner")
+			if t.Doubt {
+				owner = "not known"
+			}
+			fmt.Fprintf(&b, "%s %s\n    %s: %s\n", t.Kind, printable(t.Name), owner, printable(t.Why))
 		}
 	}
 	for i, k := range kinds {
@@ -131,7 +137,11 @@ func (d *doctor) show(r audit.Report) error {
 			fmt.Fprintf(&b, "    to do: %s\n", t.Remedy)
 		}
 	}
-	for _, t := range r.Doubtful() {
+	for i, t := range r.Doubtful() {
+		if i == maxDoubtful && !d.verbose {
+			fmt.Fprintf(&b, "NOT KNOWN: whose are %d things more, which -v lists\n", len(r.Doubtful())-i)
+			break
+		}
 		fmt.Fprintf(&b, "NOT KNOWN: whose is %s %s: %s\n", t.Kind, printable(t.Name), printable(t.Why))
 	}
 	for _, u := range r.Unknown {

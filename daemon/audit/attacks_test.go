@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -22,8 +23,18 @@ import (
 
 const sleepVariable = "HOLDFAST_TEST_SLEEP"
 
-// TestMain makes the test binary a program that does nothing, whatever its arguments are.
+// TestMain makes the test binary a program that does nothing, whatever its arguments are, but have a child for each word
+// of the variable after the first.
 func TestMain(m *testing.M) {
+	if _, more, _ := strings.Cut(os.Getenv(sleepVariable), " "); more != "" {
+		child := exec.Command("/proc/self/exe")
+		child.Env = []string{sleepVariable + "=" + more}
+		child.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		runtime.LockOSThread()
+		if child.Start() == nil {
+			os.Stdout.WriteString("started\n")
+		}
+	}
 	if os.Getenv(sleepVariable) != "" {
 		time.Sleep(time.Hour)
 	}
@@ -31,7 +42,7 @@ func TestMain(m *testing.M) {
 }
 
 // sleeper starts a process that looks as it is told to, as a child of this one.
-func sleeper(t *testing.T, program string, uid uint32, args ...string) int {
+func sleeper(t *testing.T, children, program string, uid uint32, args ...string) int {
 	t.Helper()
 	dir, err := os.MkdirTemp("/tmp", "audit")
 	check(t, err)
@@ -42,13 +53,19 @@ func sleeper(t *testing.T, program string, uid uint32, args ...string) int {
 	path := filepath.Join(dir, program)
 	check(t, os.WriteFile(path, b, 0o755))
 	cmd := exec.Command(path, args...)
-	cmd.Dir, cmd.Env = "/", []string{sleepVariable + "=1"}
+	cmd.Dir, cmd.Env = "/", []string{sleepVariable + "=" + children}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	out, err := cmd.StdoutPipe()
+	check(t, err)
 	check(t, cmd.Start())
 	t.Cleanup(func() {
 		cmd.Process.Kill()
 		cmd.Wait()
 	})
+	if strings.Contains(children, " ") {
+		_, err := out.Read(make([]byte, 1))
+		check(t, err)
+	}
 	return cmd.Process.Pid
 }
 
@@ -79,8 +96,8 @@ func TestFakedProcesses(t *testing.T) {
 	}
 	users, roots := map[string]int{}, map[string]int{}
 	for program, args := range fakes {
-		users[program] = sleeper(t, program, 65534, args...)
-		roots[program] = sleeper(t, program, 0, args...)
+		users[program] = sleeper(t, "1", program, 65534, args...)
+		roots[program] = sleeper(t, "1", program, 0, args...)
 	}
 	r, err := Look(t.Context(), o)
 	check(t, err)
@@ -94,6 +111,27 @@ func TestFakedProcesses(t *testing.T) {
 		if ownerless := program == "holdfast-pause" || program == "holdfast-shim"; thing == nil ||
 			thing.Ownerless() != ownerless {
 			t.Errorf("%s of root is %+v, ownerless %v is wanted", program, thing, ownerless)
+		}
+	}
+}
+
+// A shim of which no record tells is not ended while it keeps something, nor is what it keeps.
+func TestShimWithoutRecord(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	o := trees(t, records.PodReady, records.AllDebts)
+	for _, keeps := range []bool{false, true} {
+		children := map[bool]string{false: "1", true: "1 1"}[keeps]
+		pid := sleeper(t, children, "holdfast-shim", 0, "--dir", filepath.Join(o.State, "containers", idB))
+		r, err := Look(t.Context(), o)
+		check(t, err)
+		thing := r.thing(fmt.Sprint(pid))
+		if thing == nil || thing.Ownerless() == keeps || thing.Doubt != keeps || (len(r.Unknown) > 0) != keeps {
+			t.Fatalf("it keeps something %v: %+v, unknown: %v", keeps, thing, r.Unknown)
+		}
+		if err := fixOne(t, o, *thing); (err == nil) == keeps {
+			t.Errorf("it keeps something %v: %v", keeps, err)
 		}
 	}
 }
