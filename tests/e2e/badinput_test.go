@@ -17,6 +17,7 @@ import (
 // Each request has one thing wrong with it. The answer names it, and nothing
 // changes on the machine.
 func TestBadInput(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("good")
 	n.Mark()
@@ -388,6 +389,7 @@ func TestBadInput(t *testing.T) {
 // A client that connects and says nothing holds the daemon's end up for seconds, and
 // not for the two minutes that gRPC would give it.
 func TestSilentClient(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	c, err := net.Dial("unix", n.Socket)
 	check(t, err)

@@ -27,6 +27,7 @@ func envOf(bytes int, text string) func(*cri.ContainerConfig) {
 // An environment that the kernel takes is one that a container gets, whatever is in
 // it; another is refused when the container is made.
 func TestLargeEnvironment(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("env")
 	for name, c := range map[string]struct {
@@ -70,6 +71,7 @@ func TestLargeEnvironment(t *testing.T) {
 
 // A list has no bound but the client's, and comes in parts to those who ask for that.
 func TestLongLists(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	want := map[string]bool{}
 	var pods []*harness.Pod

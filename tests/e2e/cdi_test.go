@@ -24,6 +24,7 @@ func device(names ...string) func(*cri.ContainerConfig) {
 // A vendor's file gives a container a variable, a mount, a device, a group and a hook. It
 // is read when a container asks for it, and one that is broken spoils nothing else.
 func TestCDI(t *testing.T) {
+	t.Parallel()
 	specs := t.TempDir()
 	n := harness.New(t, harness.Options{Config: fmt.Sprintf("[cdi]\nspec_dirs = [%q, %q]\n", specs+"/missing", specs)})
 	pod := n.RunPod("pod")
@@ -95,6 +96,7 @@ devices:
 
 // A hook that fails fails the request and leaves nothing, as it is the machine's fault.
 func TestCDIHookFails(t *testing.T) {
+	t.Parallel()
 	specs := t.TempDir()
 	n := harness.New(t, harness.Options{Config: fmt.Sprintf("[cdi]\nspec_dirs = [%q]\n", specs)})
 	pod := n.RunPod("pod")
@@ -108,6 +110,7 @@ func TestCDIHookFails(t *testing.T) {
 
 // Where they are turned off, no container runs without the device that it was promised.
 func TestCDIDisabled(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t, harness.Options{Config: "[cdi]\nenabled = false\n"})
 	pod := n.RunPod("pod")
 	n.Mark()

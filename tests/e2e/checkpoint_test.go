@@ -92,6 +92,7 @@ func members(t *testing.T, archive string) map[string]int64 {
 // TestCheckpointRefused asks for what cannot be: each time the container goes on, and no
 // file is left.
 func TestCheckpointRefused(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	p := n.RunPod("refused")
 	running := p.Run("counter", []string{"sh", "-c", counter})
@@ -139,6 +140,7 @@ func TestCheckpointRefused(t *testing.T) {
 
 // TestCheckpointContainer makes an archive of a container that goes on.
 func TestCheckpointContainer(t *testing.T) {
+	t.Parallel()
 	needCRIU(t)
 	n := harness.New(t)
 	p := n.RunPod("ckpt")
@@ -171,6 +173,7 @@ func TestCheckpointContainer(t *testing.T) {
 // TestRestoreContainer makes containers of an archive, in another pod: they go on from where
 // the checkpoint was made, when they are started.
 func TestRestoreContainer(t *testing.T) {
+	t.Parallel()
 	needCRIU(t)
 	n := harness.New(t)
 	c := n.RunPod("before").Run("counter", []string{"sh", "-c", counter})
@@ -249,6 +252,7 @@ func podCheckpoint(t *testing.T, p *harness.Pod, list ...*harness.Container) (st
 
 // TestPodCheckpointRefused asks for what cannot be.
 func TestPodCheckpointRefused(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	p, other := n.RunPod("refused"), n.RunPod("other")
 	c := p.Run("counter", []string{"sh", "-c", counter})
@@ -325,6 +329,7 @@ func TestPodCheckpointRefused(t *testing.T) {
 
 // TestPodCheckpoint saves a pod of two containers as of one moment, and makes another one of it.
 func TestPodCheckpoint(t *testing.T) {
+	t.Parallel()
 	needCRIU(t)
 	n := harness.New(t)
 	p := n.RunPod("before")

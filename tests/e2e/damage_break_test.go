@@ -15,6 +15,7 @@ import (
 // A directory has taken the place of a lock, or of a file that is only derived.
 // The daemon starts, and the pod can still be removed without a trace.
 func TestDamagedLocks(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name string
 		path func(*harness.Node, *harness.Container) string
@@ -50,6 +51,7 @@ func TestDamagedLocks(t *testing.T) {
 // The file system of the run directories is full. A creation that fails leaves
 // nothing behind, though no exit record can be written either.
 func TestStateFull(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	n.Stop()
 	check(t, syscall.Mount("tmpfs", n.State, "tmpfs", 0, "size=16m,mode=0755"))
@@ -84,6 +86,7 @@ func TestStateFull(t *testing.T) {
 // A name that no plugin can be told of is refused before anything is made that
 // could then not be given back.
 func TestNameForPlugins(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	for _, name := range []string{"a\x00b", "a\nb", "a;IP=10.0.0.1"} {
 		ctx, cancel := harness.Deadline()

@@ -74,6 +74,7 @@ func (s *subscription) want(t *testing.T, id string, want ...string) {
 // A subscriber is told of all that happens, with the states that it leads to. One of the
 // next daemon is told what has ended while there was none, and what ends then.
 func TestGetContainerEvents(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	s := subscribe(t, n)
 	var probe *harness.Pod // until it is subscribed, for which there is no answer

@@ -15,6 +15,7 @@ import (
 )
 
 func TestExecSync(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("exec")
 	c := pod.Run("box", []string{"sleep", "1000"}, func(c *cri.ContainerConfig) {

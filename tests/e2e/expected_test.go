@@ -16,6 +16,7 @@ import (
 
 // What people expect who come from other runtimes.
 func TestExpected(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	for name, test := range map[string]func(*testing.T, *harness.Node){
 		"ports and ping without rights": unprivileged,

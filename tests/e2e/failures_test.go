@@ -18,6 +18,7 @@ import (
 
 // A plugin at the end of the chain fails when the others have done their work.
 func TestPluginFails(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t, harness.Options{Plugins: map[string]string{"failing": `#!/bin/sh
 case $CNI_COMMAND in
 VERSION) echo '{"cniVersion": "1.0.0", "supportedVersions": ["0.4.0", "1.0.0"]}' ;;
@@ -41,6 +42,7 @@ esac
 
 // A plugin that hangs holds up neither other pods nor the next daemon.
 func TestPluginHangs(t *testing.T) {
+	t.Parallel()
 	seconds := number()
 	n := harness.New(t, harness.Options{Plugins: map[string]string{"hanging": `#!/bin/sh
 case $CNI_COMMAND in
@@ -77,6 +79,7 @@ func hostNetwork(c *cri.PodSandboxConfig) {
 
 // The OCI runtime refuses, or went missing.
 func TestRuntimeFails(t *testing.T) {
+	t.Parallel()
 	broken := filepath.Join(t.TempDir(), "runtime")
 	check(t, os.WriteFile(broken, []byte("#!/bin/sh\necho broken on purpose >&2\nexit 1\n"), 0o755))
 	n := harness.New(t, harness.Options{Config: fmt.Sprintf("[runtimes.broken]\npath = %q\n", broken)})
@@ -125,6 +128,7 @@ func TestRuntimeFails(t *testing.T) {
 }
 
 func TestPullFails(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	layer, err := harness.MakeLayer(map[string]string{"file": strings.Repeat("content", 1000)})
 	check(t, err)
@@ -163,6 +167,7 @@ func TestPullFails(t *testing.T) {
 // The disk is full at any step. The answer says so, nothing is left, and all
 // works again when there is room.
 func TestDiskFull(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t, harness.Options{RootMiB: 64})
 	pod := n.RunPod("full")
 	runs := pod.Run("runs", []string{"testbox", "print", "-every", "20ms"})

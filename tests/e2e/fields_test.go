@@ -14,6 +14,7 @@ import (
 
 // A mount has the flags that are asked for, whatever its source has.
 func TestMountOptions(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	source := n.Path("source")
 	check(t, os.Mkdir(source, 0o755))
@@ -53,6 +54,7 @@ func TestMountOptions(t *testing.T) {
 
 // What cannot be had is refused before anything is made, with the name of the field.
 func TestRefusedFields(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("pod")
 	n.Mark()

@@ -27,6 +27,7 @@ import (
 // by the same daemon; none of them is an error of its own, and nothing is left of them.
 // Those that make something begin with one that is in order. HOLDFAST_DRILL=1 asks more.
 func TestRandomRequests(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t, harness.Options{Config: "[containers]\nabsent_mount_source = \"reject\"\n"})
 	n.Mark()
 	pid := n.PID()

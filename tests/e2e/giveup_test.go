@@ -53,6 +53,7 @@ func (g gate) giveUp(t *testing.T, call func(context.Context) error) {
 // What was made for a caller that has gone away is not listed, is given to the next
 // one that asks for it, and does not outlive the daemon.
 func TestCallerGivesUp(t *testing.T) {
+	t.Parallel()
 	adding, creating := newGate(t, "add"), newGate(t, "create")
 	adding.touch(t)
 	creating.touch(t)

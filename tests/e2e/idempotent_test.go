@@ -11,6 +11,7 @@ import (
 // A kubelet that lost an answer asks again. It gets what the first request made,
 // also from the next daemon.
 func TestCreateAgain(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("again")
 	c := pod.Create("again", []string{"sleep", "1000"})

@@ -80,6 +80,7 @@ func TestImages(t *testing.T) {
 // Pulls that fail say why in the way that the kubelet looks at, and images are
 // told about in the way that its tools do.
 func TestImageErrors(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	ctx, cancel := harness.Deadline()
 	defer cancel()

@@ -15,6 +15,7 @@ import (
 
 // A container that ends at once has its code and all of its output on record.
 func TestQuickExit(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("quick")
 	for i := range 10 {
@@ -38,6 +39,7 @@ func TestQuickExit(t *testing.T) {
 
 // A line longer than a record is cut into partial ones that give it back.
 func TestLongLines(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("long")
 	const length = 300_000
@@ -62,6 +64,7 @@ func TestLongLines(t *testing.T) {
 }
 
 func TestReopenLog(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("rotate")
 	c := pod.Run("print", []string{"testbox", "print"})
@@ -124,6 +127,7 @@ func TestReopenLog(t *testing.T) {
 }
 
 func TestTerminal(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("tty")
 	c := pod.Run("tty", []string{"sh", "-c", "tty; echo err >&2; exit 5"},

@@ -24,6 +24,7 @@ func selinux() bool {
 // A container with SELinux options, its files, and the volumes that ask for it have their
 // label, on a node with SELinux.
 func TestSELinux(t *testing.T) {
+	t.Parallel()
 	const process, files = "system_u:system_r:container_t:s0:c1,c2", "system_u:object_r:container_file_t:s0:c1,c2"
 	if !selinux() {
 		t.Log("not possible here: this kernel has no SELinux, or no policy")
@@ -87,6 +88,7 @@ func TestSELinux(t *testing.T) {
 // A container has the default AppArmor profile unless it says otherwise, on a node with
 // AppArmor: it cannot change settings of the kernel, though it is root there.
 func TestAppArmor(t *testing.T) {
+	t.Parallel()
 	enabled, _ := os.ReadFile("/sys/module/apparmor/parameters/enabled")
 	if _, err := os.Stat("/sys/kernel/security/apparmor"); err != nil || !strings.HasPrefix(string(enabled), "Y") {
 		t.Log("not possible here: this kernel has no AppArmor")

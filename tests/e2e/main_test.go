@@ -1,8 +1,11 @@
-// Package e2e asks one daemon at a time, through CRI, for what a kubelet asks
-// for, and looks at the answers and at the machine. One file for each behaviour.
+// Package e2e asks daemons, through CRI, for what a kubelet asks for, and looks at the
+// answers and at the machine. One file for each behaviour. Most tests run beside others.
+// Not so those in which layers are lost or damaged: a daemon keeps what is damaged while
+// it is mounted anywhere, and the nodes have the same image.
 package e2e
 
 import (
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -17,6 +20,8 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	flag.Parse()
+	flag.Set("test.parallel", "4") // more than there are processors: most of them wait
 	code := m.Run()
 	harness.RemoveBinaries()
 	os.Exit(code)

@@ -77,6 +77,7 @@ func randomLayers(t *testing.T, count, bytes int) (layers []harness.Layer) {
 // A pull shows in the metrics and in `holdfastctl pulls` while it runs, not
 // longer, and what it did adds up.
 func TestMetricsOfPulls(t *testing.T) {
+	t.Parallel()
 	address := fmt.Sprintf("127.0.0.1:%d", harness.FreePort(t))
 	n := harness.New(t, harness.Options{Config: fmt.Sprintf("[metrics]\naddress = %q\n", address)})
 	s := newSlow(t, n, "slow.test")
@@ -184,6 +185,7 @@ func TestMetricsOfPulls(t *testing.T) {
 // Pods and containers are counted, also those of an earlier daemon, and nothing
 // but the daemon holds the port.
 func TestMetricsOfPods(t *testing.T) {
+	t.Parallel()
 	address := fmt.Sprintf("127.0.0.1:%d", harness.FreePort(t))
 	n := harness.New(t, harness.Options{Config: fmt.Sprintf("[metrics]\naddress = %q\n", address)})
 	p := n.RunPod("counted")

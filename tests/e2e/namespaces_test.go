@@ -42,6 +42,7 @@ func wantProcesses(t *testing.T, c *harness.Container, columns string, want ...s
 // Containers of a pod share what Kubernetes says they share, and the host keeps
 // its own. A restart changes none of it.
 func TestNamespaces(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("shared")
 	a := pod.Run("a", []string{"sleep", "1000"})
@@ -78,6 +79,7 @@ func TestNamespaces(t *testing.T) {
 
 // A pod that shares its PID namespace has an init of its own.
 func TestSharedPIDNamespace(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	share := &cri.NamespaceOption{Pid: cri.NamespaceMode_POD}
 	pod := n.RunPod("pids", func(c *cri.PodSandboxConfig) {
@@ -103,6 +105,7 @@ func TestSharedPIDNamespace(t *testing.T) {
 }
 
 func TestHostNamespaces(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	opts := &cri.NamespaceOption{Network: cri.NamespaceMode_NODE, Pid: cri.NamespaceMode_NODE,
 		Ipc: cri.NamespaceMode_NODE}

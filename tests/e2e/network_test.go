@@ -19,6 +19,7 @@ import (
 // A pod serves a page, on its own address and on a port of the host. Both live
 // on when the daemon is gone, and end with the pod.
 func TestPodNetwork(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	port := harness.FreePort(t)
 	pod := n.RunPod("web", func(c *cri.PodSandboxConfig) {
@@ -102,6 +103,7 @@ func letThrough(t *testing.T, bridge string) {
 
 // A stopped pod has given its network back, and stays so after a restart.
 func TestStoppedPod(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("stopped")
 	c := pod.Run("c", []string{"sleep", "1000"})

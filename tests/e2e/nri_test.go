@@ -126,6 +126,7 @@ func sharesOf(id string, shares uint64) []*nri.ContainerUpdate {
 // What a plugin wants of a container is so, in it and in its status, also after a
 // restart. It can have other limits later, unasked.
 func TestNRIAdjusts(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	if err := os.WriteFile(n.Path("given"), []byte("by a plugin"), 0o644); err != nil {
 		t.Fatal(err)
@@ -164,6 +165,7 @@ func TestNRIAdjusts(t *testing.T) {
 // A plugin that comes to the next daemon is told of all that there is, and of what
 // becomes of it.
 func TestNRIAfterRestart(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	p := (&plugin{}).connect(t, n)
 	pod := n.RunPod("pod")
@@ -198,6 +200,7 @@ func TestNRIAfterRestart(t *testing.T) {
 
 // A plugin that hangs or dies in a call is dropped, and the call goes on without it.
 func TestNRIPluginFails(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("pod")
 	for name, dies := range map[string]bool{"hangs": false, "dies": true} {
@@ -226,6 +229,7 @@ func TestNRIPluginFails(t *testing.T) {
 
 // What a plugin refuses fails, leaves nothing, and can be had when it does not any more.
 func TestNRIRefuses(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	var refused sync.Map
 	(&plugin{call: func(call string) error {

@@ -20,6 +20,7 @@ import (
 
 // holdfastctl pulls as the kubelet does, and says why it cannot.
 func TestPullCommand(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	const ref = "registry.test/tests/pulled:1"
 	layer := [2]string{"file", rand.Text()}
@@ -86,6 +87,7 @@ func TestPullCommand(t *testing.T) {
 // Whoever interrupts holdfastctl calls the pull off; a daemon that goes is told
 // apart from a registry that does; and what a killed daemon pulled can be seen.
 func TestPullInterrupted(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	s := newSlow(t, n, "slow.test")
 	const ref = "slow.test/tests/slow:1"

@@ -33,6 +33,7 @@ func create(ctx context.Context, pod *harness.Pod, name string) (*cri.CreateCont
 
 // A pod is removed while containers are made in it, which wait for its init.
 func TestRemovePodDuringCreate(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("removed", podPIDPod)
 	ctx, cancel := harness.Deadline()
@@ -58,6 +59,7 @@ func TestRemovePodDuringCreate(t *testing.T) {
 
 // The watcher buries the container of a killed shim at the moment when it is removed.
 func TestRemoveAfterKilledShim(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("buried")
 	for i := range 8 {
@@ -73,6 +75,7 @@ func TestRemoveAfterKilledShim(t *testing.T) {
 // The daemon is killed while it makes the init of a pod. The next one removes
 // what is there, and is asked for an init, under the same id, at once.
 func TestKilledDuringInit(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	for i := range 6 {
 		pod := n.RunPod(fmt.Sprintf("p%d", i), podPIDPod)
@@ -99,6 +102,7 @@ func TestKilledDuringInit(t *testing.T) {
 // Both records of a pod are gone. Its init, rebuilt from what the shims kept,
 // goes on, and with it all that shares its pid namespace.
 func TestRebuiltPodKeepsItsInit(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	for i := range 3 { // which shim's copy is taken is chance
 		pod := n.RunPod(fmt.Sprintf("p%d", i), podPIDPod)

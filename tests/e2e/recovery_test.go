@@ -12,6 +12,7 @@ import (
 // A shim that answers nobody delays nobody else, and its container is what it
 // is: running.
 func TestWedgedShim(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("wedged")
 	wedged := pod.Run("wedged", []string{"testbox", "print"})
@@ -59,6 +60,7 @@ func TestWedgedShim(t *testing.T) {
 // A killed shim takes its container along. That is said, not guessed at: no
 // exit code is made up.
 func TestKilledShim(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("killed")
 	for _, when := range []string{"daemon up", "daemon down"} {

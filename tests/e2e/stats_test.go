@@ -155,6 +155,7 @@ var loads = []load{
 
 // Real load of each kind shows in the stats, in the pod's, and in the metrics.
 func TestStatsOfLoads(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("loads", ownCgroup)
 	for _, l := range loads {
@@ -194,6 +195,7 @@ func TestStatsOfLoads(t *testing.T) {
 
 // What goes through the interfaces of a pod is counted, whether anything runs in it.
 func TestStatsOfNetwork(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	empty := n.RunPod("empty")
 	to, from := n.RunPod("to"), n.RunPod("from")
@@ -234,6 +236,7 @@ func TestStatsOfNetwork(t *testing.T) {
 // Every state of a container and pod has an answer, also with the shims stopped, and
 // after a restart. Lists give the same as single calls.
 func TestStatsOfStates(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod, other := n.RunPod("states", ownCgroup), n.RunPod("other", ownCgroup)
 	label := func(c *cri.ContainerConfig) { c.Labels = map[string]string{"is": c.Metadata.Name} }
@@ -371,6 +374,7 @@ func errorsOfStats(t *testing.T, n *harness.Node) {
 // The metrics of every pod fit their descriptors, and none comes twice: a kubelet would
 // show none of them.
 func TestMetricsFitTheirDescriptors(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	for i := range 2 {
 		pod := n.RunPod(fmt.Sprint("pod", i), ownCgroup)

@@ -15,6 +15,7 @@ var stubborn = []string{"sh", "-c", "trap '' TERM; echo deaf; while :; do sleep 
 
 // The daemon dies right after it passed on a stop. The deadline holds.
 func TestStopOutlivesTheDaemon(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("stop")
 	c := pod.Run("stubborn", stubborn)
@@ -48,6 +49,7 @@ func TestStopOutlivesTheDaemon(t *testing.T) {
 }
 
 func TestStop(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("stop")
 

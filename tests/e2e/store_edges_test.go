@@ -204,6 +204,7 @@ func TestPulledAgainWhileInUse(t *testing.T) {
 // A second daemon on the same root, or state, does not start, and the first one
 // does not notice.
 func TestSecondDaemon(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	for _, same := range []string{"root", "state"} {
 		args := map[string]string{"root": n.Path("other-root"), "state": n.Path("other-state")}
@@ -224,6 +225,7 @@ func TestSecondDaemon(t *testing.T) {
 // The root can only be read, as after an error of its disk. The daemon starts and
 // tells of all that runs; what cannot be done is refused, and works afterwards.
 func TestReadOnlyRoot(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("readonly")
 	c := pod.Run("box", []string{"sleep", "100000"})
@@ -271,6 +273,7 @@ func TestReadOnlyRoot(t *testing.T) {
 // A pull that does not fit fails as such. Nothing of it is left, what was there
 // before works, and so does the next pull that fits.
 func TestImageTooLarge(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t, harness.Options{RootMiB: 48})
 	large := make([]byte, 60<<20)
 	rand.Read(large)

@@ -139,6 +139,7 @@ func TestLostLayers(t *testing.T) {
 // An image that a verifier turns down is not pulled, in words that the kubelet
 // knows.
 func TestVerifier(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	verdict := func(text string) {
 		t.Helper()

@@ -435,6 +435,7 @@ func wantDisarmed(t *testing.T, n *harness.Node) {
 // What a container writes into the files that it has from its pod fills a file
 // system of the pod, which goes with it.
 func TestFillFilesOfPod(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	options := []*cri.NamespaceOption{{Pid: cri.NamespaceMode_CONTAINER}}
 	if _, older := harness.KernelBefore(6, 3); !older {
@@ -478,6 +479,7 @@ func TestFillFilesOfPod(t *testing.T) {
 // A pod of a version that kept these files in the pod's own directory, and mounted
 // nothing for them, takes containers and can be removed.
 func TestFilesOfAnEarlierVersion(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("old")
 	pod.Run("c", []string{"sleep", "1000"})

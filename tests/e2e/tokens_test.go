@@ -157,6 +157,7 @@ func host(address string) string {
 
 // What a token stands for is there with the daemon dead, for one client, once.
 func TestTokensOutliveTheDaemon(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	c := n.RunPod("tokens").Run("c", []string{"sleep", "1000"})
 	n.Mark()
@@ -215,6 +216,7 @@ func TestTokensOutliveTheDaemon(t *testing.T) {
 }
 
 func TestTokensExpire(t *testing.T) {
+	t.Parallel()
 	if os.Getenv("HOLDFAST_DRILL") == "" {
 		t.Skip("only HOLDFAST_DRILL=1 waits for a minute")
 	}
@@ -234,6 +236,7 @@ func TestTokensExpire(t *testing.T) {
 // What serves sessions ends when nobody has had one for five minutes, and the next
 // request starts another.
 func TestStreamEndsWhenIdle(t *testing.T) {
+	t.Parallel()
 	if os.Getenv("HOLDFAST_DRILL") == "" {
 		t.Skip("only HOLDFAST_DRILL=1 waits for minutes")
 	}
@@ -257,6 +260,7 @@ func TestStreamEndsWhenIdle(t *testing.T) {
 // What serves sessions is killed: the next request starts another one, at the same port,
 // and what was given out before is valid there.
 func TestStreamIsKilled(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	c := n.RunPod("killed").Run("c", []string{"sleep", "1000"})
 	n.Mark()
@@ -284,6 +288,7 @@ func TestStreamIsKilled(t *testing.T) {
 // Requests come while the daemon is killed again and again: each that was answered has
 // its session, and one process serves them all.
 func TestSessionsAcrossRestarts(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	c := n.RunPod("restarts").Run("c", []string{"sleep", "1000"})
 	n.Mark()
@@ -321,6 +326,7 @@ func TestSessionsAcrossRestarts(t *testing.T) {
 
 // Other settings hold from the next session on; the sessions there are go on.
 func TestStreamIsReplaced(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	c := n.RunPod("replaced").Run("c", []string{"sleep", "1000"})
 	n.Mark()

@@ -51,6 +51,7 @@ func checkResources(t *testing.T, c *harness.Container, pid int, memory, shares 
 // A container that is created or runs gets other limits: all of them or none. Its status
 // shows them, also to the next daemon, and to one that has lost its records.
 func TestUpdateContainerResources(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("update")
 	script := "while ! [ -e /go ]; do sleep 0.1; done; dd if=/dev/zero of=/dev/shm/f bs=1M count=20; echo full; sleep 1000"
@@ -112,6 +113,7 @@ func TestUpdateContainerResources(t *testing.T) {
 // Files of cgroup v2 are set by name, cleared by their defaults, and left alone where one of
 // them is refused. What is set stays when systemd reads its units anew.
 func TestUpdateUnified(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	pod := n.RunPod("unified")
 	c := pod.Run("box", []string{"sleep", "1000"})
@@ -159,6 +161,7 @@ func TestUpdateUnified(t *testing.T) {
 // What the cgroup of the pod does not leave is the fault of the field that asks for it. On
 // cgroup v2 a container may ask for more than it gets.
 func TestMoreThanThePodHas(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t)
 	parent := "/hf-more-" + filepath.Base(n.Root)
 	for file, value := range map[string]string{

@@ -101,6 +101,7 @@ func wantHostUser(t *testing.T, c *harness.Container, want int) {
 // A pod with a user namespace sees its files as any pod, and is nobody on the
 // host. Two of them have other ids and the same layers.
 func TestUserNamespace(t *testing.T) {
+	t.Parallel()
 	needUserNamespaces(t)
 	n := harness.New(t)
 	before := layerFiles(t, n)
@@ -161,6 +162,7 @@ func TestUserNamespace(t *testing.T) {
 
 // What a pod may have beside its user namespace.
 func TestUserNamespaceAnd(t *testing.T) {
+	t.Parallel()
 	needUserNamespaces(t)
 	n := harness.New(t)
 	const host = 200000
@@ -311,6 +313,7 @@ func TestUserNamespaceAnd(t *testing.T) {
 
 // With an init process in every pod it is the same.
 func TestUserNamespaceWithPause(t *testing.T) {
+	t.Parallel()
 	needUserNamespaces(t)
 	n := harness.New(t, harness.Options{Config: "[sandbox]\nmode = \"pause\"\n"})
 	for _, network := range []cri.NamespaceMode{cri.NamespaceMode_POD, cri.NamespaceMode_NODE} {
@@ -329,6 +332,7 @@ func TestUserNamespaceWithPause(t *testing.T) {
 
 // What cannot be is said before anything is done.
 func TestUserNamespaceImpossible(t *testing.T) {
+	t.Parallel()
 	needUserNamespaces(t)
 	n := harness.New(t, harness.Options{
 		Config: "[runtimes.old]\npath = \"/usr/bin/true\"\n",

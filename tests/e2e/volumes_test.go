@@ -16,6 +16,7 @@ import (
 // never a way to a directory of the host: the pod's own volume has a link with
 // the name of one. What the kernel or the pod mounts is not covered by one.
 func TestImageVolumes(t *testing.T) {
+	t.Parallel()
 	n := harness.New(t, harness.Options{})
 	path, err := exec.LookPath("busybox")
 	check(t, err)

@@ -240,10 +240,17 @@ func ports(bridge string) []string {
 func cgroups() []string {
 	var paths []string
 	filepath.WalkDir("/sys/fs/cgroup", func(path string, d fs.DirEntry, err error) error {
-		if err == nil && d.IsDir() {
-			paths = append(paths, path)
+		if err != nil || !d.IsDir() {
+			return nil // what vanished meanwhile is no error
 		}
-		return nil // what vanished meanwhile is no error
+		paths = append(paths, path)
+		// The links of a directory are its own two, and one of each directory in it. Most
+		// have none, and dozens of files.
+		var st unix.Stat_t
+		if unix.Lstat(path, &st) == nil && st.Nlink == 2 {
+			return fs.SkipDir
+		}
+		return nil
 	})
 	return paths
 }

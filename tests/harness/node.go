@@ -283,20 +283,27 @@ func (n *Node) launch() error {
 		cmd.Env = append(os.Environ(), "HOLDFAST_FAILPOINTS="+n.failpoints)
 	}
 	// A group of its own, as under a service manager: Ctrl-C is not for it.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	// If the test is killed, nobody else ends the daemon.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if n.cmd != nil {
 		return errors.New("it runs already")
 	}
-	if err := cmd.Start(); err != nil {
+	started, ended := make(chan error), make(chan struct{})
+	go func() {
+		runtime.LockOSThread() // for the kernel the parent is the thread
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			cmd.Wait()
+			close(ended)
+		}
+	}()
+	if err := <-started; err != nil {
 		return err
 	}
-	n.cmd, n.ended = cmd, make(chan struct{})
-	go func(ended chan struct{}) {
-		cmd.Wait()
-		close(ended)
-	}(n.ended)
+	n.cmd, n.ended = cmd, ended
 	return nil
 }
 
