@@ -276,3 +276,28 @@ func TestHiddenShim(t *testing.T) {
 	check(t, lock.Close())
 	check(t, fixOne(t, o, *thing))
 }
+
+// What an overlay of somebody else tells without names keeps no file that is no layer.
+func TestUnnamedLayers(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"lower", "merged", "layers/sha256/" + idB, "containers/" + idB} {
+		check(t, os.MkdirAll(filepath.Join(dir, name), 0o700))
+	}
+	lower, err := os.Open(filepath.Join(dir, "lower"))
+	check(t, err)
+	defer lower.Close()
+	merged := filepath.Join(dir, "merged")
+	options := fmt.Sprintf("lowerdir=/proc/self/fd/%d:%s", lower.Fd(), filepath.Join(dir, "layers/sha256", idB))
+	if err := unix.Mount("overlay", merged, "overlay", 0, options); err != nil {
+		t.Skipf("cannot mount: %v", err)
+	}
+	defer unix.Unmount(merged, unix.MNT_DETACH)
+	if err := unused(filepath.Join(dir, "containers", idB)); err != nil {
+		t.Errorf("a directory that is no layer: %v", err)
+	}
+	for _, id := range []string{idA, idB} {
+		if err := unused(filepath.Join(dir, "layers/sha256", id)); err == nil {
+			t.Errorf("the layer %s can be removed", id[:4])
+		}
+	}
+}

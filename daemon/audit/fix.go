@@ -231,7 +231,8 @@ func unused(path string) error {
 // notInOverlay says which process sees an overlay that has a directory as a layer, by the last two names of its path,
 // or may have it: the kernel tells some layers without their names.
 func notInOverlay(path string) error {
-	name := strings.TrimPrefix(path, filepath.Dir(filepath.Dir(path))) + "/"
+	store := filepath.Dir(filepath.Dir(path))
+	name, layer := strings.TrimPrefix(path, store)+"/", filepath.Base(store) == "layers"
 	lists, err := filepath.Glob("/proc/[0-9]*/mountinfo")
 	seen := map[string]bool{}
 	for _, list := range lists {
@@ -246,7 +247,7 @@ func notInOverlay(path string) error {
 		}
 		for _, m := range table {
 			_, all := rootfs.LayersIn(m.FSOptions)
-			if m.Kind == "overlay" && (strings.Contains(m.FSOptions, name) || !all) {
+			if m.Kind == "overlay" && (strings.Contains(m.FSOptions, name) || layer && !all) {
 				return fmt.Errorf("cannot remove %s: it may be a layer of what is mounted at %s (%s)", path, m.Point, list)
 			}
 		}
