@@ -108,7 +108,8 @@ func (c *Collector) Metrics(ctx context.Context) (list []*runtimeapi.PodSandboxM
 			return nil, err
 		}
 		s, _, _ := subjectOf(p.Cgroup)
-		s.links = links[p.ID]
+		// The kubelet's own metrics are without the loopback.
+		s.links = slices.DeleteFunc(links[p.ID], func(l link) bool { return l.name == loopback })
 		s.labels = labels("", p.Cgroup, "", p.ID, &p)
 		one := &runtimeapi.PodSandboxMetrics{PodSandboxId: p.ID, Metrics: pointsOf(&s)}
 		for i := range p.Containers {

@@ -11,8 +11,10 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 )
 
-// defaultLink is the name that the interface of a pod has in Kubernetes.
-const defaultLink = "eth0"
+const (
+	defaultLink = "eth0" // the interface of a pod in Kubernetes
+	loopback    = "lo"
+)
 
 // link is one interface of a pod, with what went through it.
 type link struct {
@@ -23,8 +25,8 @@ type link struct {
 
 type traffic struct{ bytes, packets, errors, dropped uint64 }
 
-// interfaces reads those of pods that have a network of their own, by the id of the pod,
-// but for the loopback. Nothing has to run in a pod. A namespace that cannot be entered
+// interfaces reads those of pods that have a network of their own, by the id of the pod.
+// Nothing has to run in a pod. A namespace that cannot be entered
 // is that of a pod which is being stopped.
 //
 // One thread enters one namespace after the other. It reads a file, as netlink takes a
@@ -57,7 +59,7 @@ func parseLinks(table string) (links []link) {
 		}
 		name := strings.TrimSpace(line[:i])
 		f := strings.Fields(line[i+1:])
-		if name == "lo" || len(f) < 16 {
+		if len(f) < 16 {
 			continue
 		}
 		var n [16]uint64
@@ -73,17 +75,18 @@ func parseLinks(table string) (links []link) {
 	return links
 }
 
-// networkUsage is links in a message of the CRI; nil without any, as the kubelet takes it
-// for granted that there is a default one.
+// networkUsage is links in a message of the CRI; nil without any but the loopback, as the
+// kubelet takes it for granted that there is a default one. All others are beside it, the
+// loopback too: the kubelet leaves out a list without any, and who reads its summary expects one.
 func networkUsage(links []link) *runtimeapi.NetworkUsage {
-	if len(links) == 0 {
-		return nil
-	}
-	first := 0
+	first := -1
 	for i, l := range links {
-		if l.name == defaultLink {
+		if l.name == defaultLink || first < 0 && l.name != loopback {
 			first = i
 		}
+	}
+	if first < 0 {
+		return nil
 	}
 	u := &runtimeapi.NetworkUsage{Timestamp: time.Now().UnixNano()}
 	for i, l := range links {

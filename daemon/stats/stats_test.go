@@ -130,6 +130,7 @@ short: 1 2
 
 func TestLinks(t *testing.T) {
 	want := []link{
+		{"lo", traffic{9, 9, 9, 9}, traffic{9, 9, 9, 9}},
 		{"net:1", traffic{11, 12, 13, 14}, traffic{15, 16, 17, 18}},
 		{"eth0", traffic{1<<64 - 1, 2, 3, 4}, traffic{5, 6, 7, 8}},
 	}
@@ -138,10 +139,14 @@ func TestLinks(t *testing.T) {
 		t.Errorf("got %v, want %v", links, want)
 	}
 	u := networkUsage(links)
-	if u.DefaultInterface.Name != "eth0" || len(u.Interfaces) != 1 || u.Interfaces[0].TxErrors.Value != 17 {
+	if u.DefaultInterface.Name != "eth0" || len(u.Interfaces) != 2 || u.Interfaces[0].Name != "lo" ||
+		u.Interfaces[1].TxErrors.Value != 17 {
 		t.Errorf("got %v", u)
 	}
-	if u := networkUsage(links[:1]); u.DefaultInterface.Name != "net:1" || len(u.Interfaces) != 0 {
+	if u := networkUsage(links[:1]); u != nil {
+		t.Errorf("of the loopback alone: %v", u)
+	}
+	if u := networkUsage(links[:2]); u.DefaultInterface.Name != "net:1" || len(u.Interfaces) != 1 {
 		t.Errorf("without eth0: %v", u)
 	}
 	if u := networkUsage(parseLinks("")); u != nil {

@@ -208,7 +208,11 @@ func TestStatsOfNetwork(t *testing.T) {
 		return err == nil && strings.TrimSpace(string(r.Stdout)) == "1048576"
 	})
 	for _, p := range []*harness.Pod{to, from} {
-		u := podStatsOf(t, p).Network.GetDefaultInterface()
+		network := podStatsOf(t, p).Network
+		u := network.GetDefaultInterface()
+		if others := network.GetInterfaces(); len(others) != 1 || others[0].GetName() != "lo" {
+			t.Errorf("pod %s: beside the default interface there are %v", p.Config.Metadata.Name, others)
+		}
 		if u.GetName() != "eth0" || u.GetRxBytes().GetValue() < mib || u.GetTxBytes().GetValue() < mib ||
 			u.RxErrors == nil || u.TxErrors == nil {
 			t.Errorf("pod %s: got %v", p.Config.Metadata.Name, u)

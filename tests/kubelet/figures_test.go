@@ -105,12 +105,13 @@ func missingOf(p, earlier *stats.PodStats) (names []string) {
 		*p.ProcessStats.ProcessCount >= 4) // two shells' and httpd's, and one that sleeps
 	want("ephemeral-storage", n(p.EphemeralStorage).of("UsedBytes") >= written)
 	want("network", p.Network != nil)
-	if p.Network != nil { // the CRI has the other interfaces beside the first, and there are none
-		want("network of eth0 alone", p.Network.Name == "eth0" && len(p.Network.Interfaces) == 0)
-		for _, i := range append(p.Network.Interfaces, p.Network.InterfaceStats) {
+	if p.Network != nil { // the CRI has the other interfaces beside the first: the loopback
+		first, others := p.Network.InterfaceStats, p.Network.Interfaces
+		want("network of eth0 and the loopback", first.Name == "eth0" && len(others) == 1 && others[0].Name == "lo")
+		for _, i := range append(others, first) {
 			names = append(names, unset("network", &i)...)
-			want("network with traffic", n(&i).of("RxBytes") > 0 && n(&i).of("TxBytes") > 0)
 		}
+		want("network with traffic", n(&first).of("RxBytes") > 0 && n(&first).of("TxBytes") > 0)
 	}
 	for _, c := range p.Containers {
 		for what, part := range map[string]any{"cpu": c.CPU, "memory": c.Memory, "io": c.IO, "swap": c.Swap,
