@@ -111,7 +111,7 @@ func (t trees) Apply(ctx context.Context, dir string, r io.Reader) error {
 	return treeError(rootfs.Extract(ctx, dir, r, t.layers.Limits))
 }
 
-func (r roots) OpenLayer(layer digest.Digest) (*os.Root, error) { return r.layers.OpenLayer(layer) }
+func (r roots) OpenLayer(layer digest.Digest) (*os.File, error) { return r.layers.OpenLayer(layer) }
 
 func (r roots) PinPID(p rundir.Process, path string) error { return containers.PinPID(p, path) }
 

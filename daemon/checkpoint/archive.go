@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
 // Members of an archive.
@@ -58,13 +60,26 @@ func ImagesDir(dir string) string { return filepath.Join(dir, imagesName) }
 func DiffPath(dir string) string { return filepath.Join(dir, diffName) }
 
 // Write writes an archive.
-func (p *Parts) Write(ctx context.Context, w io.Writer) error {
+func (p *Parts) Write(ctx context.Context, f *os.File) error {
+	w := &Spare{File: f}
+	if err := p.write(ctx, w); err != nil {
+		return err
+	}
+	return w.Finish()
+}
+
+func (p *Parts) write(ctx context.Context, w io.Writer) error {
 	tw := &writer{ctx: ctx, Writer: tar.NewWriter(w)}
+	decoded := maxFDs // of runc's own file
 	for _, member := range []struct {
 		name string
 		v    any
 	}{{configName, p.Config}, {specName, p.Spec}} {
 		b, err := json.MarshalIndent(member.v, "", "  ")
+		if err == nil && decoded+len(b) > maxDecoded {
+			err = kind.Errorf(kind.State, "it is larger than %d bytes, and would not be restored", maxDecoded)
+		}
+		decoded += len(b)
 		if err == nil {
 			err = tw.bytes(member.name, b)
 		}

@@ -196,15 +196,77 @@ func TestInfo(t *testing.T) {
 	for name, entries := range map[string][]entry{
 		"no config": {spec}, "no spec": {config}, "no process": {config, {name: spec.name, body: "{}"}},
 		"no JSON": {config, {name: spec.name, body: "{"}}, "nothing": nil,
+		"too much": {spec, {name: config.name, body: strings.Repeat(" ", maxDecoded)}},
 	} {
 		if _, err := archive(t, entries...).Info(); !errors.Is(err, kind.Invalid) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	for _, path := range []string{t.TempDir(), "/dev/null"} {
+	dir := t.TempDir()
+	fifo, link := filepath.Join(dir, configName), filepath.Join(dir, "link")
+	if err := errors.Join(unix.Mkfifo(fifo, 0o600), os.Symlink(fifo, link)); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{dir, fifo, link, "/dev/null", "/dev/tty"} {
 		if _, err := OpenArchive(path); !errors.Is(err, kind.Invalid) {
 			t.Errorf("%s: %v", path, err)
 		}
+	}
+	if _, err := OpenArchive(filepath.Join(dir, "absent")); !errors.Is(err, kind.NotFound) {
+		t.Errorf("one that is not there: %v", err)
+	}
+}
+
+// A directory with a FIFO, a link or a device in it is no checkpoint, and nobody waits for it.
+func TestDirectory(t *testing.T) {
+	for name, put := range map[string]func(path string) error{
+		"":       func(path string) error { return os.WriteFile(path, []byte(config.body), 0o600) },
+		"FIFO":   func(path string) error { return unix.Mkfifo(path, 0o600) },
+		"link":   func(path string) error { return os.Symlink("/etc/passwd", path) },
+		"device": func(path string) error { return unix.Mknod(path, unix.S_IFCHR|0o600, int(unix.Mkdev(5, 0))) },
+	} {
+		path := t.TempDir()
+		err := errors.Join(os.Mkdir(ImagesDir(path), 0o700), put(filepath.Join(path, configName)),
+			os.WriteFile(filepath.Join(path, specName), []byte(spec.body), 0o600))
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir, err := Directory(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if In(dir) != (name == "") {
+			t.Errorf("%s: it is taken for the other", name)
+		}
+		s := OfDirectory(dir)
+		if _, err := s.Info(); name == "" && err != nil || name != "" && !errors.Is(err, kind.Invalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+		s.Close()
+	}
+}
+
+// Holes stay holes, and the room of others is left to them.
+func TestSpare(t *testing.T) {
+	f, err := os.Create(filepath.Join(t.TempDir(), "f"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	w := &Spare{File: f}
+	body := append(make([]byte, 1<<20), append([]byte("x"), make([]byte, 1<<20)...)...)
+	if _, err := w.Write(body); err != nil {
+		t.Fatal(err)
+	}
+	var st unix.Stat_t
+	if err := errors.Join(w.Finish(), unix.Fstat(int(f.Fd()), &st)); err != nil || st.Blocks*512 > 256<<10 {
+		t.Errorf("%v, %d blocks", err, st.Blocks)
+	}
+	if got, err := os.ReadFile(f.Name()); err != nil || !bytes.Equal(got, body) {
+		t.Errorf("it is another file, %v", err)
+	}
+	if err := Room(f, 1<<60); !errors.Is(err, kind.Exhausted) {
+		t.Errorf("more than there is: %v", err)
 	}
 }
 

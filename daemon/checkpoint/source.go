@@ -17,6 +17,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/daemon/beneath"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
@@ -24,9 +25,10 @@ import (
 const (
 	maxArchive = 512 << 30 // bytes, of an archive and of all that is in it
 	maxEntries = 1 << 18   // CRIU saves some files for each process
-	maxDump    = 64 << 20  // bytes of spec.dump, as of a spec elsewhere
-	maxDeleted = 16 << 20  // bytes of deleted.files
 	maxFDs     = 64 << 10  // bytes of descriptors.json
+	// maxDecoded bounds the bytes of all of one checkpoint that is decoded: JSON takes some
+	// fifty times its size when it is.
+	maxDecoded = 4 << 20
 )
 
 // descriptorsName is a file of runc: what the standard files were.
@@ -39,8 +41,9 @@ type Source struct {
 	name string
 	file *os.File // nil: it is a directory
 	size int64
-	root *os.Root
+	dir  *os.File
 
+	decoded    int64 // bytes
 	withoutIPC bool
 }
 
@@ -50,50 +53,54 @@ func (s *Source) WithoutIPC(leave bool) { s.withoutIPC = leave }
 
 // OpenArchive opens an archive of the host. The caller closes it.
 func OpenArchive(name string) (*Source, error) {
-	fd, err := unix.Open(name, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil, kind.Errorf(kind.NotFound, "cannot open the checkpoint %.200q: %w", name, err)
-		}
-		return nil, kind.Errorf(kind.Invalid, "cannot open the checkpoint %.200q: %w", name, err)
+	dir, err := Directory(filepath.Dir(name))
+	if err == nil {
+		defer dir.Close()
+		return OpenIn(dir, filepath.Base(name))
 	}
-	return OfFile(os.NewFile(uintptr(fd), name), name)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = kind.Errorf(kind.NotFound, "%w", err)
+	}
+	return nil, fmt.Errorf("cannot open the checkpoint %.200q: %w", name, err)
 }
 
-// OfFile is OpenArchive for one that is open, which is called name. The file is the Source's
-// from now on, also after an error.
-func OfFile(f *os.File, name string) (*Source, error) {
-	st, err := f.Stat()
-	switch {
-	case err != nil:
-	case !st.Mode().IsRegular():
-		err = errors.New("it is not a regular file")
-	case st.Size() > maxArchive:
-		err = fmt.Errorf("it is larger than %d bytes", int64(maxArchive))
-	}
-	if err != nil {
+// OpenIn is OpenArchive for a name in an open directory, which stays the caller's.
+func OpenIn(dir *os.File, name string) (*Source, error) {
+	path := filepath.Join(dir.Name(), name)
+	f, err := beneath.FileAt(dir, name, maxArchive)
+	if err == nil {
+		var st os.FileInfo
+		if st, err = f.Stat(); err == nil {
+			return &Source{name: path, file: f, size: st.Size()}, nil
+		}
 		f.Close()
-		return nil, kind.Errorf(kind.Invalid, "cannot read the checkpoint %.200q: %w", name, err)
 	}
-	return &Source{name: name, file: f, size: st.Size()}, nil
+	of := kind.Invalid
+	if errors.Is(err, fs.ErrNotExist) {
+		of = kind.NotFound
+	}
+	return nil, kind.Errorf(of, "cannot open the checkpoint %.200q: %w", path, err)
 }
 
 // In says whether a directory has a checkpoint in it.
-func In(root *os.Root) bool {
-	st, err := root.Lstat(configName)
-	return err == nil && st.Mode().IsRegular()
+func In(dir *os.File) bool {
+	f, err := beneath.FileAt(dir, configName, maxArchive)
+	if err == nil {
+		f.Close()
+	}
+	return err == nil
 }
 
 // OfDirectory is a checkpoint whose members lie in a directory, which is the Source's from
 // now on.
-func OfDirectory(root *os.Root) *Source { return &Source{root: root} }
+func OfDirectory(dir *os.File) *Source { return &Source{dir: dir} }
 
 // Close ends the use of it.
 func (s *Source) Close() error {
 	if s.file != nil {
 		return s.file.Close()
 	}
-	return s.root.Close()
+	return s.dir.Close()
 }
 
 // String names it in errors.
@@ -157,17 +164,23 @@ func means(name string) bool {
 
 func (s *Source) eachInDirectory(f member) error {
 	names := []string{specName, configName, diffName, deletedName}
-	dir, err := s.root.OpenFile(imagesName, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	fd, err := beneath.DirAt(int(s.dir.Fd()), imagesName)
+	if err != nil {
+		return s.bad("cannot open %s: %w", imagesName, err)
+	}
+	held := os.NewFile(uintptr(fd), imagesName)
+	defer held.Close()
+	dir, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", fd))
 	if err != nil {
 		return s.bad("%w", err)
 	}
 	defer dir.Close()
-	entries, err := dir.ReadDir(maxEntries)
+	entries, err := dir.Readdirnames(maxEntries)
 	if err != nil && err != io.EOF {
 		return s.bad("%w", err)
 	}
-	for _, e := range entries {
-		names = append(names, path.Join(imagesName, e.Name()))
+	for _, name := range entries {
+		names = append(names, path.Join(imagesName, name))
 	}
 	total := int64(0)
 	for _, name := range names {
@@ -182,7 +195,7 @@ func (s *Source) eachInDirectory(f member) error {
 
 // inDirectory calls f for one member, unless it is missing.
 func (s *Source) inDirectory(name string, limit int64, f member) (int64, error) {
-	file, err := s.root.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	file, err := beneath.FileAt(s.dir, name, limit)
 	if errors.Is(err, fs.ErrNotExist) {
 		return 0, nil
 	}
@@ -194,10 +207,22 @@ func (s *Source) inDirectory(name string, limit int64, f member) (int64, error) 
 	if err != nil {
 		return 0, s.bad("%w", err)
 	}
-	if !st.Mode().IsRegular() || st.Size() > limit {
-		return 0, s.bad("%.200q is not a regular file, or too large", name)
-	}
 	return st.Size(), f(name, st.Size(), io.LimitReader(file, st.Size()))
+}
+
+// decode reads a member that is JSON.
+func (s *Source) decode(name string, size, limit int64, r io.Reader, v any) error {
+	if s.decoded += size; size > limit || s.decoded > maxDecoded {
+		return s.bad("%s is larger than %d bytes, or all such files than %d", name, limit, int64(maxDecoded))
+	}
+	b, err := io.ReadAll(io.LimitReader(r, size))
+	if err == nil {
+		err = json.Unmarshal(b, v)
+	}
+	if err != nil {
+		return s.bad("%s: %w", name, err)
+	}
+	return nil
 }
 
 // Info is what has to be known of a checkpoint before it is restored.
@@ -216,17 +241,7 @@ func (s *Source) Info() (*Info, error) {
 			return nil
 		}
 		delete(missing, name)
-		if size > maxDump {
-			return s.bad("%s is larger than %d bytes", name, int64(maxDump))
-		}
-		b, err := io.ReadAll(r)
-		if err == nil {
-			err = json.Unmarshal(b, v)
-		}
-		if err != nil {
-			return s.bad("%s: %w", name, err)
-		}
-		return nil
+		return s.decode(name, size, maxDecoded, r, v)
 	})
 	if err == nil && len(missing) > 0 {
 		err = s.bad("it has no %s, or no %s", configName, specName)
@@ -261,6 +276,8 @@ func (s *Source) Unpack(ctx context.Context, dir, hostname string) (whiteouts []
 	return whiteouts, err
 }
 
+// put writes a member. Its holes, and what is as good as one, stay holes: a checkpoint that
+// takes no room on one disk is to take none on the other.
 func (s *Source) put(ctx context.Context, to string, size int64, r io.Reader) error {
 	f, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
 	if errors.Is(err, fs.ErrExist) {
@@ -269,7 +286,11 @@ func (s *Source) put(ctx context.Context, to string, size int64, r io.Reader) er
 	if err != nil {
 		return fmt.Errorf("cannot unpack the %s: %w", s, err)
 	}
-	_, err = copyN(ctx, f, r, size)
+	w := &Spare{File: f}
+	_, err = copyN(ctx, w, r, size)
+	if err == nil {
+		err = w.Finish()
+	}
 	if err = errors.Join(err, f.Close()); err != nil {
 		return fmt.Errorf("cannot unpack the %s: %w", s, err)
 	}
@@ -279,19 +300,20 @@ func (s *Source) put(ctx context.Context, to string, size int64, r io.Reader) er
 // checkDescriptors makes sure that runc gets descriptors of three standard files: it would
 // pass on any number of them.
 func (s *Source) checkDescriptors(name string) error {
-	st, err := os.Lstat(name)
+	f, err := os.Open(name)
 	if err != nil {
 		return s.bad("it has no %s/%s", imagesName, descriptorsName)
 	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return s.bad("%w", err)
+	}
 	var list []string
-	var b []byte
-	if st.Size() <= maxFDs {
-		b, err = os.ReadFile(name)
+	if err := s.decode(descriptorsName, st.Size(), maxFDs, f, &list); err != nil {
+		return err
 	}
-	if err == nil {
-		err = json.Unmarshal(b, &list)
-	}
-	if err != nil || len(list) > 3 {
+	if len(list) > 3 {
 		return s.bad("%s is no list of three standard files", descriptorsName)
 	}
 	return nil
@@ -300,15 +322,11 @@ func (s *Source) checkDescriptors(name string) error {
 // whiteouts makes a layer that removes the files of a list.
 func (s *Source) whiteouts(size int64, r io.Reader) ([]byte, error) {
 	var list []string
-	if size > maxDeleted {
-		return nil, s.bad("%s is larger than %d bytes", deletedName, int64(maxDeleted))
+	if err := s.decode(deletedName, size, maxDecoded, r, &list); err != nil {
+		return nil, err
 	}
-	b, err := io.ReadAll(r)
-	if err == nil {
-		err = json.Unmarshal(b, &list)
-	}
-	if err != nil || len(list) > maxEntries {
-		return nil, s.bad("%s is no list of files, or too long", deletedName)
+	if len(list) > maxEntries {
+		return nil, s.bad("%s is too long", deletedName)
 	}
 	var layer bytes.Buffer
 	tw := tar.NewWriter(&layer)

@@ -218,7 +218,10 @@ func (s *Snapshot) saveLayer(ctx context.Context) error {
 	if err != nil {
 		return kind.As(kind.Unavailable, err)
 	}
-	err = s.c.m.Roots.Diff(ctx, filepath.Dir(s.dir), f)
+	w := &checkpoint.Spare{File: f}
+	if err = s.c.m.Roots.Diff(ctx, filepath.Dir(s.dir), w); err == nil {
+		err = w.Finish()
+	}
 	return kind.As(kind.Unavailable, errors.Join(err, f.Close()))
 }
 
@@ -238,7 +241,7 @@ func (s *Snapshot) Thaw() error {
 func (s *Snapshot) Fill(ctx context.Context, out *checkpoint.Output) error {
 	parts, err := s.parts()
 	if err == nil {
-		err = parts.Write(ctx, out)
+		err = parts.Write(ctx, out.File)
 	}
 	return kind.As(kind.Unavailable, err)
 }

@@ -107,7 +107,7 @@ type Roots interface {
 	// Restore makes the writable layer below dir of such streams, before Mount.
 	Restore(ctx context.Context, layers []digest.Digest, dir string, streams ...io.Reader) error
 	// OpenLayer opens the directory of a layer that is held.
-	OpenLayer(layer digest.Digest) (*os.Root, error)
+	OpenLayer(layer digest.Digest) (*os.File, error)
 	// PinPID binds the pid namespace of a process to a path; Unmount undoes it.
 	PinPID(p rundir.Process, path string) error
 }

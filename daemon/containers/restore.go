@@ -147,6 +147,13 @@ func (b *builder) unpack(ctx context.Context) error {
 	diff, err := os.Open(checkpoint.DiffPath(to))
 	if err == nil {
 		defer diff.Close()
+		st, err := diff.Stat()
+		if err == nil {
+			err = checkpoint.Room(diff, st.Size())
+		}
+		if err != nil {
+			return kind.As(kind.Unavailable, err)
+		}
 		streams = append(streams, diff)
 	} else if !errors.Is(err, os.ErrNotExist) {
 		return kind.As(kind.Unavailable, err)

@@ -138,7 +138,7 @@ func (r *Roots) Restore(context.Context, []digest.Digest, string, ...io.Reader) 
 }
 
 // OpenLayer has no layers.
-func (r *Roots) OpenLayer(digest.Digest) (*os.Root, error) { return nil, fs.ErrNotExist }
+func (r *Roots) OpenLayer(digest.Digest) (*os.File, error) { return nil, fs.ErrNotExist }
 
 // Bind mounts nothing.
 func (r *Roots) Bind(_, _, _ string) error { return r.Mounting.try() }

@@ -33,7 +33,7 @@ const (
 	manifestName    = "pod.json"
 	shmArchive      = "shm.tar"
 	manifestVersion = 1
-	maxManifest     = 64 << 20 // bytes
+	maxManifest     = 8 << 20 // bytes
 )
 
 // manifest is pod.json.
@@ -272,6 +272,9 @@ func (s *saving) writeManifest(w io.Writer) error {
 		})
 	}
 	b, err := json.Marshal(m)
+	if err == nil && len(b) > maxManifest {
+		return kind.Errorf(kind.State, "what the containers were asked for is larger than %d bytes", maxManifest)
+	}
 	if err == nil {
 		_, err = w.Write(b)
 	}

@@ -5,16 +5,18 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/holdfast-cri/holdfast/daemon/beneath"
 	"github.com/holdfast-cri/holdfast/daemon/checkpoint"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/step"
@@ -37,7 +39,7 @@ func (m *Manager) Restore(ctx context.Context, r *runtimeapi.RestorePodRequest,
 	if err != nil {
 		return nil, fmt.Errorf("checkpoint_path: %w", err)
 	}
-	defer saved.root.Close()
+	defer saved.dir.Close()
 	if err := saved.matches(r); err != nil {
 		return nil, err
 	}
@@ -111,12 +113,12 @@ func (m *Manager) restoreShm(ctx context.Context, p *Pod, saved *savedPod) error
 	if p.Record().Namespaces.IPC == "" || len(m.Containers.Of(p.ID())) > 0 {
 		return nil // it is the host's, or in use
 	}
-	f, err := saved.open(shmArchive)
+	f, err := beneath.FileAt(saved.dir, shmArchive, math.MaxInt64)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("checkpoint_path: %w", err)
+		return kind.Errorf(kind.Invalid, "checkpoint_path: %w", err)
 	}
 	defer f.Close()
 	if st, err := f.Stat(); err != nil || st.Size() == 0 {
@@ -144,44 +146,31 @@ func emptyShm(dir string) error {
 
 // savedPod is a checkpoint of a pod that somebody gives. It is hostile, as an archive is.
 type savedPod struct {
-	path string
-	root *os.Root
+	dir *os.File
 	manifest
 }
 
-// openCheckpoint reads what Checkpoint has written. The caller closes the root.
+// openCheckpoint reads what Checkpoint has written. The caller closes the directory.
 func openCheckpoint(path string) (*savedPod, error) {
 	dir, err := checkpoint.Directory(path)
 	if err != nil {
 		return nil, err
 	}
-	defer dir.Close()
-	root, err := os.OpenRoot(fmt.Sprintf("/proc/self/fd/%d", dir.Fd()))
-	if err != nil {
-		return nil, kind.As(kind.Unavailable, fmt.Errorf("cannot open the directory %.200q: %w", path, err))
-	}
-	s := &savedPod{path: path, root: root}
+	s := &savedPod{dir: dir}
 	if err := s.read(); err != nil {
-		root.Close()
+		dir.Close()
 		return nil, kind.Errorf(kind.Invalid, "%.200q is no checkpoint of a pod, or not a whole one: %w", path, err)
 	}
 	return s, nil
 }
 
 func (s *savedPod) read() error {
-	f, err := s.open(manifestName)
+	f, err := beneath.FileAt(s.dir, manifestName, maxManifest)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	st, err := f.Stat()
-	if err == nil && st.Size() > maxManifest {
-		err = fmt.Errorf("%s is larger than %d bytes", manifestName, maxManifest)
-	}
-	b := make([]byte, max(0, min(st.Size(), maxManifest)))
-	if err == nil {
-		_, err = f.ReadAt(b, 0)
-	}
+	b, err := io.ReadAll(io.LimitReader(f, maxManifest))
 	if err == nil {
 		err = json.Unmarshal(b, &s.manifest)
 	}
@@ -191,27 +180,17 @@ func (s *savedPod) read() error {
 	return err
 }
 
-// open opens a regular file of the checkpoint.
-func (s *savedPod) open(name string) (*os.File, error) {
-	f, err := s.root.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
-	if err != nil {
-		return nil, err
-	}
-	if st, err := f.Stat(); err != nil || !st.Mode().IsRegular() {
-		f.Close()
-		return nil, kind.Errorf(kind.Invalid, "%.200q is not a regular file", name)
-	}
-	return f, nil
-}
-
-// archive opens that of a container.
+// archive opens that of a container. It has the same name in each daemon: a repeated request
+// has to find what the first one has made.
 func (s *savedPod) archive(name string) (*checkpoint.Source, error) {
-	f, err := s.open(name)
-	if err != nil {
-		return nil, kind.As(kind.Invalid, err)
+	if name != filepath.Base(name) {
+		return nil, kind.Errorf(kind.Invalid, "%.200q is not in the directory of the checkpoint", name)
 	}
-	// The same name in each daemon: a repeated request has to find what the first one has made.
-	return checkpoint.OfFile(f, filepath.Join(s.path, name))
+	source, err := checkpoint.OpenIn(s.dir, name)
+	if errors.Is(err, kind.NotFound) {
+		err = kind.Errorf(kind.Invalid, "%w", err)
+	}
+	return source, err
 }
 
 // container gives one by its name; nil if there is none.

@@ -44,7 +44,7 @@ func Archive(ctx context.Context, dir string, w io.Writer, limits Limits) error 
 	if err != nil {
 		return fmt.Errorf("cannot open %s: %w", dir, err)
 	}
-	d := &differ{ctx: ctx, Writer: tar.NewWriter(w), left: limits, links: map[uint64]string{}}
+	d := &differ{ctx: ctx, Writer: tar.NewWriter(w), to: w, left: limits, links: map[uint64]string{}}
 	err = d.directory(root, ".", 0)
 	if err == nil {
 		err = d.Close()
@@ -59,6 +59,7 @@ func Archive(ctx context.Context, dir string, w io.Writer, limits Limits) error 
 type differ struct {
 	ctx context.Context
 	*tar.Writer
+	to    io.Writer // what Writer writes to
 	left  Limits
 	links map[uint64]string // the first name of each file that has several, by inode number
 }
@@ -157,6 +158,13 @@ func (d *differ) leaf(dir int, base string, h *tar.Header, st *unix.Stat_t) erro
 		}
 		f := os.NewFile(uintptr(fd), h.Name)
 		defer f.Close()
+		list, err := extents(f, st, maxExtents)
+		if err != nil {
+			return err
+		}
+		if list != nil {
+			return d.sparse(h, f, list)
+		}
 		return d.entry(h, f)
 	case unix.S_IFLNK:
 		b := make([]byte, unix.PathMax)
@@ -212,11 +220,20 @@ func (d *differ) whiteout(name string, at time.Time) error {
 	return d.entry(&tar.Header{Typeflag: tar.TypeReg, Name: name, ModTime: at, Format: tar.FormatPAX}, nil)
 }
 
-func (d *differ) entry(h *tar.Header, content io.Reader) error {
+// count takes an entry of so many bytes off what is left: holes count, as they do for whoever
+// reads it.
+func (d *differ) count(size int64) error {
 	d.left.Entries--
-	d.left.Bytes -= h.Size
+	d.left.Bytes -= size
 	if d.left.Entries < 0 || d.left.Bytes < 0 {
 		return fmt.Errorf("%w: it is too large", kind.Exhausted)
+	}
+	return nil
+}
+
+func (d *differ) entry(h *tar.Header, content io.Reader) error {
+	if err := d.count(h.Size); err != nil {
+		return err
 	}
 	if err := d.WriteHeader(h); err != nil || content == nil {
 		return err
@@ -284,9 +301,9 @@ const trashSuffix = ".trash"
 
 // OpenLayer opens the directory of an unpacked layer. The layer is held meanwhile, and
 // the caller closes the result.
-func (s *Store) OpenLayer(diffID digest.Digest) (*os.Root, error) {
+func (s *Store) OpenLayer(diffID digest.Digest) (*os.File, error) {
 	if s.get(diffID) == nil {
 		return nil, fmt.Errorf("%w: %s", ErrNoLayer, diffID)
 	}
-	return os.OpenRoot(filepath.Join(s.layerDir(diffID), diffName))
+	return os.Open(filepath.Join(s.layerDir(diffID), diffName))
 }

@@ -10,6 +10,8 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
 // What a container has done to its root is the same after Diff and Restore, below another
@@ -26,7 +28,9 @@ func TestDiffAndRestore(t *testing.T) {
 	}
 	const work = `set -e; cd "$1"; umask 0; rm d/gone; echo more >>d/kept; rm -r hidden; mkdir -m 2750 hidden
 		echo b >hidden/b; chown 12:34 hidden/b; chmod 4755 hidden/b; ln hidden/b hidden/c; ln -s /nowhere link
-		mkfifo -m 640 fifo; mknod null c 1 3; touch -d '2001-02-03 04:05:06.7' d/kept; truncate -s 100000 hole`
+		mkfifo -m 640 fifo; mknod null c 1 3; touch -d '2001-02-03 04:05:06.7' d/kept; truncate -s 100000 hole; truncate -s 8G large
+		printf begin | dd of=large conv=notrunc 2>/dev/null; printf end | dd of=large bs=1 seek=5000000000 conv=notrunc 2>/dev/null
+		truncate -s 3M large-$(printf %0200d 1)`
 	if out, err := exec.Command("sh", "-c", work, "sh", root).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
@@ -40,6 +44,9 @@ func TestDiffAndRestore(t *testing.T) {
 	var diff bytes.Buffer
 	if err := Diff(t.Context(), rw, &diff, DefaultLimits); err != nil {
 		t.Fatal(err)
+	}
+	if diff.Len() > 1<<20 {
+		t.Errorf("the holes take %d bytes", diff.Len())
 	}
 	os.Remove(filepath.Join(root, "d/s")) // a tar archive has no sockets
 
@@ -55,7 +62,8 @@ func TestDiffAndRestore(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { Unmount(root); Unmount(root2) })
-	const look = `cd "$1" && find . ! -path ./d -printf '%p %y %m %U:%G %s %l %n %T@\n' | sort; cat d/kept hidden/*
+	const look = `cd "$1" && find . ! -path ./d -printf '%p %y %m %U:%G %s %l %n %T@\n' | sort; cat d/kept hidden/*; sha256sum large-*
+		dd if=large bs=4096 count=1 skip=1220703 2>/dev/null | sha256sum; head -c 10 large; du -k large | sed 's/\t.*//'
 		stat -c '%t %T %a' null d; ls -i hidden | cut -d' ' -f1 | uniq | wc -l; getfattr -d -e hex d/kept 2>/dev/null; true`
 	want, err1 := exec.Command("sh", "-c", look, "sh", root).CombinedOutput()
 	got, err2 := exec.Command("sh", "-c", look, "sh", root2).CombinedOutput()
@@ -69,6 +77,33 @@ func TestDiffAndRestore(t *testing.T) {
 	}
 	if err := s.Restore(t.Context(), []digest.Digest{layer}, rw2, &diff); err == nil {
 		t.Error("a writable layer was restored on top of another one")
+	}
+}
+
+func holed(path string, size int64) error {
+	return errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, size))
+}
+
+// A file of too many pieces is refused: whoever reads the archive keeps a list of them.
+func TestExtents(t *testing.T) {
+	const pieces = 10
+	f, err := os.Create(filepath.Join(t.TempDir(), "f"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for i := int64(0); err == nil && i < pieces; i++ {
+		_, err = f.WriteAt([]byte("x"), i<<20)
+	}
+	var st unix.Stat_t
+	if err := errors.Join(err, f.Sync(), unix.Fstat(int(f.Fd()), &st)); err != nil {
+		t.Fatal(err)
+	}
+	if list, err := extents(f, &st, pieces); err != nil || len(list) != pieces || list[1].at != 1<<20 {
+		t.Errorf("%v, %v", list, err)
+	}
+	if _, err := extents(f, &st, pieces-1); !errors.Is(err, ErrNoDiff) {
+		t.Errorf("too many: %v", err)
 	}
 }
 
@@ -86,6 +121,8 @@ func TestDiffRefuses(t *testing.T) {
 			return errors.Join(os.Mkdir(upper+"/d", 0o700), unix.Setxattr(upper+"/d", redirectXattr, []byte("/old"), 0))
 		}, DefaultLimits, ErrNoDiff},
 		"too many": {func(upper string) error { return os.Mkdir(upper+"/d", 0o700) }, Limits{Bytes: 1, Entries: 1}, nil},
+		"a hole that is too much": {func(upper string) error { return holed(upper+"/f", 1<<20) },
+			Limits{Bytes: 1<<20 - 1, Entries: 9}, kind.Exhausted},
 		"too much": {func(upper string) error { return os.WriteFile(upper+"/f", []byte("xx"), 0o600) },
 			Limits{Bytes: 1, Entries: 9}, nil},
 	} {

@@ -167,7 +167,7 @@ var ofTheModule = map[string][]string{
 		"daemon/records", "daemon/rootfs", "daemon/state", "proto/rundir", "proto/stream", "reaper/pidfd", "runc/cgroup",
 	},
 	// What a checkpoint is on a disk; it does nothing to a container.
-	"daemon/checkpoint": {"daemon/records", "proto/kind", "reaper/group"},
+	"daemon/checkpoint": {"daemon/beneath", "daemon/records", "proto/kind", "reaper/group"},
 
 	"daemon/claims":    {"proto/kind", "proto/step"},
 	"daemon/events":    {"proto/kind", "proto/step"},
