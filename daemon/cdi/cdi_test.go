@@ -198,7 +198,8 @@ func text(path, text string) func() error {
 // All files together have a bound, and so has a directory.
 func TestBounds(t *testing.T) {
 	dir := t.TempDir()
-	big := with("v/big", "1", "a") + "#" + strings.Repeat("x", maxFile-200)
+	// The parser of YAML, slow with -race, does not look at what follows the first document.
+	big := with("v/big", "1", "a") + "...\n---\nx: " + strings.Repeat("x", maxFile-200)
 	for i := range maxBytes/maxFile + 1 {
 		write(t, fmt.Sprintf("%s/%03d.yaml", dir, i), strings.Replace(big, "v/big", fmt.Sprintf("v/big%d", i), 1))
 	}
