@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/record"
@@ -191,8 +192,8 @@ func TestNotOurs(t *testing.T) {
 		t.Skipf("cannot mount: %v", err)
 	}
 	defer unix.Unmount(layers, unix.MNT_DETACH)
-	stray := filepath.Join(netnsDir, pinPrefix+"mine")
-	check(t, errors.Join(os.MkdirAll(netnsDir, 0o755), os.WriteFile(stray, nil, 0o600)))
+	stray := filepath.Join(netns.Dir, netns.PinPrefix+"mine")
+	check(t, errors.Join(os.MkdirAll(netns.Dir, 0o755), os.WriteFile(stray, nil, 0o600)))
 	defer os.Remove(stray)
 	r, err = Look(t.Context(), o)
 	check(t, err)

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 	"github.com/holdfast-cri/holdfast/daemon/placement"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
@@ -273,7 +274,7 @@ func (l *look) judgePins() {
 		mounted[m.Point] = m.ID
 	}
 	for _, path := range l.pins {
-		id := strings.TrimPrefix(filepath.Base(path), pinPrefix)
+		id := strings.TrimPrefix(filepath.Base(path), netns.PinPrefix)
 		l.add(Namespace, path, mounted[path], l.unlessForeign(id, l.ofPod(id, records.DebtNamespaces)), unpin(path))
 	}
 }

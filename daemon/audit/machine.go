@@ -17,15 +17,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/daemon/mounts"
+	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 	"github.com/holdfast-cri/holdfast/daemon/placement"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
-)
-
-// Where the network namespaces of pods are pinned, and how their names begin.
-const (
-	netnsDir  = "/run/netns"
-	pinPrefix = "holdfast-"
 )
 
 // machine is what the kernel says, before any record is read.
@@ -33,7 +28,7 @@ type machine struct {
 	daemonRuns bool // somebody has the lock of STATE
 	processes  map[int]*process
 	mounts     []mounts.Mount
-	pins       []string // files in netnsDir that are called as ours are
+	pins       []string // files in netns.Dir that are called as ours are
 	cgroups    []group
 	trees      []entry
 }
@@ -92,9 +87,9 @@ func (l *look) lookAtMachine() (m machine) {
 	if m.mounts, err = mounts.Read(mounts.Self); err != nil {
 		l.miss("cannot list the mounts: %w", err)
 	}
-	for _, name := range l.names(netnsDir) {
-		if id, ok := strings.CutPrefix(name, pinPrefix); ok && idForm.MatchString(id) {
-			m.pins = append(m.pins, filepath.Join(netnsDir, name))
+	for _, name := range l.names(netns.Dir) {
+		if id, ok := strings.CutPrefix(name, netns.PinPrefix); ok && idForm.MatchString(id) {
+			m.pins = append(m.pins, filepath.Join(netns.Dir, name))
 		}
 	}
 	err = cgroup.Visit(func(dir, name string) bool {

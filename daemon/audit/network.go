@@ -40,7 +40,6 @@ type port struct {
 }
 
 const (
-	builtinBridge  = "holdfast0"
 	defaultBridge  = "cni0"
 	defaultDataDir = "/var/lib/cni/networks"
 
@@ -68,7 +67,8 @@ type cniPlugin struct {
 // is judged is read again.
 func (l *look) lookAtNetworks() (n networks) {
 	n.holders = map[string]string{}
-	dirs, bridges := map[string]bool{l.Root + "/cni/networks/holdfast": true}, map[string]bool{builtinBridge: true}
+	dirs := map[string]bool{filepath.Join(l.Root, "cni", netns.LeasesName, netns.BuiltinNetwork): true}
+	bridges := map[string]bool{netns.BuiltinBridge: true}
 	for _, raw := range l.cniConfigs() {
 		var c cniConfig
 		if json.Unmarshal(raw, &c) != nil {
@@ -168,8 +168,8 @@ func (l *look) eachNetwork(f func(path, name string)) {
 	for _, path := range l.pins {
 		f(path, path)
 	}
-	for _, name := range l.names(netnsDir) {
-		f(filepath.Join(netnsDir, name), filepath.Join(netnsDir, name))
+	for _, name := range l.names(netns.Dir) {
+		f(filepath.Join(netns.Dir, name), filepath.Join(netns.Dir, name))
 	}
 	seen := map[string]bool{}
 	for pid := range l.processes {
@@ -201,7 +201,7 @@ func (l *look) namespaceIDs() map[int]string {
 // ofPort is the verdict on a link on a bridge, by what has the namespace of its other end, and by its name. Other
 // programs may use the bridge.
 func (l *look) ofPort(p port, holder string) verdict {
-	id, pinned := strings.CutPrefix(holder, filepath.Join(netnsDir, pinPrefix))
+	id, pinned := strings.CutPrefix(holder, filepath.Join(netns.Dir, netns.PinPrefix))
 	if pinned && idForm.MatchString(id) {
 		return l.unlessForeign(id, l.ofPod(id, records.DebtNetwork))
 	}

@@ -89,7 +89,7 @@ func TestBuiltinNetworkWorks(t *testing.T) {
 	}
 	w := newWorld(t, func(o *Options) { o.DefaultNetwork, o.Subnet = true, subnets })
 	before := w.traces()
-	defer ipLinkDel(t, builtinBridge)
+	defer ipLinkDel(t, netns.BuiltinBridge)
 	a, b := w.pod("a"), w.pod("b")
 	a.PortMappings = []PortMapping{{HostPort: 18081, ContainerPort: 80, Protocol: "tcp"}}
 	ra := w.add(a)

@@ -14,13 +14,9 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 
+	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/record"
-)
-
-const (
-	builtinName   = "holdfast"
-	builtinBridge = "holdfast0"
 )
 
 // SetPodCIDR takes the CIDR that the kubelet sends with UpdateRuntimeConfig,
@@ -108,13 +104,13 @@ func (n *Network) builtinLocked() (conf, error) {
 	}
 	plugins := []any{map[string]any{
 		"type":        "bridge",
-		"bridge":      builtinBridge,
+		"bridge":      netns.BuiltinBridge,
 		"isGateway":   true,
 		"ipMasq":      masquerade,
 		"hairpinMode": true,
 		"ipam": map[string]any{
 			"type":    "host-local",
-			"dataDir": filepath.Join(n.opts.CacheDir, "networks"),
+			"dataDir": filepath.Join(n.opts.CacheDir, netns.LeasesName),
 			"ranges":  ranges,
 			"routes":  routes,
 		},
@@ -127,7 +123,7 @@ func (n *Network) builtinLocked() (conf, error) {
 	}
 	data, err := json.Marshal(map[string]any{
 		"cniVersion":             "1.0.0",
-		"name":                   builtinName,
+		"name":                   netns.BuiltinNetwork,
 		"loadOnlyInlinedPlugins": true,
 		"plugins":                plugins,
 	})

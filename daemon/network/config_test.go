@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
@@ -196,7 +197,7 @@ func TestBuiltinNetwork(t *testing.T) {
 	}
 
 	w := newWorld(t, builtin)
-	w.wantNetwork(builtinName)
+	w.wantNetwork(netns.BuiltinNetwork)
 	if got := ranges(w); got != `[[{"subnet":"10.230.1.0/24"}]]` {
 		t.Errorf("ranges %s", got)
 	}
@@ -232,7 +233,7 @@ func TestBuiltinNetwork(t *testing.T) {
 
 	t.Setenv("PATH", t.TempDir())
 	w = newWorld(t, builtin)
-	w.wantNetwork(builtinName)
+	w.wantNetwork(netns.BuiltinNetwork)
 	b, err := w.Config()
 	if err != nil || strings.Contains(string(b), "portmap") || !strings.Contains(string(b), `"ipMasq":false`) {
 		t.Errorf("without iptables: %s, %v", b, err)

@@ -248,7 +248,7 @@ func (w *world) traces() []string {
 		w.t.Fatal(err)
 	}
 	for _, l := range links {
-		if !strings.HasPrefix(l.Name, "hf-") && l.Name != builtinBridge {
+		if !strings.HasPrefix(l.Name, "hf-") && l.Name != netns.BuiltinBridge {
 			out = append(out, "link "+l.Name)
 		}
 	}

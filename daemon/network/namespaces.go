@@ -18,7 +18,7 @@ import (
 func (n *Network) Paths(id string) Namespaces {
 	ns := n.pinDir(id)
 	return Namespaces{
-		Net:  filepath.Join(n.opts.NetnsDir, pinPrefix+id),
+		Net:  filepath.Join(n.opts.NetnsDir, netns.PinPrefix+id),
 		IPC:  filepath.Join(ns, "ipc"),
 		UTS:  filepath.Join(ns, "uts"),
 		User: filepath.Join(ns, "user"),

@@ -199,7 +199,7 @@ func TestNamespacesOverLeftovers(t *testing.T) {
 		}
 		w.removeNamespaces(id)
 	}
-	if left, err := filepath.Glob(w.opts.NetnsDir + "/" + pinPrefix + "*"); len(left) > 0 || err != nil {
+	if left, err := filepath.Glob(w.opts.NetnsDir + "/" + netns.PinPrefix + "*"); len(left) > 0 || err != nil {
 		t.Errorf("left after removal: %v, %v", left, err)
 	}
 	w.unchanged(before)

@@ -15,6 +15,8 @@ import (
 	"regexp"
 	"sync"
 	"time"
+
+	"github.com/holdfast-cri/holdfast/daemon/network/netns"
 )
 
 var (
@@ -32,9 +34,6 @@ var (
 )
 
 const (
-	defaultNetnsDir = "/run/netns"
-	pinPrefix       = "holdfast-"
-
 	// maxPlugins bounds the pods whose plugins run at once. Plugins are short
 	// and mostly wait (iptables lock, a cloud's API), so this is far above the
 	// number of CPUs; it only keeps a node that restarts all its pods from
@@ -96,7 +95,7 @@ func New(o Options) (*Network, error) {
 		}
 	}
 	if o.NetnsDir == "" {
-		o.NetnsDir = defaultNetnsDir
+		o.NetnsDir = netns.Dir
 	}
 	if o.Log == nil {
 		o.Log = slog.Default()
