@@ -207,6 +207,10 @@ func (o *origin) fits(s *specs.Spec) error {
 // exceeds refuses a checkpoint whose processes, as its spec says, may do more than the
 // request lets them: CRIU gives them what they had. It is no defence against an archive
 // that lies.
+//
+// A request for root takes any user: a kubelet asks for root where the image names no user,
+// and an image that is a checkpoint names none. What is inheritable has to be among what
+// the request gives at all: other runtimes had all of it there.
 func (o *origin) exceeds(s *specs.Spec) error {
 	was, now := o.info.Spec.Process, s.Process
 	a, b := was.User, now.User
@@ -218,13 +222,13 @@ func (o *origin) exceeds(s *specs.Spec) error {
 		field string
 		more  bool
 	}{
-		{"run_as_user", a.UID != b.UID},
-		{"run_as_group", a.GID != b.GID},
-		{"supplemental_groups", slices.ContainsFunc(a.AdditionalGids, func(gid uint32) bool {
+		{"run_as_user", b.UID != 0 && a.UID != b.UID},
+		{"run_as_group", b.UID != 0 && a.GID != b.GID},
+		{"supplemental_groups", b.UID != 0 && slices.ContainsFunc(a.AdditionalGids, func(gid uint32) bool {
 			return !slices.Contains(b.AdditionalGids, gid)
 		})},
 		{"capabilities", missing(had.Bounding, have.Bounding) || missing(had.Permitted, have.Permitted) ||
-			missing(had.Effective, have.Effective) || missing(had.Inheritable, have.Inheritable) ||
+			missing(had.Effective, have.Effective) || missing(had.Inheritable, have.Bounding) ||
 			missing(had.Ambient, have.Ambient)},
 		{"no_new_privs", now.NoNewPrivileges && !was.NoNewPrivileges},
 		{"seccomp", s.Linux.Seccomp != nil && o.info.Spec.Linux.Seccomp == nil},

@@ -28,8 +28,11 @@ func TestDiffAndRestore(t *testing.T) {
 	}
 	const work = `set -e; cd "$1"; umask 0; rm d/gone; echo more >>d/kept; rm -r hidden; mkdir -m 2750 hidden
 		echo b >hidden/b; chown 12:34 hidden/b; chmod 4755 hidden/b; ln hidden/b hidden/c; ln -s /nowhere link
-		mkfifo -m 640 fifo; mknod null c 1 3; touch -d '2001-02-03 04:05:06.7' d/kept; truncate -s 100000 hole; truncate -s 8G large
-		printf begin | dd of=large conv=notrunc 2>/dev/null; printf end | dd of=large bs=1 seek=5000000000 conv=notrunc 2>/dev/null
+		mkfifo -m 640 fifo; mknod null c 1 3; touch -d '2001-02-03 04:05:06.7' d/kept
+		truncate -s 100000 hole
+		truncate -s 8G large
+		printf begin | dd of=large conv=notrunc 2>/dev/null
+		printf end | dd of=large bs=1 seek=5000000000 conv=notrunc 2>/dev/null
 		truncate -s 3M large-$(printf %0200d 1)`
 	if out, err := exec.Command("sh", "-c", work, "sh", root).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
@@ -62,9 +65,13 @@ func TestDiffAndRestore(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { Unmount(root); Unmount(root2) })
-	const look = `cd "$1" && find . ! -path ./d -printf '%p %y %m %U:%G %s %l %n %T@\n' | sort; cat d/kept hidden/*; sha256sum large-*
-		dd if=large bs=4096 count=1 skip=1220703 2>/dev/null | sha256sum; head -c 10 large; du -k large | sed 's/\t.*//'
-		stat -c '%t %T %a' null d; ls -i hidden | cut -d' ' -f1 | uniq | wc -l; getfattr -d -e hex d/kept 2>/dev/null; true`
+	const look = `cd "$1" && find . ! -path ./d -printf '%p %y %m %U:%G %s %l %n %T@\n' | sort
+		cat d/kept hidden/*; sha256sum large-*
+		dd if=large bs=4096 count=1 skip=1220703 2>/dev/null | sha256sum
+		head -c 10 large; du -k large | sed 's/\t.*//'
+		stat -c '%t %T %a' null d
+		ls -i hidden | cut -d' ' -f1 | uniq | wc -l
+		getfattr -d -e hex d/kept 2>/dev/null; true`
 	want, err1 := exec.Command("sh", "-c", look, "sh", root).CombinedOutput()
 	got, err2 := exec.Command("sh", "-c", look, "sh", root2).CombinedOutput()
 	if err1 != nil || err2 != nil || !bytes.Equal(want, got) {

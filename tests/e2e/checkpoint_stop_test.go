@@ -106,3 +106,31 @@ func TestStopDuringCheckpoint(t *testing.T) {
 	}
 	n.CheckClean()
 }
+
+// TestCRIUThatCannot has a CRIU that cannot work with the kernel, or none: both ways are
+// refused, with its words, and the container goes on.
+func TestCRIUThatCannot(t *testing.T) {
+	withCRIU(t, "#!/bin/sh\n[ $1 = check ] || exec echo Version: 9.9\necho 'Error (x.c:1): no such area'\nexit 1\n")
+	n := harness.New(t)
+	p := n.RunPod("without")
+	c := p.Run("counter", []string{"sh", "-c", counter})
+	goesOn(t, c)
+	dir := t.TempDir()
+	archive := filepath.Join(dir, "there.tar")
+	check(t, os.WriteFile(archive, nil, 0o600))
+	cfg := harness.ContainerConfig("restored", nil)
+	cfg.Image.Image = archive
+	ctx, cancel := harness.Deadline()
+	defer cancel()
+	_, err := n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{
+		PodSandboxId: p.ID, Config: cfg, SandboxConfig: p.Config})
+	for _, err := range []error{checkpointTo(n, c.ID, filepath.Join(dir, "a.tar")), err} {
+		wantError(t, err, codes.FailedPrecondition, "no such area")
+		wantError(t, err, codes.FailedPrecondition, "9.9")
+	}
+	goesOn(t, c)
+	inOrder(t, counts(t, c))
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 1 {
+		t.Errorf("something is left: %v, %v", left, err)
+	}
+}
