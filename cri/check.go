@@ -35,19 +35,30 @@ func check(req any) error {
 		}
 		return checkRef("config.image.image", r.GetConfig().GetImage())
 	case *runtimeapi.ExecSyncRequest:
-		if err := checkCommand(r.GetCmd(), r); err != nil {
-			return err
-		}
+		return cmp.Or(
+			checkCommand(r.GetCmd(), r),
+			require("container_id", r.GetContainerId()),
+			checkTimeout(r))
+	case *runtimeapi.StopContainerRequest:
+		return cmp.Or(require("container_id", r.GetContainerId()), checkTimeout(r))
 	case *runtimeapi.ExecRequest:
-		return cmp.Or(require("container_id", r.GetContainerId()), checkCommand(r.GetCmd(), r), checkStreams(r))
+		return cmp.Or(
+			require("container_id", r.GetContainerId()),
+			checkCommand(r.GetCmd(), r),
+			checkStreams(r))
 	case *runtimeapi.AttachRequest:
 		return cmp.Or(require("container_id", r.GetContainerId()), checkStreams(r))
 	case *runtimeapi.UpdateContainerResourcesRequest:
 		return cmp.Or(require("container_id", r.GetContainerId()), checkUpdate(r))
 	case *runtimeapi.CheckpointContainerRequest:
-		return cmp.Or(require("container_id", r.GetContainerId()), require("location", r.GetLocation()))
+		return cmp.Or(
+			require("container_id", r.GetContainerId()),
+			require("location", r.GetLocation()),
+			checkTimeout(r))
 	case *runtimeapi.CheckpointPodRequest:
-		return cmp.Or(require("pod_sandbox_id", r.GetPodSandboxId()), require("output_path", r.GetOutputPath()))
+		return cmp.Or(
+			require("pod_sandbox_id", r.GetPodSandboxId()),
+			require("output_path", r.GetOutputPath()))
 	case *runtimeapi.RestorePodRequest:
 		if r.GetConfig() == nil {
 			return invalid("config", "is missing")
@@ -137,10 +148,14 @@ func checkRef(field string, image *runtimeapi.ImageSpec) error {
 	return require(field, image.GetImage())
 }
 
-// seconds turns a timeout of the CRI into a duration.
-func seconds(field string, n int64) (time.Duration, error) {
-	if n < 0 {
-		return 0, invalid(field, "is negative")
+func checkTimeout(r interface{ GetTimeout() int64 }) error {
+	if r.GetTimeout() < 0 {
+		return invalid("timeout", "is negative")
 	}
-	return time.Duration(min(n, math.MaxInt64/int64(4*time.Second))) * time.Second, nil
+	return nil
+}
+
+// seconds turns a timeout of the CRI, which is not negative, into a duration.
+func seconds(n int64) time.Duration {
+	return time.Duration(min(n, math.MaxInt64/int64(4*time.Second))) * time.Second
 }

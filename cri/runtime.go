@@ -122,11 +122,7 @@ func (s *Server) StartContainer(ctx context.Context, r *runtimeapi.StartContaine
 // StopContainer stops a container within its grace period.
 func (s *Server) StopContainer(ctx context.Context, r *runtimeapi.StopContainerRequest,
 ) (*runtimeapi.StopContainerResponse, error) {
-	grace, err := seconds("timeout", r.GetTimeout())
-	if err != nil {
-		return nil, err
-	}
-	return &runtimeapi.StopContainerResponse{}, s.d.Containers.Stop(ctx, r.GetContainerId(), grace)
+	return &runtimeapi.StopContainerResponse{}, s.d.Containers.Stop(ctx, r.GetContainerId(), seconds(r.GetTimeout()))
 }
 
 // RemoveContainer removes a container, running or not.
@@ -202,11 +198,7 @@ func (s *Server) UpdatePodSandboxResources(ctx context.Context, r *runtimeapi.Up
 
 // ExecSync runs a command in a container.
 func (s *Server) ExecSync(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*runtimeapi.ExecSyncResponse, error) {
-	timeout, err := seconds("timeout", r.GetTimeout())
-	if err != nil {
-		return nil, err
-	}
-	return s.d.Containers.ExecSync(ctx, r.GetContainerId(), r.GetCmd(), timeout)
+	return s.d.Containers.ExecSync(ctx, r.GetContainerId(), r.GetCmd(), seconds(r.GetTimeout()))
 }
 
 // Exec gives the address at which a command is run as a stream.
@@ -237,12 +229,8 @@ func (s *Server) ReopenContainerLog(ctx context.Context, r *runtimeapi.ReopenCon
 // CheckpointContainer writes an archive of a running container, which goes on.
 func (s *Server) CheckpointContainer(ctx context.Context, r *runtimeapi.CheckpointContainerRequest,
 ) (*runtimeapi.CheckpointContainerResponse, error) {
-	timeout, err := seconds("timeout", r.GetTimeout())
-	if err != nil {
-		return nil, err
-	}
 	return &runtimeapi.CheckpointContainerResponse{},
-		s.d.Containers.Checkpoint(ctx, r.GetContainerId(), r.GetLocation(), timeout)
+		s.d.Containers.Checkpoint(ctx, r.GetContainerId(), r.GetLocation(), seconds(r.GetTimeout()))
 }
 
 // CheckpointPod writes a checkpoint of containers of a pod, which go on.

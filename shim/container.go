@@ -142,7 +142,9 @@ func (c *container) openLog(l rundir.Launch, files *Files) (err error) {
 
 // logError says that the request is wrong where its log path is.
 func logError(err error) error {
-	for _, wrong := range []error{logfile.ErrPath, logfile.ErrNotRegular, unix.ELOOP, unix.ENAMETOOLONG} {
+	for _, wrong := range []error{
+		logfile.ErrPath, logfile.ErrNotRegular, unix.ELOOP, unix.ENAMETOOLONG, unix.ENOTDIR,
+	} {
 		if errors.Is(err, wrong) {
 			return kind.As(kind.Invalid, err)
 		}

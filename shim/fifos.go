@@ -123,8 +123,7 @@ func openFIFO(path, field string) (*os.File, error) {
 	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFIFO {
 		return nil, kind.Errorf(kind.Invalid, "%s %.200q is not a FIFO", field, path)
 	}
-	f, err := reopen(place, unix.O_RDONLY)
-	return f, kind.As(kind.Invalid, err)
+	return reopen(place, unix.O_RDONLY)
 }
 
 // reopen opens the file behind a descriptor once more.

@@ -28,6 +28,7 @@ import (
 	"github.com/holdfast-cri/holdfast/runc"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
 	_ "github.com/holdfast-cri/holdfast/shim" // so that a change of it is one of these tests, too
+	"github.com/holdfast-cri/holdfast/tests/refusals"
 )
 
 // limit is how long any condition may take. It only decides how long a broken
@@ -62,7 +63,7 @@ func run(m *testing.M) int {
 	// On a machine without a compiler a binary can be given.
 	if shimBinary = os.Getenv("HOLDFAST_TEST_SHIM"); shimBinary == "" {
 		shimBinary = filepath.Join(tmp, "holdfast-shim")
-		args := []string{"build", "-o", shimBinary, "../cmd/holdfast-shim"}
+		args := []string{"build", "-tags=refusals", "-o", shimBinary, "../cmd/holdfast-shim"}
 		if raceEnabled {
 			args = slices.Insert(args, 1, "-race")
 		}
@@ -82,7 +83,7 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	return m.Run()
+	return refusals.Tests{Dirs: []string{".", "taskapi"}}.Main(m.Run)
 }
 
 func makeRootfs() error {

@@ -380,63 +380,112 @@ func TestDeleteWhileCreating(t *testing.T) {
 	b.gone()
 }
 
-func TestBadRequests(t *testing.T) {
+// refusedBy makes sure that an answer is an error of this code about a field, or that it has
+// another text.
+func refusedBy(t *testing.T, err error, want codes.Code, says string) {
+	t.Helper()
+	if code(err) != want || !strings.Contains(err.Error(), says) {
+		t.Errorf("got %v, want %s about %q", err, want, says)
+	}
+}
+
+func TestBadCreates(t *testing.T) {
 	b := newBox(t)
 	b.launch()
-	check := func(what string, want codes.Code, err error) {
-		t.Helper()
-		if code(err) != want {
-			t.Errorf("%s: got %v, want %s", what, err, want)
-		}
+	call := func(r *pb.CreateRequest) error {
+		_, err := b.client.Create(b.ctx(), r)
+		return err
 	}
-	_, err := b.client.State(b.ctx(), &pb.StateRequest{Id: "other"})
-	check("another id", codes.NotFound, err)
-	_, err = b.client.State(b.ctx(), &pb.StateRequest{})
-	check("no id", codes.InvalidArgument, err)
-	_, err = b.client.Start(b.ctx(), &pb.StartRequest{Id: b.id})
-	check("start of nothing", codes.FailedPrecondition, err)
-	_, err = b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id, Signal: 9})
-	check("kill of nothing", codes.FailedPrecondition, err)
-	for name, change := range map[string]func(*pb.CreateRequest){
-		"no spec": func(r *pb.CreateRequest) { r.Spec = nil },
-		"a wrong spec": func(r *pb.CreateRequest) {
-			r.Spec = &anypb.Any{TypeUrl: r.Spec.TypeUrl, Value: []byte("{")}
-		},
-		"no request id":     func(r *pb.CreateRequest) { r.RequestId = "" },
-		"no runtime":        func(r *pb.CreateRequest) { r.Runtime = nil },
-		"a relative log":    func(r *pb.CreateRequest) { r.Log.Directory = "logs" },
-		"a relative record": func(r *pb.CreateRequest) { r.DurableDir = "durable" },
+	for _, c := range []struct {
+		says   string
+		change func(*pb.CreateRequest)
+	}{
+		{"spec is", func(r *pb.CreateRequest) { r.Spec = nil }},
+		{"spec: ", func(r *pb.CreateRequest) { r.Spec = &anypb.Any{TypeUrl: r.Spec.TypeUrl, Value: []byte("{")} }},
+		{"request_id", func(r *pb.CreateRequest) { r.RequestId = "" }},
+		{"runtime.", func(r *pb.CreateRequest) { r.Runtime = nil }},
+		{"log.directory", func(r *pb.CreateRequest) { r.Log.Directory = "logs" }},
+		{"durable_dir", func(r *pb.CreateRequest) { r.DurableDir = "durable" }},
+		{"payload_path", func(r *pb.CreateRequest) { r.PayloadPath = "/no/such/file" }},
 	} {
 		r := b.request(b.spec(""))
-		change(r)
-		_, err := b.client.Create(b.ctx(), r)
-		check("create with "+name, codes.InvalidArgument, err)
+		c.change(r)
+		refusedBy(t, call(r), codes.InvalidArgument, c.says)
 	}
-	root := b.spec("")
-	root.Linux.CgroupsPath = "/"
-	_, err = b.client.Create(b.ctx(), b.request(root))
-	check("create in the root cgroup", codes.InvalidArgument, err)
+	for says, change := range map[string]func(*specs.Spec){
+		"spec.linux.cgroupsPath": func(s *specs.Spec) { s.Linux.CgroupsPath = "/" },
+		"spec.process.args":      func(s *specs.Spec) { s.Process.Args = nil },
+		"spec.root.path":         func(s *specs.Spec) { s.Root = nil },
+	} {
+		s := b.spec("")
+		change(s)
+		refusedBy(t, call(b.request(s)), codes.InvalidArgument, says)
+	}
 	if b.state().Phase != pb.Phase_PHASE_EMPTY {
 		t.Errorf("phase %s after refused creates", b.state().Phase)
 	}
-	if _, err := b.client.Create(b.ctx(), b.request(b.spec("exec sleep 1000"))); err != nil {
+	// What is found only while a container is made is the end of it.
+	for says, change := range map[string]func(*pb.CreateRequest){
+		"spec.annotations":      func(r *pb.CreateRequest) { r.RestoreDir = "/" },
+		"../x":                  func(r *pb.CreateRequest) { r.Log.Path = "../x" },
+		"0.log below /dev/null": func(r *pb.CreateRequest) { r.Log.Directory = "/dev/null" },
+	} {
+		b := newBox(t)
+		b.launch()
+		r := b.request(b.spec(""))
+		change(r)
+		_, err := b.client.Create(b.ctx(), r)
+		refusedBy(t, err, codes.InvalidArgument, says)
+	}
+}
+
+func TestBadRequests(t *testing.T) {
+	b := newBox(t)
+	b.launch()
+	ctx, id := b.ctx(), b.id
+	call := func(_ any, err error) error { return err }
+	_, err := b.client.State(ctx, &pb.StateRequest{Id: "other"})
+	refusedBy(t, err, codes.NotFound, "other")
+	refusedBy(t, call(b.client.State(ctx, &pb.StateRequest{})), codes.InvalidArgument, "id is empty")
+	refusedBy(t, call(b.client.Start(ctx, &pb.StartRequest{Id: id})), codes.FailedPrecondition, "")
+	refusedBy(t, call(b.client.Kill(ctx, &pb.KillRequest{Id: id, Signal: 9})), codes.FailedPrecondition, "")
+	if _, err := b.client.Create(ctx, b.request(b.spec("exec sleep 1000"))); err != nil {
 		t.Fatal(err)
 	}
-	_, err = b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id, Signal: 65})
-	check("signal 65", codes.InvalidArgument, err)
-	_, err = b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id})
-	check("signal 0", codes.InvalidArgument, err)
-	_, err = b.exec(&specs.Process{Args: []string{"true"}}, &pb.ExecSyncRequest{})
-	check("exec before start", codes.FailedPrecondition, err)
+	_, err = b.exec(sh("true"), &pb.ExecSyncRequest{})
+	refusedBy(t, err, codes.FailedPrecondition, "")
 	b.start()
-	_, err = b.exec(&specs.Process{Args: []string{"true"}, Terminal: true}, &pb.ExecSyncRequest{})
-	check("exec with a terminal", codes.InvalidArgument, err)
-	_, err = b.exec(&specs.Process{}, &pb.ExecSyncRequest{})
-	check("exec of nothing", codes.InvalidArgument, err)
-	_, err = b.exec(&specs.Process{Args: []string{"true"}}, &pb.ExecSyncRequest{StdoutPath: "/no/such/file"})
-	check("exec to no file", codes.InvalidArgument, err)
-	_, err = b.client.Delete(b.ctx(), &pb.DeleteRequest{Id: b.id})
-	check("delete of a running one", codes.FailedPrecondition, err)
+	if _, err := b.client.Freeze(ctx, &pb.FreezeRequest{Id: id, LimitMs: 600_000}); err != nil {
+		t.Fatal(err)
+	}
+	_, err = b.client.Checkpoint(ctx, &pb.CheckpointRequest{Id: id, Dir: b.durable + "/absent"})
+	refusedBy(t, err, codes.InvalidArgument, "dir ")
+	if _, err := b.client.Thaw(ctx, &pb.ThawRequest{Id: id}); err != nil {
+		t.Fatal(err)
+	}
+	resources := []byte(`{"resources": {"cpu": 1}}`)
+	for _, c := range []struct {
+		says string
+		err  error
+	}{
+		{"signal 65", call(b.client.Kill(ctx, &pb.KillRequest{Id: id, Signal: 65}))},
+		{"signal 0", call(b.client.Kill(ctx, &pb.KillRequest{Id: id}))},
+		{"process.terminal", call(b.exec(&specs.Process{Args: []string{"true"}, Terminal: true}, &pb.ExecSyncRequest{}))},
+		{"process.args", call(b.exec(&specs.Process{}, &pb.ExecSyncRequest{}))},
+		{"stdout_path", call(b.exec(sh("true"), &pb.ExecSyncRequest{StdoutPath: "/no/such/file"}))},
+		{"stdin_path", call(b.exec(sh("true"), &pb.ExecSyncRequest{StdinPath: "relative"}))},
+		{"payload_path", call(b.exec(sh("true"), &pb.ExecSyncRequest{PayloadPath: "/no/such/file"}))},
+		{"process: ", call(b.client.ExecSync(ctx, &pb.ExecSyncRequest{Id: id}))},
+		{"payload_path", call(b.client.Exec(ctx, &pb.ExecRequest{Id: id, PayloadPath: "/no/such/file"}))},
+		{"width and height", call(b.client.ResizePty(ctx, &pb.ResizePtyRequest{Id: id, Width: 1 << 16}))},
+		{"limit_ms", call(b.client.Freeze(ctx, &pb.FreezeRequest{Id: id}))},
+		{"dir ", call(b.client.Checkpoint(ctx, &pb.CheckpointRequest{Id: id, Dir: "relative"}))},
+		{"update: ", call(b.client.Update(ctx, &pb.UpdateRequest{Id: id, Update: []byte("{")}))},
+		{"update: ", call(b.client.Update(ctx, &pb.UpdateRequest{Id: id, Update: resources}))},
+	} {
+		refusedBy(t, c.err, codes.InvalidArgument, c.says)
+	}
+	refusedBy(t, call(b.client.Delete(ctx, &pb.DeleteRequest{Id: id})), codes.FailedPrecondition, "")
 }
 
 func TestDelete(t *testing.T) {

@@ -155,7 +155,8 @@ func TestTaskAPIRefusals(t *testing.T) {
 	b.run("exec sleep 1000")
 	_, conn, _ := b.dial()
 	defer conn.Close()
-	other := &taskv3.KillRequest{ID: "other", Signal: 9}
+	other, broken := &taskv3.KillRequest{ID: "other", Signal: 9}, &taskv3.KillRequest{}
+	broken.ProtoReflect().SetUnknown([]byte{0xff}) // no field begins like that
 	for _, c := range []struct {
 		method  string
 		request any
@@ -169,6 +170,7 @@ func TestTaskAPIRefusals(t *testing.T) {
 		{"Kill", other, codes.NotFound},
 		{"Kill", &taskv3.KillRequest{Signal: 9}, codes.InvalidArgument},
 		{"Kill", &taskv3.KillRequest{ID: b.id, Signal: 65}, codes.InvalidArgument},
+		{"Kill", broken, codes.InvalidArgument},
 		{"Wait", &taskv3.WaitRequest{ID: "other"}, codes.NotFound},
 		{"ResizePty", &taskv3.ResizePtyRequest{ID: b.id, Width: 1, Height: 1}, codes.FailedPrecondition},
 	} {
@@ -491,6 +493,14 @@ func TestTaskAPIExecRefusals(t *testing.T) {
 	if _, err := x.c.Exec(ctx, x.req); code(err) != codes.InvalidArgument {
 		t.Errorf("no exec_id: %v", err)
 	}
+	x.req.ExecID = strings.Repeat("x", 257)
+	if _, err := x.c.Exec(ctx, x.req); code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "exec_id") {
+		t.Errorf("a long exec_id: %v", err)
+	}
+	wide := &taskv3.ResizePtyRequest{ID: b.id, ExecID: "x", Width: 1 << 16}
+	if _, err := x.c.ResizePty(ctx, wide); code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "width") {
+		t.Errorf("a width that there is none: %v", err)
+	}
 	for _, id := range []string{b.id, "other"} {
 		_, err := x.c.Kill(ctx, &taskv3.KillRequest{ID: b.id, ExecID: id, Signal: 9})
 		if code(err) != codes.NotFound {
@@ -506,7 +516,12 @@ func TestTaskAPIExecRefusals(t *testing.T) {
 	if code(err) != codes.InvalidArgument {
 		t.Errorf("start without a spec: %v", err)
 	}
-	for _, id := range []string{"bad", "x"} {
+	x.req.ExecID, x.req.Spec = "empty", &anypb.Any{TypeUrl: x.req.Spec.TypeUrl, Value: []byte("{}")}
+	if _, err = x.c.Exec(ctx, x.req); err == nil {
+		_, err = x.c.Start(ctx, &taskv3.StartRequest{ID: b.id, ExecID: "empty"})
+	}
+	refusedBy(t, err, codes.InvalidArgument, "spec.args")
+	for _, id := range []string{"bad", "empty", "x"} {
 		if _, err := x.c.Delete(ctx, &taskv3.DeleteRequest{ID: b.id, ExecID: id}); err != nil {
 			t.Errorf("delete %s: %v", id, err)
 		}

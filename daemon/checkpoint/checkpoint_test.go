@@ -63,6 +63,12 @@ func TestOutput(t *testing.T) {
 			t.Errorf("%.100s: %v, %v, want %v", path, o, err, want)
 		}
 	}
+	if _, err := Directory("relative"); !errors.Is(err, kind.Invalid) {
+		t.Errorf("a relative directory: %v", err)
+	}
+	if _, err := OpenArchive(path); !errors.Is(err, kind.Invalid) {
+		t.Errorf("an archive that is a link: %v", err)
+	}
 }
 
 // testRemove removes files to whose paths something else has come.

@@ -62,11 +62,11 @@ func (m *Manager) CreateFrom(ctx context.Context, pod Pod, cfg *runtimeapi.Conta
 	}
 	fingerprint, err := records.Fingerprint(parts...)
 	if err != nil {
-		return "", kind.As(kind.Invalid, err)
+		return "", err
 	}
 	config, err := records.Encoded(cfg)
 	if err != nil {
-		return "", kind.As(kind.Invalid, err)
+		return "", err
 	}
 	rec := &records.Container{
 		PodID:       pod.Record().ID,
@@ -137,7 +137,7 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 	}
 	parent := pr.Config.M.GetLinux().GetCgroupParent()
 	if rec.CgroupsPath, err = m.Cgroups.ContainerPath(parent, pr.ID, rec.ID); err != nil {
-		return kind.As(kind.Invalid, err)
+		return kind.As(kind.State, fmt.Errorf("pod_sandbox_id: %w", err)) // it was made with another cgroup driver
 	}
 	if spec.PIDMode(cfg, pr.Config.M) == runtimeapi.NamespaceMode_POD {
 		if b.in.Namespaces.PID, err = pod.PIDNamespace(ctx); err != nil {
@@ -415,12 +415,12 @@ func (c *Container) Layer() string {
 func (c *Container) createInShim(ctx context.Context, rec *records.Container, s *specs.Spec) error {
 	container, err := json.Marshal(rec)
 	if err != nil {
-		return kind.As(kind.Invalid, err)
+		return err
 	}
 	pr := c.pod.Record()
 	sandbox, err := json.Marshal(pr)
 	if err != nil {
-		return kind.As(kind.Invalid, err)
+		return err
 	}
 	h, err := c.m.Runtimes.For(rec.Handler)
 	if err != nil {

@@ -17,9 +17,10 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/refusals"
 )
 
-func TestMain(m *testing.M) { os.Exit(fake.Main(m)) }
+func TestMain(m *testing.M) { os.Exit(refusals.Tests{}.Main(func() int { return fake.Main(m) })) }
 
 const (
 	created = runtimeapi.ContainerState_CONTAINER_CREATED

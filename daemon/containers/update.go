@@ -84,7 +84,7 @@ func (c *Container) setLocked(ctx context.Context, r *runtimeapi.LinuxContainerR
 func (c *Container) updateLocked(ctx context.Context, change *spec.Change) error {
 	u, err := updateOf(change)
 	if err != nil {
-		return kind.As(kind.Invalid, err)
+		return err
 	}
 	if err := c.save(func(r *records.Container) { r.Updating = true }); err != nil {
 		return err

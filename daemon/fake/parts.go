@@ -216,8 +216,11 @@ func (s *Shims) Launch(ctx context.Context, dir rundir.Dir) error {
 // which children inherit as they do a cgroup.
 type Cgroups struct{ dir string }
 
-// ContainerPath is where the processes of a container are.
-func (c *Cgroups) ContainerPath(_, podID, id string) (string, error) {
+// ContainerPath is where the processes of a container are. This node has no slices.
+func (c *Cgroups) ContainerPath(parent, podID, id string) (string, error) {
+	if strings.HasSuffix(parent, ".slice") {
+		return "", fmt.Errorf("%q is a slice of systemd", parent)
+	}
 	return filepath.Join(c.dir, podID, id), nil
 }
 

@@ -203,19 +203,19 @@ func runtimeConf(a Attachment, list *libcni.NetworkConfigList) (*libcni.RuntimeC
 // arguments are those that Kubernetes' plugins know. CNI_ARGS joins them by ";"
 // and "=", and has no way to quote those.
 func arguments(a Attachment) (args [][2]string, err error) {
-	for _, arg := range [][2]string{
-		{"IgnoreUnknown", "1"},
-		{"K8S_POD_NAMESPACE", a.Namespace},
-		{"K8S_POD_NAME", a.Name},
-		{"K8S_POD_INFRA_CONTAINER_ID", a.ID},
-		{"K8S_POD_UID", a.UID},
+	for _, arg := range [][3]string{
+		{"IgnoreUnknown", "1", ""},
+		{"K8S_POD_NAMESPACE", a.Namespace, "config.metadata.namespace"},
+		{"K8S_POD_NAME", a.Name, "config.metadata.name"},
+		{"K8S_POD_INFRA_CONTAINER_ID", a.ID, ""},
+		{"K8S_POD_UID", a.UID, "config.metadata.uid"},
 	} {
 		if strings.ContainsAny(arg[1], ";=") {
-			err = errors.Join(err, fmt.Errorf("%w: network plugins take no \";\" or \"=\" in %s: %q",
-				kind.Invalid, arg[0], arg[1]))
+			err = errors.Join(err, kind.Errorf(kind.Invalid, "%s: network plugins take no \";\" or \"=\" in %s: %q",
+				arg[2], arg[0], arg[1]))
 			continue
 		}
-		args = append(args, arg)
+		args = append(args, [2]string{arg[0], arg[1]})
 	}
 	return args, err
 }
@@ -280,7 +280,7 @@ func bandwidth(annotations map[string]string) (map[string]any, error) {
 		}
 		rate, err := parseQuantity(s)
 		if err != nil {
-			return nil, fmt.Errorf("%w: annotation %s: %w", kind.Invalid, key, err)
+			return nil, kind.Errorf(kind.Invalid, "config.annotations[%s]: %w", key, err)
 		}
 		bw[dir+"Rate"] = rate
 		bw[dir+"Burst"] = math.MaxInt32

@@ -363,10 +363,10 @@ echo '{}'
 func TestDelOfWhatAddRefuses(t *testing.T) {
 	needRoot(t)
 	for name, change := range map[string]func(*Attachment){
-		"name":      func(a *Attachment) { a.Name = "a=b" },
-		"uid":       func(a *Attachment) { a.UID = "u;K8S_POD_NAME=other" },
-		"namespace": func(a *Attachment) { a.Namespace = "=" },
-		"bandwidth": func(a *Attachment) {
+		"config.metadata.name":      func(a *Attachment) { a.Name = "a=b" },
+		"config.metadata.uid":       func(a *Attachment) { a.UID = "u;K8S_POD_NAME=other" },
+		"config.metadata.namespace": func(a *Attachment) { a.Namespace = "=" },
+		"config.annotations[kubernetes.io/egress-bandwidth]": func(a *Attachment) {
 			a.Annotations = map[string]string{"kubernetes.io/egress-bandwidth": "lots"}
 		},
 	} {
@@ -380,8 +380,8 @@ func TestDelOfWhatAddRefuses(t *testing.T) {
 			a := w.pod("a")
 			change(&a)
 			_, err := w.Add(t.Context(), a)
-			if !errors.Is(err, kind.Invalid) || errors.Is(err, ErrNotReleased) {
-				t.Errorf("Add: %v, want kind.Invalid and nothing left", err)
+			if !errors.Is(err, kind.Invalid) || errors.Is(err, ErrNotReleased) || !strings.Contains(err.Error(), name+": ") {
+				t.Errorf("Add: %v, want kind.Invalid with the field, and nothing left", err)
 			}
 			if _, err := os.Stat(called + ".ADD"); !errors.Is(err, os.ErrNotExist) {
 				t.Errorf("a plugin was called: %v", err)

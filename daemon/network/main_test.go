@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/daemon/network/netns"
+	"github.com/holdfast-cri/holdfast/tests/refusals"
 )
 
 const (
@@ -46,7 +47,7 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, "cannot prepare namespaces for the tests:", err)
 			os.Exit(1)
 		}
-		os.Exit(m.Run())
+		os.Exit(refusals.Tests{}.Main(m.Run))
 	}
 	runtime.LockOSThread() // Pdeathsig means this thread
 	c := exec.Command("/proc/self/exe", os.Args[1:]...)

@@ -18,12 +18,13 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/refusals"
 )
 
 // A process that the daemon's part started as a plugin becomes one.
 func TestMain(m *testing.M) {
 	if os.Getenv(api.PluginNameEnvVar) == "" {
-		os.Exit(m.Run())
+		os.Exit(refusals.Tests{}.Main(m.Run))
 	}
 	s, err := stub.New(&launched{})
 	if err == nil {

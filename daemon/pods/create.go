@@ -47,11 +47,11 @@ func (m *Manager) Run(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, han
 	}
 	fingerprint, err := records.Fingerprint(cfg, handler)
 	if err != nil {
-		return "", kind.As(kind.Invalid, err)
+		return "", err
 	}
 	config, err := records.Encoded(cfg)
 	if err != nil {
-		return "", kind.As(kind.Invalid, err)
+		return "", err
 	}
 	rec := &records.Pod{
 		Config:      config,

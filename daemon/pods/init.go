@@ -97,7 +97,7 @@ func (p *Pod) makeInitLocked(ctx context.Context) (*containers.Container, error)
 	}
 	cgroupsPath, err := p.m.Cgroups.ContainerPath(rec.Config.M.GetLinux().GetCgroupParent(), rec.ID, rec.ID)
 	if err != nil {
-		return nil, kind.As(kind.Invalid, err)
+		return nil, kind.As(kind.State, err) // it was made with another cgroup driver
 	}
 	config, err := records.Encoded(&runtimeapi.ContainerConfig{
 		Metadata: &runtimeapi.ContainerMetadata{Name: "init"},

@@ -20,9 +20,10 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/refusals"
 )
 
-func TestMain(m *testing.M) { os.Exit(fake.Main(m)) }
+func TestMain(m *testing.M) { os.Exit(refusals.Tests{}.Main(func() int { return fake.Main(m) })) }
 
 const (
 	ready    = runtimeapi.PodSandboxState_SANDBOX_READY
@@ -159,17 +160,23 @@ func TestRunRefuses(t *testing.T) {
 		Uids: []*runtimeapi.IDMapping{{HostId: 65536, Length: 65536}},
 		Gids: []*runtimeapi.IDMapping{{HostId: 65536, Length: 65536}},
 	}
-	for name, c := range map[string]struct {
+	slice := fake.PodConfig("pod")
+	slice.Linux.CgroupParent = "/a.slice"
+	const linux = "config.linux."
+	for field, c := range map[string]struct {
 		cfg     *runtimeapi.PodSandboxConfig
 		handler string
 		err     error
 	}{
-		"no config":        {nil, "", kind.Invalid},
-		"no such handler":  {fake.PodConfig("pod"), "absent", kind.Invalid},
-		"a user namespace": {userns, "", kind.Unsupported}, // the OCI runtime does not know it
+		"config":                {nil, "", kind.Invalid},
+		"runtime_handler":       {fake.PodConfig("pod"), "absent", kind.Invalid},
+		linux + "cgroup_parent": {slice, "", kind.Invalid},
+		// The OCI runtime does not know it.
+		linux + "security_context.namespace_options.userns_options": {userns, "", kind.Unsupported},
 	} {
-		if id, err := b.Pods.Run(t.Context(), c.cfg, c.handler); !errors.Is(err, c.err) {
-			t.Errorf("%s: %s, %v", name, id, err)
+		id, err := b.Pods.Run(t.Context(), c.cfg, c.handler)
+		if !errors.Is(err, c.err) || !strings.HasPrefix(err.Error(), field+": ") {
+			t.Errorf("%s: %s, %v", field, id, err)
 		}
 	}
 	b.clean()

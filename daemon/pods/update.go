@@ -8,7 +8,6 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/spec"
-	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/step"
 )
 
@@ -45,7 +44,7 @@ func (m *Manager) Update(ctx context.Context, r *runtimeapi.UpdatePodSandboxReso
 	}
 	config, err := records.Encoded(cfg)
 	if err != nil {
-		return kind.As(kind.Invalid, err)
+		return err
 	}
 	if err := m.Plugins.UpdatePodSandbox(ctx, p, r.GetOverhead(), r.GetResources()); err != nil {
 		return err

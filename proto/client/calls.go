@@ -10,7 +10,6 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/holdfast-cri/holdfast/proto"
-	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -34,7 +33,7 @@ func (c *Client) Create(ctx context.Context, launch rundir.Launch, spec *specs.S
 	req.Id, req.Spec = c.dir.ID(), wire
 	payload, err := proto.Pack(req)
 	if err != nil {
-		return rundir.Process{}, kind.As(kind.Invalid, err)
+		return rundir.Process{}, err
 	}
 	if payload != nil {
 		defer payload.Close()
@@ -161,7 +160,7 @@ func (c *Client) Update(ctx context.Context, u rundir.Update) error {
 	u.AskedAt = cmp.Or(u.AskedAt, rundir.BootTime())
 	update, err := json.Marshal(u)
 	if err != nil {
-		return kind.As(kind.Invalid, err)
+		return err
 	}
 	req := &proto.UpdateRequest{Id: c.dir.ID(), Update: update}
 	_, err = call(ctx, c, slow, proto.ShimService.Update, req)
@@ -249,7 +248,7 @@ func (c *Client) Exec(ctx context.Context, e Exec) (ExecResult, error) {
 	err = e.attach(ctx, req, func() error {
 		payload, err := proto.Pack(req)
 		if err != nil {
-			return kind.As(kind.Invalid, err)
+			return err
 		}
 		if payload != nil {
 			defer payload.Close()

@@ -14,7 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/proto"
-	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/session"
 )
 
@@ -116,7 +115,7 @@ func (c *Client) openSocket(ctx context.Context, o SessionOptions, id *string) (
 	}
 	payload, err := proto.Pack(req)
 	if err != nil {
-		return "", kind.As(kind.Invalid, err)
+		return "", err
 	}
 	if payload != nil {
 		defer payload.Close()

@@ -97,17 +97,28 @@ type kindError struct {
 
 func (e *kindError) Unwrap() []error { return []error{e.error, e.kind} }
 
+// Made is told of each error that gets a kind, by the function that gives it. It is for
+// tests, which set it before anything runs (tests/refusals).
+var Made func(error)
+
+func made(err error) error {
+	if Made != nil {
+		Made(err)
+	}
+	return err
+}
+
 // As gives err a kind. A nil err stays nil.
 func As(kind, err error) error {
 	if err == nil {
 		return nil
 	}
-	return &kindError{err, kind}
+	return made(&kindError{err, kind})
 }
 
 // Errorf makes an error of a kind. The kind does not show in the text.
 func Errorf(kind error, format string, args ...any) error {
-	return &kindError{fmt.Errorf(format, args...), kind}
+	return made(&kindError{fmt.Errorf(format, args...), kind})
 }
 
 // maxText bounds what a text may have, in bytes: errors repeat what they were given,

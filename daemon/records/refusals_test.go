@@ -1,0 +1,10 @@
+package records
+
+import (
+	"os"
+	"testing"
+
+	"github.com/holdfast-cri/holdfast/tests/refusals"
+)
+
+func TestMain(m *testing.M) { os.Exit(refusals.Tests{}.Main(m.Run)) }
