@@ -74,7 +74,7 @@ func (i checkpointImages) Hold(context.Context, string, string) (Image, func(), 
 	return Image{Checkpoint: "c", Layers: []digest.Digest{"a"}}, func() {}, nil
 }
 
-func (i checkpointImages) OpenLayer(digest.Digest) (*os.Root, error) { return os.OpenRoot(i.layer) }
+func (i checkpointImages) OpenLayer(digest.Digest) (*os.File, error) { return os.Open(i.layer) }
 
 func TestRestoreOfNoCheckpoint(t *testing.T) {
 	have := checkpointImages{layer: t.TempDir()}

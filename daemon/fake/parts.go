@@ -330,6 +330,9 @@ func (n *Network) CreateNamespaces(id string, w records.Want) (records.Namespace
 	if w.Net {
 		ns.Net = "/fake/net/" + id
 	}
+	if w.IPC {
+		ns.IPC = "/fake/ipc/" + id
+	}
 	n.pinned[id] = ns
 	return ns, nil
 }

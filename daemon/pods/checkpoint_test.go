@@ -2,6 +2,8 @@ package pods_test
 
 import (
 	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -39,18 +41,30 @@ func TestCheckpointRefuses(t *testing.T) {
 			t.Errorf("checkpoint: %v, want one about %s", err, c.field)
 		}
 	}
+	// One whose /dev/shm is a directory, which is found when the pod is there already.
+	saved := t.TempDir()
+	const manifest = `{"version": 1, "containers": [{"name": "c", "config": {}}]}`
+	if err := errors.Join(os.WriteFile(filepath.Join(saved, "pod.json"), []byte(manifest), 0o600),
+		os.Mkdir(filepath.Join(saved, "shm.tar"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	restored := fake.PodConfig("restored")
+	restored.Linux.SecurityContext.NamespaceOptions.Ipc = runtimeapi.NamespaceMode_POD
+	named := &runtimeapi.ContainerConfig{Metadata: &runtimeapi.ContainerMetadata{Name: "c"}}
 	for _, c := range []struct {
 		field   string
+		path    string
 		configs []*runtimeapi.ContainerConfig
 		options map[string]string
 	}{
-		{"options", []*runtimeapi.ContainerConfig{{}}, options},
-		{"container_configs", nil, nil},
-		{"checkpoint_path", []*runtimeapi.ContainerConfig{{}}, nil},
+		{"options", saved, []*runtimeapi.ContainerConfig{named}, options},
+		{"container_configs", saved, nil, nil},
+		{"checkpoint_path", t.TempDir(), []*runtimeapi.ContainerConfig{named}, nil},
+		{"checkpoint_path", saved, []*runtimeapi.ContainerConfig{named}, nil},
 	} {
 		_, err := b.Pods.Restore(t.Context(), &runtimeapi.RestorePodRequest{
-			CheckpointPath:   t.TempDir(),
-			Config:           fake.PodConfig("restored"),
+			CheckpointPath:   c.path,
+			Config:           restored,
 			ContainerConfigs: c.configs,
 			Options:          c.options,
 		})

@@ -20,16 +20,15 @@ func TestSavedPodRefuses(t *testing.T) {
 		t.Errorf("an empty directory: %v", err)
 	}
 	const pod = `{"version": 1, "handler": "h", "containers": [
-		{"name": "a", "archive": "absent", "config": {}}, {"name": "b", "archive": "folder", "config": {}}]}`
-	if err := errors.Join(os.WriteFile(filepath.Join(dir, manifestName), []byte(pod), 0o600),
-		os.Mkdir(filepath.Join(dir, "folder"), 0o700)); err != nil {
+		{"name": "a", "archive": "absent", "config": {}}, {"name": "b", "archive": "../b", "config": {}}]}`
+	if err := os.WriteFile(filepath.Join(dir, manifestName), []byte(pod), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	s, err := openCheckpoint(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer s.root.Close()
+	defer s.dir.Close()
 	for _, c := range s.Containers {
 		if _, err := s.archive(c.Archive); !errors.Is(err, kind.Invalid) || !strings.Contains(err.Error(), c.Archive) {
 			t.Errorf("the archive %s: %v", c.Archive, err)
