@@ -44,9 +44,21 @@ func mkdir(parent int, base string) error {
 		return nil
 	}
 	if err == nil {
-		err = unix.Fchmodat(parent, base, 0o755, 0)
+		err = openForAll(parent, base)
 	}
 	return err
+}
+
+// openForAll sets the mode of a directory, whatever the umask has made of it. A pod may be able
+// to write to the parent, and have put a link in its place by now: whatever file of the host
+// that leads to would get the mode.
+func openForAll(parent int, base string) error {
+	fd, err := unix.Openat(parent, base, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return unix.Fchmod(fd, 0o755)
 }
 
 // ownPath gives the path of the runtime that a clean path is, or is below; empty:

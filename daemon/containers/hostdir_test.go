@@ -1,13 +1,41 @@
 package containers
 
 import (
+	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
+
+// Whoever can write to the directory above may put something else in the place of a directory
+// that was just made. What a link leads to keeps its mode, and so does a file.
+func TestModeFollowsNoLink(t *testing.T) {
+	dir := t.TempDir()
+	parent, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(parent)
+	file, link, made := filepath.Join(dir, "file"), filepath.Join(dir, "link"), filepath.Join(dir, "made")
+	if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Symlink(file, link), os.Mkdir(made, 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	for name, ok := range map[string]bool{"file": false, "link": false, "made": true} {
+		if err := openForAll(parent, name); (err == nil) != ok {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for path, want := range map[string]fs.FileMode{file: 0o600, made: 0o755} {
+		if st, err := os.Stat(path); err != nil || st.Mode().Perm() != want {
+			t.Errorf("%s: want mode %o, got %v, %v", path, want, st.Mode(), err)
+		}
+	}
+}
 
 // What a pod mounts and is not there is made, but never where the runtime has its
 // own files, whichever way leads there.
