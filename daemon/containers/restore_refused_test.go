@@ -29,6 +29,9 @@ func TestRestoreRefuses(t *testing.T) {
 	bind := func(s *specs.Spec) {
 		s.Mounts = []specs.Mount{{Destination: "/m", Type: "bind", Source: "/", Options: []string{"bind"}}}
 	}
+	user := func(uid uint32) func(*specs.Spec) {
+		return func(s *specs.Spec) { s.Process.User.UID = uid }
+	}
 	for _, c := range []struct {
 		field     string
 		was, want func(*specs.Spec)
@@ -41,9 +44,12 @@ func TestRestoreRefuses(t *testing.T) {
 		{context + "namespace_options", nil, func(s *specs.Spec) {
 			s.Linux.Namespaces = []specs.LinuxNamespace{{Type: specs.IPCNamespace}}
 		}},
-		{context + "run_as_user", func(s *specs.Spec) { s.Process.User.UID = 1 }, nil},
-		{context + "run_as_group", func(s *specs.Spec) { s.Process.User.GID = 1 }, nil},
-		{context + "supplemental_groups", func(s *specs.Spec) { s.Process.User.AdditionalGids = []uint32{1} }, nil},
+		{"", func(s *specs.Spec) { s.Process.User.UID = 1 }, nil}, // the request is for root
+		{context + "run_as_user", func(s *specs.Spec) { s.Process.User.UID = 1 }, user(2)},
+		{context + "run_as_group", func(s *specs.Spec) { s.Process.User.UID, s.Process.User.GID = 2, 1 }, user(2)},
+		{context + "supplemental_groups", func(s *specs.Spec) {
+			s.Process.User.UID, s.Process.User.AdditionalGids = 2, []uint32{1}
+		}, user(2)},
 		{context + "capabilities", func(s *specs.Spec) {
 			s.Process.Capabilities = &specs.LinuxCapabilities{Bounding: []string{"CAP_KILL"}}
 		}, nil},
