@@ -90,8 +90,9 @@ func (e *ExitFile) Commit(r Exit) error {
 			err = ErrExists
 		}
 	}
-	if errors.Is(err, fs.ErrNotExist) && !e.again {
-		// Somebody has removed the prepared file. What room there is now must do.
+	if err != nil && !errors.Is(err, ErrExists) && !e.again {
+		// Somebody has removed the prepared file, or the disk failed. What room there is now
+		// must do.
 		var second *ExitFile
 		if second, err = PrepareExit(e.dir, e.sync); err == nil {
 			second.again = true
@@ -99,7 +100,9 @@ func (e *ExitFile) Commit(r Exit) error {
 		}
 	}
 	if err == nil && e.sync {
-		err = record.SyncDir(e.dir)
+		if err = record.SyncDir(e.dir); err != nil {
+			err = record.SyncDir(e.dir) // nobody else will try again
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("cannot write %s: %w", path, err)
