@@ -11,9 +11,11 @@ import (
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/checkpoint"
 	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
@@ -101,6 +103,10 @@ func (c *Container) Checkpointable() error {
 	}
 	if c.pod.Record().Userns() != nil {
 		return kind.Errorf(kind.State, "container_id: %s has a user namespace, which CRIU cannot restore", c)
+	}
+	if spec.PIDMode(c.Record().Config.M, c.pod.Record().Config.M) != runtimeapi.NamespaceMode_CONTAINER {
+		return kind.Errorf(kind.State, "container_id: %s has no PID namespace of its own, and CRIU cannot restore "+
+			"processes among others, which may have their numbers", c)
 	}
 	return nil
 }

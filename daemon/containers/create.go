@@ -114,7 +114,7 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 	if err := b.prepare(ctx); err != nil {
 		return err
 	}
-	img, release, from, err := m.holdImage(ctx, cfg.GetImage().GetImage(), pod, archive)
+	img, release, from, err := m.holdImage(ctx, cfg, pod, archive)
 	if err != nil {
 		return err
 	}

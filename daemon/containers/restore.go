@@ -17,6 +17,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/checkpoint"
+	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
@@ -47,9 +48,11 @@ func (o *origin) close() {
 // holdImage holds the image of a container. Of one that is made from a checkpoint that is
 // the image which the checkpoint was made of, and the checkpoint is opened, for the caller
 // to close.
-func (m *Manager) holdImage(ctx context.Context, ref string, pod Pod, archive *checkpoint.Source) (
+func (m *Manager) holdImage(ctx context.Context, cfg *runtimeapi.ContainerConfig, pod Pod,
+	archive *checkpoint.Source) (
 	img Image, release func(), from *origin, err error) {
 	const field = "config.image.image"
+	ref := cfg.GetImage().GetImage()
 	switch {
 	case archive != nil:
 		from = &origin{name: archive.String(), source: archive}
@@ -69,7 +72,7 @@ func (m *Manager) holdImage(ctx context.Context, ref string, pod Pod, archive *c
 			return img, nil, nil, fmt.Errorf("%s: %w", field, err)
 		}
 	}
-	if err = m.mayRestore(ctx, pod); err == nil {
+	if err = m.mayRestore(ctx, pod, cfg); err == nil {
 		from.info, err = from.source.Info()
 	}
 	if err == nil {
@@ -83,7 +86,11 @@ func (m *Manager) holdImage(ctx context.Context, ref string, pod Pod, archive *c
 }
 
 // mayRestore says why no container of a pod can be made from a checkpoint.
-func (m *Manager) mayRestore(ctx context.Context, pod Pod) error {
+func (m *Manager) mayRestore(ctx context.Context, pod Pod, cfg *runtimeapi.ContainerConfig) error {
+	if spec.PIDMode(cfg, pod.Record().Config.M) != runtimeapi.NamespaceMode_CONTAINER {
+		return kind.Errorf(kind.State, "config.linux.security_context.namespace_options.pid: CRIU cannot restore a "+
+			"container that has no PID namespace of its own")
+	}
 	if pod.Record().Userns() != nil {
 		return kind.Errorf(kind.State, "config.image.image: CRIU cannot restore a container into a user namespace")
 	}

@@ -107,6 +107,12 @@ func (r *Registry) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 // Push puts an image of gzipped tar layers under ref, HOST/NAME:TAG, and gives
 // the digest of its manifest.
 func (r *Registry) Push(ref string, config ocispec.ImageConfig, layers ...Layer) (digest.Digest, error) {
+	return r.PushAnnotated(ref, config, nil, layers...)
+}
+
+// PushAnnotated is Push with annotations on the manifest.
+func (r *Registry) PushAnnotated(ref string, config ocispec.ImageConfig, annotations map[string]string,
+	layers ...Layer) (digest.Digest, error) {
 	_, rest, _ := strings.Cut(ref, "/")
 	name, tag, ok := strings.Cut(rest, ":")
 	if !ok {
@@ -117,7 +123,11 @@ func (r *Registry) Push(ref string, config ocispec.ImageConfig, layers ...Layer)
 		Config:   config,
 		RootFS:   ocispec.RootFS{Type: "layers"},
 	}
-	m := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest}
+	m := ocispec.Manifest{
+		Versioned:   specs.Versioned{SchemaVersion: 2},
+		MediaType:   ocispec.MediaTypeImageManifest,
+		Annotations: annotations,
+	}
 	for _, l := range layers {
 		img.RootFS.DiffIDs = append(img.RootFS.DiffIDs, l.diffID)
 		d, err := r.blob(name, l.gzipped)
