@@ -9,6 +9,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/checkpoint"
 	"github.com/holdfast-cri/holdfast/proto/kind"
@@ -85,8 +86,9 @@ func (i checkpointImages) OpenLayer(digest.Digest) (*os.File, error) { return os
 func TestRestoreOfNoCheckpoint(t *testing.T) {
 	have := checkpointImages{layer: t.TempDir()}
 	m := &Manager{Options: Options{Images: have, Roots: have, RestoreImages: true}}
+	cfg := &runtimeapi.ContainerConfig{Image: &runtimeapi.ImageSpec{Image: "image"}}
 	const field = "config.image.image: "
-	_, _, _, err := m.holdImage(t.Context(), "image", nil, nil)
+	_, _, _, err := m.holdImage(t.Context(), cfg, Pod{}, nil)
 	if !errors.Is(err, kind.Invalid) || !strings.HasPrefix(err.Error(), field) {
 		t.Errorf("an image without the checkpoint that it says it is: %v", err)
 	}
