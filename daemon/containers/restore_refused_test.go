@@ -88,7 +88,7 @@ func TestRestoreOfNoCheckpoint(t *testing.T) {
 	m := &Manager{Options: Options{Images: have, Roots: have, RestoreImages: true}}
 	cfg := &runtimeapi.ContainerConfig{Image: &runtimeapi.ImageSpec{Image: "image"}}
 	const field = "config.image.image: "
-	_, _, _, err := m.holdImage(t.Context(), cfg, Pod{}, nil)
+	_, _, _, err := m.holdImage(t.Context(), cfg, nil, nil)
 	if !errors.Is(err, kind.Invalid) || !strings.HasPrefix(err.Error(), field) {
 		t.Errorf("an image without the checkpoint that it says it is: %v", err)
 	}
