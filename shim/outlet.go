@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"sync"
@@ -67,6 +68,11 @@ func (o *outlets) close() {
 	}
 }
 
+const (
+	pipeRoom  = 1 << 20     // bytes that a pipe holds at the most (pipe(7), pipe-max-size)
+	lastWrite = time.Second // for the rest of an output that is given up
+)
+
 // outlet copies one output of an exec to the file that its caller named, up to
 // a limit. What is beyond, or cannot be written, is read and dropped, so that
 // the process never waits for it.
@@ -113,8 +119,12 @@ func (o *outlet) copy() {
 	defer close(o.done)
 	b := make([]byte, 32<<10)
 	broken := false
+	left := pipeRoom
 	for {
 		n, err := o.r.Read(b)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			n, err = rest(o.r, b, &left)
+		}
 		if o.w != nil {
 			keep := n
 			if o.limit > 0 {
@@ -141,8 +151,25 @@ func (o *outlet) copy() {
 func (o *outlet) giveUp() {
 	o.r.SetReadDeadline(time.Now())
 	if o.w != nil {
-		o.w.SetWriteDeadline(time.Now())
+		o.w.SetWriteDeadline(time.Now().Add(lastWrite))
 	}
+}
+
+// rest reads what is in a pipe whose deadline has passed, as far as left goes, and then
+// gives that error: a shim that was stopped sees the deadline before the output.
+func rest(r *os.File, b []byte, left *int) (n int, err error) {
+	raw, err := r.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	raw.Control(func(fd uintptr) {
+		n, _ = unix.Read(int(fd), b[:min(len(b), *left)])
+	})
+	if n <= 0 {
+		return 0, os.ErrDeadlineExceeded
+	}
+	*left -= n
+	return n, nil
 }
 
 func (o *outlet) close() {

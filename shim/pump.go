@@ -69,9 +69,13 @@ func hasReader(w *os.File) bool {
 
 func (p *pump) copy() {
 	b := make([]byte, 32<<10)
+	left := pipeRoom
 	for {
 		p.expect(p.r.SetReadDeadline, execDrain)
 		n, err := p.from.Read(b)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			n, err = rest(p.r, b, &left)
+		}
 		if n > 0 && p.w != nil {
 			p.expect(p.w.SetWriteDeadline, defaultLease)
 			if _, werr := p.w.Write(b[:n]); werr != nil {
