@@ -30,7 +30,7 @@ func (w *world) killAtRandom(stop chan struct{}) {
 	slices.Sort(steps)
 	defer w.n.Arm()
 	for {
-		w.n.Arm(fmt.Sprintf("%s %s", steps[chance.IntN(len(steps))], 200*time.Millisecond))
+		w.n.Arm(fmt.Sprintf("%s %dms", steps[chance.IntN(len(steps))], 50+chance.IntN(1000)))
 		select {
 		case <-stop:
 			return
