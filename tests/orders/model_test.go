@@ -231,10 +231,13 @@ func (s state) refuse(c *call) (state, bool) {
 		}
 		return s, s.pod.phase == exited
 	case c.code == codes.AlreadyExists && c.verb == create:
-		if c.may.creating || o.phase != absent && (o.script != c.script || o.phase == exited) {
-			return s, true
+		switch ended := strings.Contains(c.text, "has ended"); {
+		case ended && o.phase == absent: // before the call was answered that has made it
+			return s.create(c)
+		case ended: // its status says how
+			o.phase = exited
 		}
-		return s, o.phase != absent && s.end(o, c.may)
+		return s, c.may.creating || o.phase != absent && (o.script != c.script || o.phase == exited)
 	case c.code != codes.FailedPrecondition:
 		return s, false
 	case c.verb == create:

@@ -1,0 +1,122 @@
+package orders
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/holdfast-cri/holdfast/proto/step"
+	"github.com/holdfast-cri/holdfast/tests/harness"
+)
+
+// pair is two calls at a time: the second one is made while the first one is held at a step.
+type pair struct {
+	from   int // in starts
+	first  call
+	at     step.Step
+	second call
+}
+
+func (p pair) String() string {
+	return fmt.Sprintf("%s: %s held at %s, and %s", starts[p.from].name, nameOf(p.first), p.at, nameOf(p.second))
+}
+
+// pairs are all whose first call has something to do.
+func pairs() (all []pair) {
+	const nothing, oneCreated, oneRuns = 0, 2, 3
+	for _, first := range alphabet {
+		from := oneRuns
+		switch first.verb {
+		case runPod:
+			from = nothing
+		case create:
+			from = oneCreated
+		}
+		for _, at := range cuts[first.verb] {
+			for _, second := range alphabet {
+				if at != "" {
+					all = append(all, pair{from, first, at, second})
+				}
+			}
+		}
+	}
+	return all
+}
+
+// Whatever comes while a call is at a step, there is an order of both that explains the answers, and in the end
+// nothing is left.
+func TestPairs(t *testing.T) {
+	const nodes = 3
+	t.Logf("HOLDFAST_SEED=%d", seed)
+	tally := harness.Drill(t, "every two calls at a time, one held at a step")
+	all := pairs()
+	rand.New(rand.NewPCG(seed, 0)).Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	t.Logf("%d pairs", len(all))
+	t.Run("nodes", func(t *testing.T) {
+		for i := range nodes {
+			t.Run(fmt.Sprint(i), func(t *testing.T) {
+				t.Parallel()
+				n := harness.New(t, harness.Options{Failpoints: true})
+				defer n.CheckOwners()
+				end := lasts(t, 8*time.Second, time.Hour)
+				for j := i; j < len(all); j += nodes {
+					if time.Now().After(end) {
+						t.Logf("%d pairs of this node are left out", (len(all)-j)/nodes)
+						return
+					}
+					t.Run(fmt.Sprint(j), func(t *testing.T) { all[j].run(t, n.With(t), tally, fmt.Sprintf("pair%d", j)) })
+				}
+			})
+		}
+	})
+}
+
+func (p pair) run(t *testing.T, n *harness.Node, tally *harness.Tally, name string) {
+	g := newTarget(n, name, new(sync.Map))
+	for _, c := range starts[p.from].calls {
+		if made := g.do(c); made == nil || made.failed {
+			t.Fatalf("%s: %s fails: %v", p, nameOf(c), made)
+		}
+	}
+	const hold = time.Second // a whole creation fits into it
+	n.Arm(fmt.Sprintf("%s %s 1", p.at, hold))
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		g.do(p.first)
+	}()
+	p.awaitHeld(n, answered)
+	p.second.client = 1
+	g.do(p.second)
+	g.look(1)
+	<-answered
+	n.Arm()
+	g.look(0)
+	for _, v := range []verb{stopPod, removePod} {
+		if made := g.do(call{verb: v, slot: thePod}); made == nil || made.failed {
+			tally.Lost(harness.Statuses, "%s: %s at the end fails: %v\n%s", p, v, made, dump(g.all()))
+		}
+		g.look(0)
+	}
+	if err := g.check(name); err != nil {
+		tally.Lost(harness.Statuses, "%s: %v\n%s", p, err, dump(g.all()))
+	}
+	n.CheckClean()
+	if t.Failed() {
+		n.RemoveAllPods()
+		n.Mark()
+	}
+}
+
+// awaitHeld waits until the first call is at its step, or does not come there.
+func (p pair) awaitHeld(n *harness.Node, answered chan struct{}) {
+	for n.Reached()[string(p.at)] == 0 {
+		select {
+		case <-answered:
+			return
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
+}
