@@ -250,6 +250,8 @@ func (s state) refuse(c *call) (state, bool) {
 		return s, true
 	case c.verb == exec && o.phase == created, c.verb == reopen && o.phase == created:
 		return s, true
+	case c.verb == update && o.phase == created && o.script.lines > 0: // a start is under way, the program is over
+		return s, true
 	}
 	// It has ended by itself. It counts as such when its output is in the log, which may be later.
 	after := s
