@@ -156,9 +156,11 @@ func storeScope(n *harness.Node) scope {
 // Whatever the moment, a removal is done or not begun, the store is whole, and
 // what was interrupted can be done.
 func TestKilledBetweenAnyTwoSteps(t *testing.T) {
+	t.Parallel()
 	tally := harness.Drill(t, "StoreKilledAtEachCall")
 	for name, config := range map[string]string{"blobs kept": "", "blobs dropped": "[images]\nkeep_blobs = false\n"} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			n, d, s, steps, count := supervisedStore(t, config)
 			for _, at := range some(count, 14) {
 				if t.Failed() {
@@ -306,6 +308,7 @@ func (d *depot) checkResumed(t *testing.T, about string, before *holdings) {
 // Each of the system calls fails once, as on a full or a broken disk. The call
 // of the scenario may fail, the store never: it is whole, and the next try works.
 func TestEveryStepFailsOnce(t *testing.T) {
+	t.Parallel()
 	tally := harness.Drill(t, "EachCallOfStoreFails")
 	n, d, s, steps, count := supervisedStore(t, "")
 	for k, at := range some(count, 14) {

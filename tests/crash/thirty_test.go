@@ -3,6 +3,7 @@
 package crash
 
 import (
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -23,6 +24,8 @@ var drill = os.Getenv("HOLDFAST_DRILL") != ""
 
 func TestMain(m *testing.M) {
 	becomeSupervised()
+	flag.Parse()
+	flag.Set("test.parallel", "4") // more than there are processors: most of them wait
 	code := m.Run()
 	harness.RemoveBinaries()
 	os.Exit(code)
