@@ -135,7 +135,8 @@ func (s *Store) makeDirs() error {
 }
 
 var (
-	layerInOptions = regexp.MustCompile(`/([a-z0-9]+)/([0-9a-f]{32,})/` + diffName)
+	// What is before the layer is the directory of all layers, where there is a name of it.
+	layerInOptions = regexp.MustCompile(`([^=:,]*)/([a-z0-9]+)/([0-9a-f]{32,})/` + diffName)
 	// A mount of so many layers that their names had to go; see mountClassic.
 	nameless = regexp.MustCompile(`lowerdir=` + fdPrefix + `\d+(:|,|$)`)
 )
@@ -165,18 +166,47 @@ func LayersAt(target string) []digest.Digest {
 // more, whose names it does not have.
 func LayersIn(options string) (layers []digest.Digest, all bool) {
 	for _, l := range layerInOptions.FindAllStringSubmatch(options, -1) {
-		layers = append(layers, digest.NewDigestFromEncoded(digest.Algorithm(l[1]), l[2]))
+		layers = append(layers, digest.NewDigestFromEncoded(digest.Algorithm(l[2]), l[3]))
 	}
 	return layers, !nameless.MatchString(options)
 }
 
 // usedLayers gives a function that says whether something mounted may have a
 // layer, by its digest without the algorithm, among its lower directories.
-func usedLayers() func(hex string) bool {
-	layers, all := layersOf(func(m mounts.Mount) bool { return m.Kind == "overlay" })
-	return func(hex string) bool {
-		return !all || slices.ContainsFunc(layers, func(d digest.Digest) bool { return d.Encoded() == hex })
+func (s *Store) usedLayers() func(hex string) bool {
+	table, err := mounts.Read(mounts.Self)
+	all := err == nil
+	used := map[string]bool{}
+	others := map[string]bool{} // directories, of another daemon's layers
+	for _, m := range table {
+		if m.Kind != "overlay" {
+			continue
+		}
+		all = all && !nameless.MatchString(m.FSOptions)
+		for _, l := range layerInOptions.FindAllStringSubmatch(m.FSOptions, -1) {
+			dir := l[1]
+			if _, known := others[dir]; !known {
+				others[dir] = s.isOther(dir)
+			}
+			if !others[dir] {
+				used[l[3]] = true
+			}
+		}
 	}
+	return func(hex string) bool { return !all || used[hex] }
+}
+
+// isOther says whether a directory of layers, as an overlay names it, is there and not this store's.
+func (s *Store) isOther(dir string) bool {
+	if strings.HasPrefix(dir, fdPrefix) || strings.Contains(dir, `\`) {
+		return false // nobody knows
+	}
+	there, err := os.Stat(dir)
+	if err != nil {
+		return false
+	}
+	own, err := os.Stat(s.dir)
+	return err == nil && !os.SameFile(there, own)
 }
 
 // load reads the records of all layers. A damaged layer goes, and so does what is
@@ -186,7 +216,7 @@ func (s *Store) load() error {
 	if err := s.makeDirs(); err != nil {
 		return err
 	}
-	used := sync.OnceValue(usedLayers)
+	used := sync.OnceValue(s.usedLayers)
 	garbage, err := os.ReadDir(filepath.Join(s.dir, tmpName))
 	if err != nil {
 		return err

@@ -1001,3 +1001,24 @@ func check(t testing.TB, err error) {
 		t.Fatal(err)
 	}
 }
+
+// An overlay of another daemon may have a layer of the same digest. Whose directory it is
+// counts, and one that nobody can tell is taken for this store's.
+func TestIsOther(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, filepath.Join(dir, "layers"))
+	link := filepath.Join(dir, "link")
+	check(t, os.Symlink(s.dir, link))
+	for name, want := range map[string]bool{
+		s.dir:                      false,
+		link:                       false,
+		dir:                        true,
+		filepath.Join(dir, "gone"): false,
+		fdPrefix + "7":             false,
+		"":                         false,
+	} {
+		if got := s.isOther(name); got != want {
+			t.Errorf("%q: %t, want %t", name, got, want)
+		}
+	}
+}
