@@ -42,6 +42,7 @@ type supervisor struct {
 	// record then.
 	victim   rundir.Dir
 	recorded bool
+	dead     chan struct{} // closed when recorded is set and the victim was killed
 }
 
 // scope is which system calls are stopped.
@@ -237,7 +238,7 @@ func (s *supervisor) fateLocked(call string, pid int) syscall.Errno {
 	}
 	s.met = call
 	if s.fate == die && s.scope.ofShim {
-		s.victim = runDirOf(pid)
+		s.victim, s.dead = runDirOf(pid), make(chan struct{})
 	}
 	if s.fate == die {
 		s.killLocked(pid)
@@ -251,13 +252,20 @@ const answerTime = 20 * time.Millisecond
 
 // killLocked kills a process in a moment, in a goroutine that ends with that.
 func (s *supervisor) killLocked(pid int) {
+	victim, dead := s.victim, s.dead
+	over := func() {
+		if victim != "" {
+			close(dead)
+		}
+	}
 	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
-		return // it was killed already
+		over() // it was killed already
+		return
 	}
-	victim := s.victim
 	s.work.Go(func() {
 		defer unix.Close(fd)
+		defer over()
 		time.Sleep(answerTime)
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -273,8 +281,15 @@ func (s *supervisor) killLocked(pid int) {
 // there was an exit record by then.
 func (s *supervisor) killed(id string) (was, recorded bool) {
 	s.mu.Lock()
+	victim, dead := s.victim, s.dead
+	s.mu.Unlock()
+	if victim == "" || victim.ID() != id {
+		return false, false
+	}
+	<-dead
+	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.victim != "" && s.victim.ID() == id, s.recorded
+	return true, s.recorded
 }
 
 // runDirOf is the run directory of a shim, by its command line.
