@@ -50,7 +50,9 @@ func buildAll(flags ...string) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	building.Lock()
 	built = append(built, dir)
+	building.Unlock()
 	for _, name := range []string{"runc", "cni"} {
 		path := filepath.Join(root, "bin", name)
 		if _, err := os.Stat(path); err != nil {
@@ -71,7 +73,10 @@ func buildAll(flags ...string) (string, error) {
 	return dir, goBuild(root, dir, "0", append(flags, plain...)...)
 }
 
-var built []string // directories
+var (
+	building sync.Mutex // guards built: tests that need other programs begin together
+	built    []string   // directories
+)
 
 // RemoveBinaries is to be called at the end of a test binary (TestMain).
 func RemoveBinaries() {
