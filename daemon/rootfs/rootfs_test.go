@@ -850,6 +850,9 @@ func TestMountTable(t *testing.T) {
 	}
 	for way, mount := range ways {
 		for _, n := range []int{1, 15, 499} {
+			if way == "files" && n == 499 {
+				continue // mount does not, and runc could not run meanwhile
+			}
 			t.Run(fmt.Sprint(way, n), func(t *testing.T) {
 				dir := filepath.Join(t.TempDir(), strings.Repeat("x", 60))
 				layers, rw := filepath.Join(dir, "layers"), filepath.Join(dir, "rw")
@@ -876,7 +879,7 @@ func TestMountTable(t *testing.T) {
 					return
 				}
 				check(t, err)
-				checkTable(t, o, way != "files" && n == 499)
+				checkTable(t, o, n == 499)
 			})
 		}
 	}
