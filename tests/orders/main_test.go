@@ -4,6 +4,8 @@
 package orders
 
 import (
+	"fmt"
+	"math/rand/v2"
 	"os"
 	"strconv"
 	"testing"
@@ -33,6 +35,31 @@ func lasts(t *testing.T, quick, full time.Duration) time.Time {
 		return limit.Add(-rest)
 	}
 	return end
+}
+
+// onNodes has some nodes share so many rounds, in an order of the seed, each a subtest with
+// its number, until the time is up.
+func onNodes(t *testing.T, count int, quick, full time.Duration, round func(t *testing.T, n *harness.Node, j int)) {
+	const nodes = 3
+	t.Logf("HOLDFAST_SEED=%d, %d rounds", seed, count)
+	order := rand.New(rand.NewPCG(seed, 0)).Perm(count)
+	t.Run("nodes", func(t *testing.T) {
+		for i := range nodes {
+			t.Run(fmt.Sprint(i), func(t *testing.T) {
+				t.Parallel()
+				n := harness.New(t, harness.Options{Failpoints: true})
+				defer n.CheckOwners()
+				end := lasts(t, quick, full)
+				for at := i; at < count; at += nodes {
+					if time.Now().After(end) {
+						t.Logf("%d rounds of this node are left out", (count-at)/nodes)
+						return
+					}
+					t.Run(fmt.Sprint(order[at]), func(t *testing.T) { round(t, n.With(t), order[at]) })
+				}
+			})
+		}
+	})
 }
 
 func TestMain(m *testing.M) {

@@ -2,7 +2,6 @@ package orders
 
 import (
 	"fmt"
-	"math/rand/v2"
 	"sync"
 	"testing"
 	"time"
@@ -48,28 +47,10 @@ func pairs() (all []pair) {
 // Whatever comes while a call is at a step, there is an order of both that explains the answers, and in the end
 // nothing is left.
 func TestPairs(t *testing.T) {
-	const nodes = 3
-	t.Logf("HOLDFAST_SEED=%d", seed)
 	tally := harness.Drill(t, "every two calls at a time, one held at a step")
 	all := pairs()
-	rand.New(rand.NewPCG(seed, 0)).Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
-	t.Logf("%d pairs", len(all))
-	t.Run("nodes", func(t *testing.T) {
-		for i := range nodes {
-			t.Run(fmt.Sprint(i), func(t *testing.T) {
-				t.Parallel()
-				n := harness.New(t, harness.Options{Failpoints: true})
-				defer n.CheckOwners()
-				end := lasts(t, 8*time.Second, time.Hour)
-				for j := i; j < len(all); j += nodes {
-					if time.Now().After(end) {
-						t.Logf("%d pairs of this node are left out", (len(all)-j)/nodes)
-						return
-					}
-					t.Run(fmt.Sprint(j), func(t *testing.T) { all[j].run(t, n.With(t), tally, fmt.Sprintf("pair%d", j)) })
-				}
-			})
-		}
+	onNodes(t, len(all), 8*time.Second, time.Hour, func(t *testing.T, n *harness.Node, j int) {
+		all[j].run(t, n, tally, fmt.Sprintf("pair%d", j))
 	})
 }
 

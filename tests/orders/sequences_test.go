@@ -2,7 +2,6 @@ package orders
 
 import (
 	"fmt"
-	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -137,32 +136,12 @@ func symbolic(c call) *call {
 // Whatever the calls, and wherever the daemon is killed at the last one: what was acknowledged stays, what
 // was not is as if it never was or done completely, and in the end nothing is left.
 func TestSequences(t *testing.T) {
-	const nodes = 3
 	const length = 3
-	t.Logf("HOLDFAST_SEED=%d", seed)
 	tally := harness.Drill(t, "every order of three calls, cut by a kill")
 	all := sequences(length)
-	rand.New(rand.NewPCG(seed, 0)).Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
-	t.Logf("%d sequences", len(all))
-	t.Run("nodes", func(t *testing.T) {
-		for i := range nodes {
-			t.Run(fmt.Sprint(i), func(t *testing.T) {
-				t.Parallel()
-				n := harness.New(t, harness.Options{Failpoints: true})
-				defer n.CheckOwners()
-				end := lasts(t, 15*time.Second, 3*time.Hour)
-				for j := i; j < len(all); j += nodes {
-					if time.Now().After(end) {
-						t.Logf("%d sequences of this node are left out", (len(all)-j)/nodes)
-						return
-					}
-					t.Run(fmt.Sprintf("%d", j), func(t *testing.T) {
-						o := &order{sequence: all[j], t: t, n: n.With(t), tally: tally}
-						o.run(fmt.Sprintf("pod%d", j))
-					})
-				}
-			})
-		}
+	onNodes(t, len(all), 15*time.Second, 3*time.Hour, func(t *testing.T, n *harness.Node, j int) {
+		o := &order{sequence: all[j], t: t, n: n, tally: tally}
+		o.run(fmt.Sprintf("pod%d", j))
 	})
 }
 
