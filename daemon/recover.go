@@ -69,7 +69,7 @@ func (d *Daemon) recover() (*recovery, error) {
 		l := r.loadContainer(id)
 		list = append(list, l)
 		// What is left of a removed one says nothing of its pod, which may have been removed with it.
-		if l.rec != nil && l.Do != records.Undo && l.Do != records.Remove {
+		if l.rec != nil && l.Do != records.Undo && l.rec.Phase != records.ContainerRemoving {
 			r.anyContainer[l.rec.PodID] = l.rec
 		}
 	}
@@ -179,6 +179,8 @@ func (r *recovery) loadContainer(id string) loaded {
 		switch l.Do {
 		case records.Bury:
 			l.Do = records.Watch
+		case records.GiveBack:
+			l.Do = records.Remove
 		case records.Erase:
 			l.Do = records.LeaveAlone
 		}
@@ -388,6 +390,8 @@ func (r *recovery) actOnContainers(list []loaded) {
 			c := r.Containers.Adopt(l.rec, r.pod(l.rec.PodID), l.Seen)
 			undo := r.claims.Undo(containers.NameOf(l.rec), l.id, c.Undo)
 			r.later = append(r.later, r.undoing("container", l.id, undo))
+		case l.Do == records.GiveBack:
+			r.later = append(r.later, r.Containers.GiveBack(r.Containers.Adopt(l.rec, r.pod(l.rec.PodID), l.Seen)))
 		default:
 			r.serve(l)
 		}
@@ -431,7 +435,7 @@ func (r *recovery) act(c *containers.Container, do records.Action) {
 		if err := r.Containers.WriteExit(c.ID(), *c.Seen().Exit); err != nil {
 			r.log.Warn("cannot write an inferred exit record", "container", c.ID(), "error", err)
 		}
-	case records.Remove:
+	case records.Remove, records.GiveBack:
 		r.later = append(r.later, func(ctx context.Context) {
 			if err := c.Remove(ctx); err != nil {
 				r.log.Error("cannot finish a removal", "container", c.ID(), "error", err)

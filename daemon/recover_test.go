@@ -493,6 +493,28 @@ func TestRecoverRemovedPod(t *testing.T) {
 	fake.Until(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
 }
 
+// A container whose removal was answered does not come back because something is left of it.
+func TestRecoverRemovedContainer(t *testing.T) {
+	b := newBed(t)
+	pod := b.RunPod(t, "pod")
+	id := b.Run(t, pod, fake.ContainerConfig("c"))
+	b.Roots.Unmounting.Fail(errors.New("busy"))
+	check(t, b.Containers.Remove(t.Context(), id))
+	next := b.Create(t, pod, fake.ContainerConfig("c"))
+	b.close()
+	if r := b.open(); r.quarantined != 0 || !b.Containers.InUse(fake.Layer) {
+		t.Errorf("%d objects were put aside; its layer in use: %t", r.quarantined, b.Containers.InUse(fake.Layer))
+	}
+	if list := b.Containers.List(nil); len(list) != 1 || list[0].Id != next {
+		t.Errorf("listed: %v", list)
+	}
+	if got, want := b.told(1), id+" CONTAINER_DELETED_EVENT -1 SANDBOX_READY"; got[0] != want {
+		t.Errorf("told %q, want %q", got, want)
+	}
+	b.Roots.Unmounting.Fail(nil)
+	b.removeAll(pod)
+}
+
 // The init of a pod goes on, and is joined by later containers.
 func TestRecoverInit(t *testing.T) {
 	damages := fake.Damages(rundir.StatusName)

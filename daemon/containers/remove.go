@@ -93,6 +93,28 @@ func (c *Container) Undo(ctx context.Context) error {
 	return err
 }
 
+// GiveBack keeps a container that a daemon before has removed, and gives the function that
+// gives back what is left of it.
+func (m *Manager) GiveBack(c *Container) func(context.Context) {
+	m.mu.Lock()
+	m.owed[c.ID()] = c
+	m.mu.Unlock()
+	return func(ctx context.Context) {
+		if c.Undo(ctx) == nil {
+			m.paid(c)
+		}
+		m.tellRemoved(ctx, c)
+		c.announce(deleted + 1)
+	}
+}
+
+// paid forgets a container of which nothing is left.
+func (m *Manager) paid(c *Container) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.owed, c.ID())
+}
+
 // giveBack gives back what a container holds that has ended, its record last. All
 // steps are tried, also after one has failed; only the directories stay while
 // something is mounted in them.
@@ -158,9 +180,7 @@ func (m *Manager) owe(c *Container, err error) {
 			}
 			m.Log.Debug("something is still left of a removed container", "container", c.ID(), "error", err)
 		}
-		m.mu.Lock()
-		delete(m.owed, c.ID())
-		m.mu.Unlock()
+		m.paid(c)
 		m.Log.Info("gave back the rest of a removed container", "container", c.ID())
 		m.Images.Unwanted(c.Record().AllLayers())
 	})

@@ -64,6 +64,7 @@ const (
 	WriteExit  Action = "write exit"  // it ended with the machine: write the exit record
 	Undo       Action = "undo"        // it was never acknowledged: remove it
 	Remove     Action = "remove"      // its removal was cut short: finish it
+	GiveBack   Action = "give back"   // its removal may have been answered: nobody sees it, what is left of it goes
 	Erase      Action = "erase"       // nobody knows what it was, and nothing of it lives: remove it
 	LeaveAlone Action = "leave alone" // no record of it can be read, and it lives: never killed on a guess
 )
@@ -85,6 +86,8 @@ func Decide(rec *Container, f Files, k Kernel) Verdict {
 		return Verdict{seen, Erase}
 	case rec.Phase == ContainerCreating:
 		return Verdict{seen, Undo}
+	case rec.Phase == ContainerRemoving && !k.Shim && !k.Processes:
+		return Verdict{seen, GiveBack}
 	case rec.Phase == ContainerRemoving:
 		return Verdict{seen, Remove}
 	case !ThisBoot(rec.BootID):
