@@ -32,7 +32,9 @@ var ways = []struct {
 	}},
 	{"removed", func(path string, _ []byte) error { return os.Remove(path) }},
 	{"flipped", func(path string, b []byte) error { // one bit
-		b = bytes.Clone(b)
+		if b = bytes.Clone(b); len(b) == 0 { // a mark
+			b = []byte{0}
+		}
 		b[len(b)*2/3] ^= 4
 		return os.WriteFile(path, b, 0o600)
 	}},
