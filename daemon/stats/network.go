@@ -1,6 +1,8 @@
 package stats
 
 import (
+	"bytes"
+	"io"
 	"os"
 	"strconv"
 	"strings"
@@ -14,6 +16,11 @@ import (
 const (
 	defaultLink = "eth0" // the interface of a pod in Kubernetes
 	loopback    = "lo"
+
+	// maxTable bounds what is read of the interfaces of one pod, in bytes: some hundred of
+	// them. A pod that may change its network can have any number, and the answer is one
+	// message for all pods.
+	maxTable = 64 << 10
 )
 
 // link is one interface of a pod, with what went through it.
@@ -39,13 +46,23 @@ func interfaces(pods []Pod) map[string][]link {
 			if p.Netns == "" || netns.Enter(p.Netns) != nil {
 				continue
 			}
-			if table, err := os.ReadFile("/proc/thread-self/net/dev"); err == nil {
-				all[p.ID] = parseLinks(string(table))
+			if table, err := os.Open("/proc/thread-self/net/dev"); err == nil {
+				all[p.ID] = readLinks(table)
+				table.Close()
 			}
 		}
 		return nil
 	})
 	return all
+}
+
+// readLinks reads what it may of a table. A line that is cut off is none.
+func readLinks(r io.Reader) []link {
+	table, err := io.ReadAll(io.LimitReader(r, maxTable))
+	if err != nil {
+		return nil
+	}
+	return parseLinks(string(table[:bytes.LastIndexByte(table, '\n')+1]))
 }
 
 // parseLinks reads /proc/net/dev (proc_pid_net(5)): two lines of titles, then a line for
@@ -57,7 +74,8 @@ func parseLinks(table string) (links []link) {
 		if i < 0 {
 			continue
 		}
-		name := strings.TrimSpace(line[:i])
+		// The pod may choose any bytes, and a message with others than UTF-8 is not sent.
+		name := strings.ToValidUTF8(strings.TrimSpace(line[:i]), "\uFFFD")
 		f := strings.Fields(line[i+1:])
 		if len(f) < 16 {
 			continue

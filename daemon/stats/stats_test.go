@@ -7,9 +7,11 @@ import (
 	"os"
 	"reflect"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
@@ -149,8 +151,17 @@ func TestLinks(t *testing.T) {
 	if u := networkUsage(links[:2]); u.DefaultInterface.Name != "net:1" || len(u.Interfaces) != 1 {
 		t.Errorf("without eth0: %v", u)
 	}
-	if u := networkUsage(parseLinks("")); u != nil {
+	if u := networkUsage(readLinks(strings.NewReader(""))); u != nil {
 		t.Errorf("without an interface: %v", u)
+	}
+	// A pod that names its interfaces as it likes, and makes any number, is answered.
+	line := " \xff\xfe: 1 2 3 4 0 0 0 0 5 6 7 8 0 0 0 0\n"
+	u = networkUsage(readLinks(strings.NewReader(strings.Repeat(line, 1<<20))))
+	if b, err := proto.Marshal(u); err != nil || len(b) > maxTable {
+		t.Errorf("of hostile interfaces: %d bytes, %v", len(b), err)
+	}
+	if one := u.DefaultInterface; one.TxErrors.Value != 7 || !proto.Equal(one, u.Interfaces[len(u.Interfaces)-1]) {
+		t.Errorf("one of them is %v", one)
 	}
 	// A namespace that is gone has none, and holds up nobody.
 	if got := interfaces([]Pod{{ID: "gone", Netns: t.TempDir() + "/none"}, {ID: "host"}}); len(got) != 0 {
