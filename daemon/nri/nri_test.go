@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/containerd/nri/pkg/api"
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/proto/kind"
@@ -366,6 +367,12 @@ func TestSocket(t *testing.T) {
 	l.SetUnlinkOnClose(false)
 	l.Close()
 	open(t, func(o *Options) { o.Socket = n.socket }, nil)
+	// A process that is stopped, and to which no more can connect, has it all the same.
+	stopped := filepath.Join(t.TempDir(), "stopped")
+	listenWithoutRoom(t, stopped)
+	if n := open(t, func(o *Options) { o.Socket = stopped }, nil); n.o.Socket != "" {
+		t.Error("a socket was taken that another process listens at")
+	}
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, []byte("mine"), 0o600); err != nil {
 		t.Fatal(err)
@@ -381,6 +388,30 @@ func TestSocket(t *testing.T) {
 	}
 	if b, err := os.ReadFile(file); err != nil || string(b) != "mine" {
 		t.Errorf("the file: %q, %v", b, err)
+	}
+}
+
+// listenWithoutRoom listens at a path, and takes no connection, as many as are made.
+func listenWithoutRoom(t *testing.T, path string) {
+	t.Helper()
+	socket := func() int {
+		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Close(fd) })
+		return fd
+	}
+	l, at := socket(), &unix.SockaddrUnix{Name: path}
+	if err := errors.Join(unix.Bind(l, at), unix.Listen(l, 0)); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		if err := unix.Connect(socket(), at); err == unix.EAGAIN {
+			return
+		} else if err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

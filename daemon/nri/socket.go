@@ -7,6 +7,8 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 )
 
 // socketFree says whether plugins may connect: there is a socket in the config, and no
@@ -16,10 +18,12 @@ func (n *Plugins[P, C]) socketFree() bool {
 		return false
 	}
 	c, err := net.Dial("unix", n.o.Socket) // does not block
-	if err != nil {
+	switch {
+	case err == nil:
+		c.Close()
+	case !errors.Is(err, unix.EAGAIN): // which is that the other process takes none now: it may be stopped
 		return true
 	}
-	c.Close()
 	n.o.Log.Warn("another process serves NRI plugins: none can connect here; set socket_path in [nri] to another path",
 		"socket", n.o.Socket)
 	n.o.Socket = ""
