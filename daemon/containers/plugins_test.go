@@ -47,7 +47,15 @@ func TestPluginsOfALife(t *testing.T) {
 	check(t, b.Containers.Update(t.Context(), id, &runtimeapi.LinuxContainerResources{CpuShares: 100}))
 	b.told("StartContainer c", "PostStartContainer c", "UpdateContainer c", "PostUpdateContainer c")
 	check(t, b.Containers.UpdateAsPluginWants(t.Context(), id, &runtimeapi.LinuxContainerResources{CpuShares: 200}))
+	// Of what is refused they are not told.
+	invalid := &runtimeapi.LinuxContainerResources{CpuQuota: 1}
+	if err := b.Containers.Update(t.Context(), id, invalid); !errors.Is(err, kind.Invalid) {
+		t.Errorf("an invalid update: %v", err)
+	}
 	check(t, b.Containers.Stop(t.Context(), id, 0))
+	if err := b.Containers.Update(t.Context(), id, invalid); !errors.Is(err, kind.State) {
+		t.Errorf("an update of one that has ended: %v", err)
+	}
 	b.told("StopContainer c")
 	b.remove(id)
 	b.told("RemoveContainer c")

@@ -35,6 +35,10 @@ func (m *Manager) Update(ctx context.Context, id string, r *runtimeapi.LinuxCont
 		return err
 	}
 	defer c.op.Unlock()
+	// What is refused is refused first: plugins act on what they are told.
+	if _, err := c.changeLocked(ctx, r); err != nil {
+		return err
+	}
 	if r, err = m.Plugins.UpdateContainer(ctx, c, r); err != nil {
 		return err
 	}
@@ -60,17 +64,7 @@ func (m *Manager) UpdateAsPluginWants(ctx context.Context, id string, r *runtime
 
 // setLocked sets all that r sets, or nothing. The caller holds op.
 func (c *Container) setLocked(ctx context.Context, r *runtimeapi.LinuxContainerResources) error {
-	switch rec := c.Record(); {
-	case rec.Phase == records.ContainerRemoving:
-		return kind.Errorf(kind.State, "container_id: %s is being removed", c)
-	case c.Seen().Exit != nil:
-		return kind.Errorf(kind.State, "container_id: %s has ended", c)
-	case rec.Updating:
-		if err := c.endUpdateLocked(ctx); err != nil {
-			return err
-		}
-	}
-	change, err := spec.Update(c.m.Host.Now(), c.Record().Config.M.GetLinux().GetResources(), r)
+	change, err := c.changeLocked(ctx, r)
 	if err != nil {
 		return err
 	}
@@ -78,6 +72,22 @@ func (c *Container) setLocked(ctx context.Context, r *runtimeapi.LinuxContainerR
 		c.m.Log.Debug("update adapted to this machine", "container", c.ID(), "warning", w)
 	}
 	return c.updateLocked(ctx, change)
+}
+
+// changeLocked gives the change that r asks for, or says why there is none. The caller
+// holds op.
+func (c *Container) changeLocked(ctx context.Context, r *runtimeapi.LinuxContainerResources) (*spec.Change, error) {
+	switch rec := c.Record(); {
+	case rec.Phase == records.ContainerRemoving:
+		return nil, kind.Errorf(kind.State, "container_id: %s is being removed", c)
+	case c.Seen().Exit != nil:
+		return nil, kind.Errorf(kind.State, "container_id: %s has ended", c)
+	case rec.Updating:
+		if err := c.endUpdateLocked(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return spec.Update(c.m.Host.Now(), c.Record().Config.M.GetLinux().GetResources(), r)
 }
 
 // updateLocked has the shim make a change. The caller holds op.
