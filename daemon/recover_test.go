@@ -546,19 +546,26 @@ func TestRecoverInit(t *testing.T) {
 	}
 }
 
+// initCutShort makes a pod, and ends the daemon as if it had been killed while it created the
+// init of that.
+func (b *bed) initCutShort() (pod string) {
+	b.t.Helper()
+	pod = b.RunPod(b.t, "pod")
+	b.Run(b.t, pod, fake.Shared("a"))
+	b.close()
+	var init records.Container
+	var rec records.Pod
+	check(b.t, errors.Join(b.Store.Get(state.Containers, pod, &init), b.Store.Get(state.Pods, pod, &rec)))
+	init.Phase, rec.PIDNamespace = records.ContainerCreating, ""
+	check(b.t, errors.Join(b.Store.Put(state.Containers, pod, &init, false), b.Store.Put(state.Pods, pod, &rec, false)))
+	return pod
+}
+
 // An init whose creation was cut short is removed, and once only: the next one, which a
 // container may ask for before that, has the same id.
 func TestRecoverInitOnce(t *testing.T) {
 	b := newBed(t)
-	pod := b.RunPod(t, "pod")
-	b.Run(t, pod, fake.Shared("a"))
-	b.close()
-	var init records.Container
-	var rec records.Pod
-	check(t, errors.Join(b.Store.Get(state.Containers, pod, &init), b.Store.Get(state.Pods, pod, &rec)))
-	init.Phase, rec.PIDNamespace = records.ContainerCreating, ""
-	err := errors.Join(b.Store.Put(state.Containers, pod, &init, false), b.Store.Put(state.Pods, pod, &rec, false))
-	check(t, err)
+	pod := b.initCutShort()
 	if r := b.open(); r.undone != 1 {
 		t.Errorf("%d creations are undone", r.undone)
 	}
@@ -569,6 +576,29 @@ func TestRecoverInitOnce(t *testing.T) {
 	check(t, before.Remove(t.Context())) // as the start does in the background
 	if after := p.Init(); after == before || !after.Seen().Init.Alive() || p.Ready() != nil {
 		t.Errorf("the init is %v, lives: %t; %v", after, after.Seen().Init.Alive(), p.Ready())
+	}
+	b.removeAll(pod)
+}
+
+// There is no other init before all of such a one has been given back: what takes that away
+// goes by the id.
+func TestRecoverInitOwed(t *testing.T) {
+	b := newBed(t)
+	pod := b.initCutShort()
+	b.Roots.Unmounting.Fail(errors.New("busy"))
+	b.open()
+	p, err := b.Pods.Find(pod)
+	check(t, err)
+	if _, err := b.Containers.Create(t.Context(), p, fake.Shared("b")); !errors.Is(err, kind.Unavailable) {
+		t.Errorf("an init beside what is left of the one before: %v", err)
+	}
+	b.Roots.Unmounting.Fail(nil)
+	fake.Until(t, "another init", func() bool {
+		_, err = b.Containers.Create(t.Context(), p, fake.Shared("b"))
+		return !errors.Is(err, kind.Unavailable)
+	})
+	if err != nil || !p.Init().Seen().Init.Alive() || p.Ready() != nil {
+		t.Errorf("%v; the init lives: %t; %v", err, p.Init().Seen().Init.Alive(), p.Ready())
 	}
 	b.removeAll(pod)
 }

@@ -222,6 +222,10 @@ type Build func(ctx context.Context, root string) (*Built, error)
 // removes it.
 func (m *Manager) Launch(ctx context.Context, cl *claims.Claim, pod Pod, rec *records.Container,
 	build Build) (_ *Container, err error) {
+	if m.owes(rec.ID) { // the next init of a pod has the id of the one before
+		return nil, kind.Errorf(kind.Unavailable, "something is left of an earlier container with the id %s, and is being "+
+			"given back", records.ShortID(rec.ID))
+	}
 	c := m.Adopt(rec, pod, records.Seen{})
 	defer func() {
 		if err != nil {
@@ -466,19 +470,11 @@ func (c *Container) unrunnable() bool {
 }
 
 // undo undoes a creation. What cannot be undone now is tried again in the
-// background, and by the next start: the record still says creating. Not so for the
-// init of a pod: the next one has the same id.
+// background, and by the next start: the record still says creating.
 func undo(ctx context.Context, c *Container, err error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), eraseTimeout)
 	defer cancel()
 	c.m.tellRemoved(ctx, c)
-	uerr := c.Erase(ctx)
-	switch {
-	case uerr == nil:
-	case c.Record().Init:
-		c.m.Log.Error("cannot undo the init of a pod; the next start tries again", "pod", c.ID(), "error", uerr)
-	default:
-		c.m.owe(c, uerr)
-	}
+	c.Undo(ctx)
 	return err
 }

@@ -108,6 +108,14 @@ func (m *Manager) GiveBack(c *Container) func(context.Context) {
 	}
 }
 
+// owes says whether something is left of a removed container. Nothing else can be made under
+// its id meanwhile: it would be taken away with what is left.
+func (m *Manager) owes(id string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.owed[id] != nil
+}
+
 // paid forgets a container of which nothing is left.
 func (m *Manager) paid(c *Container) {
 	m.mu.Lock()
