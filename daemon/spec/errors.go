@@ -12,19 +12,10 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
-// FieldError is a fault of one field. It is of the kind kind.Invalid if the
-// caller's config causes it, and of kind.Unsupported if a well-formed request is
-// one that this runtime or this machine cannot fulfil.
-type FieldError struct {
-	Field   string // as in the CRI, with its path: config.linux.resources.cpu_shares
-	Problem string
-	Kind    error
-}
-
-func (e *FieldError) Error() string { return e.Field + ": " + e.Problem }
-
-// Unwrap gives the kind, for errors.Is.
-func (e *FieldError) Unwrap() error { return e.Kind }
+// An error of this package names the field at fault as in the CRI, with its path:
+// config.linux.resources.cpu_shares. It is of the kind kind.Invalid if the caller's config
+// causes it, and of kind.Unsupported if a well-formed request is one that this runtime or
+// this machine cannot fulfil.
 
 func invalid(field, format string, args ...any) error {
 	return fieldError(kind.Invalid, field, format, args...)
@@ -75,13 +66,9 @@ const (
 	longestProblem = 1024
 )
 
-// refused is told by tests of this package from where each refusal came.
-var refused = func() {}
-
 func fieldError(k error, field, format string, args ...any) error {
-	refused()
 	problem := fmt.Sprintf(format, args...)
-	return &FieldError{Field: shorten(field, longestField), Problem: shorten(problem, longestProblem), Kind: k}
+	return kind.Errorf(k, "%s: %s", shorten(field, longestField), shorten(problem, longestProblem))
 }
 
 // shorten leaves out the middle of a text that is longer than max bytes.

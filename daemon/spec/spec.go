@@ -114,8 +114,8 @@ type Result struct {
 	Warnings []string
 }
 
-// Build makes the spec of a container that Validate has passed. Errors are
-// FieldErrors.
+// Build makes the spec of a container that Validate has passed. Errors name
+// the field at fault.
 func Build(in Input) (*Result, error) {
 	c := in.Container
 	sc := c.GetLinux().GetSecurityContext()

@@ -24,7 +24,7 @@ type Change struct {
 }
 
 // Update makes the change that a request asks for: what it does not set stays as it is.
-// Errors are FieldErrors.
+// Errors name the field at fault.
 func Update(h Host, old, request *runtimeapi.LinuxContainerResources) (*Change, error) {
 	const field = "linux"
 	if request == nil {
