@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/descriptor"
 )
 
 // Socket is where the OCI runtime sends the master of a terminal
@@ -29,13 +31,11 @@ func Listen(directory, name string) (*Socket, error) {
 	}
 	// A Unix address holds 107 bytes and the directory's path may be longer.
 	// The runtime is another process, so /proc/self would not do.
-	raw, err := dir.SyscallConn()
 	s := &Socket{dir: dir, name: name}
-	if err == nil {
-		err = raw.Control(func(fd uintptr) {
-			s.path = fmt.Sprintf("/proc/%d/fd/%d/%s", os.Getpid(), fd, name)
-		})
-	}
+	err = descriptor.Lend(dir, func(fd int) error {
+		s.path = fmt.Sprintf("/proc/%d/fd/%d/%s", os.Getpid(), fd, name)
+		return nil
+	})
 	if err == nil {
 		os.Remove(s.path)
 		s.l, err = net.ListenUnix("unix", &net.UnixAddr{Name: s.path, Net: "unix"})
@@ -85,7 +85,7 @@ func (s *Socket) Receive(ctx context.Context) (*os.File, error) {
 		return nil, fmt.Errorf("cannot receive the terminal: %w", err)
 	}
 	f := os.NewFile(uintptr(fd), "pty")
-	err = ioctl(f, func(fd int) error {
+	err = descriptor.Lend(f, func(fd int) error {
 		_, err := unix.IoctlGetWinsize(fd, unix.TIOCGWINSZ)
 		return err
 	})
@@ -146,40 +146,13 @@ func Collect(ctx context.Context, directory, name string, run func(socket string
 	return nil, err
 }
 
-// Resize sets the size of a terminal by its master, in characters.
+// Resize sets the size of a terminal by its master, in characters. The Setsize of creack/pty and the
+// Resize of containerd/console would make the master blocking.
 func Resize(master *os.File, width, height uint16) error {
 	size := unix.Winsize{Col: width, Row: height}
-	err := ioctl(master, func(fd int) error { return unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &size) })
+	err := descriptor.Lend(master, func(fd int) error { return unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &size) })
 	if err != nil {
 		return fmt.Errorf("cannot resize the terminal to %dx%d: %w", width, height, err)
 	}
 	return nil
-}
-
-// ioctl keeps the file non-blocking, which os.File.Fd, and with it the Setsize of
-// creack/pty and the Resize of containerd/console, would not: a blocking read of
-// the master could not be ended by closing it.
-func ioctl(f *os.File, call func(fd int) error) error {
-	raw, err := f.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var cerr error
-	if err := raw.Control(func(fd uintptr) { cerr = call(int(fd)) }); err != nil {
-		return err
-	}
-	return cerr
-}
-
-// Dup gives a second file of the same terminal, close-on-exec.
-func Dup(master *os.File) (*os.File, error) {
-	var fd int
-	err := ioctl(master, func(old int) (err error) {
-		fd, err = unix.FcntlInt(uintptr(old), unix.F_DUPFD_CLOEXEC, 0)
-		return err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("cannot duplicate the terminal: %w", err)
-	}
-	return os.NewFile(uintptr(fd), master.Name()), nil
 }

@@ -12,6 +12,8 @@ import (
 
 	creack "github.com/creack/pty"
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/descriptor"
 )
 
 // open makes a terminal.
@@ -59,7 +61,7 @@ func TestReceive(t *testing.T) {
 	}
 	defer master.Close()
 	m.Close()
-	second, err := Dup(master)
+	second, err := descriptor.Dup(master)
 	if err != nil {
 		t.Fatal(err)
 	}

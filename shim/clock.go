@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/descriptor"
 )
 
 // deadline is a timer on CLOCK_BOOTTIME that can be set again until it fires.
@@ -29,18 +31,10 @@ func newDeadline(fire func()) (*deadline, error) {
 
 // set moves the deadline to a time on CLOCK_BOOTTIME. One that has passed fires at once.
 func (d *deadline) set(at time.Duration) error {
-	raw, err := d.timer.SyscallConn()
-	if err != nil {
-		return err
-	}
 	spec := unix.ItimerSpec{Value: unix.NsecToTimespec(max(1, int64(at)))}
-	var serr error
-	err = raw.Control(func(fd uintptr) {
-		serr = unix.TimerfdSettime(int(fd), unix.TFD_TIMER_ABSTIME, &spec, nil)
+	err := descriptor.Lend(d.timer, func(fd int) error {
+		return unix.TimerfdSettime(fd, unix.TFD_TIMER_ABSTIME, &spec, nil)
 	})
-	if err == nil {
-		err = serr
-	}
 	if err != nil {
 		return fmt.Errorf("cannot set the stop deadline: %w", err)
 	}

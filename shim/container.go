@@ -11,9 +11,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/descriptor"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
-	"github.com/holdfast-cri/holdfast/pty"
 	"github.com/holdfast-cri/holdfast/reaper"
 	"github.com/holdfast-cri/holdfast/runc"
 	"github.com/holdfast-cri/holdfast/shim/logfile"
@@ -105,7 +105,7 @@ func (t *task) openContainer(l rundir.Launch, traits rundir.Container, files *Fi
 			continue
 		}
 		if traits.Terminal && c.console == nil {
-			if c.console, err = pty.Dup(f); err != nil {
+			if c.console, err = descriptor.Dup(f); err != nil {
 				return c, err
 			}
 		}
@@ -282,7 +282,7 @@ func (t *task) handOver() (*Files, error) {
 	if files.Files, err = c.stdio.Leave(); err != nil {
 		return nil, err
 	}
-	if files.Memory, err = stdio.Dup(c.memory.File()); err == nil && c.log != nil {
+	if files.Memory, err = descriptor.Dup(c.memory.File()); err == nil && c.log != nil {
 		var fd int
 		if fd, err = c.log.Dup(); err == nil && fd >= 0 {
 			files.Log = os.NewFile(uintptr(fd), "log")

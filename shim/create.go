@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/holdfast-cri/holdfast/descriptor"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/proto/step"
@@ -310,11 +311,11 @@ func (m *making) createWithTerminal(ctx context.Context) error {
 		return m.createInit(ctx, runc.CreateOptions{Bundle: string(t.dir), ConsoleSocket: socket})
 	})
 	if err == nil {
-		c.console, err = pty.Dup(master)
+		c.console, err = descriptor.Dup(master)
 	}
 	if err == nil && m.launch.Stdin {
 		var input *os.File
-		if input, err = pty.Dup(master); err == nil {
+		if input, err = descriptor.Dup(master); err == nil {
 			c.stdio.SetInput(input, true, m.launch.StdinOnce, t.inputClosed)
 		}
 	}

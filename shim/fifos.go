@@ -2,7 +2,6 @@ package shim
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -11,6 +10,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/descriptor"
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/pty"
@@ -128,15 +128,12 @@ func openFIFO(path, field string) (*os.File, error) {
 
 // reopen opens the file behind a descriptor once more.
 func reopen(f *os.File, flags int) (*os.File, error) {
-	raw, err := f.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
 	var fd int
-	cerr := raw.Control(func(old uintptr) {
+	err := descriptor.Lend(f, func(old int) (err error) {
 		fd, err = unix.Open(fmt.Sprintf("/proc/self/fd/%d", old), flags|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+		return err
 	})
-	if err = errors.Join(err, cerr); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	return os.NewFile(uintptr(fd), f.Name()), nil
@@ -158,7 +155,7 @@ func (x *fifoExec) begin(master *os.File) {
 				continue
 			}
 			var err error
-			if x.files.ours[i], err = pty.Dup(master); err != nil {
+			if x.files.ours[i], err = descriptor.Dup(master); err != nil {
 				x.exec.task.log.Error("exec without its terminal", "exec", x.exec.id, "err", err)
 			}
 		}

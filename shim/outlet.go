@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/descriptor"
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/runc"
 )
@@ -158,12 +159,9 @@ func (o *outlet) giveUp() {
 // rest reads what is in a pipe whose deadline has passed, as far as left goes, and then
 // gives that error: a shim that was stopped sees the deadline before the output.
 func rest(r *os.File, b []byte, left *int) (n int, err error) {
-	raw, err := r.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	raw.Control(func(fd uintptr) {
-		n, _ = unix.Read(int(fd), b[:min(len(b), *left)])
+	descriptor.Lend(r, func(fd int) error {
+		n, _ = unix.Read(fd, b[:min(len(b), *left)])
+		return nil
 	})
 	if n <= 0 {
 		return 0, os.ErrDeadlineExceeded

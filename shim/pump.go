@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/descriptor"
 )
 
 // pump copies one standard file of an exec from or to a FIFO. Its goroutine, run, closes
@@ -55,14 +57,11 @@ func (p *pump) run() {
 
 // hasReader says whether the FIFO or pipe that w writes to is open for reading.
 func hasReader(w *os.File) bool {
-	raw, err := w.SyscallConn()
-	if err != nil {
-		return false
-	}
 	poll := []unix.PollFd{{Events: unix.POLLOUT}}
-	raw.Control(func(fd uintptr) {
+	descriptor.Lend(w, func(fd int) error {
 		poll[0].Fd = int32(fd)
-		unix.Poll(poll, 0)
+		_, err := unix.Poll(poll, 0)
+		return err
 	})
 	return poll[0].Revents&unix.POLLERR == 0
 }

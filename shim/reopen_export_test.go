@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/descriptor"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
@@ -52,13 +53,10 @@ func (s *shim) execute() error {
 	for _, f := range files.list() {
 		number := -1
 		if *f != nil {
-			raw, err := (*f).SyscallConn()
-			if err != nil {
+			err := descriptor.Lend(*f, func(fd int) error {
+				number = fd
+				_, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, 0)
 				return err
-			}
-			raw.Control(func(fd uintptr) {
-				number = int(fd)
-				_, err = unix.FcntlInt(fd, unix.F_SETFD, 0)
 			})
 			if err != nil {
 				return err

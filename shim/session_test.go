@@ -15,12 +15,12 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/descriptor"
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/proto/session"
-	"github.com/holdfast-cri/holdfast/shim/stdio"
 )
 
 // session opens a session with the box's shim.
@@ -165,7 +165,7 @@ func TestSessionComesBack(t *testing.T) {
 		t.Errorf("a second client at a time: %v", err)
 	}
 	// It ends while it has no client: one that had seen the end would not come back.
-	input, err := stdio.Dup(again.Stdin)
+	input, err := descriptor.Dup(again.Stdin)
 	if err != nil {
 		t.Fatal(err)
 	}

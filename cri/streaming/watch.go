@@ -5,10 +5,11 @@ import (
 	"log/slog"
 	"os"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/descriptor"
 )
 
 // watch learns from the kernel that a client has gone. Reading alone does not tell it:
@@ -44,8 +45,8 @@ func (w *watch) add(c *conn) error {
 	w.conns[key], w.keys[c] = c, key
 	w.mu.Unlock()
 	event := unix.EpollEvent{Events: unix.EPOLLRDHUP | unix.EPOLLET, Fd: key}
-	err := withFD(w.epoll, func(epoll int) error {
-		return withFD(c.tcp, func(fd int) error { return unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, fd, &event) })
+	err := descriptor.Lend(w.epoll, func(epoll int) error {
+		return descriptor.Lend(c.tcp, func(fd int) error { return unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, fd, &event) })
 	})
 	if err != nil {
 		w.remove(c)
@@ -60,19 +61,6 @@ func (w *watch) remove(c *conn) {
 	defer w.mu.Unlock()
 	delete(w.conns, w.keys[c])
 	delete(w.keys, c)
-}
-
-// withFD calls f with a descriptor that cannot be closed meanwhile.
-func withFD(of syscall.Conn, f func(fd int) error) error {
-	raw, err := of.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var ferr error
-	if err := raw.Control(func(fd uintptr) { ferr = f(int(fd)) }); err != nil {
-		return err
-	}
-	return ferr
 }
 
 func (w *watch) run() {

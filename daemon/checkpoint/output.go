@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/descriptor"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
@@ -59,11 +60,10 @@ func Create(path string) (*Output, error) {
 
 // CreateIn is Create for a name in an open directory, which stays the caller's.
 func CreateIn(dir *os.File, name string) (*Output, error) {
-	fd, err := unix.FcntlInt(dir.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	own, err := descriptor.Dup(dir)
 	if err != nil {
-		return nil, fmt.Errorf("cannot hold %s: %w", dir.Name(), err)
+		return nil, err
 	}
-	own := os.NewFile(uintptr(fd), dir.Name())
 	o, err := createIn(own, name)
 	if err != nil {
 		own.Close()

@@ -13,6 +13,7 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/descriptor"
 	"github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/session"
 )
@@ -134,7 +135,7 @@ func (s *Session) take(f *session.Files, files []*os.File) (err error) {
 	s.Terminal = f.Terminal
 	if f.Terminal && len(files) == 1 && f.Stdin && f.Stdout { // the master
 		s.Stdout = files[0]
-		s.Stdin, err = dup(files[0])
+		s.Stdin, err = descriptor.Dup(files[0])
 		return err
 	}
 	for _, at := range []struct {
@@ -146,19 +147,6 @@ func (s *Session) take(f *session.Files, files []*os.File) (err error) {
 		}
 	}
 	return nil
-}
-
-func dup(f *os.File) (*os.File, error) {
-	raw, err := f.SyscallConn() // Fd would make it blocking
-	if err != nil {
-		return nil, err
-	}
-	var fd int
-	cerr := raw.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) })
-	if err = errors.Join(cerr, err); err != nil {
-		return nil, fmt.Errorf("cannot duplicate a terminal: %w", err)
-	}
-	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
 // watch waits for the exit.
@@ -341,9 +329,10 @@ func (i *input) Write(p []byte) (int, error) {
 // enlarge has a pipe hold more. It fails for a terminal, and where the user has too many
 // such pipes.
 func enlarge(f *os.File) {
-	if raw, err := f.SyscallConn(); err == nil {
-		raw.Control(func(fd uintptr) { unix.FcntlInt(fd, unix.F_SETPIPE_SZ, busyPipe) })
-	}
+	descriptor.Lend(f, func(fd int) error {
+		_, err := unix.FcntlInt(uintptr(fd), unix.F_SETPIPE_SZ, busyPipe)
+		return err
+	})
 }
 
 func (s *Session) copySizes(ctx context.Context, sizes <-chan Size) {

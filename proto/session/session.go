@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/descriptor"
 )
 
 // Message is one message. A receiver ignores what it does not know.
@@ -118,13 +120,7 @@ func withFDs(files []*os.File, fds []int, f func([]int) error) error {
 	if len(files) == 0 {
 		return f(fds)
 	}
-	raw, err := files[0].SyscallConn() // Fd would make it blocking
-	if err != nil {
-		return err
-	}
-	var ferr error
-	err = raw.Control(func(fd uintptr) { ferr = withFDs(files[1:], append(fds, int(fd)), f) })
-	return errors.Join(err, ferr)
+	return descriptor.Lend(files[0], func(fd int) error { return withFDs(files[1:], append(fds, fd), f) })
 }
 
 // Receive waits for the next message; io.EOF: the peer has closed the connection.

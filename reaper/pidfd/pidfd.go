@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/descriptor"
 )
 
 // ErrEnded says that the process has ended.
@@ -119,15 +121,7 @@ func (p *Process) Kill(ctx context.Context) error {
 // Control lends the descriptor to f, which must not block and must not keep it.
 // It becomes readable when the process ends.
 func (p *Process) Control(f func(fd int) error) error {
-	conn, err := p.file.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var ferr error
-	if err := conn.Control(func(fd uintptr) { ferr = f(int(fd)) }); err != nil {
-		return err
-	}
-	return ferr
+	return descriptor.Lend(p.file, f)
 }
 
 func ready(fd int) bool {

@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/descriptor"
 )
 
 // OOMKills counts the processes that the OOM killer has killed, whichever limit
@@ -114,17 +116,8 @@ func registerEventfd(dir, path string, eventfd int) error {
 		return err
 	}
 	defer f.Close()
-	raw, err := f.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var werr error
-	err = raw.Control(func(fd uintptr) {
+	return descriptor.Lend(f, func(fd int) error {
 		line := fmt.Appendf(nil, "%d %d", eventfd, fd)
-		werr = os.WriteFile(filepath.Join(dir, "cgroup.event_control"), line, 0)
+		return os.WriteFile(filepath.Join(dir, "cgroup.event_control"), line, 0)
 	})
-	if err == nil {
-		err = werr
-	}
-	return err
 }

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/descriptor"
 	"github.com/holdfast-cri/holdfast/shim/logfile"
 )
 
@@ -365,7 +366,7 @@ func resumeLog(t *testing.T, log *logfile.File, memory *Memory) (*logfile.File, 
 	if err != nil {
 		t.Fatal(err)
 	}
-	file, err := Dup(memory.File())
+	file, err := descriptor.Dup(memory.File())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -387,7 +388,7 @@ func TestOpenMemory(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		f, err := Dup(m.File())
+		f, err := descriptor.Dup(m.File())
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/holdfast-cri/holdfast/descriptor"
 	"github.com/holdfast-cri/holdfast/shim/logfile"
 )
 
@@ -55,15 +56,12 @@ func pollable(r *os.File) *os.File {
 	if r.SetReadDeadline(time.Time{}) == nil {
 		return r
 	}
-	raw, err := r.SyscallConn()
-	if err != nil {
-		return r
-	}
-	fd := -1
-	raw.Control(func(old uintptr) {
-		fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0)
+	var fd int
+	err := descriptor.Lend(r, func(old int) (err error) {
+		fd, err = unix.FcntlInt(uintptr(old), unix.F_DUPFD_CLOEXEC, 0)
+		return err
 	})
-	if err != nil || fd < 0 {
+	if err != nil {
 		return r // it works, with a thread
 	}
 	unix.SetNonblock(fd, true)

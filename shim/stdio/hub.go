@@ -11,12 +11,10 @@ package stdio
 
 import (
 	"errors"
-	"fmt"
 	"os"
 	"sync"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/holdfast-cri/holdfast/descriptor"
 	"github.com/holdfast-cri/holdfast/shim/logfile"
 )
 
@@ -121,8 +119,10 @@ func (h *Hub) Leave() (Files, error) {
 	h.mu.Lock()
 	for c := range h.copiers {
 		var derr error
-		f.Outputs[c.stream], derr = Dup(c.r)
-		err = errors.Join(err, derr)
+		f.Outputs[c.stream], derr = descriptor.Dup(c.r)
+		if !errors.Is(derr, os.ErrClosed) { // it has just ended
+			err = errors.Join(err, derr)
+		}
 	}
 	h.mu.Unlock()
 	input, ierr := h.input.dup()
@@ -131,23 +131,6 @@ func (h *Hub) Leave() (Files, error) {
 	h.input.close()
 	h.clients.close(lastTimeout)
 	return f, errors.Join(err, ierr)
-}
-
-// Dup gives a second descriptor of an open file; nil without an error if it has been
-// closed.
-func Dup(f *os.File) (*os.File, error) {
-	raw, err := f.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	fd := -1
-	if raw.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) }) != nil {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("cannot duplicate %s: %w", f.Name(), err)
-	}
-	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
 func (h *Hub) shut(how ending) {

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/descriptor"
 )
 
 // input is where the input of clients goes: the write end of a pipe, or the master
@@ -116,7 +118,7 @@ func (in *input) dup() (*os.File, error) {
 	if in.file == nil || in.ending {
 		return nil, nil
 	}
-	return Dup(in.file)
+	return descriptor.Dup(in.file)
 }
 
 // close closes the input without telling anybody.
@@ -132,14 +134,11 @@ func (in *input) close() {
 // endOfFile types the terminal's character for the end of the input, if it is in a
 // mode that knows one. Twice: the first ends a line that has been begun.
 func endOfFile(master *os.File) {
-	raw, err := master.SyscallConn()
-	if err != nil {
-		return
-	}
 	var mode *unix.Termios
-	if cerr := raw.Control(func(fd uintptr) { mode, err = unix.IoctlGetTermios(int(fd), unix.TCGETS) }); cerr != nil {
-		return
-	}
+	err := descriptor.Lend(master, func(fd int) (err error) {
+		mode, err = unix.IoctlGetTermios(fd, unix.TCGETS)
+		return err
+	})
 	if err == nil && mode.Lflag&unix.ICANON != 0 {
 		eof := mode.Cc[unix.VEOF]
 		master.SetWriteDeadline(time.Now().Add(time.Second)) // a full terminal takes no more
