@@ -23,7 +23,8 @@ func TestDiffAndRestore(t *testing.T) {
 		e{name: "hidden/", typ: '5'}, e{name: "hidden/a", body: "x"})
 	rw := t.TempDir()
 	root := filepath.Join(t.TempDir(), "root")
-	if err := errors.Join(os.Mkdir(root, 0o700), s.Mount(t.Context(), []digest.Digest{layer}, rw, root, nil)); err != nil {
+	err := errors.Join(os.Mkdir(root, 0o700), s.Mount(t.Context(), []digest.Digest{layer}, rw, root, nil, ""))
+	if err != nil {
 		t.Fatal(err)
 	}
 	const work = `set -e; cd "$1"; umask 0; rm d/gone; echo more >>d/kept; rm -r hidden; mkdir -m 2750 hidden
@@ -55,12 +56,12 @@ func TestDiffAndRestore(t *testing.T) {
 
 	rw2, root2 := t.TempDir(), filepath.Join(t.TempDir(), "root")
 	// As a daemon that was killed leaves it.
-	err := os.MkdirAll(filepath.Join(rw2, upperName+trashSuffix, "1"), 0o700)
+	err = os.MkdirAll(filepath.Join(rw2, upperName+trashSuffix, "1"), 0o700)
 	if err != nil {
 		t.Fatal(err)
 	}
 	err = errors.Join(os.Mkdir(root2, 0o700), s.Restore(t.Context(), []digest.Digest{layer}, rw2, &diff),
-		s.Mount(t.Context(), []digest.Digest{layer}, rw2, root2, nil))
+		s.Mount(t.Context(), []digest.Digest{layer}, rw2, root2, nil, ""))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -372,7 +372,7 @@ func checkUnion(t testing.TB, g *guarded, layers [][]entry) {
 	target := filepath.Join(rw, "rootfs")
 	check(t, os.Mkdir(target, 0o755))
 	defer Unmount(target)
-	if err := g.Mount(context.Background(), diffIDs, rw, target, nil); err != nil {
+	if err := g.Mount(context.Background(), diffIDs, rw, target, nil, ""); err != nil {
 		t.Fatalf("%s\n%v", show(layers...), err)
 	}
 	if err := m.compare(target); err != nil {

@@ -58,7 +58,7 @@ func TestImpliedNamesAreBounded(t *testing.T) {
 			t.Errorf("%d names in memory", len(s.layers[top].Implied))
 		}
 		target := t.TempDir()
-		check(t, s.Mount(t.Context(), []digest.Digest{base, top}, t.TempDir(), target, nil))
+		check(t, s.Mount(t.Context(), []digest.Digest{base, top}, t.TempDir(), target, nil, ""))
 		st, err := os.Stat(filepath.Join(target, "a"))
 		if err != nil || st.Mode() != os.ModeDir|os.ModeSticky|0o777 {
 			t.Errorf("again %v: %v %v", again, st.Mode(), err)

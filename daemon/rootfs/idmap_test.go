@@ -65,7 +65,7 @@ func mountMapped(t testing.TB, s *Store, m *IDMap, layers ...digest.Digest) (rw,
 		os.RemoveAll(rw)
 	})
 	check(t, errors.Join(os.Chmod(rw, 0o711), os.Mkdir(target, 0o711)))
-	check(t, s.Mount(t.Context(), layers, rw, target, m))
+	check(t, s.Mount(t.Context(), layers, rw, target, m, ""))
 	return rw, target
 }
 
@@ -239,7 +239,7 @@ func TestMappedMounts(t *testing.T) {
 		if n := strings.Count(string(b), " "+rw+"/"); n != 1 {
 			t.Errorf("%d mounts below %s, want 1", n, rw)
 		}
-		if err := s.Mount(t.Context(), layers, rw, root, m); !errors.Is(err, ErrBusy) {
+		if err := s.Mount(t.Context(), layers, rw, root, m, ""); !errors.Is(err, ErrBusy) {
 			t.Errorf("once more: %v", err)
 		}
 	}
@@ -271,7 +271,7 @@ func TestMappedLeftovers(t *testing.T) {
 		t.Errorf("writing through the attached layers: %v, want read-only", err)
 	}
 	left()
-	check(t, s.Mount(t.Context(), []digest.Digest{layer}, rw, target, m))
+	check(t, s.Mount(t.Context(), []digest.Digest{layer}, rw, target, m, ""))
 	gone(t, target+mappedSuffix)
 	read(t, target, "file")
 	left()
@@ -281,17 +281,13 @@ func TestMappedLeftovers(t *testing.T) {
 		t.Errorf("still mounted: %v, %v", on, err)
 	}
 	read(t, s.layerDir(layer), diffName, "file")
-	if err := s.Mount(
-		t.Context(),
-		[]digest.Digest{"sha256:" + digest.Digest(strings.Repeat("0", 64))},
-		rw,
-		target,
-		m,
-	); !errors.Is(err, ErrNoLayer) {
+	absent := []digest.Digest{"sha256:" + digest.Digest(strings.Repeat("0", 64))}
+	if err := s.Mount(t.Context(), absent, rw, target, m, ""); !errors.Is(err, ErrNoLayer) {
 		t.Errorf("a layer that is not there: %v", err)
 	}
 	gone(t, target+mappedSuffix)
-	if err := s.Mount(t.Context(), []digest.Digest{layer}, rw, target, &IDMap{Userns: "/proc/self/ns/net"}); err == nil {
+	net := &IDMap{Userns: "/proc/self/ns/net"}
+	if err := s.Mount(t.Context(), []digest.Digest{layer}, rw, target, net, ""); err == nil {
 		t.Error("no user namespace, and mounted")
 	}
 	gone(t, target+mappedSuffix)

@@ -35,14 +35,9 @@ var ErrBusy = errors.New("something is mounted there already")
 // With an IDMap, nil being none, who owns a file in a layer owns it in the user
 // namespace. The layers stay as they are; the writable one holds the ids of the
 // host.
-func (s *Store) Mount(ctx context.Context, diffIDs []digest.Digest, rw, target string, m *IDMap) error {
-	return s.MountLabelled(ctx, diffIDs, rw, target, m, "")
-}
-
-// MountLabelled is Mount. All files have an SELinux label, whatever they have on the disk;
-// empty: the one they have there.
-func (s *Store) MountLabelled(ctx context.Context, diffIDs []digest.Digest, rw, target string, m *IDMap,
-	label string) error {
+//
+// label is the SELinux label of all files; empty: the one they have on the disk.
+func (s *Store) Mount(ctx context.Context, diffIDs []digest.Digest, rw, target string, m *IDMap, label string) error {
 	err := ctx.Err()
 	if err == nil {
 		err = s.mount(diffIDs, rw, target, m, label)

@@ -141,24 +141,16 @@ var (
 	nameless = regexp.MustCompile(`lowerdir=` + fdPrefix + `\d+(:|,|$)`)
 )
 
-// layersOf gives the layers of the overlay mounts that are wanted, as far as
-// these tell. Where one does not, or the mounts cannot be read, all is false.
-func layersOf(wanted func(mounts.Mount) bool) (layers []digest.Digest, all bool) {
-	table, err := mounts.Read(mounts.Self)
-	all = err == nil
-	for _, m := range table {
-		if wanted(m) {
-			some, complete := LayersIn(m.FSOptions)
-			layers, all = append(layers, some...), all && complete
-		}
-	}
-	return layers, all
-}
-
 // LayersAt are the layers of the root file system that is mounted at target, as
 // far as its mount tells. It is for a container whose records are lost.
-func LayersAt(target string) []digest.Digest {
-	layers, _ := layersOf(func(m mounts.Mount) bool { return m.Point == target })
+func LayersAt(target string) (layers []digest.Digest) {
+	table, _ := mounts.Read(mounts.Self) // what cannot be read tells nothing
+	for _, m := range table {
+		if m.Point == target {
+			some, _ := LayersIn(m.FSOptions)
+			layers = append(layers, some...)
+		}
+	}
 	return layers
 }
 

@@ -107,7 +107,7 @@ func mount(t testing.TB, s *Store, layers ...digest.Digest) string {
 			t.Error(err)
 		}
 	})
-	check(t, s.Mount(t.Context(), layers, dir, target, nil))
+	check(t, s.Mount(t.Context(), layers, dir, target, nil, ""))
 	return target
 }
 
@@ -754,7 +754,7 @@ func TestRemove(t *testing.T) {
 	if s.Has(d) || s.Usage() != (Usage{}) {
 		t.Errorf("still there: %+v", s.Usage())
 	}
-	if err := s.Mount(t.Context(), []digest.Digest{d}, t.TempDir(), t.TempDir(), nil); !errors.Is(err, ErrNoLayer) {
+	if err := s.Mount(t.Context(), []digest.Digest{d}, t.TempDir(), t.TempDir(), nil, ""); !errors.Is(err, ErrNoLayer) {
 		t.Errorf("mount: %v", err)
 	}
 	s.Close()
@@ -936,7 +936,7 @@ func TestOddDirectories(t *testing.T) {
 			s := open(t, filepath.Join(dir, "layers"))
 			d := apply(t, s, e{name: "a", body: "x"})
 			t.Cleanup(func() { Unmount(target) })
-			check(t, s.Mount(t.Context(), []digest.Digest{d}, rw, target, nil))
+			check(t, s.Mount(t.Context(), []digest.Digest{d}, rw, target, nil, ""))
 			if l := LayersAt(target); !slices.Equal(l, []digest.Digest{d}) {
 				t.Errorf("the mount tells of layers %v, not of %s", l, d)
 			}
@@ -956,12 +956,12 @@ func TestMountTwiceUnmountTwice(t *testing.T) {
 	target := filepath.Join(dir, "rootfs")
 	check(t, os.Mkdir(target, 0o755))
 	t.Cleanup(func() { Unmount(target) })
-	check(t, s.Mount(t.Context(), []digest.Digest{d}, dir, target, nil))
+	check(t, s.Mount(t.Context(), []digest.Digest{d}, dir, target, nil, ""))
 	if m, err := mounts.Mounted(target); !m || err != nil {
 		t.Errorf("mounted: %v %v", m, err)
 	}
 	for _, rw := range []string{dir, t.TempDir()} {
-		if err := s.Mount(t.Context(), []digest.Digest{d}, rw, target, nil); !errors.Is(err, ErrBusy) {
+		if err := s.Mount(t.Context(), []digest.Digest{d}, rw, target, nil, ""); !errors.Is(err, ErrBusy) {
 			t.Errorf("another one on it: %v", err)
 		}
 	}
@@ -978,7 +978,7 @@ func TestMountTwiceUnmountTwice(t *testing.T) {
 	}
 	f.Close()
 	// What was written is there again, though the first mount was volatile.
-	check(t, s.Mount(t.Context(), []digest.Digest{d}, dir, target, nil))
+	check(t, s.Mount(t.Context(), []digest.Digest{d}, dir, target, nil, ""))
 	if read(t, target, "written") != "w" {
 		t.Error("lost")
 	}
