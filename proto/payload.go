@@ -43,12 +43,17 @@ func Pack(req proto.Message) (*os.File, error) {
 	return f, nil
 }
 
-// Unpack reads into req what Pack has put into the file at path. Without a path it
-// does nothing.
-func Unpack(path string, req proto.Message) error {
-	if path == "" {
+// Unpack reads into a request what Pack has put into the file that the request names. It does
+// nothing to one that names none.
+func Unpack(req any) error {
+	m, ok := req.(interface {
+		proto.Message
+		GetPayloadPath() string
+	})
+	if !ok || m.GetPayloadPath() == "" {
 		return nil
 	}
+	path := m.GetPayloadPath()
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 	if err != nil {
 		return fmt.Errorf("cannot open payload_path: %w", err)
@@ -66,7 +71,7 @@ func Unpack(path string, req proto.Message) error {
 		err = errors.New("it was cut while it was read")
 	}
 	if err == nil {
-		err = proto.Unmarshal(b, req)
+		err = proto.Unmarshal(b, m)
 	}
 	if err != nil {
 		return fmt.Errorf("cannot read payload_path %s: %w", path, err)

@@ -24,19 +24,21 @@ func TestPayload(t *testing.T) {
 	}
 	defer f.Close()
 	got := &CreateRequest{Id: "x", PayloadPath: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd())}
-	if err := Unpack(got.PayloadPath, got); err != nil || !proto.Equal(got, want) {
+	if err := Unpack(got); err != nil || !proto.Equal(got, want) {
 		t.Errorf("%v, and they are equal: %v", err, proto.Equal(got, want))
 	}
 	if f, err := Pack(&CreateRequest{Spec: &anypb.Any{Value: make([]byte, maxPayload+1)}}); err == nil {
 		t.Errorf("too large: %v", f)
 	}
 	for _, path := range []string{"/no/such/file", "/dev/zero", "/proc/self", t.TempDir()} {
-		if err := Unpack(path, &CreateRequest{}); err == nil {
+		if err := Unpack(&CreateRequest{PayloadPath: path}); err == nil {
 			t.Errorf("read %s", path)
 		}
 	}
-	if err := Unpack("", nil); err != nil {
-		t.Error(err)
+	for _, whole := range []any{&CreateRequest{Id: "x"}, &StateRequest{}, nil} {
+		if err := Unpack(whole); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

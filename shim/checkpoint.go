@@ -75,16 +75,15 @@ func (f *freezer) set(limit time.Duration, thaw func()) {
 }
 
 // clear forgets that it is frozen, and lets those go on who wait for that.
-func (f *freezer) clear() (was bool) {
+func (f *freezer) clear() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.thaw == nil {
-		return false
+		return
 	}
 	f.timer.Stop()
 	close(f.thaw)
 	f.until, f.timer, f.thaw = time.Time{}, nil, nil
-	return true
 }
 
 // Freeze stops all processes of the container. They go on at Thaw, or after the limit.

@@ -11,7 +11,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/descriptor"
-	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/pty"
 	"github.com/holdfast-cri/holdfast/runc"
@@ -43,12 +42,9 @@ type fifoExec struct {
 
 // StartExec starts a command for package taskapi.
 func (s *service) StartExec(o taskapi.ExecOptions) (taskapi.Exec, error) {
-	p, err := pb.UnmarshalAny[specs.Process](o.Process)
-	switch {
-	case err != nil:
-		return nil, kind.Errorf(kind.Invalid, "spec: %w", err)
-	case len(p.Args) == 0:
-		return nil, kind.Errorf(kind.Invalid, "spec.args is empty")
+	p, err := processOf("spec", o.Process)
+	if err != nil {
+		return nil, err
 	}
 	if p.Terminal = o.Terminal; o.Terminal && o.Width > 0 && o.Height > 0 {
 		p.ConsoleSize = &specs.Box{Width: uint(o.Width), Height: uint(o.Height)}

@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/typeurl/v2"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/types/known/anypb"
 
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/kind"
@@ -29,7 +30,7 @@ var Capabilities = []string{
 // for. A client's own deadline should be longer.
 const longPoll = time.Minute
 
-// service is the ttrpc face of a task: it checks requests and converts.
+// service is the ttrpc face of a task: it checks requests and converts. See onlyFor for what it is given.
 type service struct {
 	task     *task
 	identity rundir.Identity
@@ -49,21 +50,29 @@ func convertErrors(ctx context.Context, u ttrpc.Unmarshaler, _ *ttrpc.UnaryServe
 	return nil, kind.ToStatus(err)
 }
 
-// check refuses a request that is not meant for this shim's container.
-func (s *service) check(id string) error {
-	switch id {
-	case s.task.dir.ID():
-		return nil
-	case "":
-		return kind.Errorf(kind.Invalid, "id is empty")
+// onlyFor has methods of the protocol see only requests that are complete, and meant for the container id.
+func onlyFor(id string) ttrpc.UnaryServerInterceptor {
+	return func(ctx context.Context, u ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, m ttrpc.Method) (any, error) {
+		return m(ctx, func(req any) error {
+			if err := u(req); err != nil {
+				return err
+			}
+			if err := pb.Unpack(req); err != nil {
+				return kind.As(kind.Invalid, err)
+			}
+			r, ok := req.(interface{ GetId() string })
+			switch {
+			case !ok, r.GetId() == id: // package taskapi asks for itself
+				return nil
+			case r.GetId() == "":
+				return kind.Errorf(kind.Invalid, "id is empty")
+			}
+			return kind.Errorf(kind.NotFound, "no container %q in this shim, which keeps %q", r.GetId(), id)
+		})
 	}
-	return kind.Errorf(kind.NotFound, "no container %q in this shim, which keeps %q", id, s.task.dir.ID())
 }
 
 func (s *service) Hello(_ context.Context, req *pb.HelloRequest) (*pb.HelloResponse, error) {
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	return &pb.HelloResponse{
 		Id:           req.Id,
 		Shim:         pb.ProcessOf(s.identity.Shim),
@@ -77,12 +86,6 @@ func (s *service) Hello(_ context.Context, req *pb.HelloRequest) (*pb.HelloRespo
 }
 
 func (s *service) Create(ctx context.Context, req *pb.CreateRequest) (*pb.CreateResponse, error) {
-	if err := pb.Unpack(req.PayloadPath, req); err != nil {
-		return nil, kind.As(kind.Invalid, err)
-	}
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	launch, err := launchOf(req)
 	if err != nil {
 		return nil, err
@@ -126,9 +129,6 @@ func launchOf(req *pb.CreateRequest) (rundir.Launch, error) {
 }
 
 func (s *service) Start(_ context.Context, req *pb.StartRequest) (*pb.StartResponse, error) {
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	init, at, err := s.task.Start()
 	if err != nil {
 		return nil, err
@@ -137,9 +137,6 @@ func (s *service) Start(_ context.Context, req *pb.StartRequest) (*pb.StartRespo
 }
 
 func (s *service) State(_ context.Context, req *pb.StateRequest) (*pb.StateResponse, error) {
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	return s.task.state(s.identity.Shim), nil
 }
 
@@ -174,9 +171,6 @@ func (t *task) state(shim rundir.Process) *pb.StateResponse {
 }
 
 func (s *service) Wait(ctx context.Context, req *pb.WaitRequest) (*pb.WaitResponse, error) {
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	limit := longPoll
 	if req.TimeoutMs > 0 {
 		limit = min(limit, milliseconds(uint64(req.TimeoutMs)))
@@ -189,9 +183,6 @@ func (s *service) Wait(ctx context.Context, req *pb.WaitRequest) (*pb.WaitRespon
 }
 
 func (s *service) Kill(_ context.Context, req *pb.KillRequest) (*pb.KillResponse, error) {
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	sig, err := signalOf(req.Signal)
 	if err != nil {
 		return nil, err
@@ -207,9 +198,6 @@ func signalOf(n uint32) (unix.Signal, error) {
 }
 
 func (s *service) Stop(_ context.Context, req *pb.StopRequest) (*pb.StopResponse, error) {
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	sig := unix.SIGKILL
 	if req.GraceMs > 0 || req.Signal > 0 {
 		var err error
@@ -230,13 +218,7 @@ func milliseconds(n uint64) time.Duration {
 }
 
 func (s *service) ExecSync(ctx context.Context, req *pb.ExecSyncRequest) (*pb.ExecSyncResponse, error) {
-	if err := pb.Unpack(req.PayloadPath, req); err != nil {
-		return nil, kind.As(kind.Invalid, err)
-	}
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
-	p, err := checkProcess(pb.UnmarshalAny[specs.Process](req.Process))
+	p, err := processOf("process", req.Process)
 	if err == nil && p.Terminal {
 		err = kind.Errorf(kind.Invalid, "process.terminal: ExecSync has no terminal")
 	}
@@ -246,25 +228,20 @@ func (s *service) ExecSync(ctx context.Context, req *pb.ExecSyncRequest) (*pb.Ex
 	return s.task.ExecSync(ctx, p, req)
 }
 
-// checkProcess takes what UnmarshalAny has given.
-func checkProcess(p *specs.Process, err error) (*specs.Process, error) {
+// processOf gives the process that a request has in a field.
+func processOf(field string, in *anypb.Any) (*specs.Process, error) {
+	p, err := pb.UnmarshalAny[specs.Process](in)
 	if err != nil {
-		return nil, kind.Errorf(kind.Invalid, "process: %w", err)
+		return nil, kind.Errorf(kind.Invalid, "%s: %w", field, err)
 	}
 	if len(p.Args) == 0 {
-		return nil, kind.Errorf(kind.Invalid, "process.args is empty")
+		return nil, kind.Errorf(kind.Invalid, "%s.args is empty", field)
 	}
 	return p, nil
 }
 
 func (s *service) Exec(ctx context.Context, req *pb.ExecRequest) (*pb.ExecResponse, error) {
-	if err := pb.Unpack(req.PayloadPath, req); err != nil {
-		return nil, kind.As(kind.Invalid, err)
-	}
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
-	p, err := checkProcess(pb.UnmarshalAny[specs.Process](req.Process))
+	p, err := processOf("process", req.Process)
 	switch {
 	case err != nil:
 		return nil, err
@@ -275,17 +252,11 @@ func (s *service) Exec(ctx context.Context, req *pb.ExecRequest) (*pb.ExecRespon
 }
 
 func (s *service) Open(_ context.Context, req *pb.OpenRequest) (*pb.OpenResponse, error) {
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	socket, err := s.task.Open(req)
 	return &pb.OpenResponse{Socket: socket}, err
 }
 
 func (s *service) ResizePty(_ context.Context, req *pb.ResizePtyRequest) (*pb.ResizePtyResponse, error) {
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	if req.Width > math.MaxUint16 || req.Height > math.MaxUint16 {
 		return nil, kind.Errorf(kind.Invalid, "width and height are at most %d", math.MaxUint16)
 	}
@@ -293,9 +264,6 @@ func (s *service) ResizePty(_ context.Context, req *pb.ResizePtyRequest) (*pb.Re
 }
 
 func (s *service) ReopenLog(_ context.Context, req *pb.ReopenLogRequest) (*pb.ReopenLogResponse, error) {
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	inode, err := s.task.ReopenLog()
 	if err != nil {
 		return nil, err
@@ -304,9 +272,6 @@ func (s *service) ReopenLog(_ context.Context, req *pb.ReopenLogRequest) (*pb.Re
 }
 
 func (s *service) Pids(_ context.Context, req *pb.PidsRequest) (*pb.PidsResponse, error) {
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	pids, err := s.task.Pids()
 	if err != nil {
 		return nil, err
@@ -319,9 +284,6 @@ func (s *service) Pids(_ context.Context, req *pb.PidsRequest) (*pb.PidsResponse
 }
 
 func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.DeleteResponse, error) {
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	e, err := s.task.Delete(ctx, req.Force)
 	if err != nil {
 		return nil, err
@@ -330,31 +292,19 @@ func (s *service) Delete(ctx context.Context, req *pb.DeleteRequest) (*pb.Delete
 }
 
 func (s *service) Update(_ context.Context, req *pb.UpdateRequest) (*pb.UpdateResponse, error) {
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	return &pb.UpdateResponse{}, s.task.Update(req.Update)
 }
 
 func (s *service) Freeze(ctx context.Context, req *pb.FreezeRequest) (*pb.FreezeResponse, error) {
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	return &pb.FreezeResponse{}, s.task.Freeze(ctx, milliseconds(req.LimitMs))
 }
 
 func (s *service) Thaw(_ context.Context, req *pb.ThawRequest) (*pb.ThawResponse, error) {
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	s.task.Thaw()
 	return &pb.ThawResponse{}, nil
 }
 
 func (s *service) Checkpoint(_ context.Context, req *pb.CheckpointRequest) (*pb.CheckpointResponse, error) {
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	return &pb.CheckpointResponse{}, s.task.Checkpoint(req.Dir)
 }
 
@@ -362,9 +312,6 @@ func (s *service) Checkpoint(_ context.Context, req *pb.CheckpointRequest) (*pb.
 func (s *service) Shutdown() error { return s.task.Shutdown() }
 
 func (s *service) Events(ctx context.Context, req *pb.EventsRequest) (*pb.EventsResponse, error) {
-	if err := s.check(req.Id); err != nil {
-		return nil, err
-	}
 	events, err := s.task.Events(ctx, req.After, min(longPoll, milliseconds(uint64(req.WaitMs))))
 	if err != nil {
 		return nil, err

@@ -70,7 +70,8 @@ func open(cfg Config) (s *shim, err error) {
 		return nil, err
 	}
 	s = &shim{cfg: cfg, calls: newCalls(cfg.Log), served: make(chan error, 1)}
-	s.server, err = ttrpc.NewServer(ttrpc.WithChainUnaryServerInterceptor(s.calls.count, convertErrors))
+	s.server, err = ttrpc.NewServer(
+		ttrpc.WithChainUnaryServerInterceptor(s.calls.count, convertErrors, onlyFor(cfg.Dir.ID())))
 	if err != nil {
 		return nil, err
 	}

@@ -51,7 +51,7 @@ var allowed = map[string][]string{
 		module + "shim/...",
 		"github.com/containerd/ttrpc", "github.com/containerd/typeurl/v2",
 		"github.com/opencontainers/runtime-spec/specs-go/...",
-		"golang.org/x/sys/unix",
+		"golang.org/x/sys/unix", "google.golang.org/protobuf/types/known/anypb",
 	},
 	"shim/process": {
 		module + "proto/record", module + "proto/rundir", module + "proto/step", module + "pty", module + "reaper",
