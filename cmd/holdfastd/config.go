@@ -238,12 +238,7 @@ func (f file) resolveImages(c *daemon.Config) error {
 			return fmt.Errorf("config: images.verifier_dir = %q is not the absolute path of a directory", dir)
 		}
 	}
-	timeout, err := time.ParseDuration(f.Images.VerifierTimeout)
-	if err != nil || timeout <= 0 {
-		return fmt.Errorf("config: images.verifier_timeout = %q is not a time such as 10s", f.Images.VerifierTimeout)
-	}
-	c.ImageVerifierTimeout = timeout
-	return nil
+	return parseTime("images.verifier_timeout", f.Images.VerifierTimeout, "10s", &c.ImageVerifierTimeout)
 }
 
 // resolveModes checks what is one of a few words, and the paths that exclude others.
@@ -318,22 +313,14 @@ func (f file) resolveStreaming(c *daemon.Config) error {
 			return fmt.Errorf("config: streaming.%s = %q is not an absolute path", file.key, file.path)
 		}
 	}
-	for _, timeout := range []struct {
-		key, text string
-		to        *time.Duration
-	}{
-		{"idle_timeout", s.IdleTimeout, &c.Streaming.IdleTimeout},
-		{"creation_timeout", s.CreationTimeout, &c.Streaming.CreationTimeout},
-	} {
-		if *timeout.to, err = time.ParseDuration(timeout.text); err != nil || *timeout.to <= 0 {
-			return fmt.Errorf("config: streaming.%s = %q is not a time such as 4h", timeout.key, timeout.text)
-		}
-	}
-	return nil
+	return cmp.Or(
+		parseTime("streaming.idle_timeout", s.IdleTimeout, "4h", &c.Streaming.IdleTimeout),
+		parseTime("streaming.creation_timeout", s.CreationTimeout, "4h", &c.Streaming.CreationTimeout),
+	)
 }
 
 // resolveNRI checks what is said of NRI plugins.
-func (f file) resolveNRI(c *daemon.Config) (err error) {
+func (f file) resolveNRI(c *daemon.Config) error {
 	n := f.NRI
 	c.NRI = nri.Config{
 		Disable:   n.Disable,
@@ -355,16 +342,15 @@ func (f file) resolveNRI(c *daemon.Config) (err error) {
 	if n.DisableConnections {
 		c.NRI.Socket = ""
 	}
-	for _, timeout := range []struct {
-		key, text string
-		to        *time.Duration
-	}{
-		{"plugin_registration_timeout", n.RegistrationTimeout, &c.NRI.RegistrationTimeout},
-		{"plugin_request_timeout", n.RequestTimeout, &c.NRI.RequestTimeout},
-	} {
-		if *timeout.to, err = time.ParseDuration(timeout.text); err != nil || *timeout.to <= 0 {
-			return fmt.Errorf("config: nri.%s = %q is not a time such as 2s", timeout.key, timeout.text)
-		}
+	return cmp.Or(
+		parseTime("nri.plugin_registration_timeout", n.RegistrationTimeout, "2s", &c.NRI.RegistrationTimeout),
+		parseTime("nri.plugin_request_timeout", n.RequestTimeout, "2s", &c.NRI.RequestTimeout),
+	)
+}
+
+func parseTime(key, text, example string, to *time.Duration) (err error) {
+	if *to, err = time.ParseDuration(text); err != nil || *to <= 0 {
+		return fmt.Errorf("config: %s = %q is not a time such as %s", key, text, example)
 	}
 	return nil
 }

@@ -139,25 +139,24 @@ func (w *writer) file(name, from string) error {
 	if err := w.WriteHeader(h); err != nil {
 		return fmt.Errorf("cannot archive %s: %w", name, err)
 	}
-	if _, err := copyN(w.ctx, w, f, st.Size()); err != nil {
+	if err := copyN(w.ctx, w, f, st.Size()); err != nil {
 		return fmt.Errorf("cannot archive %s: %w", name, err)
 	}
 	return nil
 }
 
 // copyN copies n bytes, unless ctx ends first. Less is io.ErrUnexpectedEOF.
-func copyN(ctx context.Context, w io.Writer, r io.Reader, n int64) (done int64, err error) {
+func copyN(ctx context.Context, w io.Writer, r io.Reader, n int64) (err error) {
 	const chunk = 8 << 20
-	for done < n && err == nil {
-		if err = ctx.Err(); err != nil {
-			break
+	for n > 0 && err == nil {
+		if err = ctx.Err(); err == nil {
+			var m int64
+			m, err = io.CopyN(w, r, min(chunk, n))
+			n -= m
 		}
-		var m int64
-		m, err = io.CopyN(w, r, min(chunk, n-done))
-		done += m
 	}
 	if err == io.EOF {
 		err = io.ErrUnexpectedEOF
 	}
-	return done, err
+	return err
 }

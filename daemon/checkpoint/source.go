@@ -287,7 +287,7 @@ func (s *Source) put(ctx context.Context, to string, size int64, r io.Reader) er
 		return fmt.Errorf("cannot unpack the %s: %w", s, err)
 	}
 	w := &Spare{File: f}
-	_, err = copyN(ctx, w, r, size)
+	err = copyN(ctx, w, r, size)
 	if err == nil {
 		err = w.Finish()
 	}
