@@ -28,25 +28,36 @@ const (
 // the error says why.
 func (s *Snapshot) End(keep bool) error {
 	c := s.c
-	defer c.op.Unlock()
-	defer c.interrupt.Store(nil)
 	ctx, cancel := context.WithTimeout(context.Background(), thawTimeout)
 	defer cancel()
+	var files []records.File
+	if rec := c.Record(); rec.Checkpoint != nil {
+		files = endedFiles(rec.Checkpoint, keep)
+	}
 	err := c.undoCheckpointLocked(ctx, keep)
-	var left []records.File
-	ferr := err
+	c.interrupt.Store(nil)
+	c.op.Unlock()
+	over, ferr := false, err
 	if err == nil {
-		// It is not written down: the next daemon would find the same, and nothing to do.
-		left, ferr = removeFiles(c.Record().Leftover)
-		now := *c.Record()
-		now.Leftover = left
-		c.record.Store(&now)
+		// Those of earlier checkpoints may be where nobody answers: they are for the background.
+		over, ferr = c.dropLeft(ctx, files)
 	}
 	if ferr != nil {
 		c.m.Log.Error("a checkpoint is not cleared away yet; trying again", "container", c.ID(), "error", ferr)
+	}
+	if !over {
 		c.m.EndCheckpoint(c)
 	}
 	return err
+}
+
+// endedFiles are the files of a checkpoint that is over.
+func endedFiles(c *records.Checkpoint, keep bool) []records.File {
+	files := slices.Clone(c.Files)
+	for i := range files {
+		files[i].Kept = keep
+	}
+	return files
 }
 
 // undoCheckpointLocked makes sure that the container runs and that nothing but perhaps files
@@ -67,11 +78,7 @@ func (c *Container) undoCheckpointLocked(ctx context.Context, keep bool) error {
 	if rec.Checkpoint == nil {
 		return nil
 	}
-	left := slices.Clone(rec.Leftover)
-	for _, f := range rec.Checkpoint.Files {
-		f.Kept = keep
-		left = append(left, f)
-	}
+	left := slices.Concat(rec.Leftover, endedFiles(rec.Checkpoint, keep))
 	left = left[max(0, len(left)-maxLeftover):]
 	// It has to be on the disk: the next daemon would remove the files of a checkpoint that
 	// somebody was told of.
@@ -116,10 +123,17 @@ func (m *Manager) EndCheckpoint(c *Container) {
 // endCheckpoint is one attempt of EndCheckpoint. It says whether there is nothing left to do.
 func (c *Container) endCheckpoint(ctx context.Context) (over bool, err error) {
 	files, err := c.thawLeft(ctx)
-	// Without the lock: a directory on a dead file system may keep whoever looks into it.
-	left, ferr := removeFiles(files)
+	over, ferr := c.dropLeft(ctx, files)
+	return over, errors.Join(err, ferr)
+}
+
+// dropLeft removes files that are not to be there. It says whether nothing is to be done any
+// more. The caller does not hold op: a directory on a dead file system may keep whoever looks
+// into it.
+func (c *Container) dropLeft(ctx context.Context, files []records.File) (over bool, err error) {
+	left, err := removeFiles(files)
 	over, nerr := c.forgetFiles(ctx, files, left)
-	return over, errors.Join(err, ferr, nerr)
+	return over, errors.Join(err, nerr)
 }
 
 // thawLeft undoes all but the files of a checkpoint, and gives these.

@@ -356,6 +356,11 @@ func (s *shim) Stop(_ context.Context, r *proto.StopRequest) (*proto.StopRespons
 	return &proto.StopResponse{KillAt: proto.TimeOf(rundir.WallTime(stop.KillAt))}, nil
 }
 
+// Thaw finds nothing frozen.
+func (s *shim) Thaw(context.Context, *proto.ThawRequest) (*proto.ThawResponse, error) {
+	return &proto.ThawResponse{}, nil
+}
+
 func (s *shim) Delete(ctx context.Context, r *proto.DeleteRequest) (*proto.DeleteResponse, error) {
 	s.mu.Lock()
 	if s.init == nil {
