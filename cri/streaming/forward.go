@@ -28,6 +28,9 @@ const (
 	// maxForwarded is how many connections to ports there may be, of all clients. Those of
 	// one pod may be half as many as are left: nobody takes all of them.
 	maxForwarded = 4096
+	// maxRefused is how many streams of one client wait to be told that there is no place for
+	// them. One more, and the client is cut off: it does not read.
+	maxRefused = 32
 	// dialLimit bounds the making of one.
 	dialLimit = 30 * time.Second
 	// drainLimit is how long a pod may take to read what a client has sent that is gone.
@@ -75,15 +78,20 @@ type forwarder struct {
 	ctx     context.Context // ends with the client
 	running sync.WaitGroup
 
+	refused atomic.Int32 // pairs that are there, without a place
+
 	mu    sync.Mutex
 	pairs map[string]*pair // of which one stream is missing
 }
 
 // pair is the streams of a connection to a port: bytes go over data, and why it failed
-// over errs.
+// over errs. It has its place, or what stands for one, from its first stream on.
 type pair struct {
+	port       int32
 	data, errs *spdyStream
-	timer      *time.Timer // until both are there
+	refused    error       // why nothing is forwarded
+	leave      func()      // gives the place back
+	timer      *time.Timer // until both streams are there
 }
 
 // serve serves a connection until its end.
@@ -92,7 +100,9 @@ func (f *forwarder) serve(c *spdyConn) {
 	f.running.Wait()
 	f.mu.Lock()
 	for _, p := range f.pairs {
-		p.timer.Stop()
+		if p.timer.Stop() {
+			p.leave()
+		}
 	}
 	f.mu.Unlock()
 	c.end()
@@ -117,7 +127,9 @@ func (f *forwarder) opened(s *spdyStream) error {
 	defer f.mu.Unlock()
 	p := f.pairs[id]
 	if p == nil {
-		p = new(pair)
+		if p, err = f.newPair(int32(port)); err != nil {
+			return err
+		}
 		p.timer = time.AfterFunc(f.server.CreationTimeout, func() { f.expire(id, p) })
 		f.pairs[id] = p
 	}
@@ -136,8 +148,21 @@ func (f *forwarder) opened(s *spdyStream) error {
 	}
 	p.timer.Stop()
 	delete(f.pairs, id)
-	f.begin(p, int32(port))
+	f.begin(p)
 	return nil
+}
+
+// newPair makes a pair without streams.
+func (f *forwarder) newPair(port int32) (*pair, error) {
+	leave, err := f.enter(port)
+	if err != nil {
+		leave = func() { f.refused.Add(-1) }
+		if f.refused.Add(1) > maxRefused {
+			leave()
+			return nil, fmt.Errorf("%w: it opens streams and does not read: %w", errProtocol, err)
+		}
+	}
+	return &pair{port: port, refused: err, leave: leave}, nil
 }
 
 // expire forgets half a pair whose other half has not come.
@@ -154,27 +179,28 @@ func (f *forwarder) expire(id string, p *pair) {
 			s.Reset()
 		}
 	}
+	p.leave()
 }
 
 // begin has the streams joined with a port.
-func (f *forwarder) begin(p *pair, port int32) {
-	leave, err := f.enter(port)
+func (f *forwarder) begin(p *pair) {
 	var in *queue
-	if err == nil {
+	if p.refused == nil {
 		in = p.data.take(forwardQueue)
 	}
 	f.running.Go(func() {
+		defer p.leave()
 		defer p.errs.end()
 		defer p.data.end()
 		p.errs.accept()
 		p.data.accept()
+		err := p.refused
 		if err == nil {
-			defer leave()
-			err = f.connect(port, p.data, in)
+			err = f.connect(p.port, p.data, in)
 		}
 		if err != nil {
 			p.data.Reset()
-			fmt.Fprintf(p.errs, "error forwarding port %d to pod %s: %v", port, f.request.ID, err)
+			fmt.Fprintf(p.errs, "error forwarding port %d to pod %s: %v", p.port, f.request.ID, err)
 		}
 	})
 }

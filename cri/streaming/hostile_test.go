@@ -239,6 +239,29 @@ func TestRules(t *testing.T) {
 	}
 }
 
+// Halves of pairs have places as whole ones do: one pod gets as many over all connections.
+func TestHalfPairs(t *testing.T) {
+	f := newFake(t, nil)
+	nothingLeft(t)
+	f.CreationTimeout = 2 * patient
+	const many = 1000
+	var clients []*raw
+	for range 2 {
+		r := f.raw(t, stream.Request{Kind: stream.PortForward, ID: "pod"}, "portforward.k8s.io")
+		clients = append(clients, r)
+		for i := range many {
+			if r.syn(2*i+1, "streamtype", "error", "port", "1", "requestid", fmt.Sprint(i)) != nil {
+				break
+			}
+		}
+		eventually(t, "all have places that can", func() bool { return f.forwards.count() >= many })
+	}
+	clients[1].closed()
+	eventually(t, "those of one client", func() bool { return f.forwards.count() == many })
+	clients[0].Conn.Close()
+	eventually(t, "none", func() bool { return f.forwards.count() == 0 })
+}
+
 // Clients that vanish in the middle of what they do leave nothing.
 func TestAbandoned(t *testing.T) {
 	block := func(ctx context.Context, _ stream.Request, _ client.Streams) (client.SessionExit, error) {
