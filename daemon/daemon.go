@@ -230,7 +230,6 @@ func (d *Daemon) openPods() error {
 		Cgroups:    d.cgroups,
 		Plugins:    d.plugins,
 		Trees:      trees{d.layers},
-		Host:       host,
 		Pause:      cfg.Pause,
 		AlwaysInit: cfg.PauseMode,
 

@@ -55,7 +55,7 @@ func (b *builder) release() {
 // prepare finds all that the container needs beside its own image. What is missing is
 // refused before anything is made.
 func (b *builder) prepare(ctx context.Context) error {
-	host, err := b.m.host(b.rec.Handler)
+	host, err := b.m.HostFor(b.rec.Handler)
 	if err != nil {
 		return err
 	}

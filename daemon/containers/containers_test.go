@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -12,6 +14,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/daemon/runtimes"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/kind"
@@ -142,5 +145,34 @@ func TestOf(t *testing.T) {
 	}
 	if len(m.pods) > 0 {
 		t.Errorf("left: %v", m.pods)
+	}
+}
+
+// What a container can have is what both the machine and the OCI runtime of its handler have.
+func TestHostForHandler(t *testing.T) {
+	m := newManager(t)
+	runtime := func(features string) string {
+		path := filepath.Join(t.TempDir(), "runtime")
+		if err := os.WriteFile(path, []byte("#!/bin/sh\necho '"+features+"'\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	var err error
+	m.Runtimes, err = runtimes.Probe(map[string]string{
+		"without": runtime(`{"linux": {"seccomp": {"enabled": false}}}`),
+		"silent":  runtime(`{}`),
+	}, "silent", t.TempDir(), false, m.Log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		handler       string
+		machine, want bool
+	}{{"without", true, false}, {"silent", true, true}, {"silent", false, false}} {
+		m.Host.SeccompSupported = c.machine
+		if h, err := m.HostFor(c.handler); err != nil || h.SeccompSupported != c.want {
+			t.Errorf("%+v: got %v, %v", c, h.SeccompSupported, err)
+		}
 	}
 }

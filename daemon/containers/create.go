@@ -160,14 +160,15 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 	return nil
 }
 
-// host is the machine as it is now, with what the OCI runtime of a handler can do.
-func (m *Manager) host(handler string) (spec.Host, error) {
+// HostFor is the machine as it is now, with what the OCI runtime of a handler can do.
+func (m *Manager) HostFor(handler string) (spec.Host, error) {
 	h, err := m.Runtimes.For(handler)
 	if err != nil {
 		return spec.Host{}, err
 	}
 	host := m.Host.Now()
 	host.RecursiveReadOnly, host.MappedMounts = h.RecursiveReadOnly, h.Userns
+	host.SeccompSupported = host.SeccompSupported && !h.NoSeccomp
 	return host, nil
 }
 

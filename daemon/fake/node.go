@@ -139,7 +139,6 @@ func (n *Node) Open(t *testing.T) *Daemon {
 		Network:    n.Network,
 		Cgroups:    n.Cgroups,
 		Plugins:    n.Plugins,
-		Host:       spec.Host{NodeName: "node"},
 		Pause:      "/bin/true",
 		Publish:    d.Events.Publish,
 		Go:         d.Go,

@@ -127,9 +127,13 @@ func (p *Pod) makeInitLocked(ctx context.Context) (*containers.Container, error)
 // there is nothing to mount, and nothing to copy.
 func (p *Pod) buildInit(cgroupsPath, root string) (*containers.Built, error) {
 	rec := p.Record()
+	host, err := p.m.Containers.HostFor(rec.Handler)
+	if err != nil {
+		return nil, err
+	}
 	n := rec.Namespaces
 	s, err := spec.PodInit(spec.PodInitInput{
-		Host:        p.m.Host,
+		Host:        host,
 		ID:          rec.ID,
 		Rootfs:      root,
 		CgroupsPath: cgroupsPath,

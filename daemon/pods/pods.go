@@ -24,7 +24,6 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/containers"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/runtimes"
-	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
@@ -83,7 +82,6 @@ type Options struct {
 	Cgroups    Cgroups
 	Plugins    Plugins
 	Trees      Trees
-	Host       spec.Host
 	// Pause is the static binary of a pod's init.
 	Pause string
 	// Of daemon.Config; AlwaysInit is its PauseMode.

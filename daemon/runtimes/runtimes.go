@@ -15,6 +15,7 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/proto/kind"
@@ -26,7 +27,7 @@ const (
 	deleteTimeout   = 30 * time.Second
 )
 
-// Handler is a runtime handler and what it can do.
+// Handler is a runtime handler and what it can do with this kernel.
 type Handler struct {
 	Name string
 	Path string // of the binary, absolute
@@ -34,6 +35,8 @@ type Handler struct {
 	RecursiveReadOnly bool
 	// Userns: user namespaces, and mounts with mapped owners.
 	Userns bool
+	// NoSeccomp: the OCI runtime says that it cannot filter system calls.
+	NoSeccomp bool
 }
 
 // Set is the handlers of a config.
@@ -78,14 +81,27 @@ func (s *Set) probe(h *Handler) error {
 					Enabled bool `json:"enabled"`
 				} `json:"idmap"`
 			} `json:"mountExtensions"`
+			Seccomp struct {
+				Enabled *bool `json:"enabled"`
+			} `json:"seccomp"`
 		} `json:"linux"`
 	}
 	if err := json.Unmarshal(out, &f); err != nil {
 		return err
 	}
-	h.RecursiveReadOnly = slices.Contains(f.MountOptions, "rro")
-	h.Userns = slices.Contains(f.Linux.Namespaces, "user") && f.Linux.MountExtensions.IDMap.Enabled
+	kernel := mountSetattr()
+	h.RecursiveReadOnly = kernel && slices.Contains(f.MountOptions, "rro")
+	h.Userns = kernel && slices.Contains(f.Linux.Namespaces, "user") && f.Linux.MountExtensions.IDMap.Enabled
+	h.NoSeccomp = f.Linux.Seccomp.Enabled != nil && !*f.Linux.Seccomp.Enabled
 	return nil
+}
+
+// mountSetattr says whether the kernel has what OCI runtimes use for mounts that are read-only
+// to the bottom, and for mapped owners (Linux 5.12): they say that they know these on any
+// kernel. It asks with arguments that cannot succeed. Tests have another one.
+var mountSetattr = func() bool {
+	err := unix.MountSetattr(-1, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
+	return !errors.Is(err, unix.ENOSYS)
 }
 
 func (s *Set) runtime(h Handler) *runc.Runtime {

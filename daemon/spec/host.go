@@ -21,9 +21,9 @@ import (
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
 )
 
-// ProbeHost looks at the machine as this process sees it. What depends on the
-// OCI runtime is the caller's to correct: RecursiveReadOnly, which is set if
-// the kernel has it, and SeccompSupported.
+// ProbeHost looks at the machine as this process sees it. What depends on the OCI runtime
+// is the caller's to set: RecursiveReadOnly, MappedMounts, and SeccompSupported, which says
+// here that the kernel has it.
 func ProbeHost() (Host, error) {
 	cg := cgroup.Probe()
 	h := Host{
@@ -60,7 +60,6 @@ func ProbeHost() (Host, error) {
 	enabled, _ := os.ReadFile("/sys/module/apparmor/parameters/enabled")
 	h.AppArmorEnabled = bytes.HasPrefix(enabled, []byte("Y")) && exists("/sys/kernel/security/apparmor")
 	h.SELinuxEnabled = selinuxEnabled("/sys/fs/selinux/enforce", "/proc/self/attr/current")
-	h.RecursiveReadOnly = kernelHasMountSetattr()
 	return h, nil
 }
 
@@ -238,12 +237,6 @@ func readKernelConfig(file string) ([]byte, error) {
 		err = fmt.Errorf("%s is larger than %d bytes", file, maxKernelConfig)
 	}
 	return b, err
-}
-
-// kernelHasMountSetattr asks with arguments that cannot succeed.
-func kernelHasMountSetattr() bool {
-	err := unix.MountSetattr(-1, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY})
-	return !errors.Is(err, unix.ENOSYS)
 }
 
 // ResolveDevices looks up the devices that the config asks for. A directory

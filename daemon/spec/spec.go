@@ -41,7 +41,7 @@ type Host struct {
 	// itself may give, named CAP_X; nil for all that have a name. Privileged
 	// containers get them all.
 	KnownCaps []string
-	// SeccompSupported says that the kernel filters system calls.
+	// SeccompSupported says that the kernel and the OCI runtime can filter system calls.
 	SeccompSupported bool
 	// NoX32 says that the kernel is known to lack the x32 ABI of amd64.
 	NoX32 bool
