@@ -66,6 +66,7 @@ func TestNamespacesHoldWhatWasWanted(t *testing.T) {
 		"net.ipv4.tcp_syncookies":             "0",
 		"net.ipv4.conf.all.accept_redirects":  "0",
 		"net.ipv6.conf.all.disable_ipv6":      "0",
+		"kernel.domainname":                   "nis.test",
 	}
 	if !hasIPv6() {
 		maps.DeleteFunc(sysctls, func(name, _ string) bool { return strings.Contains(name, "ipv6") })
@@ -256,6 +257,8 @@ func TestSysctlsThatAreAllowed(t *testing.T) {
 		{"kernel.msgmnb", all, "/proc/sys/kernel/msgmnb"},
 		{"kernel.sem", all, "/proc/sys/kernel/sem"},
 		{"fs.mqueue.queues_max", all, "/proc/sys/fs/mqueue/queues_max"},
+		{"kernel.domainname", all, "/proc/sys/kernel/domainname"},
+		{"kernel.domainname", Want{Net: true, IPC: true}, ""},
 		{"net.ipv4.ip_forward", Want{IPC: true, UTS: true}, ""},
 		{"kernel.shmmax", Want{Net: true, UTS: true}, ""},
 		{"fs.mqueue.queues_max", Want{Net: true}, ""},

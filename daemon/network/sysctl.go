@@ -49,8 +49,8 @@ func writeSysctl(path, value string) error {
 // resolveSysctls returns the settings in the order of their names, so that a
 // pod always comes out the same, or says which one a pod with these namespaces
 // may not set. The namespaced ones are net.*, kernel.shm*, kernel.msg*,
-// kernel.sem and fs.mqueue.* (sysctl(7), namespaces(7)); any other is the whole
-// node's.
+// kernel.sem, fs.mqueue.* and kernel.domainname (sysctl(7), namespaces(7)); any
+// other is the whole node's. kernel.hostname has a field of its own in the CRI.
 func resolveSysctls(w Want) ([]setting, error) {
 	var out []setting
 	for _, name := range slices.Sorted(maps.Keys(w.Sysctls)) {
@@ -65,6 +65,8 @@ func resolveSysctls(w Want) ([]setting, error) {
 		case strings.HasPrefix(rel, "kernel/shm"), strings.HasPrefix(rel, "kernel/msg"),
 			rel == "kernel/sem", strings.HasPrefix(rel, "fs/mqueue/"):
 			own, kind = w.IPC, "IPC"
+		case rel == "kernel/domainname":
+			own, kind = w.UTS, "UTS"
 		default:
 			return nil, fmt.Errorf("%w: %s is not namespaced, it would change the whole node; set it there", ErrSysctl,
 				name)

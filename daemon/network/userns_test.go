@@ -64,7 +64,8 @@ func TestUserNamespace(t *testing.T) {
 	before := w.traces()
 	sysctls := map[string]string{"net.ipv4.ip_forward": "1", "net.ipv4.ip_unprivileged_port_start": "81",
 		"kernel.shmmni": "1234",
-		"kernel.msgmax": "4321", "kernel.sem": "250\t32000\t100\t128", "fs.mqueue.msg_max": "12"}
+		"kernel.msgmax": "4321", "kernel.sem": "250\t32000\t100\t128", "fs.mqueue.msg_max": "12",
+		"kernel.domainname": "nis.test"}
 	outside := map[string]string{}
 	for name := range sysctls {
 		outside[name] = readSysctl(t, name)
