@@ -189,11 +189,12 @@ func (n statsNode) Containers(f *runtimeapi.ContainerStatsFilter) (list []stats.
 func (n statsNode) container(c *containers.Container) stats.Container {
 	rec, seen := c.Record(), c.Seen()
 	s := stats.Container{
-		ID:     rec.ID,
-		Config: rec.Config.M,
-		Image:  containers.ImageOf(rec.Config.M).GetImage(),
-		Layer:  c.Layer(),
-		Start:  seen.StartedAt,
+		ID:      rec.ID,
+		Config:  rec.Config.M,
+		Image:   containers.ImageOf(rec.Config.M).GetImage(),
+		Layer:   c.Layer(),
+		Start:   seen.StartedAt,
+		Running: seen.State() == runtimeapi.ContainerState_CONTAINER_RUNNING,
 	}
 	if seen.Exit == nil {
 		s.Cgroup, s.Init = n.d.cgroups.ContainerCgroup(rec.CgroupsPath), seen.Init.PID

@@ -176,3 +176,22 @@ func TestLayersInPart(t *testing.T) {
 		}
 	})
 }
+
+// Only what runs is listed; a container that is asked for by its id is told of in any state.
+func TestListHasWhatRuns(t *testing.T) {
+	n := &node{containers: []Container{
+		{ID: "created", Cgroup: "/none"},
+		{ID: "running", Cgroup: "/none", Running: true},
+		{ID: "ended"},
+	}}
+	c := New(Options{Node: n, Log: slog.New(slog.DiscardHandler)})
+	list, err := c.Containers(t.Context(), nil)
+	if err != nil || len(list) != 1 || list[0].Attributes.Id != "running" {
+		t.Errorf("got %v, %v", list, err)
+	}
+	for _, one := range n.containers {
+		if s, err := c.Container(one.ID); err != nil || s.Attributes.Id != one.ID {
+			t.Errorf("%s: got %v, %v", one.ID, s, err)
+		}
+	}
+}

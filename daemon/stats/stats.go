@@ -17,13 +17,14 @@ import (
 
 // Container is what has to be known of a container.
 type Container struct {
-	ID     string
-	Config *runtimeapi.ContainerConfig
-	Image  string    // as the user named it
-	Layer  string    // the directory of its writable layer
-	Cgroup string    // its path in every hierarchy; "": it has none, as it has ended
-	Init   int       // its first process; 0: none
-	Start  time.Time // zero: it has not been started
+	ID      string
+	Config  *runtimeapi.ContainerConfig
+	Image   string    // as the user named it
+	Layer   string    // the directory of its writable layer
+	Cgroup  string    // its path in every hierarchy; "": it has none, as it has ended
+	Init    int       // its first process; 0: none
+	Start   time.Time // zero: it has not been started
+	Running bool
 }
 
 // Pod is the same of a pod.
@@ -76,7 +77,9 @@ func (c *Collector) Container(id string) (*runtimeapi.ContainerStats, error) {
 	return c.container(&one), nil
 }
 
-// Containers is ListContainerStats of the CRI.
+// Containers is ListContainerStats of the CRI, which lists what runs. A kubelet looks here for
+// the memory that a container uses before it lowers the limit, by the name alone: an earlier
+// attempt, without any, would keep it from that.
 func (c *Collector) Containers(ctx context.Context, f *runtimeapi.ContainerStatsFilter,
 ) (list []*runtimeapi.ContainerStats, err error) {
 	c.layers.asked()
@@ -84,7 +87,9 @@ func (c *Collector) Containers(ctx context.Context, f *runtimeapi.ContainerStats
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		list = append(list, c.container(&one))
+		if one.Running {
+			list = append(list, c.container(&one))
+		}
 	}
 	return list, nil
 }

@@ -247,6 +247,7 @@ func TestStatsOfStates(t *testing.T) {
 	created := pod.Create("created", []string{"sleep", "1000"}, label)
 	ended := pod.Run("ended", []string{"sh", "-c", "head -c 5000000 /dev/zero >/file"}, label)
 	ended.WaitExited(patience)
+	second := pod.Run("second", []string{"sleep", "1000"}, label)
 	running := other.Run("running", []string{"sleep", "1000"}, label)
 	check(t, unix.Kill(shimOf(t, running), unix.SIGSTOP))
 	defer unix.Kill(shimOf(t, running), unix.SIGCONT)
@@ -256,7 +257,7 @@ func TestStatsOfStates(t *testing.T) {
 	for _, c := range []struct {
 		c    *harness.Container
 		uses bool
-	}{{created, true}, {ended, false}, {running, true}} {
+	}{{created, true}, {ended, false}, {second, true}, {running, true}} {
 		name := c.c.Config.Metadata.Name
 		s := statsOf(t, c.c)
 		if a := s.Attributes; a.Id != c.c.ID || a.Metadata.GetName() != name || a.Labels["is"] != name {
@@ -270,20 +271,20 @@ func TestStatsOfStates(t *testing.T) {
 		return statsOf(t, ended).GetWritableLayer().GetUsedBytes().GetValue() > 5_000_000
 	})
 
-	t.Run("filters", func(t *testing.T) { filtersOfStats(t, n, pod, other, created, ended, running) })
+	t.Run("filters", func(t *testing.T) { filtersOfStats(t, n, pod, other, created, second, running) })
 	t.Run("errors", func(t *testing.T) { errorsOfStats(t, n) })
 
 	ctx, cancel := harness.Deadline()
 	defer cancel()
 	_, err := n.Runtime.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: pod.ID})
 	check(t, err)
-	if s := podStatsOf(t, pod); s.Network != nil || len(s.Containers) != 2 {
+	if s := podStatsOf(t, pod); s.Network != nil || len(s.Containers) != 3 {
 		t.Errorf("a stopped pod uses %v", s)
 	}
 }
 
 func filtersOfStats(t *testing.T, n *harness.Node, pod, other *harness.Pod,
-	created, ended, running *harness.Container) {
+	created, second, running *harness.Container) {
 	ctx, cancel := harness.Deadline()
 	defer cancel()
 	is := func(value string) map[string]string { return map[string]string{"is": value} }
@@ -291,12 +292,14 @@ func filtersOfStats(t *testing.T, n *harness.Node, pod, other *harness.Pod,
 		f    *cri.ContainerStatsFilter
 		want []string
 	}{
-		"nil":           {nil, []string{created.ID, ended.ID, running.ID}},
-		"id":            {&cri.ContainerStatsFilter{Id: ended.ID}, []string{ended.ID}},
+		"nil":           {nil, []string{second.ID, running.ID}},
+		"id":            {&cri.ContainerStatsFilter{Id: second.ID}, []string{second.ID}},
 		"short id":      {&cri.ContainerStatsFilter{Id: running.ID[:13]}, []string{running.ID}},
-		"pod":           {&cri.ContainerStatsFilter{PodSandboxId: pod.ID[:13]}, []string{created.ID, ended.ID}},
-		"labels":        {&cri.ContainerStatsFilter{LabelSelector: is("created")}, []string{created.ID}},
-		"id and labels": {&cri.ContainerStatsFilter{Id: ended.ID, LabelSelector: is("x")}, nil},
+		"pod":           {&cri.ContainerStatsFilter{PodSandboxId: pod.ID[:13]}, []string{second.ID}},
+		"labels":        {&cri.ContainerStatsFilter{LabelSelector: is("second")}, []string{second.ID}},
+		"id and labels": {&cri.ContainerStatsFilter{Id: second.ID, LabelSelector: is("x")}, nil},
+		"created":       {&cri.ContainerStatsFilter{Id: created.ID}, nil},
+		"ended":         {&cri.ContainerStatsFilter{LabelSelector: is("ended")}, nil},
 		"nothing":       {&cri.ContainerStatsFilter{Id: "none"}, nil},
 	} {
 		r, err := n.Runtime.ListContainerStats(ctx, &cri.ListContainerStatsRequest{Filter: c.f})
