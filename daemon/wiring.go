@@ -193,6 +193,7 @@ func (n statsNode) container(c *containers.Container) stats.Container {
 		Config:  rec.Config.M,
 		Image:   containers.ImageOf(rec.Config.M).GetImage(),
 		Layer:   c.Layer(),
+		Created: rec.CreatedAt,
 		Start:   seen.StartedAt,
 		Running: seen.State() == runtimeapi.ContainerState_CONTAINER_RUNNING,
 	}
@@ -231,6 +232,7 @@ func (n statsNode) pod(p *pods.Pod, list []stats.Container) stats.Pod {
 		Config:     rec.Config.M,
 		Cgroup:     n.d.cgroups.PodCgroup(rec.Config.M.GetLinux().GetCgroupParent(), rec.ID),
 		Netns:      rec.Namespaces.Net,
+		Created:    rec.CreatedAt,
 		Containers: list,
 	}
 }

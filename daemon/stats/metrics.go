@@ -32,6 +32,7 @@ type subject struct {
 	layer     *layer
 	disk      disk
 	container bool
+	created   time.Time
 	start     time.Time // zero: it has not been started, or is a pod
 }
 
@@ -110,7 +111,7 @@ func (c *Collector) Metrics(ctx context.Context) (list []*runtimeapi.PodSandboxM
 		s, _, _ := subjectOf(p.Cgroup)
 		// The kubelet's own metrics are without the loopback.
 		s.links = slices.DeleteFunc(links[p.ID], func(l link) bool { return l.name == loopback })
-		s.labels = labels("", p.Cgroup, "", p.ID, &p)
+		s.labels, s.created = labels("", p.Cgroup, "", p.ID, &p), p.Created
 		one := &runtimeapi.PodSandboxMetrics{PodSandboxId: p.ID, Metrics: pointsOf(&s)}
 		for i := range p.Containers {
 			if s, ok := c.containerSubject(&p, &p.Containers[i], &budget); ok {
@@ -160,7 +161,7 @@ func (c *Collector) containerSubject(p *Pod, one *Container, budget *int) (subje
 		return s, false
 	}
 	s.labels = labels(one.Config.GetMetadata().GetName(), one.Cgroup, one.Image, one.ID, p)
-	s.container, s.start = true, one.Start
+	s.container, s.created, s.start = true, one.Created, one.Start
 	s.shares = uint64(max(0, one.Config.GetLinux().GetResources().GetCpuShares()))
 	if l, ok := c.layers.get(one.ID); ok {
 		s.layer, s.disk = &l, c.layers.diskNow()

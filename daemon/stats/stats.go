@@ -19,10 +19,11 @@ import (
 type Container struct {
 	ID      string
 	Config  *runtimeapi.ContainerConfig
-	Image   string    // as the user named it
-	Layer   string    // the directory of its writable layer
-	Cgroup  string    // its path in every hierarchy; "": it has none, as it has ended
-	Init    int       // its first process; 0: none
+	Image   string // as the user named it
+	Layer   string // the directory of its writable layer
+	Cgroup  string // its path in every hierarchy; "": it has none, as it has ended
+	Init    int    // its first process; 0: none
+	Created time.Time
 	Start   time.Time // zero: it has not been started
 	Running bool
 }
@@ -33,6 +34,7 @@ type Pod struct {
 	Config     *runtimeapi.PodSandboxConfig
 	Cgroup     string // "": it has none of its own
 	Netns      string // where its network namespace is pinned; "": it has none of its own
+	Created    time.Time
 	Containers []Container
 }
 

@@ -208,6 +208,7 @@ func everything() *subject {
 		layer:     &layer{at: time.Unix(5, 0), bytes: 7},
 		disk:      disk{at: time.Unix(5, 0), device: "/dev/x"},
 		container: true,
+		created:   time.Unix(4, 0),
 		start:     time.Unix(6, 0),
 	}
 	for _, f := range neededFigures {
@@ -276,6 +277,7 @@ func TestPoints(t *testing.T) {
 		"container_pressure_cpu_waiting_seconds_total": 3,
 		"container_pressure_io_stalled_seconds_total":  2,
 		"container_fs_usage_bytes":                     7,
+		"container_creation_time_seconds":              4,
 		"container_start_time_seconds":                 6,
 	} {
 		if got[name].Value.Value != want {
@@ -329,6 +331,7 @@ var kubeletMetrics = map[string][]string{
 	"container_cpu_system_seconds_total":               nil,
 	"container_cpu_usage_seconds_total":                {"cpu"},
 	"container_cpu_user_seconds_total":                 nil,
+	"container_creation_time_seconds":                  nil,
 	"container_file_descriptors":                       nil,
 	"container_fs_inodes_free":                         {"device"},
 	"container_fs_inodes_total":                        {"device"},

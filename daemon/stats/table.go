@@ -196,6 +196,14 @@ var processMetrics = []metric{
 		},
 	},
 	{
+		name: "container_creation_time_seconds",
+		help: "When the container was created, in seconds of Unix time.",
+		kind: gauge,
+		points: func(s *subject) []point {
+			return some(s.created.Unix() > 0, uint64(s.created.Unix()))
+		},
+	},
+	{
 		name: "container_start_time_seconds",
 		help: "When the container was started, in seconds of Unix time.",
 		kind: gauge,

@@ -102,6 +102,7 @@ var loads = []load{
 			"container_cpu_cfs_throttled_periods_total":  1,
 			"container_spec_cpu_period":                  100000,
 			"container_spec_cpu_quota":                   50000,
+			"container_creation_time_seconds":            1e9,
 			"container_start_time_seconds":               1e9,
 			"container_last_seen":                        1e9,
 			"container_processes":                        1,

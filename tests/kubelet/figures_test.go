@@ -245,6 +245,7 @@ var wantedMetrics = []metric{
 	{"container_sockets", nil, "c", false},
 	{"container_ulimits_soft", []string{"ulimit"}, "c", false},
 	{"container_last_seen", nil, "c", false},
+	{"container_creation_time_seconds", nil, "cp", false},
 	{"container_start_time_seconds", nil, "c", false},
 	{"container_spec_cpu_period", nil, "cp", false},
 	{"container_spec_cpu_quota", nil, "cp", false},
