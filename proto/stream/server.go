@@ -74,6 +74,7 @@ func (d Dir) sweepAddresses() error {
 type Server struct {
 	dir  Dir
 	lock *os.File
+	base string // that was announced; empty: none yet
 }
 
 // Lock takes the lock. rundir.ErrLocked: another holdfast-stream runs. What is no lock
@@ -103,7 +104,7 @@ func (d Dir) Lock() (*Server, error) {
 		lock.Close()
 		return nil, err
 	}
-	return &Server{d, lock}, nil
+	return &Server{dir: d, lock: lock}, nil
 }
 
 // LastPort is the port at which an earlier holdfast-stream listened. Whoever takes it
@@ -126,11 +127,19 @@ func (s *Server) Announce(base string) error {
 	if err != nil {
 		return err
 	}
+	s.base = base
 	return record.Write(s.dir.Path(addressName), Address{base, self, rundir.BootID()}, false)
 }
 
-// Sweep removes the tokens that have expired.
-func (s *Server) Sweep(ctx context.Context) error { return s.dir.Sweep(ctx) }
+// Sweep removes the tokens that have expired, and writes the address down again if somebody
+// has removed or damaged it: nobody could have a session for as long as one of others goes on.
+func (s *Server) Sweep(ctx context.Context) error {
+	err := s.dir.Sweep(ctx)
+	if _, aerr := s.dir.address(); aerr != nil && s.base != "" {
+		err = errors.Join(err, os.RemoveAll(s.dir.Path(addressName)), s.Announce(s.base))
+	}
+	return err
+}
 
 // Retire gives the lock back if nothing is to be done any more: no token waits to be
 // used, and idle, which is asked after that, says that no connection is left. Then it is

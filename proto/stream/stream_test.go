@@ -350,6 +350,40 @@ func TestLockAndAddress(t *testing.T) {
 	}
 }
 
+// A holdfast-stream whose address was lost writes it down again.
+func TestLostAddress(t *testing.T) {
+	d := newDir(t)
+	s, err := d.Lock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if err := s.Sweep(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if _, err := d.Running(); !errors.Is(err, ErrStarting) {
+		t.Errorf("running before it listens: %v", err)
+	}
+	const base = "http://127.0.0.1:4711"
+	if err := s.Announce(base); err != nil {
+		t.Fatal(err)
+	}
+	path := d.Path(addressName)
+	for name, damage := range map[string]func() error{
+		"removed":   func() error { return os.Remove(path) },
+		"emptied":   func() error { return os.Truncate(path, 0) },
+		"directory": func() error { return errors.Join(os.Remove(path), os.Mkdir(path, 0o700)) },
+		"nothing":   func() error { return nil },
+	} {
+		if err := errors.Join(damage(), s.Sweep(t.Context())); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if a, err := d.Running(); err != nil || a.Base != base {
+			t.Errorf("%s: %+v, %v", name, a, err)
+		}
+	}
+}
+
 // What a holdfast-stream leaves that is killed while it writes its address goes with the next start of
 // the daemon, or of another one; that of one that lives does not.
 func TestLeftAddress(t *testing.T) {
