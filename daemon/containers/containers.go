@@ -234,6 +234,8 @@ type Manager struct {
 
 	answers *semaphore.Weighted // bytes of memory for answers of ExecSync
 	rooms   sync.Map            // of answers that are not being sent yet: see Room
+
+	removing sync.Map // records.File: somebody is at work on it, see removeFiles
 }
 
 // New makes a manager without containers.

@@ -3,6 +3,7 @@ package containers
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"time"
@@ -19,7 +20,7 @@ import (
 const (
 	// maxLeftover bounds the files that one container remembers.
 	maxLeftover = 256
-	// dropTimeout bounds how long a removal waits for directories that somebody named.
+	// dropTimeout bounds how long anybody waits for directories that somebody named.
 	dropTimeout = 2 * time.Second
 )
 
@@ -39,7 +40,7 @@ func (s *Snapshot) End(keep bool) error {
 	c.op.Unlock()
 	over, ferr := false, err
 	if err == nil {
-		// Those of earlier checkpoints may be where nobody answers: they are for the background.
+		// Those of earlier checkpoints are for the background.
 		over, ferr = c.dropLeft(ctx, files)
 	}
 	if ferr != nil {
@@ -85,11 +86,36 @@ func (c *Container) undoCheckpointLocked(ctx context.Context, keep bool) error {
 	return c.save(func(r *records.Container) { r.Checkpoint, r.Leftover = nil, left })
 }
 
-// removeFiles removes files that are not to be there, and gives those that may be left.
-func removeFiles(list []records.File) (left []records.File, err error) {
+// removeFiles removes files that are not to be there, and gives those that may be left. A
+// directory that does not answer is waited for no longer than dropTimeout, by this caller. Who
+// looks into it stays there, and is the only one who does.
+func (m *Manager) removeFiles(list []records.File) (left []records.File, err error) {
+	type result struct {
+		file records.File
+		err  error
+	}
+	results := make(chan result, len(list))
 	for _, f := range list {
-		if rerr := checkpoint.Remove(f); rerr != nil {
-			left, err = append(left, f), errors.Join(err, rerr)
+		if _, busy := m.removing.LoadOrStore(f, true); busy {
+			results <- result{f, fmt.Errorf("the directory of %.200q does not answer", f.Path)}
+			continue
+		}
+		go func() {
+			err := checkpoint.Remove(f)
+			m.removing.Delete(f)
+			results <- result{f, err}
+		}()
+	}
+	left = slices.Clone(list)
+	late := time.After(dropTimeout)
+	for range list {
+		select {
+		case r := <-results:
+			if err = errors.Join(err, r.err); r.err == nil {
+				left = slices.DeleteFunc(left, func(f records.File) bool { return f == r.file })
+			}
+		case <-late:
+			return left, errors.Join(err, fmt.Errorf("the directory of %.200q does not answer", left[0].Path))
 		}
 	}
 	return left, err
@@ -128,10 +154,9 @@ func (c *Container) endCheckpoint(ctx context.Context) (over bool, err error) {
 }
 
 // dropLeft removes files that are not to be there. It says whether nothing is to be done any
-// more. The caller does not hold op: a directory on a dead file system may keep whoever looks
-// into it.
+// more. The caller does not hold op, for which others would wait.
 func (c *Container) dropLeft(ctx context.Context, files []records.File) (over bool, err error) {
-	left, err := removeFiles(files)
+	left, err := c.m.removeFiles(files)
 	over, nerr := c.forgetFiles(ctx, files, left)
 	return over, errors.Join(err, nerr)
 }
@@ -184,20 +209,7 @@ func (c *Container) dropFiles() {
 	if rec.Checkpoint != nil {
 		list = append(list, rec.Checkpoint.Files...)
 	}
-	if len(list) == 0 {
-		return
-	}
-	done := make(chan struct{})
-	go func() { // ends when the file system answers
-		defer close(done)
-		if _, err := removeFiles(list); err != nil {
-			c.m.Log.Error("files of a checkpoint are left", "container", c.ID(), "error", err)
-		}
-	}()
-	select {
-	case <-done:
-	case <-time.After(dropTimeout):
-		c.m.Log.Error("files of a checkpoint may be left: their directory does not answer", "container", c.ID(),
-			"file", list[0].Path)
+	if _, err := c.m.removeFiles(list); err != nil {
+		c.m.Log.Error("files of a checkpoint are left", "container", c.ID(), "error", err)
 	}
 }
