@@ -85,7 +85,12 @@ func (n *Network) add(ctx context.Context, a *Attachment) (Result, error) {
 	if !netns.IsPinned(a.Netns) {
 		return Result{}, fmt.Errorf("no network namespace is mounted at %q", a.Netns)
 	}
-
+	if len(portMappings(a.PortMappings)) > 0 && !hasCapability(list, "portMappings") {
+		// Some networks have host ports without a plugin for them.
+		n.log.Info("no plugin takes the host ports of a pod: they are left to what else the network has",
+			"pod", a.Namespace+"/"+a.Name,
+			"network", list.Name)
+	}
 	run, err := n.startRun(ctx, a.ID)
 	if err != nil {
 		return Result{}, err

@@ -279,6 +279,32 @@ func TestAddWithoutAddressIsAnError(t *testing.T) {
 	w.unchanged(before)
 }
 
+// Host ports that no plugin takes are no error, and the log tells of them.
+func TestHostPortsWithoutPlugin(t *testing.T) {
+	needRoot(t)
+	for name, c := range map[string]struct {
+		plugins []string
+		ports   []PortMapping
+		told    bool
+	}{
+		"no plugin for them": {nil, []PortMapping{{HostPort: 18086, ContainerPort: 80, Protocol: "TCP"}}, true},
+		"no host port":       {nil, []PortMapping{{ContainerPort: 80, Protocol: "TCP"}}, false},
+		"a plugin": {[]string{portmap}, []PortMapping{{HostPort: 18086, ContainerPort: 80, Protocol: "TCP"}},
+			false},
+	} {
+		w := newWorld(t)
+		w.conf("10.conflist", "hf-ports", "10.230.29.0/24", c.plugins...)
+		a := w.pod("a")
+		a.PortMappings = c.ports
+		w.add(a)
+		if told := strings.Contains(w.log.String(), "host ports"); told != c.told {
+			t.Errorf("%s: the log tells of it: %v", name, told)
+		}
+		w.del(a)
+		w.removeNamespaces("a")
+	}
+}
+
 // What plugins are told, taken down by one.
 func TestPluginsAreTold(t *testing.T) {
 	needRoot(t)
