@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -86,7 +87,7 @@ func (b *builder) prepare(ctx context.Context) error {
 	if err := b.holdImages(ctx); err != nil {
 		return err
 	}
-	if err := b.checkSources(); err != nil {
+	if err := b.checkSources(ctx); err != nil {
 		return err
 	}
 	return b.eachRelabel(b.m.Roots.CheckRelabel)
@@ -193,23 +194,54 @@ func (b *builder) configureCRIU(s *specs.Spec) {
 	s.Annotations[rundir.CRIUConfigAnnotation] = b.m.dir(b.rec.ID).Path(rundir.CRIUConfigName)
 }
 
+// sourceLimit is how long the file system of what is to be mounted has to answer. That of a
+// server that is gone never does, and whoever waits for it cannot be called off. Tests have
+// another one.
+var sourceLimit = time.Minute
+
 // checkSources makes sure that what is to be mounted exists.
-func (b *builder) checkSources() error {
-	cfg := b.rec.Config.M
-	if !b.m.RejectAbsentMounts {
-		for i, m := range cfg.GetMounts() {
-			if m.GetHostPath() == "" || m.GetImage().GetImage() != "" {
-				continue
-			}
-			// A link that leads nowhere is for CheckMounts: whoever made it meant something.
-			if _, err := os.Lstat(filepath.Clean(m.GetHostPath())); errors.Is(err, fs.ErrNotExist) {
-				if err := b.m.makeHostDir(m.GetHostPath()); err != nil {
-					return kind.Errorf(kind.Invalid, "config.mounts[%d].host_path: %w", i, err)
-				}
+func (b *builder) checkSources(ctx context.Context) error {
+	for i, mount := range b.rec.Config.M.GetMounts() {
+		if mount.GetImage() != nil {
+			continue
+		}
+		if err := b.awaitSource(ctx, fmt.Sprintf("config.mounts[%d].", i), mount); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// awaitSource is checkSource for as long as sourceLimit. Of a path that does not answer one
+// goroutine waits for the kernel, however often the container is asked for. It is left alone
+// when the time is up, so that neither the name of the container nor its pod is held.
+func (b *builder) awaitSource(ctx context.Context, field string, mount *runtimeapi.Mount) error {
+	key := fmt.Sprint(NameOf(b.rec).Name, field, mount.GetHostPath())
+	answer := b.m.sources.DoChan(key, func() (any, error) { return nil, b.m.checkSource(field, mount) })
+	late := time.NewTimer(sourceLimit)
+	defer late.Stop()
+	select {
+	case r := <-answer:
+		return r.Err
+	case <-late.C:
+		return kind.Errorf(kind.Unavailable, "%shost_path: the file system of %q has not answered for %s: "+
+			"is its server gone?", field, mount.GetHostPath(), sourceLimit)
+	case <-ctx.Done():
+		return fmt.Errorf("%shost_path: cannot wait for %q: %w", field, mount.GetHostPath(), ctx.Err())
+	}
+}
+
+// checkSource makes what is missing, if that is wanted.
+func (m *Manager) checkSource(field string, mount *runtimeapi.Mount) error {
+	if !m.RejectAbsentMounts {
+		// A link that leads nowhere is for CheckMount: whoever made it meant something.
+		if _, err := os.Lstat(filepath.Clean(mount.GetHostPath())); errors.Is(err, fs.ErrNotExist) {
+			if err := m.makeHostDir(mount.GetHostPath()); err != nil {
+				return kind.Errorf(kind.Invalid, "%shost_path: %w", field, err)
 			}
 		}
 	}
-	return spec.CheckMounts(cfg)
+	return spec.CheckMount(field, mount)
 }
 
 // users finds out who the container runs as, from its config and its root.

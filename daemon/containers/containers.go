@@ -24,6 +24,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sync/semaphore"
+	"golang.org/x/sync/singleflight"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/daemon/claims"
@@ -231,6 +232,8 @@ type Manager struct {
 	all  map[string]*Container
 	pods map[string]map[string]*Container // the same by their pods: the kubelet asks pod by pod
 	owed map[string]*Container            // removed, and something of theirs is left
+
+	sources singleflight.Group // looks at paths of the host that are to be mounted
 
 	answers *semaphore.Weighted // bytes of memory for answers of ExecSync
 	rooms   sync.Map            // of answers that are not being sent yet: see Room

@@ -320,39 +320,34 @@ func devicesBelow(src, dst, access string) ([]Device, error) {
 	return list, err
 }
 
-// CheckMounts looks whether the host paths of the mounts exist, and whether what
-// shall be propagated lies on a mount that can be.
-func CheckMounts(c *runtimeapi.ContainerConfig) error {
-	for i, m := range c.GetMounts() {
-		if m.GetImage() != nil {
-			continue
+// CheckMount looks whether the host path of a mount exists, and whether what shall be
+// propagated lies on a mount that can be. field is that of the mount, with a dot behind it.
+func CheckMount(field string, m *runtimeapi.Mount) error {
+	src := m.GetHostPath()
+	if _, err := os.Stat(src); err != nil {
+		if to, lerr := os.Readlink(path.Clean(src)); lerr == nil {
+			return invalid(field+"host_path", "cannot mount %q: it is a link to %q, which leads nowhere: %v", src,
+				to, err)
 		}
-		src, field := m.GetHostPath(), fmt.Sprintf("config.mounts[%d].", i)
-		if _, err := os.Stat(src); err != nil {
-			if to, lerr := os.Readlink(path.Clean(src)); lerr == nil {
-				return invalid(field+"host_path", "cannot mount %q: it is a link to %q, which leads nowhere: %v", src,
-					to, err)
-			}
-			return invalid(field+"host_path", "cannot mount it: %v", err)
-		}
-		var accepted []string
-		switch m.GetPropagation() {
-		case runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER:
-			accepted = []string{"shared:", "master:"}
-		case runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL:
-			accepted = []string{"shared:"}
-		default:
-			continue
-		}
-		on, ok, err := propagates(src, accepted)
-		if err != nil {
-			return fmt.Errorf("%spropagation: cannot look up the mount of %s: %w", field, src, err)
-		}
-		if !ok {
-			return invalid(field+"propagation",
-				"%s needs a host mount that is shared: %s lies on %s, which is not (mount --make-rshared %s)",
-				m.GetPropagation(), src, on, on)
-		}
+		return invalid(field+"host_path", "cannot mount it: %v", err)
+	}
+	var accepted []string
+	switch m.GetPropagation() {
+	case runtimeapi.MountPropagation_PROPAGATION_HOST_TO_CONTAINER:
+		accepted = []string{"shared:", "master:"}
+	case runtimeapi.MountPropagation_PROPAGATION_BIDIRECTIONAL:
+		accepted = []string{"shared:"}
+	default:
+		return nil
+	}
+	on, ok, err := propagates(src, accepted)
+	if err != nil {
+		return fmt.Errorf("%spropagation: cannot look up the mount of %s: %w", field, src, err)
+	}
+	if !ok {
+		return invalid(field+"propagation",
+			"%s needs a host mount that is shared: %s lies on %s, which is not (mount --make-rshared %s)",
+			m.GetPropagation(), src, on, on)
 	}
 	return nil
 }

@@ -87,12 +87,9 @@ func TestHostDevices(t *testing.T) {
 	}
 }
 
-func TestCheckMounts(t *testing.T) {
+func TestCheckMount(t *testing.T) {
 	mounts := func(src string, p runtimeapi.MountPropagation) error {
-		return CheckMounts(
-			&runtimeapi.ContainerConfig{Mounts: []*runtimeapi.Mount{{HostPath: src, ContainerPath: "/x",
-				Propagation: p}}},
-		)
+		return CheckMount("config.mounts[0].", &runtimeapi.Mount{HostPath: src, ContainerPath: "/x", Propagation: p})
 	}
 	const (
 		private = runtimeapi.MountPropagation_PROPAGATION_PRIVATE
