@@ -329,6 +329,13 @@ func TestTrickle(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	half(t, s2)
+	// One that is fast enough for ever has a deadline too.
+	s3 := openAt(t, t.TempDir(), func(o *Options) { o.ProgressTimeout, o.PullTimeout = time.Hour, time.Second })
+	if _, err := s3.Pull(t.Context(), k.request(f.ref)); !errors.Is(err, context.DeadlineExceeded) ||
+		!strings.Contains(err.Error(), "has taken 1s") {
+		t.Errorf("got %v", err)
+	}
+	half(t, s3)
 }
 
 // A registry that knows no ranges sends again what is here. That takes its time

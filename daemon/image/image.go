@@ -122,6 +122,9 @@ type Options struct {
 	ProgressTimeout time.Duration
 	// MinRate, in bytes per second over one ProgressTimeout, ends a trickle; 1024.
 	MinRate int64
+	// PullTimeout ends a pull that makes progress and does not come to its end; 12 hours.
+	// The next one goes on from there.
+	PullTimeout time.Duration
 	// ProgressDir gets a record per running pull, see records.Pull. It is emptied
 	// by Open. Empty: none.
 	ProgressDir string

@@ -31,6 +31,10 @@ func (s *Store) Pull(ctx context.Context, r PullRequest) (Image, error) {
 		return Image{}, err
 	}
 	began := time.Now()
+	ctx, cancel := context.WithTimeoutCause(ctx, s.o.PullTimeout,
+		fmt.Errorf("%w: the pull has taken %s, and the next one goes on from here", context.DeadlineExceeded,
+			s.o.PullTimeout))
+	defer cancel()
 	p := &pull{s: s, req: r, name: name}
 	how, stop := s.follow(r.Ref, name.String(), r.Pod)
 	p.how = how
@@ -39,8 +43,8 @@ func (s *Store) Pull(ctx context.Context, r PullRequest) (Image, error) {
 	if full(err) { // at whatever step; also of what this pull has left
 		s.makeRoom()
 	}
-	if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
-		err = fmt.Errorf("%w: %w", ctx.Err(), err)
+	if cause := context.Cause(ctx); err != nil && cause != nil && !errors.Is(err, cause) {
+		err = fmt.Errorf("%w: %w", cause, err)
 	}
 	s.count.pulled(err)
 	took := time.Since(began)

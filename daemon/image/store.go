@@ -89,6 +89,7 @@ func Open(o Options) (*Store, error) {
 	o.Downloads = cmp.Or(o.Downloads, 6)
 	o.ProgressTimeout = cmp.Or(o.ProgressTimeout, 5*time.Minute)
 	o.MinRate = cmp.Or(o.MinRate, 1024)
+	o.PullTimeout = cmp.Or(o.PullTimeout, 12*time.Hour)
 	o.StaleIngest = cmp.Or(o.StaleIngest, 24*time.Hour)
 	o.ProgressEvery = cmp.Or(o.ProgressEvery, time.Second)
 	o.VerifierTimeout = cmp.Or(o.VerifierTimeout, 10*time.Second)
