@@ -233,6 +233,7 @@ func (n statsNode) pod(p *pods.Pod, list []stats.Container) stats.Pod {
 		Cgroup:     n.d.cgroups.PodCgroup(rec.Config.M.GetLinux().GetCgroupParent(), rec.ID),
 		Netns:      rec.Namespaces.Net,
 		Created:    rec.CreatedAt,
+		Ready:      p.Ready() == nil,
 		Containers: list,
 	}
 }

@@ -18,6 +18,7 @@ type node struct {
 
 	mu         sync.Mutex
 	containers []Container
+	pods       []Pod
 	size       map[string]uint64 // by the directory of the layer
 	walks      map[string]int
 	err        error
@@ -29,6 +30,8 @@ func (n *node) Containers(*runtimeapi.ContainerStatsFilter) []Container {
 	defer n.mu.Unlock()
 	return append([]Container(nil), n.containers...)
 }
+
+func (n *node) Pods(*runtimeapi.PodSandboxStatsFilter) []Pod { return n.pods }
 
 func (n *node) Container(id string) (Container, error) { return Container{ID: id}, nil }
 
@@ -193,5 +196,14 @@ func TestListHasWhatRuns(t *testing.T) {
 		if s, err := c.Container(one.ID); err != nil || s.Attributes.Id != one.ID {
 			t.Errorf("%s: got %v, %v", one.ID, s, err)
 		}
+	}
+}
+
+// A pod that was stopped may share its cgroup with the next attempt: it has no metrics.
+func TestMetricsOfReadyPods(t *testing.T) {
+	n := &node{pods: []Pod{{ID: "stopped", Cgroup: "/none"}, {ID: "ready", Cgroup: "/none", Ready: true}}}
+	list, err := New(Options{Node: n, Log: slog.New(slog.DiscardHandler)}).Metrics(t.Context())
+	if err != nil || len(list) != 1 || list[0].PodSandboxId != "ready" {
+		t.Errorf("got %v, %v", list, err)
 	}
 }

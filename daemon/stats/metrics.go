@@ -98,10 +98,11 @@ var neededFigures = func() (all []cgroup.Figure) {
 	return slices.Compact(all)
 }()
 
-// Metrics is ListPodSandboxMetrics of the CRI.
+// Metrics is ListPodSandboxMetrics of the CRI, of pods that are ready. One that was stopped may
+// have the cgroup of the pod that the kubelet has made in its place, whose use would count twice.
 func (c *Collector) Metrics(ctx context.Context) (list []*runtimeapi.PodSandboxMetrics, err error) {
 	c.layers.asked()
-	pods := c.Node.Pods(nil)
+	pods := slices.DeleteFunc(c.Node.Pods(nil), func(p Pod) bool { return !p.Ready })
 	links := interfaces(pods)
 	budget := maxDescriptors
 	for _, p := range pods {

@@ -35,6 +35,7 @@ type Pod struct {
 	Cgroup     string // "": it has none of its own
 	Netns      string // where its network namespace is pinned; "": it has none of its own
 	Created    time.Time
+	Ready      bool
 	Containers []Container
 }
 

@@ -282,6 +282,10 @@ func TestStatsOfStates(t *testing.T) {
 	if s := podStatsOf(t, pod); s.Network != nil || len(s.Containers) != 3 {
 		t.Errorf("a stopped pod uses %v", s)
 	}
+	m, err := n.Runtime.ListPodSandboxMetrics(ctx, &cri.ListPodSandboxMetricsRequest{})
+	check(t, err)
+	wantIDs(t, "metrics, one pod was stopped", []string{other.ID},
+		idsOf(m.PodMetrics, (*cri.PodSandboxMetrics).GetPodSandboxId))
 }
 
 func filtersOfStats(t *testing.T, n *harness.Node, pod, other *harness.Pod,
