@@ -603,6 +603,32 @@ func TestRecoverInitOwed(t *testing.T) {
 	b.removeAll(pod)
 }
 
+// A disk that is full when a container is removed does not bring it back.
+func TestRecoverRemovedOnFullDisk(t *testing.T) {
+	b := newBed(t)
+	pod := b.RunPod(t, "pod")
+	c := b.Run(t, pod, fake.ContainerConfig("a"))
+	record := filepath.Join(b.Store.Dir(state.Containers, c), "record.json")
+	aside := record + ".aside"
+	check(t, os.Rename(record, aside))
+	check(t, os.MkdirAll(filepath.Join(record, "full"), 0o700)) // nothing can be written there
+	b.Roots.Unmounting.Fail(errors.New("busy"))
+	check(t, b.Containers.Remove(t.Context(), c))
+	check(t, os.RemoveAll(record))
+	check(t, os.Rename(aside, record))
+	fake.Until(t, "a record that says so", func() bool {
+		var rec records.Container
+		return b.Store.Get(state.Containers, c, &rec) == nil && rec.Phase == records.ContainerRemoving
+	})
+	b.close()
+	b.open()
+	if list := b.Containers.List(nil); len(list) > 0 {
+		t.Errorf("listed: %v", list)
+	}
+	b.Roots.Unmounting.Fail(nil)
+	b.removeAll(pod)
+}
+
 // Of two containers with one name the one that lives has it; the other is put
 // aside.
 func TestRecoverOneNameTwice(t *testing.T) {

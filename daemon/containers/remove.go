@@ -39,9 +39,7 @@ func (c *Container) Remove(ctx context.Context) error {
 	if c.removed || !rec.Init && !c.m.known(c) {
 		return nil // another call has removed it; the next init of a pod has the same id
 	}
-	if err := c.save(func(r *records.Container) { r.Phase = records.ContainerRemoving }); err != nil {
-		c.m.Log.Warn("cannot write down that a container is removed", "container", rec.ID, "error", err)
-	}
+	c.note(func(r *records.Container) { r.Phase = records.ContainerRemoving })
 	if err := step.Reach(step.ContainerRemoving); err != nil {
 		return err
 	}
@@ -181,6 +179,7 @@ func (m *Manager) owe(c *Container, err error) {
 				return
 			}
 			ctx, cancel := context.WithTimeout(ctx, eraseTimeout)
+			_ = c.save(func(*records.Container) {}) // the disk may not have taken it so far
 			err := c.Erase(ctx)
 			cancel()
 			if err == nil {

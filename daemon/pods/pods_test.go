@@ -311,6 +311,31 @@ func TestInit(t *testing.T) {
 	}
 }
 
+// What is left of an init that could not be made goes with the pod, whose removal it does not
+// hold back.
+func TestInitHalfMade(t *testing.T) {
+	b := newBed(t)
+	id := b.RunPod(t, "pod")
+	p, err := b.Pods.Find(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.Shims.Launched = func(rundir.Dir) error { return errors.New("no room") }
+	b.Roots.Unmounting.Fail(errors.New("busy"))
+	if _, err := b.Containers.Create(t.Context(), p, fake.Shared("c")); err == nil {
+		t.Error("a container without the init of its pod")
+	}
+	b.Shims.Launched = nil
+	if err := b.Pods.Remove(t.Context(), id); err != nil {
+		t.Error(err)
+	}
+	if list := b.Pods.List(nil); len(list) > 0 {
+		t.Errorf("listed: %v", list)
+	}
+	b.Roots.Unmounting.Fail(nil)
+	fake.Until(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
+}
+
 // A pod whose init has ended is not ready: nothing can join it.
 func TestInitIsKilled(t *testing.T) {
 	for name, kill := range map[string]func(*bed, *records.Seen, string) error{
