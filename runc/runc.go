@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -160,6 +161,13 @@ func (r *Runtime) Features(ctx context.Context) (json.RawMessage, error) {
 // StateDir is where runc keeps a container.
 func (r *Runtime) StateDir(id string) string { return filepath.Join(r.Root, id) }
 
+// An answer has a bound. Once the runtime has ended a process that it left, which may have
+// its output still, is not waited for.
+const (
+	maxOutput  = 1 << 20
+	outputWait = time.Second
+)
+
 func (r *Runtime) output(ctx context.Context, id string, args ...string) ([]byte, error) {
 	pr, pw, err := os.Pipe()
 	if err != nil {
@@ -171,12 +179,16 @@ func (r *Runtime) output(ctx context.Context, id string, args ...string) ([]byte
 		err error
 	}
 	done := make(chan result, 1)
-	go func() { // ends when pw is closed here and in the child
-		b, err := io.ReadAll(pr)
+	go func() {
+		b, err := io.ReadAll(io.LimitReader(pr, maxOutput))
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			err = nil // there is no more of the runtime's
+		}
 		done <- result{b, err}
 	}()
 	err = r.run(ctx, id, IO{Stdout: pw}, args...)
 	pw.Close()
+	pr.SetReadDeadline(time.Now().Add(outputWait))
 	res := <-done
 	return res.b, errors.Join(err, res.err)
 }

@@ -156,6 +156,20 @@ func TestFeatures(t *testing.T) {
 	}
 }
 
+// What a runtime leaves behind with its output, and an answer without end, keep nobody.
+func TestFeaturesHaveAnEnd(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if f, err := script(t, "echo '{}'; sleep 20 &").Features(ctx); err != nil || string(f) != "{}\n" || ctx.Err() != nil {
+		t.Errorf("beside a process that was left: %q, %v, %v", f, err, ctx.Err())
+	}
+	ctx, cancel = context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if f, err := script(t, "exec yes").Features(ctx); err == nil || len(f) > maxOutput {
+		t.Errorf("%d bytes, %v", len(f), err)
+	}
+}
+
 // A start of a container whose init is dead fails instead of waiting.
 func TestReleaseOfTheDead(t *testing.T) {
 	r := &Runtime{Root: t.TempDir()}
