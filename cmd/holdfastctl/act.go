@@ -84,7 +84,7 @@ func (a *app) await(ctx context.Context, dir rundir.Dir) (ended, error) {
 	c := client.New(dir)
 	defer c.Close()
 	exit, err := c.Await(ctx, func(err error) {
-		fmt.Fprintf(a.stderr, "holdfastctl: %v; still waiting\n", about(dir, err))
+		fmt.Fprintf(a.stderr, "holdfastctl: %s; still waiting\n", lines(about(dir, err).Error()))
 	})
 	if err != nil {
 		err = about(dir, err)

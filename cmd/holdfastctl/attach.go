@@ -60,7 +60,7 @@ func (a *app) session(ctx context.Context, dir rundir.Dir, o client.SessionOptio
 	case err != nil:
 		return err
 	case exit.Reason == session.TimedOut:
-		fmt.Fprintf(a.stderr, "holdfastctl: %s\n", exit.Error)
+		fmt.Fprintf(a.stderr, "holdfastctl: %s\n", lines(exit.Error))
 		return exitCode(codeTimeout)
 	case exit.Reason != "":
 		return about(dir, errors.New(exit.Error))

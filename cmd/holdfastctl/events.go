@@ -42,7 +42,7 @@ func setupEvents(a *app, fs *flag.FlagSet) runFunc {
 		all, last, errs := client.PastOf(ctx, dirs)
 		for i, err := range errs {
 			if err != nil {
-				fmt.Fprintf(a.stderr, "holdfastctl: cannot read the events: %v\n", about(dirs[i], err))
+				fmt.Fprintf(a.stderr, "holdfastctl: cannot read the events: %s\n", lines(about(dirs[i], err).Error()))
 			}
 		}
 		for _, e := range all {

@@ -78,7 +78,7 @@ func (a *app) main(ctx context.Context, args []string) int {
 	case errors.Is(err, fs.ErrPermission):
 		hint = "; run it as root"
 	}
-	fmt.Fprintf(a.stderr, "holdfastctl: %v%s\n", err, hint)
+	fmt.Fprintf(a.stderr, "holdfastctl: %s%s\n", lines(err.Error()), hint)
 	if errors.As(err, &usage) {
 		return codeUsage
 	}

@@ -585,6 +585,25 @@ func TestStopWaits(t *testing.T) {
 }
 
 // A lock that is not there, or is none, says nothing about a shim that answers.
+// What a container has its OCI runtime say drives no terminal, and makes no line of its own in a table.
+func TestTerminalIsOurs(t *testing.T) {
+	state := newState(t)
+	dir := newDir(t, state, "bad")
+	check(t, dir.WriteStatus(rundir.Status{Phase: rundir.PhaseExited, CreatedAt: created}))
+	e, err := rundir.PrepareExit(string(dir), false)
+	check(t, err)
+	const words = "no \x1b]0;program\a\nstate:   running"
+	check(t, e.Commit(rundir.Exit{Code: 128, Source: rundir.SourceWaited, Reason: words, Message: words}))
+	for _, args := range [][]string{{"state", "bad"}, {"shims"}, {"events"}, {"stop", "bad"}, {"kill", "bad"}} {
+		r := ctl(t, append([]string{"--state", state}, args...)...)
+		out := r.stdout + r.stderr
+		if !strings.Contains(out, "program") || strings.ContainsAny(out, "\x1b\a") ||
+			args[0] == "state" && strings.Contains(out, "\nstate:   running") {
+			t.Errorf("%q: %q", args, out)
+		}
+	}
+}
+
 func TestWithoutLock(t *testing.T) {
 	for name, put := range map[string]func(path string) error{
 		"removed":     func(string) error { return nil },

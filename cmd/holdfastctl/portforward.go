@@ -106,7 +106,7 @@ func (f *forwarder) serve(ctx context.Context, l net.Listener, port string) {
 			defer conn.Close()
 			pod, err := netns.Dial(ctx, f.netns, net.JoinHostPort("localhost", port))
 			if err != nil {
-				fmt.Fprintf(f.app.stderr, "holdfastctl: %v\n", err)
+				fmt.Fprintf(f.app.stderr, "holdfastctl: %s\n", lines(err.Error()))
 				return
 			}
 			defer pod.Close()

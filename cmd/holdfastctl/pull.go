@@ -250,7 +250,7 @@ func setupPulls(a *app, _ *flag.FlagSet) runFunc {
 		for _, p := range list {
 			v := view{p, p.Daemon.Alive()}
 			views = append(views, v)
-			phase, note := string(v.Phase), printable(v.Trouble)
+			phase, note := string(v.Phase), v.Trouble
 			if !v.Alive {
 				phase, note = "("+phase+")", "the daemon that pulled it has died; the next pull goes on from here"
 			}

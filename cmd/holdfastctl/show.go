@@ -95,7 +95,7 @@ func look(ctx context.Context, dir rundir.Dir) view {
 // print prints a value, as JSON if that was asked for.
 func (a *app) print(v any, text string) error {
 	if !a.json {
-		_, err := io.WriteString(a.stdout, text)
+		_, err := io.WriteString(a.stdout, lines(text))
 		return err
 	}
 	e := json.NewEncoder(a.stdout)
@@ -108,8 +108,10 @@ func table(rows [][]string) string {
 	var b strings.Builder
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	for _, cells := range rows {
-		for i := range cells[:len(cells)-1] {
-			cells[i] = cmp.Or(cells[i], "-")
+		for i, cell := range cells {
+			if cells[i] = printable(cell); cell == "" && i < len(cells)-1 {
+				cells[i] = "-"
+			}
 		}
 		fmt.Fprintln(w, strings.Join(cells, "\t"))
 	}
@@ -296,6 +298,15 @@ func printable(s string) string {
 		}
 		return r
 	}, s)
+}
+
+// lines is printable for a text of several lines.
+func lines(text string) string {
+	all := strings.Split(text, "\n")
+	for i, line := range all {
+		all[i] = printable(line)
+	}
+	return strings.Join(all, "\n")
 }
 
 func setupVersion(a *app, _ *flag.FlagSet) runFunc {
