@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -16,6 +18,9 @@ import (
 // scrapes may run at a time; the others are turned away, as whoever reaches the
 // address can ask.
 const scrapes = 4
+
+// connections may stand open; a new one ends the one on which least has happened lately.
+const connections = 64
 
 // checkHostPort checks an address to listen on and gives its host.
 func checkHostPort(address string) (host string, err error) {
@@ -57,6 +62,7 @@ func serveMetrics(address string, g prometheus.Gatherer, log *slog.Logger) (*met
 			ReadTimeout:    10 * time.Second,
 			WriteTimeout:   30 * time.Second,
 			IdleTimeout:    3 * time.Minute, // scrapes come once a minute or more often
+			ConnState:      new(bound).note,
 			// What strangers get wrong is no event here.
 			ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 		},
@@ -69,6 +75,25 @@ func serveMetrics(address string, g prometheus.Gatherer, log *slog.Logger) (*met
 	}()
 	log.Info("serving metrics", "address", l.Addr().String())
 	return s, nil
+}
+
+// bound keeps the number of connections within its limit.
+type bound struct {
+	mu   sync.Mutex
+	open []net.Conn // that on which least has happened lately first
+}
+
+func (b *bound) note(c net.Conn, state http.ConnState) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.open = slices.DeleteFunc(b.open, func(o net.Conn) bool { return o == c })
+	if state == http.StateClosed || state == http.StateHijacked {
+		return
+	}
+	if b.open = append(b.open, c); len(b.open) > connections {
+		b.open[0].Close()
+		b.open = b.open[1:]
+	}
 }
 
 // close ends it, within ctx.

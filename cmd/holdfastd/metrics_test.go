@@ -2,12 +2,15 @@ package main
 
 import (
 	"context"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/holdfast-cri/holdfast/daemon/metrics"
 )
@@ -71,4 +74,35 @@ func TestServeMetrics(t *testing.T) {
 		t.Error("it still listens")
 	}
 	(*metricsServer)(nil).close(context.Background())
+}
+
+// Connections that nobody uses have a bound, and keep no scrape out.
+func TestMetricsConnectionsAreBounded(t *testing.T) {
+	g := metrics.New("1").Gatherer(func() metrics.Snapshot { return metrics.Snapshot{} })
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	check(t, l.Close())
+	s, err := serveMetrics(l.Addr().String(), g, slog.New(slog.DiscardHandler))
+	check(t, err)
+	defer s.close(t.Context())
+	var all []net.Conn
+	for range 3 * connections {
+		c, err := net.Dial("tcp", l.Addr().String())
+		check(t, err)
+		defer c.Close()
+		all = append(all, c)
+	}
+	resp, err := http.Get("http://" + l.Addr().String() + "/metrics")
+	check(t, err)
+	resp.Body.Close()
+	open := 0
+	for _, c := range all {
+		c.SetReadDeadline(time.Now().Add(10 * time.Millisecond))
+		if _, err := c.Read(make([]byte, 1)); errors.Is(err, os.ErrDeadlineExceeded) {
+			open++
+		}
+	}
+	if open > connections {
+		t.Errorf("%d connections stand open", open)
+	}
 }
