@@ -20,7 +20,8 @@ const (
 	maxExecs = 500
 	// maxExecID bounds an exec's id, in bytes.
 	maxExecID = 256
-	// maxSpecs bounds the specs of all execs that are not started, in bytes.
+	// maxSpecs bounds what all execs hold that clients have chosen, in bytes: the specs of
+	// those that are not started, and paths.
 	maxSpecs = 4 << 20
 )
 
@@ -49,7 +50,7 @@ type Exec interface {
 type execs struct {
 	mu    sync.Mutex
 	all   []*exec // the oldest first
-	specs int     // bytes of those that are not started
+	specs int     // what size says of all of them
 }
 
 // exec is one exec, from the request for it until it is deleted.
@@ -63,6 +64,12 @@ type exec struct {
 	options ExecOptions // without Process once it is started
 	busy    bool        // it is being started
 	running Exec        // nil: it is not started
+}
+
+// size is how much of it a client has chosen, in bytes.
+func (x *exec) size() int {
+	p, fifos := x.options.Process, &x.options.FIFOs
+	return len(p.GetTypeUrl()) + len(p.GetValue()) + len(fifos[0]) + len(fifos[1]) + len(fifos[2])
 }
 
 func (x *exec) ended() bool {
@@ -166,12 +173,11 @@ func (e *execs) add(x *exec) error {
 		}
 		e.forgetLocked(i)
 	}
-	size := len(x.options.Process.Value)
-	if e.specs+size > maxSpecs {
+	if size := e.specs + x.size(); size > maxSpecs {
 		return kind.Errorf(kind.Exhausted, "execs that are not started have specs of %d bytes, and %d are too many",
-			e.specs, e.specs+size)
+			e.specs, size)
 	}
-	e.specs += size
+	e.specs += x.size()
 	e.all = append(e.all, x)
 	return nil
 }
@@ -184,7 +190,7 @@ func (e *execs) forgetLocked(i int) {
 
 func (e *execs) removeLocked(i int) {
 	x := e.all[i]
-	e.specs -= len(x.options.Process.GetValue())
+	e.specs -= x.size()
 	close(x.deleted)
 	e.all = slices.Delete(e.all, i, i+1)
 }
@@ -207,8 +213,9 @@ func (s *service) startExec(x *exec) (message, error) {
 	if err != nil {
 		return nil, err
 	}
-	e.specs -= len(options.Process.Value)
+	e.specs -= x.size()
 	x.options.Process = nil
+	e.specs += x.size()
 	x.running = running
 	close(x.started)
 	return message(nil).putUint(1, uint64(running.Pid())), nil

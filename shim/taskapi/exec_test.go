@@ -3,6 +3,7 @@ package taskapi
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -62,4 +63,17 @@ func TestExecsAreBounded(t *testing.T) {
 	if e.specs != 0 {
 		t.Errorf("%d bytes of no specs", e.specs)
 	}
+	// Whatever else it is that a client has chosen.
+	large := strings.Repeat("x", maxSpecs/2)
+	check := func(name string, process *anypb.Any, fifo string) {
+		e := execs{}
+		for i := range 3 {
+			x := exec{id: fmt.Sprint(i), options: ExecOptions{Process: process, FIFOs: [3]string{fifo, "", fifo}}}
+			if err := e.add(&x); (err == nil) != (i == 0) {
+				t.Errorf("%s: exec %d of 3: %v", name, i, err)
+			}
+		}
+	}
+	check("types", &anypb.Any{TypeUrl: large + "x"}, "")
+	check("FIFOs", &anypb.Any{}, large)
 }
