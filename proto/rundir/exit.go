@@ -70,11 +70,13 @@ func ResumeExit(dir string, sync bool) (*ExitFile, error) {
 // Nobody but the holder of the run directory's lock may commit.
 func (e *ExitFile) Commit(r Exit) error {
 	defer e.Close()
-	const keep = exitRoom / 4 // of a message; JSON may double its length
-	if len(r.Message) > keep {
-		r.Message = r.Message[:keep]
-	}
+	const keep = exitRoom / 4 // of a message at most: a shim keeps what it has allocated
+	r.Message = r.Message[:min(keep, len(r.Message))]
 	b, err := record.EncodeOf(filepath.Base(e.dir), r)
+	for len(b) > exitRoom && r.Message != "" { // JSON can make six bytes of one
+		r.Message = r.Message[:len(r.Message)/2]
+		b, err = record.EncodeOf(filepath.Base(e.dir), r)
+	}
 	if err == nil {
 		_, err = e.f.WriteAt(b, 0)
 	}

@@ -76,8 +76,9 @@ func TestExitOnAFullFileSystem(t *testing.T) {
 	if err := record.Write(filepath.Join(dir, "other.json"), 1, false); !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("another record: %v", err)
 	}
-	check(t, e.Commit(Exit{Code: 42}))
-	if got, err := ReadExitIn(dir); err != nil || got.Code != 42 {
+	// The message is of a container's choosing; each of these takes six characters in JSON.
+	check(t, e.Commit(Exit{Code: 42, Message: "it: " + strings.Repeat("<", 5000)}))
+	if got, err := ReadExitIn(dir); err != nil || got.Code != 42 || !strings.HasPrefix(got.Message, "it: <<<") {
 		t.Errorf("got %+v, %v", got, err)
 	}
 }
