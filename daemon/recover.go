@@ -255,11 +255,8 @@ func (r *recovery) loadPods(ids []string) (later []func(context.Context)) {
 			p := r.Pods.Adopt(r.unknownPod(id))
 			r.byPod[id] = p
 			later = append(later, func(ctx context.Context) {
-				if err := p.Erase(ctx); err != nil {
-					r.log.Error("cannot remove what is left of a pod", "pod", id, "error", err)
-					return
-				}
-				r.log.Warn("removed what was left of a pod without a record", "pod", id)
+				r.log.Warn("removing what is left of a pod without a record", "pod", id)
+				p.Undo(ctx) // what cannot be given back is tried again
 			})
 		}
 	}
@@ -471,12 +468,9 @@ func (r *recovery) actOnUnknown(l loaded) {
 	r.later = append(r.later, r.erasing(c)) // before its pod
 }
 
+// erasing erases a container that nobody knows. What cannot be given back is tried again.
 func (r *recovery) erasing(c *containers.Container) func(context.Context) {
-	return func(ctx context.Context) {
-		if err := c.Erase(ctx); err != nil {
-			r.log.Error("cannot remove what is left of a container", "container", c.ID(), "error", err)
-		}
-	}
+	return func(ctx context.Context) { c.Undo(ctx) }
 }
 
 // undoing undoes a creation that was never acknowledged. A request for the name

@@ -603,6 +603,27 @@ func TestRecoverInitOwed(t *testing.T) {
 	b.removeAll(pod)
 }
 
+// What cannot be given back of those without a record is tried again, not left to the next start.
+func TestRecoverUnknownWithDebts(t *testing.T) {
+	b := newBed(t)
+	pod := b.RunPod(t, "pod")
+	c := b.Run(t, pod, fake.ContainerConfig("c", "true"))
+	b.Ended(t, c)
+	b.close()
+	check(t, os.Remove(filepath.Join(b.Store.Dir(state.Pods, pod), "record.json")))
+	check(t, os.Remove(filepath.Join(b.Store.RunDir(state.Pods, pod), "record.json")))
+	check(t, os.Remove(filepath.Join(b.Store.Dir(state.Containers, c), "record.json")))
+	check(t, os.Remove(b.Dir(c).Path(rundir.LaunchName)))
+	b.Roots.Unmounting.Fail(errors.New("busy"))
+	b.open()
+	time.Sleep(100 * time.Millisecond)
+	b.Roots.Unmounting.Fail(nil)
+	fake.Until(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
+	if pods, list := b.Pods.List(nil), b.Containers.List(nil); len(pods)+len(list) > 0 {
+		t.Errorf("listed: %v, %v", pods, list)
+	}
+}
+
 // A disk that is full when a container is removed does not bring it back.
 func TestRecoverRemovedOnFullDisk(t *testing.T) {
 	b := newBed(t)

@@ -179,7 +179,9 @@ func (m *Manager) owe(c *Container, err error) {
 				return
 			}
 			ctx, cancel := context.WithTimeout(ctx, eraseTimeout)
-			_ = c.save(func(*records.Container) {}) // the disk may not have taken it so far
+			if c.Record().PodID != "" { // it was known once
+				_ = c.save(func(*records.Container) {}) // the disk may not have taken so far that it is removed
+			}
 			err := c.Erase(ctx)
 			cancel()
 			if err == nil {

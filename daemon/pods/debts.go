@@ -139,10 +139,6 @@ func (p *Pod) payLater(ctx context.Context) {
 			break
 		}
 	}
-	p.m.mu.Lock()
-	p.owing = time.Time{}
-	delete(p.m.owed, p.ID())
-	p.m.mu.Unlock()
 	p.m.Log.Info("gave back the rest of what a pod held", "pod", p.ID())
 }
 
@@ -162,6 +158,11 @@ func (p *Pod) payAgain(ctx context.Context) bool {
 	}
 	if err != nil {
 		p.m.Log.Warn("still cannot give back what a pod holds", "pod", p.ID(), "error", err)
+		return false
 	}
-	return err == nil
+	p.m.mu.Lock() // while a removal waits, which may owe the rest anew
+	p.owing = time.Time{}
+	delete(p.m.owed, p.ID())
+	p.m.mu.Unlock()
+	return true
 }

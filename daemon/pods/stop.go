@@ -166,14 +166,6 @@ func (p *Pod) erase(ctx context.Context) error {
 	return p.m.State.Remove(state.Pods, p.ID())
 }
 
-// Erase removes all trace of a pod that nobody knows: of a creation that was cut
-// short, or of one whose records are gone.
-func (p *Pod) Erase(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, networkLimit)
-	defer cancel()
-	return p.erase(ctx)
-}
-
 // eraseLater has the rest given back in the background of a pod that nobody knows any more, or
 // was ever told of: it is in no list, and its name is free. The record says so to the next
 // start. err is what keeps the pod from being erased now.
@@ -187,10 +179,12 @@ func (p *Pod) eraseLater(err error) {
 	p.owe(err)
 }
 
-// Undo is Erase for a creation that was cut short. What cannot be given back now is owed, and
-// tried again in the background.
+// Undo removes all trace of a pod that nobody knows: of a creation that was cut short, or of one
+// whose records are gone. What cannot be given back now is owed, and tried again in the background.
 func (p *Pod) Undo(ctx context.Context) error {
-	err := p.Erase(ctx)
+	ctx, cancel := context.WithTimeout(ctx, networkLimit)
+	defer cancel()
+	err := p.erase(ctx)
 	if err != nil {
 		p.eraseLater(err)
 	}
