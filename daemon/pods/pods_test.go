@@ -77,7 +77,8 @@ func TestLife(t *testing.T) {
 	b := newBed(t)
 	ctx := t.Context()
 	id := b.RunPod(t, "pod")
-	if s := b.PodStatus(t, id); s.State != ready || s.Network.Ip != "10.0.0.7" {
+	if s := b.PodStatus(t, id); s.State != ready || s.Network.Ip != "10.0.0.7" ||
+		len(s.Network.AdditionalIps) != 1 || s.Network.AdditionalIps[0].Ip != "fd00::7" {
 		t.Errorf("after run: %v", s)
 	}
 	hosts, err := os.ReadFile(filepath.Join(b.Store.RunDir(state.Pods, id), "etc", "hosts"))
@@ -90,7 +91,7 @@ func TestLife(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if s := b.PodStatus(t, id); s.State != notReady || s.Network.Ip != "" {
+	if s := b.PodStatus(t, id); s.State != notReady || s.Network.Ip != "" || len(s.Network.AdditionalIps) != 0 {
 		t.Errorf("after stop: %v", s)
 	}
 	if n := b.Network.Deleted(id); n != 1 {
