@@ -84,13 +84,7 @@ func (b *builder) prepare(ctx context.Context) error {
 	if _, err := b.target(); err != nil {
 		return err
 	}
-	if err := b.holdImages(ctx); err != nil {
-		return err
-	}
-	if err := b.checkSources(ctx); err != nil {
-		return err
-	}
-	return b.eachRelabel(b.m.Roots.CheckRelabel)
+	return b.holdImages(ctx)
 }
 
 // eachRelabel calls f for each mount that the container wants to have its own SELinux label.
@@ -199,25 +193,28 @@ func (b *builder) configureCRIU(s *specs.Spec) {
 // another one.
 var sourceLimit = time.Minute
 
-// checkSources makes sure that what is to be mounted exists.
+// checkSources makes sure that what is to be mounted exists. What is missing is made when all
+// that is there has been checked.
 func (b *builder) checkSources(ctx context.Context) error {
-	for i, mount := range b.rec.Config.M.GetMounts() {
-		if mount.GetImage() != nil {
-			continue
-		}
-		if err := b.awaitSource(ctx, fmt.Sprintf("config.mounts[%d].", i), mount); err != nil {
-			return err
+	for _, missing := range []bool{false, true} {
+		for i, mount := range b.rec.Config.M.GetMounts() {
+			if mount.GetImage() != nil {
+				continue
+			}
+			if err := b.awaitSource(ctx, fmt.Sprintf("config.mounts[%d].", i), mount, missing); err != nil {
+				return err
+			}
 		}
 	}
-	return nil
+	return b.eachRelabel(b.m.Roots.CheckRelabel)
 }
 
 // awaitSource is checkSource for as long as sourceLimit. Of a path that does not answer one
 // goroutine waits for the kernel, however often the container is asked for. It is left alone
 // when the time is up, so that neither the name of the container nor its pod is held.
-func (b *builder) awaitSource(ctx context.Context, field string, mount *runtimeapi.Mount) error {
-	key := fmt.Sprint(NameOf(b.rec).Name, field, mount.GetHostPath())
-	answer := b.m.sources.DoChan(key, func() (any, error) { return nil, b.m.checkSource(field, mount) })
+func (b *builder) awaitSource(ctx context.Context, field string, mount *runtimeapi.Mount, missing bool) error {
+	key := fmt.Sprint(NameOf(b.rec).Name, field, mount.GetHostPath(), missing)
+	answer := b.m.sources.DoChan(key, func() (any, error) { return nil, b.m.checkSource(field, mount, missing) })
 	late := time.NewTimer(sourceLimit)
 	defer late.Stop()
 	select {
@@ -231,14 +228,16 @@ func (b *builder) awaitSource(ctx context.Context, field string, mount *runtimea
 	}
 }
 
-// checkSource makes what is missing, if that is wanted.
-func (m *Manager) checkSource(field string, mount *runtimeapi.Mount) error {
-	if !m.RejectAbsentMounts {
-		// A link that leads nowhere is for CheckMount: whoever made it meant something.
-		if _, err := os.Lstat(filepath.Clean(mount.GetHostPath())); errors.Is(err, fs.ErrNotExist) {
-			if err := m.makeHostDir(mount.GetHostPath()); err != nil {
-				return kind.Errorf(kind.Invalid, "%shost_path: %w", field, err)
-			}
+// checkSource checks what is there or, if that is wanted, makes and checks what is missing.
+func (m *Manager) checkSource(field string, mount *runtimeapi.Mount, missing bool) error {
+	// A link that leads nowhere is for CheckMount: whoever made it meant something.
+	_, err := os.Lstat(filepath.Clean(mount.GetHostPath()))
+	if missing != (!m.RejectAbsentMounts && errors.Is(err, fs.ErrNotExist)) {
+		return nil
+	}
+	if missing {
+		if err := m.makeHostDir(mount.GetHostPath()); err != nil {
+			return kind.Errorf(kind.Invalid, "%shost_path: %w", field, err)
 		}
 	}
 	return spec.CheckMount(field, mount)

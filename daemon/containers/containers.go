@@ -233,12 +233,11 @@ type Manager struct {
 	pods map[string]map[string]*Container // the same by their pods: the kubelet asks pod by pod
 	owed map[string]*Container            // removed, and something of theirs is left
 
-	sources singleflight.Group // looks at paths of the host that are to be mounted
+	sources   singleflight.Group // looks at paths of the host that are to be mounted
+	leftovers singleflight.Group // removals of files of checkpoints
 
 	answers *semaphore.Weighted // bytes of memory for answers of ExecSync
 	rooms   sync.Map            // of answers that are not being sent yet: see Room
-
-	removing sync.Map // records.File: somebody is at work on it, see removeFiles
 }
 
 // New makes a manager without containers.

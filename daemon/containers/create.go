@@ -139,6 +139,9 @@ func (m *Manager) create(ctx context.Context, cl *claims.Claim, pod Pod, rec *re
 	if rec.CgroupsPath, err = m.Cgroups.ContainerPath(parent, pr.ID, rec.ID); err != nil {
 		return kind.As(kind.State, fmt.Errorf("pod_sandbox_id: %w", err)) // it was made with another cgroup driver
 	}
+	if err := b.checkSources(ctx); err != nil {
+		return err
+	}
 	if spec.PIDMode(cfg, pr.Config.M) == runtimeapi.NamespaceMode_POD {
 		if b.in.Namespaces.PID, err = pod.PIDNamespace(ctx); err != nil {
 			return err

@@ -2,6 +2,7 @@ package containers_test
 
 import (
 	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -21,7 +22,8 @@ func TestRefusedBeforeAnythingIsMade(t *testing.T) {
 	if err := b.Containers.Stop(t.Context(), ended, 0); err != nil {
 		t.Fatal(err)
 	}
-	link := filepath.Join(t.TempDir(), "link")
+	link, absent := filepath.Join(t.TempDir(), "link"), filepath.Join(t.TempDir(), "absent")
+	check(t, os.Symlink("nowhere", link))
 	local := func(ref string) *runtimeapi.SecurityProfile {
 		return &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_Localhost, LocalhostRef: ref}
 	}
@@ -94,7 +96,16 @@ func TestRefusedBeforeAnythingIsMade(t *testing.T) {
 			Readonly: true,
 			Image:    &runtimeapi.ImageSpec{Image: "image", RuntimeHandler: "nobody"},
 		})},
-		{"config.image.image", kind.NotFound, func(c *runtimeapi.ContainerConfig) { c.Image.Image = "another" }},
+		{"config.mounts[1].host_path", kind.Invalid, func(c *runtimeapi.ContainerConfig) {
+			c.Mounts = []*runtimeapi.Mount{
+				{HostPath: absent, ContainerPath: "/a"},
+				{HostPath: link, ContainerPath: "/l"},
+			}
+		}},
+		{"config.image.image", kind.NotFound, func(c *runtimeapi.ContainerConfig) {
+			c.Mounts = []*runtimeapi.Mount{{HostPath: absent, ContainerPath: "/a"}}
+			c.Image.Image = "another"
+		}},
 	} {
 		cfg := fake.ContainerConfig("refused")
 		c.edit(cfg)
@@ -104,6 +115,9 @@ func TestRefusedBeforeAnythingIsMade(t *testing.T) {
 		}
 		if n := b.Images.Held(); n != 0 {
 			t.Errorf("%s: images are held %d times", c.field, n)
+		}
+		if _, err := os.Lstat(absent); err == nil {
+			t.Errorf("%s: the directory of a mount was made", c.field)
 		}
 	}
 }

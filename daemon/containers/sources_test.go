@@ -15,8 +15,8 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
 
-// deadServer mounts a file system of which nobody answers, and gives a function that ends it.
-func deadServer(t *testing.T) (dir string, end func()) {
+// DeadServer mounts a file system of which nobody answers, and gives a function that ends it.
+func DeadServer(t *testing.T) (dir string, end func()) {
 	t.Helper()
 	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil || os.Geteuid() != 0 {
@@ -51,7 +51,7 @@ func TestSourceThatDoesNotAnswer(t *testing.T) {
 	sourceLimit = 50 * time.Millisecond
 	defer func() { sourceLimit = was }()
 	m := newManager(t)
-	dir, end := deadServer(t)
+	dir, end := DeadServer(t)
 	config, err := records.Encoded(&runtimeapi.ContainerConfig{
 		Metadata: &runtimeapi.ContainerMetadata{Name: "c"},
 		Mounts: []*runtimeapi.Mount{
@@ -69,7 +69,7 @@ func TestSourceThatDoesNotAnswer(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	}
-	key := NameOf(rec).Name + "config.mounts[1]." + dir
+	key := NameOf(rec).Name + "config.mounts[1]." + dir + "false"
 	answer := m.sources.DoChan(key, func() (any, error) { return nil, errors.New("there are two looks") })
 	end()
 	if r := <-answer; !errors.Is(r.Err, kind.Invalid) || !strings.Contains(r.Err.Error(), unix.ENOTCONN.Error()) {

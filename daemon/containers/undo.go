@@ -8,6 +8,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sync/singleflight"
+
 	"github.com/holdfast-cri/holdfast/daemon/checkpoint"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 )
@@ -86,39 +88,39 @@ func (c *Container) undoCheckpointLocked(ctx context.Context, keep bool) error {
 	return c.save(func(r *records.Container) { r.Checkpoint, r.Leftover = nil, left })
 }
 
-// removeFiles removes files that are not to be there, and gives those that may be left. A
-// directory that does not answer is waited for no longer than dropTimeout, by this caller. Who
-// looks into it stays there, and is the only one who does.
+// removeFiles removes files that are not to be there, and gives those that may be left. Whoever
+// looks into a directory that does not answer stays there, one for each file, and is waited for
+// no longer than dropTimeout.
 func (m *Manager) removeFiles(list []records.File) (left []records.File, err error) {
-	type result struct {
-		file records.File
-		err  error
-	}
-	results := make(chan result, len(list))
+	var answers []<-chan singleflight.Result
 	for _, f := range list {
-		if _, busy := m.removing.LoadOrStore(f, true); busy {
-			results <- result{f, fmt.Errorf("the directory of %.200q does not answer", f.Path)}
-			continue
-		}
-		go func() {
-			err := checkpoint.Remove(f)
-			m.removing.Delete(f)
-			results <- result{f, err}
-		}()
+		answers = append(answers, m.leftovers.DoChan(fmt.Sprint(f), func() (any, error) {
+			return nil, checkpoint.Remove(f)
+		}))
 	}
-	left = slices.Clone(list)
-	late := time.After(dropTimeout)
-	for range list {
-		select {
-		case r := <-results:
-			if err = errors.Join(err, r.err); r.err == nil {
-				left = slices.DeleteFunc(left, func(f records.File) bool { return f == r.file })
-			}
-		case <-late:
-			return left, errors.Join(err, fmt.Errorf("the directory of %.200q does not answer", left[0].Path))
+	late, cancel := context.WithTimeout(context.Background(), dropTimeout)
+	defer cancel()
+	for i, f := range list {
+		if ferr := answered(late, f, answers[i]); ferr != nil {
+			left, err = append(left, f), errors.Join(err, ferr)
 		}
 	}
 	return left, err
+}
+
+// answered waits for an answer until ctx ends, and takes one that is there then.
+func answered(ctx context.Context, f records.File, answer <-chan singleflight.Result) error {
+	select {
+	case r := <-answer:
+		return r.Err
+	case <-ctx.Done():
+	}
+	select {
+	case r := <-answer:
+		return r.Err
+	default:
+		return fmt.Errorf("the directory of %.200q does not answer", f.Path)
+	}
 }
 
 // EndCheckpoint undoes in the background a checkpoint that an earlier daemon, or an earlier

@@ -3,42 +3,21 @@ package containers_test
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
+	"github.com/holdfast-cri/holdfast/daemon/containers"
 	"github.com/holdfast-cri/holdfast/daemon/fake"
 	"github.com/holdfast-cri/holdfast/daemon/records"
 )
 
-// deadDirectory is one of a file system that does not answer, until the test is at its end.
-func deadDirectory(t *testing.T) string {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
-	dir := t.TempDir()
-	server, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0)
-	if err != nil {
-		t.Skip(err)
-	}
-	t.Cleanup(func() { server.Close() })
-	err = unix.Mount("none", dir, "fuse", 0, fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0", server.Fd()))
-	if err != nil {
-		t.Skip(err)
-	}
-	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
-	return dir
-}
-
 // Files of a checkpoint whose directory does not answer keep nobody from the container, and
 // are no reason to leave others.
 func TestCheckpointInDeadDirectory(t *testing.T) {
-	dead, live := deadDirectory(t), t.TempDir()
+	live := t.TempDir()
+	dead, _ := containers.DeadServer(t)
 	b := newBed(t)
 	id := b.run("c", fake.Sleeps...)
 	c, err := b.Containers.Find(id)
