@@ -26,7 +26,11 @@ var createErrors = []struct {
 	name  error
 }{
 	{regexp.MustCompile(`^config\.mounts\[\d+\]\.image`), codes.OK, crierrors.ErrImageVolumeMountFailed},
-	{regexp.MustCompile(`^config\.mounts\[\d+\]\.recursive_read_only`), codes.Unimplemented, crierrors.ErrRROUnsupported},
+	{
+		regexp.MustCompile(`^config\.mounts\[\d+\]\.recursive_read_only`),
+		codes.Unimplemented,
+		crierrors.ErrRROUnsupported,
+	},
 }
 
 // toStatus gives the error of a call its code. The kubelet is told that a registry

@@ -57,7 +57,7 @@ type Daemon struct {
 	claims  *claims.Table
 	journal *journal.Journal
 	plugins *nri.Plugins[*pods.Pod, *containers.Container] // nil: off
-	userns  error                                          // why this machine has no user namespaces for pods; nil if it has
+	userns  error                                          // why pods get no user namespaces here; nil: they do
 
 	ctx  context.Context // of background work; ends with Close
 	stop context.CancelFunc

@@ -23,7 +23,7 @@ func Lend(file syscall.Conn, f func(fd int) error) error {
 	return err
 }
 
-// Dup gives a second file of what is open, close-on-exec. Closing it is up to the caller. os.ErrClosed: nothing is open.
+// Dup gives a second file of what is open, close-on-exec; the caller closes it. os.ErrClosed: nothing is open.
 func Dup(file *os.File) (*os.File, error) {
 	var dup int
 	err := Lend(file, func(fd int) (err error) {

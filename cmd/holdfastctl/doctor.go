@@ -164,7 +164,8 @@ func (d *doctor) mend(ctx context.Context, r audit.Report) error {
 	var all []audit.Thing
 	for _, t := range r.Ownerless() {
 		if !r.CanFix(t) {
-			fmt.Fprintf(d.stderr, "left: %s %s (%s)\n", t.Kind, printable(t.Name), cmp.Or(t.Remedy, "nothing to be done here"))
+			remedy := cmp.Or(t.Remedy, "nothing to be done here")
+			fmt.Fprintf(d.stderr, "left: %s %s (%s)\n", t.Kind, printable(t.Name), remedy)
 			continue
 		}
 		if d.yes {

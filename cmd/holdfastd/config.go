@@ -208,10 +208,12 @@ func (f file) resolve(logLevel string) (daemon.Config, error) {
 		UnprivilegedICMP:  f.Sandbox.UnprivilegedICMP,
 	}
 	if t := f.CNI.ConfTemplate; t != "" && (!filepath.IsAbs(t) || f.CNI.DefaultNetwork) {
-		return c, fmt.Errorf("config: cni.conf_template = %q: it has to be an absolute path, without default_network", t)
+		return c, fmt.Errorf("config: cni.conf_template = %q: it has to be an absolute path, without default_network",
+			t)
 	}
 	for _, step := range []func(*daemon.Config) error{
-		f.resolvePaths, f.resolveImages, f.resolveModes, f.resolveCDI, f.resolveStreaming, f.resolveNRI, f.resolveRuntimes,
+		f.resolvePaths, f.resolveImages, f.resolveModes, f.resolveCDI, f.resolveStreaming, f.resolveNRI,
+		f.resolveRuntimes,
 	} {
 		if err := step(&c); err != nil {
 			return c, err
@@ -300,9 +302,9 @@ func (f file) resolveStreaming(c *daemon.Config) error {
 		return errors.New("config: streaming.tls_cert_file and streaming.tls_key_file: one is set without the other")
 	}
 	if s.TLSCertFile == "" && !s.Insecure && !loopback(host) {
-		return fmt.Errorf("config: streaming.address = %q is not the loopback, and without TLS everybody on the network "+
-			"can read what is done in containers, and take a session over: set tls_cert_file and tls_key_file, "+
-			"or listen on 127.0.0.1, or set insecure = true", s.Address)
+		return fmt.Errorf("config: streaming.address = %q is not the loopback, and without TLS everybody on the "+
+			"network can read what is done in containers, and take a session over: set tls_cert_file and "+
+			"tls_key_file, or listen on 127.0.0.1, or set insecure = true", s.Address)
 	}
 	c.Streaming = streams.Settings{Address: s.Address, TLSCert: s.TLSCertFile, TLSKey: s.TLSKeyFile}
 	for _, file := range []struct{ key, path string }{

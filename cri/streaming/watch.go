@@ -46,7 +46,9 @@ func (w *watch) add(c *conn) error {
 	w.mu.Unlock()
 	event := unix.EpollEvent{Events: unix.EPOLLRDHUP | unix.EPOLLET, Fd: key}
 	err := descriptor.Lend(w.epoll, func(epoll int) error {
-		return descriptor.Lend(c.tcp, func(fd int) error { return unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, fd, &event) })
+		return descriptor.Lend(c.tcp, func(fd int) error {
+			return unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, fd, &event)
+		})
 	})
 	if err != nil {
 		w.remove(c)

@@ -185,7 +185,7 @@ func takeLook(o Options) *look {
 // report sorts what was found.
 func (l *look) report() Report {
 	slices.SortStableFunc(l.things, func(a, b Thing) int {
-		return cmp.Or(cmp.Compare(slices.Index(order, a.Kind), slices.Index(order, b.Kind)), cmp.Compare(a.Name, b.Name))
+		return cmp.Or(slices.Index(order, a.Kind)-slices.Index(order, b.Kind), cmp.Compare(a.Name, b.Name))
 	})
 	slices.Sort(l.unknown)
 	return Report{DaemonRuns: l.daemonRuns, Things: l.things, Unknown: slices.Compact(l.unknown)}

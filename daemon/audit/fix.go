@@ -248,7 +248,8 @@ func notInOverlay(path string) error {
 		for _, m := range table {
 			_, all := rootfs.LayersIn(m.FSOptions)
 			if m.Kind == "overlay" && (strings.Contains(m.FSOptions, name) || layer && !all) {
-				return fmt.Errorf("cannot remove %s: it may be a layer of what is mounted at %s (%s)", path, m.Point, list)
+				return fmt.Errorf("cannot remove %s: it may be a layer of what is mounted at %s (%s)", path, m.Point,
+					list)
 			}
 		}
 	}

@@ -130,8 +130,9 @@ func oursByName(cgroup string) bool {
 	name := path.Base(cgroup)
 	_, shim := placement.ShimOfScope(name)
 	_, container := placement.ContainerOfScope(name)
+	parent := path.Dir(cgroup)
 	return shim || container || idForm.MatchString(name) || placement.IsStreamScope(name) ||
-		slices.Contains([]string{placement.PodsPath, placement.ShimsPath}, path.Dir(cgroup)) || cgroup == placement.StreamPath
+		parent == placement.PodsPath || parent == placement.ShimsPath || cgroup == placement.StreamPath
 }
 
 // locked says whether a daemon has the lock of STATE.
@@ -158,9 +159,11 @@ func (l *look) listProcesses() map[int]*process {
 			continue
 		}
 		p, err := readProcess(pid, own)
-		if err == nil {
+		switch {
+		case err == nil:
 			all[pid] = p
-		} else if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESRCH) && !errors.Is(err, rundir.ErrNoProcess) {
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ESRCH), errors.Is(err, rundir.ErrNoProcess):
+		default:
 			l.miss("cannot look at process %d: %w", pid, err)
 		}
 	}
@@ -182,7 +185,8 @@ func readProcess(pid int, own string) (*process, error) {
 	p := &process{}
 	exe, err := os.Readlink(proc + "exe")
 	theirs, nserr := os.Readlink(proc + "ns/mnt")
-	if err = cmp.Or(err, nserr); errors.Is(err, fs.ErrPermission) && !bytes.HasPrefix(status, []byte("Name:\tholdfast")) {
+	err = cmp.Or(err, nserr)
+	if errors.Is(err, fs.ErrPermission) && !bytes.HasPrefix(status, []byte("Name:\tholdfast")) {
 		exe, err = "(hidden)", nil
 	}
 	if err != nil {

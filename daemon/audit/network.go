@@ -115,7 +115,8 @@ func (l *look) cniConfigs() (all [][]byte) {
 	if l.CNIConfDir != "" {
 		for _, name := range l.names(l.CNIConfDir) {
 			if slices.Contains([]string{".conf", ".conflist", ".json"}, filepath.Ext(name)) {
-				b, _ := beneath.HostFile(filepath.Join(l.CNIConfDir, name), maxConfig) // what does not read makes no network
+				// What does not read makes no network.
+				b, _ := beneath.HostFile(filepath.Join(l.CNIConfDir, name), maxConfig)
 				all = append(all, b)
 			}
 		}

@@ -89,7 +89,8 @@ func (l *look) matchShims() {
 		}
 		_, err := dir.FindShim()                       // it may just have come
 		if held, _ := dir.Held(); held && err != nil { // or gone
-			l.miss("the shim of container %s lives, and is not among the processes: look from where the daemon runs", id)
+			l.miss("the shim of container %s lives, and is not among the processes: look from where the daemon runs",
+				id)
 		}
 	}
 }
@@ -118,8 +119,8 @@ func first[T any](l *look, what, id string, idOf func(*T) string, reads ...func(
 			err = fmt.Errorf("it is the record of %q", idOf(rec))
 		}
 		if err == nil && len(errs) > 0 {
-			l.fail("the record of %s %s does not read; there is a copy, from which a restart of the daemon makes it anew: %w",
-				what, id, errs[0])
+			l.fail("the record of %s %s does not read; there is a copy, from which a restart of the daemon makes it "+
+				"anew: %w", what, id, errs[0])
 		}
 		if err == nil {
 			return rec

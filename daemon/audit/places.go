@@ -49,7 +49,8 @@ var rows = []row{
 	{places: "ROOT/pods/ ROOT/containers/ STATE/pods/ STATE/containers/", why: "a directory for each"},
 	{places: "ROOT/journal/ ROOT/journal/now ROOT/journal/before", why: "what has happened to pods and containers"},
 	{places: "ROOT/images/ ROOT/images/index.json ROOT/images/oci-layout", why: "the images"},
-	{places: "ROOT/images/blobs/ ROOT/images/blobs/ALGORITHM/", why: "manifests, configs, layers as they were downloaded"},
+	{places: "ROOT/images/blobs/ ROOT/images/blobs/ALGORITHM/",
+		why: "manifests, configs, layers as they were downloaded"},
 	{places: "ROOT/images/refs/", why: "a record for each name of an image"},
 	{places: "ROOT/images/removing.json", why: "the removal of an image that is under way, or was cut short"},
 	{places: "ROOT/images/ingest/ ROOT/images/pending/ STATE/pulls/", why: "pulls, and what is being downloaded"},
@@ -114,7 +115,9 @@ func fits(pattern, parts []string) (names []string, ok bool) {
 		case len(pattern) != len(parts):
 			return nil, false
 		case want == parts[i]:
-		case want == "*", want == "ID" && idForm.MatchString(parts[i]), want == "DEL" && strings.HasPrefix(parts[i], ".del-"),
+		case want == "*",
+			want == "ID" && idForm.MatchString(parts[i]),
+			want == "DEL" && strings.HasPrefix(parts[i], ".del-"),
 			want == "ALGORITHM" && digest.Algorithm(parts[i]).Available():
 			names = append(names, parts[i])
 		default:

@@ -91,7 +91,8 @@ func open(root, name string, kind Kind, max int64) (*os.File, error) {
 // FileAt opens a regular file of at most max bytes below an open directory, for reading, by a
 // path without any link or "..".
 func FileAt(dir *os.File, name string, max int64) (*os.File, error) {
-	held, err := openat2(int(dir.Fd()), name, unix.O_PATH|unix.O_NOFOLLOW, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_SYMLINKS)
+	const resolve = unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS
+	held, err := openat2(int(dir.Fd()), name, unix.O_PATH|unix.O_NOFOLLOW, resolve)
 	if err == nil {
 		f, oerr := openHeld(held, name, File, max)
 		if oerr == nil {

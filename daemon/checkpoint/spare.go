@@ -71,8 +71,8 @@ func Room(f *os.File, need int64) error {
 	}
 	free, all := int64(st.Bavail)*st.Bsize, int64(st.Blocks)*st.Bsize
 	if keep := min(leastRoom, all/16); free-keep < need {
-		return kind.Errorf(kind.Exhausted, "no room for %s: %d bytes are needed, and of the %d that are free %d are kept "+
-			"for others", f.Name(), need, free, keep)
+		return kind.Errorf(kind.Exhausted, "no room for %s: %d bytes are needed, and of the %d that are free %d are "+
+			"kept for others", f.Name(), need, free, keep)
 	}
 	return nil
 }

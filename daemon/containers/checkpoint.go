@@ -136,7 +136,8 @@ func (c *Container) Begin(ctx context.Context, interrupt context.CancelCauseFunc
 	c.interrupt.Store(&interrupt)
 	err = step.Reach(step.ContainerFreezing)
 	if err == nil {
-		err = kind.As(kind.Unavailable, errors.Join(os.Mkdir(s.dir, 0o700), os.Mkdir(checkpoint.ImagesDir(s.dir), 0o700)))
+		err = errors.Join(os.Mkdir(s.dir, 0o700), os.Mkdir(checkpoint.ImagesDir(s.dir), 0o700))
+		err = kind.As(kind.Unavailable, err)
 	}
 	if err != nil {
 		s.End(false)

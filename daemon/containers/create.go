@@ -227,8 +227,8 @@ type Build func(ctx context.Context, root string) (*Built, error)
 func (m *Manager) Launch(ctx context.Context, cl *claims.Claim, pod Pod, rec *records.Container,
 	build Build) (_ *Container, err error) {
 	if m.owes(rec.ID) { // the next init of a pod has the id of the one before
-		return nil, kind.Errorf(kind.Unavailable, "something is left of an earlier container with the id %s, and is being "+
-			"given back", records.ShortID(rec.ID))
+		return nil, kind.Errorf(kind.Unavailable, "something is left of an earlier container with the id %s, and is "+
+			"being given back", records.ShortID(rec.ID))
 	}
 	c := m.Adopt(rec, pod, records.Seen{})
 	defer func() {

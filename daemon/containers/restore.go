@@ -195,13 +195,14 @@ func (o *origin) fits(s *specs.Spec) error {
 	had, have := binds(was), binds(s)
 	for _, path := range had {
 		if !slices.Contains(have, path) {
-			return kind.Errorf(kind.Invalid, "config.mounts: the checkpoint has a mount on %.200q, the request none", path)
+			return kind.Errorf(kind.Invalid, "config.mounts: the checkpoint has a mount on %.200q, the request none",
+				path)
 		}
 	}
 	for _, path := range have {
 		if !slices.Contains(had, path) {
-			return kind.Errorf(kind.Invalid, "config.mounts: nothing was mounted on %.200q when the checkpoint was made",
-				path)
+			return kind.Errorf(kind.Invalid, "config.mounts: nothing was mounted on %.200q when the checkpoint was "+
+				"made", path)
 		}
 	}
 	if a, b := ofTypes(was), ofTypes(s); a != b {
@@ -224,7 +225,8 @@ func (o *origin) exceeds(s *specs.Spec) error {
 	missing := func(had, have []string) bool {
 		return slices.ContainsFunc(had, func(name string) bool { return !slices.Contains(have, name) })
 	}
-	had, have := cmp.Or(was.Capabilities, &specs.LinuxCapabilities{}), cmp.Or(now.Capabilities, &specs.LinuxCapabilities{})
+	had := cmp.Or(was.Capabilities, &specs.LinuxCapabilities{})
+	have := cmp.Or(now.Capabilities, &specs.LinuxCapabilities{})
 	for _, f := range []struct {
 		field string
 		more  bool
@@ -242,8 +244,8 @@ func (o *origin) exceeds(s *specs.Spec) error {
 		{"apparmor", now.ApparmorProfile != "" && was.ApparmorProfile == ""},
 	} {
 		if f.more {
-			return kind.Errorf(kind.Invalid, "config.linux.security_context.%s: the processes of the checkpoint have more, "+
-				"or others, than is asked for", f.field)
+			return kind.Errorf(kind.Invalid, "config.linux.security_context.%s: the processes of the checkpoint have "+
+				"more, or others, than is asked for", f.field)
 		}
 	}
 	return nil

@@ -147,8 +147,8 @@ func (n *Plugins[P, C]) Start() error {
 		return err
 	}
 	if err := n.lib.Start(); err != nil {
-		return fmt.Errorf("cannot start NRI: %w (plugins are in %s, the socket is %s; [nri] disable = true turns it off)",
-			err, n.o.PluginDir, n.o.Socket)
+		return fmt.Errorf("cannot start NRI: %w (plugins are in %s, the socket is %s; [nri] disable = true turns it "+
+			"off)", err, n.o.PluginDir, n.o.Socket)
 	}
 	if err := n.closeSocket(); err != nil {
 		n.lib.Stop()

@@ -206,8 +206,8 @@ func (s *savedPod) container(name string) *savedContainer {
 // what says what its processes are.
 func (s *savedPod) matches(r *runtimeapi.RestorePodRequest) error {
 	if s.Handler != r.GetRuntimeHandler() {
-		return kind.Errorf(kind.Invalid, "runtime_handler: is %.200q, the checkpoint is of %.200q", r.GetRuntimeHandler(),
-			s.Handler)
+		return kind.Errorf(kind.Invalid, "runtime_handler: is %.200q, the checkpoint is of %.200q",
+			r.GetRuntimeHandler(), s.Handler)
 	}
 	seen := map[string]bool{}
 	for i, cfg := range r.GetContainerConfigs() {
@@ -261,7 +261,8 @@ func differs(was *savedContainer, cfg *runtimeapi.ContainerConfig) string {
 		{"linux.security_context.run_as_user", proto.Equal(a.GetRunAsUser(), b.GetRunAsUser())},
 		{"linux.security_context.run_as_username", a.GetRunAsUsername() == b.GetRunAsUsername()},
 		{"linux.security_context.run_as_group", proto.Equal(a.GetRunAsGroup(), b.GetRunAsGroup())},
-		{"linux.security_context.supplemental_groups", slices.Equal(a.GetSupplementalGroups(), b.GetSupplementalGroups())},
+		{"linux.security_context.supplemental_groups",
+			slices.Equal(a.GetSupplementalGroups(), b.GetSupplementalGroups())},
 		{"linux.security_context.capabilities", proto.Equal(a.GetCapabilities(), b.GetCapabilities())},
 		{"linux.security_context.privileged", a.GetPrivileged() == b.GetPrivileged()},
 		{"linux.security_context.no_new_privs", a.GetNoNewPrivs() == b.GetNoNewPrivs()},

@@ -121,7 +121,8 @@ func CheckLabels(in Input) error {
 			return err
 		}
 		if !loaded {
-			return invalid(fieldApparmor+".localhost_ref", "the profile %q is not loaded on this node", p.GetLocalhostRef())
+			return invalid(fieldApparmor+".localhost_ref", "the profile %q is not loaded on this node",
+				p.GetLocalhostRef())
 		}
 	}
 	if !in.SELinuxEnabled {
