@@ -381,7 +381,8 @@ func TestRecoverAfterBoot(t *testing.T) {
 	if s := b.Status(t, over); s.ExitCode != 3 || s.State != exited {
 		t.Errorf("the one that had ended: %v", s)
 	}
-	if s := b.Status(t, ran); s.State != exited || s.ExitCode != rundir.CodeUnknown || s.Reason != rundir.ReasonUnknown {
+	if s := b.Status(t, ran); s.State != exited || s.ExitCode != rundir.CodeUnknown ||
+		s.Reason != rundir.ReasonUnknown {
 		t.Errorf("the one that ran: %v", s)
 	}
 	b.removeAll(pod)

@@ -111,10 +111,12 @@ func TestArguments(t *testing.T) {
 	r.SystemdCgroup = true
 	t.Setenv("NOTIFY_SOCKET", "/run/x")
 	t.Setenv("GOMAXPROCS", "1")
-	if err := r.Create(t.Context(), "box", CreateOptions{Bundle: "/b", PidFile: "/p", ConsoleSocket: "/c"}); err != nil {
+	err := r.Create(t.Context(), "box", CreateOptions{Bundle: "/b", PidFile: "/p", ConsoleSocket: "/c"})
+	if err != nil {
 		t.Fatal(err)
 	}
-	want := "--root " + r.Root + " --log " + r.Log + " --log-format json --systemd-cgroup create --bundle /b --pid-file /p --console-socket /c box\n"
+	want := "--root " + r.Root + " --log " + r.Log +
+		" --log-format json --systemd-cgroup create --bundle /b --pid-file /p --console-socket /c box\n"
 	if got, err := os.ReadFile(r.Root + ".args"); err != nil || string(got) != want {
 		t.Errorf("got %q, %v; want %q", got, err, want)
 	}
@@ -148,7 +150,8 @@ func TestDeadlineKillsTheGroup(t *testing.T) {
 }
 
 func TestFeatures(t *testing.T) {
-	if out, err := script(t, `echo '{"ociVersionMin":"1.0.0"}'`).Features(t.Context()); err != nil || !strings.Contains(string(out), "1.0.0") {
+	if out, err := script(t, `echo '{"ociVersionMin":"1.0.0"}'`).Features(t.Context()); err != nil ||
+		!strings.Contains(string(out), "1.0.0") {
 		t.Errorf("%s, %v", out, err)
 	}
 	if _, err := script(t, `echo nonsense`).Features(t.Context()); err == nil {

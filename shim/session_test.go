@@ -118,7 +118,8 @@ func TestExecSession(t *testing.T) {
 func TestExecTerminal(t *testing.T) {
 	b := newBox(t)
 	b.run("exec sleep 1000")
-	s := b.session(terminal("stty -echo; stty size; echo $TERM; trap 'stty size' WINCH; until read x; do :; done; echo got $x; exit 3"))
+	s := b.session(terminal("stty -echo; stty size; echo $TERM; trap 'stty size' WINCH; " +
+		"until read x; do :; done; echo got $x; exit 3"))
 	if out := read(t, s.Stdout, "xterm"); !strings.Contains(out, "25 80\r\n") {
 		t.Errorf("the size: %q", out)
 	}
@@ -202,7 +203,8 @@ func TestClientGoes(t *testing.T) {
 		{"a lease that ends", (*client.Session).Close, false},
 		{"detached", (*client.Session).Detach, true},
 	} {
-		for kind, options := range map[string]func(string) client.SessionOptions{"pipes": command, "terminal": terminal} {
+		for kind, options := range map[string]func(string) client.SessionOptions{"pipes": command,
+			"terminal": terminal} {
 			name := c.name + " " + kind
 			t.Run(name, func(t *testing.T) {
 				o := options(fmt.Sprintf(script, name))

@@ -595,7 +595,8 @@ func TestEvents(t *testing.T) {
 		return len(exited) > 0
 	})
 	r = <-exited
-	if len(r.GetEvents()) != 1 || r.Events[0].Type != pb.EventType_EVENT_TYPE_EXITED || r.Events[0].Exit.GetSignal() != 9 {
+	if len(r.GetEvents()) != 1 || r.Events[0].Type != pb.EventType_EVENT_TYPE_EXITED ||
+		r.Events[0].Exit.GetSignal() != 9 {
 		t.Errorf("at the end: %v", r)
 	}
 }

@@ -498,7 +498,8 @@ func TestTaskAPIExecRefusals(t *testing.T) {
 		t.Errorf("a long exec_id: %v", err)
 	}
 	wide := &taskv3.ResizePtyRequest{ID: b.id, ExecID: "x", Width: 1 << 16}
-	if _, err := x.c.ResizePty(ctx, wide); code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "width") {
+	if _, err := x.c.ResizePty(ctx, wide); code(err) != codes.InvalidArgument ||
+		!strings.Contains(err.Error(), "width") {
 		t.Errorf("a width that there is none: %v", err)
 	}
 	for _, id := range []string{b.id, "other"} {

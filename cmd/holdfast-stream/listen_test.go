@@ -113,7 +113,8 @@ func TestListen(t *testing.T) {
 	if err != nil || other.Addr().String() == first.Addr().String() {
 		t.Fatalf("a port that is taken: %v, %v", other.Addr(), err)
 	}
-	if os.Geteuid() == 0 && (!reserved(first.Addr().(*net.TCPAddr).Port) || !reserved(other.Addr().(*net.TCPAddr).Port)) {
+	if os.Geteuid() == 0 &&
+		(!reserved(first.Addr().(*net.TCPAddr).Port) || !reserved(other.Addr().(*net.TCPAddr).Port)) {
 		t.Errorf("any user may listen on the ports of %s and %s", first.Addr(), other.Addr())
 	}
 	other.Close()

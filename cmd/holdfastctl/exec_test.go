@@ -71,7 +71,8 @@ func TestExec(t *testing.T) {
 	}
 	if !slices.Equal(process.Args, []string{"sh", "-c", "-x"}) || process.Cwd != "/tmp" || process.Terminal ||
 		!slices.Equal(process.Env, []string{"PATH=/bin", "LANG=C", "X=1=2"}) ||
-		process.User.UID != 1000 || process.User.GID != 100 || !slices.Equal(process.User.AdditionalGids, []uint32{100}) {
+		process.User.UID != 1000 || process.User.GID != 100 ||
+		!slices.Equal(process.User.AdditionalGids, []uint32{100}) {
 		t.Errorf("process: %+v", process)
 	}
 	if got.GetTimeoutMs() != 90000 || got.GetStdinPath() != "" || !got.GetSetUser() {

@@ -124,7 +124,8 @@ func newDir(t *testing.T, state, id string) rundir.Dir {
 	check(t, dir.WriteLaunch(rundir.Launch{
 		LogDirectory: state, LogPath: id + ".log",
 		Container: rundir.Opaque{Value: []byte(container)},
-		Sandbox:   rundir.Opaque{Value: []byte(`{"id":"pod-id","config":{"metadata":{"name":"front","namespace":"shop"}}}`)},
+		Sandbox: rundir.Opaque{Value: []byte(`{"id":"pod-id","config":{"metadata":` +
+			`{"name":"front","namespace":"shop"}}}`)},
 	}))
 	return dir
 }

@@ -42,10 +42,12 @@ func TestConfigMistakes(t *testing.T) {
 		}
 	}
 	for want, change := range map[string]func(f *file){
-		`registry.config_dir = "/etc/certs.d:certs.d": "certs.d" is not`: func(f *file) { f.Registry.ConfigDir = "/etc/certs.d:certs.d" },
-		`state = "/run/a,b" has a comma`:                                 func(f *file) { f.State = "/run/a,b" },
-		`root = "data" is not an absolute path`:                          func(f *file) { f.Root = "data" },
-		`cni.conf_template = "t": it has to be an absolute`:              func(f *file) { f.CNI.ConfTemplate = "t" },
+		`registry.config_dir = "/etc/certs.d:certs.d": "certs.d" is not`: func(f *file) {
+			f.Registry.ConfigDir = "/etc/certs.d:certs.d"
+		},
+		`state = "/run/a,b" has a comma`:                    func(f *file) { f.State = "/run/a,b" },
+		`root = "data" is not an absolute path`:             func(f *file) { f.Root = "data" },
+		`cni.conf_template = "t": it has to be an absolute`: func(f *file) { f.CNI.ConfTemplate = "t" },
 	} {
 		f := defaults()
 		change(&f)
@@ -58,12 +60,13 @@ func TestConfigMistakes(t *testing.T) {
 // An address that others reach needs TLS, or somebody who insists.
 func TestStreamingConfig(t *testing.T) {
 	for text, want := range map[string]string{
-		``:                                          "",
-		`address = "127.0.0.2:80"`:                  "",
-		`address = "[::1]:0"`:                       "",
-		`address = "localhost:10010"`:               "",
-		`address = "[::ffff:127.0.0.1]:1"`:          "",
-		`address = "0.0.0.0:10010"`:                 `streaming.address = "0.0.0.0:10010" is not the loopback, and without TLS`,
+		``:                                 "",
+		`address = "127.0.0.2:80"`:         "",
+		`address = "[::1]:0"`:              "",
+		`address = "localhost:10010"`:      "",
+		`address = "[::ffff:127.0.0.1]:1"`: "",
+		`address = "0.0.0.0:10010"`: `streaming.address = "0.0.0.0:10010" is not the loopback, ` +
+			"and without TLS",
 		`address = ":10010"`:                        "is not the loopback",
 		`address = "[::]:10010"`:                    "is not the loopback",
 		`address = "10.0.0.1:1"`:                    "set tls_cert_file and tls_key_file",

@@ -22,7 +22,8 @@ func TestImagesConfig(t *testing.T) {
 	if c.DropLayerBlobs || c.ImageVerifierDir != "" || c.ImageVerifierTimeout != 10*time.Second {
 		t.Errorf("defaults: %+v", c)
 	}
-	c, _ = read("[images]\nkeep_blobs = false\nverifier_dir = \"" + dir + "\"\nverifier_timeout = \"1m\"\n").resolve("info")
+	c, _ = read("[images]\nkeep_blobs = false\nverifier_dir = \"" + dir +
+		"\"\nverifier_timeout = \"1m\"\n").resolve("info")
 	if !c.DropLayerBlobs || c.ImageVerifierDir != dir || c.ImageVerifierTimeout != time.Minute {
 		t.Errorf("%+v", c)
 	}
@@ -33,7 +34,8 @@ func TestImagesConfig(t *testing.T) {
 		"verifier_timeout = \"-1s\"":          "images.verifier_timeout",
 		"pinned = [\"no name\"]":              "images.pinned",
 	} {
-		if _, err := read("[images]\n" + text + "\n").resolve("info"); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := read("[images]\n" + text + "\n").resolve("info"); err == nil ||
+			!strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", text, err)
 		}
 	}

@@ -26,9 +26,11 @@ func TestMetricsConfig(t *testing.T) {
 			t.Errorf("%s: %v", address, err)
 		}
 	}
-	for _, address := range []string{"127.0.0.1", "9464", "127.0.0.1:", "127.0.0.1:99999", "127.0.0.1:-1", "::1:9464", "http://127.0.0.1:9464", "127.0.0.1:no-such-port", " "} {
+	for _, address := range []string{"127.0.0.1", "9464", "127.0.0.1:", "127.0.0.1:99999", "127.0.0.1:-1", "::1:9464",
+		"http://127.0.0.1:9464", "127.0.0.1:no-such-port", " "} {
 		f.Metrics.Address = address
-		if _, err := f.resolve("info"); err == nil || !strings.Contains(err.Error(), "metrics.address") || !strings.Contains(err.Error(), address) {
+		if _, err := f.resolve("info"); err == nil || !strings.Contains(err.Error(), "metrics.address") ||
+			!strings.Contains(err.Error(), address) {
 			t.Errorf("%q: %v", address, err)
 		}
 	}
@@ -41,7 +43,8 @@ func TestServeMetrics(t *testing.T) {
 	check(t, err)
 	address := l.Addr().String()
 	g := m.Gatherer(func() metrics.Snapshot { return metrics.Snapshot{} })
-	if _, err := serveMetrics(address, g, log); err == nil || !strings.Contains(err.Error(), "metrics.address") || !strings.Contains(err.Error(), "in use") {
+	if _, err := serveMetrics(address, g, log); err == nil || !strings.Contains(err.Error(), "metrics.address") ||
+		!strings.Contains(err.Error(), "in use") {
 		t.Errorf("an address in use: %v", err)
 	}
 	check(t, l.Close())

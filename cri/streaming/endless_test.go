@@ -49,7 +49,8 @@ func TestManyStreams(t *testing.T) {
 		}()
 		next := func(id int, kind string, request int) {
 			over <- struct{}{}
-			if err := r.syn(id, "streamtype", kind, "port", fmt.Sprint(port), "requestid", fmt.Sprint(request)); err != nil {
+			err := r.syn(id, "streamtype", kind, "port", fmt.Sprint(port), "requestid", fmt.Sprint(request))
+			if err != nil {
 				t.Fatal(err)
 			}
 			if ends || kind == "data" {

@@ -24,8 +24,8 @@ import (
 
 const sleepVariable = "HOLDFAST_TEST_SLEEP"
 
-// TestMain makes the test binary a program that does nothing, whatever its arguments are, but have a child for each word
-// of the variable after the first.
+// TestMain makes the test binary a program that does nothing, whatever its arguments are, but have a child for each
+// word of the variable after the first.
 func TestMain(m *testing.M) {
 	if _, more, _ := strings.Cut(os.Getenv(sleepVariable), " "); more != "" {
 		child := exec.Command("/proc/self/exe")
@@ -145,7 +145,9 @@ func TestStrangeFiles(t *testing.T) {
 	for name, put := range map[string]func(path string) error{
 		"FIFO":   func(path string) error { return unix.Mkfifo(path, 0o600) },
 		"device": func(path string) error { return unix.Mknod(path, unix.S_IFCHR|0o600, int(unix.Mkdev(1, 5))) },
-		"huge":   func(path string) error { return errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, 10<<30)) },
+		"huge": func(path string) error {
+			return errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, 10<<30))
+		},
 	} {
 		o := trees(t, records.PodReady, records.AllDebts)
 		o.CNIConfDir = filepath.Join(o.Root, "cni")

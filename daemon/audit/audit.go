@@ -170,7 +170,7 @@ func takeLook(o Options) *look {
 	// The order matters: see the comment of the package.
 	l.machine = l.lookAtMachine()
 	l.networks = l.lookAtNetworks()
-	l.owners = l.readOwners()
+	l.readOwners()
 	l.stores = l.readStores()
 	l.parents = l.cgroupParents()
 	l.judgeProcesses()

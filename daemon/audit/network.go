@@ -27,9 +27,14 @@ import (
 // networks is what CNI configs tell of where plugins leave something: those of the pods and those in the directory of
 // configs.
 type networks struct {
-	leases  []entry           // files of host-local
-	holders map[string]string // of a lease: what the file says, by its path
-	ports   []port
+	leases []lease
+	ports  []port
+}
+
+// lease is a file of host-local, and who has the address, as the file says.
+type lease struct {
+	entry
+	holder string
 }
 
 // port is a link on a bridge.
@@ -66,7 +71,6 @@ type cniPlugin struct {
 // lookAtNetworks lists leases and ports. Which pods there are is read before, for the sake of their configs only: what
 // is judged is read again.
 func (l *look) lookAtNetworks() (n networks) {
-	n.holders = map[string]string{}
 	dirs := map[string]bool{filepath.Join(l.Root, "cni", netns.LeasesName, netns.BuiltinNetwork): true}
 	bridges := map[string]bool{netns.BuiltinBridge: true}
 	for _, raw := range l.cniConfigs() {
@@ -90,7 +94,7 @@ func (l *look) lookAtNetworks() (n networks) {
 				continue
 			}
 			if holder, err := leaseHolder(e.path); err == nil {
-				n.leases, n.holders[e.path] = append(n.leases, e), holder
+				n.leases = append(n.leases, lease{e, holder})
 			}
 		}
 	}
@@ -140,10 +144,9 @@ func leaseHolder(path string) (string, error) {
 func (l *look) judgeNetworks() {
 	var inUse map[string]bool // addresses, read when they are needed
 	for _, e := range l.leases {
-		id := l.holders[e.path]
-		v := l.ofPod(id, records.DebtNetwork)
+		v := l.ofPod(e.holder, records.DebtNetwork)
 		// Other container runtimes have theirs in the same directory.
-		if v.none() && !strings.HasPrefix(e.path, l.Root+"/") && !l.known[id] {
+		if v.none() && !strings.HasPrefix(e.path, l.Root+"/") && !l.known[e.holder] {
 			if inUse == nil {
 				inUse = l.addresses()
 			}
@@ -152,7 +155,7 @@ func (l *look) judgeNetworks() {
 				v = of("not Holdfast", "an interface on this machine has the address")
 			}
 		}
-		l.add(Lease, e.path, e.same(), v, freeLease(l, e, id))
+		l.add(Lease, e.path, e.same(), v, freeLease(l, e))
 	}
 	if len(l.ports) == 0 {
 		return
@@ -251,7 +254,7 @@ func (l *look) addresses() map[string]bool {
 }
 
 // freeLease gives an address back that no interface has, under the lock of host-local.
-func freeLease(l *look, e entry, id string) *fix {
+func freeLease(l *look, e lease) *fix {
 	address := filepath.Base(e.path)
 	return &fix{text: "free the address, if no interface has it", do: func(context.Context) error {
 		const flags = os.O_RDONLY | os.O_CREATE | unix.O_NONBLOCK | unix.O_NOFOLLOW
@@ -263,7 +266,7 @@ func freeLease(l *look, e entry, id string) *fix {
 		if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 			return fmt.Errorf("cannot free %s: a plugin is at work: %w", address, err)
 		}
-		if now, err := leaseHolder(e.path); err != nil || now != id {
+		if now, err := leaseHolder(e.path); err != nil || now != e.holder {
 			return errors.Join(err, ErrOwned)
 		}
 		if l.addresses()[address] || l.blind {

@@ -36,7 +36,7 @@ type container struct {
 	shim *process     // nil: none lives
 }
 
-func (l *look) readOwners() owners {
+func (l *look) readOwners() {
 	l.owners = owners{
 		pods:       map[string]*records.Pod{},
 		containers: map[string]*container{},
@@ -64,7 +64,6 @@ func (l *look) readOwners() owners {
 		l.readPod(id, kept[id])
 	}
 	l.lookForOthers()
-	return l.owners
 }
 
 // matchShims finds the shims of containers. One that keeps something of which no record tells is reason to doubt, and

@@ -39,32 +39,22 @@ func Stories(o Options, key string) ([]Story, error) {
 	}
 	l := &look{Options: o}
 	l.machine.processes = l.listProcesses()
-	l.owners = l.readOwners()
-	all := map[string]*Story{}
+	l.readOwners()
+	all := stories{}
 	entries, err := journal.Read(filepath.Join(o.Root, journal.DirName))
 	for _, e := range entries {
-		s := all[e.ID]
-		if s == nil {
-			s = &Story{ID: e.ID, Pod: e.Pod}
-			if e.Pod == e.ID { // of the init of a pod
-				s.Pod = ""
-			}
-			all[e.ID] = s
-		}
+		s := all.of(e.ID, e.Pod)
 		s.Name = cmp.Or(s.Name, e.Name)
 		s.add(Line{e.At, e.What, e.Text})
 	}
 	for id, p := range l.pods {
-		l.tellPod(all, id, p)
+		tellPod(all.of(id, ""), p)
 	}
 	for id, c := range l.containers {
-		l.tellContainer(all, id, c)
+		l.tellContainer(all.of(id, c.PodID), c)
 	}
 	for id := range l.doubtful {
-		if all[id] == nil {
-			all[id] = &Story{ID: id}
-		}
-		all[id].Now = "no record of it reads; holdfastctl doctor says more"
+		all.of(id, "").Now = "no record of it reads; holdfastctl doctor says more"
 	}
 	var list []Story
 	for _, s := range all {
@@ -75,6 +65,21 @@ func Stories(o Options, key string) ([]Story, error) {
 	}
 	slices.SortFunc(list, func(a, b Story) int { return cmp.Or(a.begin().Compare(b.begin()), cmp.Compare(a.ID, b.ID)) })
 	return list, err
+}
+
+// stories are those of all that there is or was, by its id.
+type stories map[string]*Story
+
+// of gives the story of a pod, or of a container of a pod. The init of a pod has the pod's id, and is a part of its
+// story.
+func (all stories) of(id, pod string) *Story {
+	if all[id] == nil {
+		if pod == id {
+			pod = ""
+		}
+		all[id] = &Story{ID: id, Pod: pod}
+	}
+	return all[id]
 }
 
 // once are what happens once: what is told of it again, by another daemon, is the same.
@@ -96,7 +101,7 @@ func (s *Story) begin() time.Time {
 }
 
 // matches says whether a story is meant. An id that is given in full means no other one.
-func (s *Story) matches(key string, all map[string]*Story) bool {
+func (s *Story) matches(key string, all stories) bool {
 	if key == "" {
 		return false
 	}
@@ -111,12 +116,7 @@ func (s *Story) matches(key string, all map[string]*Story) bool {
 	return named(s) || pod != nil && named(pod)
 }
 
-func (l *look) tellPod(all map[string]*Story, id string, p *records.Pod) {
-	s := all[id]
-	if s == nil {
-		s = &Story{ID: id}
-		all[id] = s
-	}
+func tellPod(s *Story, p *records.Pod) {
 	m := p.Config.M.GetMetadata()
 	s.Name = cmp.Or(s.Name, m.GetNamespace()+"/"+m.GetName())
 	s.Now = podState(p)
@@ -126,14 +126,8 @@ func (l *look) tellPod(all map[string]*Story, id string, p *records.Pod) {
 	s.add(Line{p.CreatedAt, records.Asked, "RunPodSandbox"})
 }
 
-// tellContainer adds what files say of a container that is there. The init of a pod has the pod's id, and is a part of
-// its story.
-func (l *look) tellContainer(all map[string]*Story, id string, c *container) {
-	s := all[id]
-	if s == nil {
-		s = &Story{ID: id, Pod: c.PodID}
-		all[id] = s
-	}
+// tellContainer adds what files say of a container that is there.
+func (l *look) tellContainer(s *Story, c *container) {
 	if c.Init {
 		return
 	}
@@ -141,7 +135,7 @@ func (l *look) tellContainer(all map[string]*Story, id string, c *container) {
 	s.Now = c.state()
 	s.add(Line{c.CreatedAt, records.Asked, "CreateContainer"})
 	var status *rundir.Status
-	if st, err := l.runDir(id).ReadStatus(); err == nil {
+	if st, err := l.runDir(c.ID).ReadStatus(); err == nil {
 		status = &st
 		s.tellStatus(st)
 		if st.Init.Alive() && c.exit == nil {

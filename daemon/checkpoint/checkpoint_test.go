@@ -56,7 +56,8 @@ func TestOutput(t *testing.T) {
 	testRemove(t, dir, holds)
 	os.Symlink("/etc/passwd", path)
 	for path, want := range map[string]error{
-		path: kind.Exists, "a.tar": kind.Invalid, dir + "/x/../a": kind.Invalid, "/": kind.Invalid, dir + "/": kind.Invalid,
+		path: kind.Exists, "a.tar": kind.Invalid, dir + "/x/../a": kind.Invalid, "/": kind.Invalid,
+		dir + "/":         kind.Invalid,
 		dir + "/absent/a": kind.Invalid, dir + "/" + strings.Repeat("x", 256): kind.Invalid, "/proc/a": kind.State,
 	} {
 		if o, err := Create(path); !errors.Is(err, want) {

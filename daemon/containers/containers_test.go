@@ -90,7 +90,8 @@ func TestShare(t *testing.T) {
 func TestFind(t *testing.T) {
 	m := newManager(t)
 	for _, id := range []string{"aabb", "aacc", "b"} {
-		if err := m.Add(m.Adopt(&records.Container{ID: id}, nil, records.Seen{}), func() error { return nil }); err != nil {
+		err := m.Add(m.Adopt(&records.Container{ID: id}, nil, records.Seen{}), func() error { return nil })
+		if err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -296,7 +296,8 @@ func TestCreateFails(t *testing.T) {
 				t.Errorf("got %s, %v; want %v", id, err, c.err)
 			}
 			for _, tree := range []string{b.Root, b.State} {
-				if left, err := filepath.Glob(filepath.Join(tree, string(state.Containers), "*")); err != nil || len(left) > 0 {
+				left, err := filepath.Glob(filepath.Join(tree, string(state.Containers), "*"))
+				if err != nil || len(left) > 0 {
 					t.Errorf("left: %v, %v", left, err)
 				}
 			}

@@ -66,7 +66,8 @@ func TestTellMissing(t *testing.T) {
 		"end\n": "end\nholdfast: 7 bytes of output are missing here",
 		"end":   "end\nholdfast: 7 bytes of output are missing here",
 	} {
-		if got := string(tellMissing([]byte(stderr), 7)); !strings.HasPrefix(got, want) || !strings.HasSuffix(got, "\n") {
+		if got := string(tellMissing([]byte(stderr), 7)); !strings.HasPrefix(got, want) ||
+			!strings.HasSuffix(got, "\n") {
 			t.Errorf("%q became %q", stderr, got)
 		}
 	}

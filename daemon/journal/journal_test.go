@@ -88,7 +88,9 @@ func TestStrangeFiles(t *testing.T) {
 		"FIFO":      func(path string) error { return unix.Mkfifo(path, 0o600) },
 		"device":    func(path string) error { return unix.Mknod(path, unix.S_IFCHR|0o600, int(unix.Mkdev(1, 5))) },
 		"link":      func(path string) error { return os.Symlink("/dev/zero", path) },
-		"sparse":    func(path string) error { return errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, 10<<30)) },
+		"sparse": func(path string) error {
+			return errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, 10<<30))
+		},
 	} {
 		dir := t.TempDir()
 		j := Open(dir, slog.New(slog.DiscardHandler))

@@ -41,7 +41,9 @@ func TestPodsReachEachOther(t *testing.T) {
 		if !json.Valid(r.Raw) || !strings.Contains(string(r.Raw), r.IPs[0]) {
 			t.Errorf("raw result %s", r.Raw)
 		}
-		if !slices.ContainsFunc(r.Interfaces, func(i Interface) bool { return i.Name == "eth0" && i.Sandbox != "" && i.MAC != "" }) {
+		if !slices.ContainsFunc(r.Interfaces, func(i Interface) bool {
+			return i.Name == "eth0" && i.Sandbox != "" && i.MAC != ""
+		}) {
 			t.Errorf("no eth0 in %+v", r.Interfaces)
 		}
 	}
@@ -187,7 +189,8 @@ func TestDelSaysWhatIsMissing(t *testing.T) {
 	dirs := w.opts.BinDirs
 	w.opts.BinDirs = []string{w.scripts}
 	err := w.Del(t.Context(), a)
-	if !errors.Is(err, ErrNotReleased) || !strings.Contains(err.Error(), "bridge") || !strings.Contains(err.Error(), w.scripts) {
+	if !errors.Is(err, ErrNotReleased) || !strings.Contains(err.Error(), "bridge") ||
+		!strings.Contains(err.Error(), w.scripts) {
 		t.Errorf("Del without the plugin: %v", err)
 	}
 	w.opts.BinDirs = dirs
@@ -236,7 +239,8 @@ exit 1
 	a := w.pod("a")
 	a.PortMappings = []PortMapping{{HostPort: 18084, ContainerPort: 80}}
 	_, err := w.Add(t.Context(), a)
-	if err == nil || !strings.Contains(err.Error(), "boom") || !strings.Contains(err.Error(), "out of paint; the can is empty") {
+	if err == nil || !strings.Contains(err.Error(), "boom") ||
+		!strings.Contains(err.Error(), "out of paint; the can is empty") {
 		t.Errorf("error %v", err)
 	}
 	if errors.Is(err, ErrNotReleased) {
@@ -348,7 +352,9 @@ echo '{}'
 		if want := "a eth0 " + a.Netns; lines[0] != want {
 			t.Errorf("%s: %q, want %q", verb, lines[0], want)
 		}
-		if want := "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=a;K8S_POD_INFRA_CONTAINER_ID=a;K8S_POD_UID=uid-a"; lines[1] != want {
+		const want = "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=a;K8S_POD_INFRA_CONTAINER_ID=a;" +
+			"K8S_POD_UID=uid-a"
+		if lines[1] != want {
 			t.Errorf("%s: %q, want %q", verb, lines[1], want)
 		}
 		var conf struct {
@@ -368,7 +374,8 @@ echo '{}'
 		if got := conf.RuntimeConfig.PortMappings; !slices.Equal(got, ports) {
 			t.Errorf("%s: ports %+v, want %+v", verb, got, ports)
 		}
-		if bw := conf.RuntimeConfig.Bandwidth; bw["ingressRate"] != 10_000_000 || bw["egressRate"] != 1<<30 || bw["ingressBurst"] == 0 || bw["egressBurst"] == 0 {
+		if bw := conf.RuntimeConfig.Bandwidth; bw["ingressRate"] != 10_000_000 || bw["egressRate"] != 1<<30 ||
+			bw["ingressBurst"] == 0 || bw["egressBurst"] == 0 {
 			t.Errorf("%s: bandwidth %v", verb, bw)
 		}
 		if got := conf.RuntimeConfig; !reflect.DeepEqual(got.DNS, a.DNS) || got.CgroupPath != a.CgroupParent {
@@ -406,7 +413,8 @@ func TestDelOfWhatAddRefuses(t *testing.T) {
 			a := w.pod("a")
 			change(&a)
 			_, err := w.Add(t.Context(), a)
-			if !errors.Is(err, kind.Invalid) || errors.Is(err, ErrNotReleased) || !strings.Contains(err.Error(), name+": ") {
+			if !errors.Is(err, kind.Invalid) || errors.Is(err, ErrNotReleased) ||
+				!strings.Contains(err.Error(), name+": ") {
 				t.Errorf("Add: %v, want kind.Invalid with the field, and nothing left", err)
 			}
 			if _, err := os.Stat(called + ".ADD"); !errors.Is(err, os.ErrNotExist) {
@@ -464,7 +472,8 @@ func TestSysctlsOfInterfaces(t *testing.T) {
 		t.Error(err)
 	}
 	want.Sysctls = map[string]string{"net.ipv4.conf.eth7.arp_ignore": "1"}
-	if err := w.SetInterfaceSysctls(ns.Net, want); !errors.Is(err, ErrSysctl) || !strings.Contains(err.Error(), "eth7") {
+	if err := w.SetInterfaceSysctls(ns.Net, want); !errors.Is(err, ErrSysctl) ||
+		!strings.Contains(err.Error(), "eth7") {
 		t.Errorf("an interface that is not there: %v", err)
 	}
 	w.del(a)

@@ -134,7 +134,8 @@ func TestConfigIsNoFile(t *testing.T) {
 func TestConfigNamesMissingPlugins(t *testing.T) {
 	w := newWorld(t)
 	w.write("10.conflist",
-		`{"cniVersion": "1.0.0", "name": "n", "plugins": [{"type": "loopback"}, {"type": "late", "ipam": {"type": "late-ipam"}}]}`)
+		`{"cniVersion": "1.0.0", "name": "n", "plugins": [{"type": "loopback"},
+			{"type": "late", "ipam": {"type": "late-ipam"}}]}`)
 	w.wantNone("late", w.scripts, w.opts.BinDirs[1], "10.conflist")
 	w.script("late", "exit 0")
 	w.wantNone("late-ipam", w.scripts)
@@ -300,7 +301,8 @@ func TestTemplate(t *testing.T) {
 func TestQuantity(t *testing.T) {
 	for s, want := range map[string]uint64{
 		"10M": 10_000_000, "1Gi": 1 << 30, "1.5k": 1500, "1000": 1000, "2000000m": 2000, "1e6": 1_000_000, "1P": 1e15,
-		"": 0, "M": 0, "10MB": 0, "-1M": 0, "999": 0, "2P": 0, "1/2k": 0, "0x10M": 0, "1e99999999999": 0, "1_000_000": 0, "10 M": 0,
+		"": 0, "M": 0, "10MB": 0, "-1M": 0, "999": 0, "2P": 0, "1/2k": 0, "0x10M": 0, "1e99999999999": 0,
+		"1_000_000": 0, "10 M": 0,
 	} {
 		got, err := parseQuantity(s)
 		if got != want || (err == nil) != (want != 0) {

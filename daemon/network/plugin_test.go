@@ -128,7 +128,8 @@ func TestPluginIsKilledAtTheDeadline(t *testing.T) {
 			break
 		}
 	}
-	if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, ErrNotReleased) || !strings.Contains(err.Error(), "stuck") {
+	if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, ErrNotReleased) ||
+		!strings.Contains(err.Error(), "stuck") {
 		t.Errorf("error %v, want deadline exceeded by stuck, not released", err)
 	}
 	w.script("stuck", "exit 0")
@@ -142,7 +143,8 @@ func TestPluginIsKilledAtTheDeadline(t *testing.T) {
 func TestDelEndsPluginsOfAKilledDaemon(t *testing.T) {
 	needRoot(t)
 	for name, stuck := range map[string]string{
-		"after the bridge":  `{"type": "bridge", "bridge": "hf-kill", "ipam": {"type": "host-local", "dataDir": %q, "ranges": [[{"subnet": "10.230.21.0/24"}]]}}, {"type": "stuck"}`,
+		"after the bridge": `{"type": "bridge", "bridge": "hf-kill", "ipam": {"type": "host-local", "dataDir": %q,
+			"ranges": [[{"subnet": "10.230.21.0/24"}]]}}, {"type": "stuck"}`,
 		"within the bridge": `{"type": "bridge", "bridge": "hf-kill", "ipam": {"type": "stuck", "dataDir": %q}}`,
 	} {
 		t.Run(name, func(t *testing.T) {

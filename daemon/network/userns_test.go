@@ -142,7 +142,8 @@ func TestUserNamespaceFailureLeavesNothing(t *testing.T) {
 		w.unchanged(before)
 	}
 	w = newWorld(t, func(o *Options) { o.Keeper = "/no/such/program" })
-	if _, err := w.CreateNamespaces("p1", Want{Net: true, User: someUserns}); err == nil || !strings.Contains(err.Error(), "/no/such/program") {
+	if _, err := w.CreateNamespaces("p1", Want{Net: true, User: someUserns}); err == nil ||
+		!strings.Contains(err.Error(), "/no/such/program") {
 		t.Errorf("without its program: %v", err)
 	}
 	w.unchanged(before)

@@ -75,7 +75,8 @@ func TestContainerPath(t *testing.T) {
 			t.Errorf("%s: ContainerPath(%q, %q) = %q, %v; want %q, error %q", c.driver, c.parent, c.id, got, err,
 				c.want, c.error)
 		}
-		if wrong := strings.Contains(c.error, "id"); err != nil && errors.Is(err, ErrParent) == wrong && c.error != "cgroup_parent" {
+		if wrong := strings.Contains(c.error, "id"); err != nil && errors.Is(err, ErrParent) == wrong &&
+			c.error != "cgroup_parent" {
 			t.Errorf("%s: ContainerPath(%q, %q): %v: wraps ErrParent: %v", c.driver, c.parent, c.id, err, !wrong)
 		}
 	}

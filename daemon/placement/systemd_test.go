@@ -85,7 +85,8 @@ func TestScope(t *testing.T) {
 	}
 	// The first part of a shutdown does not end it either.
 	show := run(t, "systemctl", "show", "-p", "Conflicts", "-p", "Requires", scopeName(id))
-	if strings.Contains(show, "shutdown.target") || strings.Contains(show, ".slice") && !strings.Contains(show, systemSlice) {
+	if strings.Contains(show, "shutdown.target") ||
+		strings.Contains(show, ".slice") && !strings.Contains(show, systemSlice) {
 		t.Errorf("the scope ends with the shutdown: %s", show)
 	}
 

@@ -364,7 +364,8 @@ func TestInitIsKilled(t *testing.T) {
 				t.Fatal(err)
 			}
 			fake.Until(t, "the pod not to be ready", func() bool { return b.PodStatus(t, id).State == notReady })
-			if _, err := b.Containers.Create(t.Context(), p, fake.ContainerConfig("late")); !errors.Is(err, kind.State) {
+			_, err = b.Containers.Create(t.Context(), p, fake.ContainerConfig("late"))
+			if !errors.Is(err, kind.State) {
 				t.Errorf("a container in it: %v", err)
 			}
 			if err := b.Containers.Stop(t.Context(), c, time.Minute); err != nil {

@@ -42,7 +42,8 @@ func TestUpdate(t *testing.T) {
 		"overhead.cpu_period: ":  {PodSandboxId: id, Overhead: bad},
 		"resources.cpu_period: ": {PodSandboxId: id, Resources: bad},
 	} {
-		if err := b.Pods.Update(t.Context(), r); !errors.Is(err, kind.Invalid) || !strings.HasPrefix(err.Error(), field) {
+		if err := b.Pods.Update(t.Context(), r); !errors.Is(err, kind.Invalid) ||
+			!strings.HasPrefix(err.Error(), field) {
 			t.Errorf("got %v, want one about %s", err, field)
 		}
 	}

@@ -135,7 +135,8 @@ func TestInfer(t *testing.T) {
 			rundir.ReasonShimDied},
 	} {
 		e := Infer(c.files, c.kernel, "why")
-		if e.Code != c.code || e.Reason != c.reason || e.Source != rundir.SourceInferred || !strings.HasPrefix(e.Message, "why; ") {
+		if e.Code != c.code || e.Reason != c.reason || e.Source != rundir.SourceInferred ||
+			!strings.HasPrefix(e.Message, "why; ") {
 			t.Errorf("%s: %+v", c.name, e)
 		}
 	}
@@ -171,7 +172,8 @@ func TestDecidePod(t *testing.T) {
 		if do != c.do || rebuilt != c.rebuilt || rec != nil && rec.Phase != c.phase || (rec == nil) != (c.phase == "") {
 			t.Errorf("%s: %+v, %s, %v", c.name, rec, do, rebuilt)
 		}
-		if c.files.Of != nil && (rec.Config.M.GetMetadata().GetName() != "web" || rec.Config.M.GetLabels()["app"] != "") {
+		if c.files.Of != nil &&
+			(rec.Config.M.GetMetadata().GetName() != "web" || rec.Config.M.GetLabels()["app"] != "") {
 			t.Errorf("%s: %v", c.name, rec.Config.M)
 		}
 	}

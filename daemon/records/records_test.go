@@ -61,7 +61,13 @@ func TestOwes(t *testing.T) {
 	for _, c := range []struct {
 		pod  Pod
 		want bool
-	}{{Pod{}, true}, {paid, false}, {back, false}, {Pod{Debts: []Debt{DebtFiles}}, false}, {Pod{Debts: []Debt{DebtNetwork}}, true}} {
+	}{
+		{Pod{}, true},
+		{paid, false},
+		{back, false},
+		{Pod{Debts: []Debt{DebtFiles}}, false},
+		{Pod{Debts: []Debt{DebtNetwork}}, true},
+	} {
 		if got := c.pod.Owes(DebtNetwork); got != c.want {
 			t.Errorf("%v owes the network: %v", c.pod.Debts, got)
 		}

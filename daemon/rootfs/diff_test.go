@@ -19,7 +19,8 @@ import (
 func TestDiffAndRestore(t *testing.T) {
 	needRoot(t)
 	s := open(t, t.TempDir())
-	layer := apply(t, s, e{name: "d/", typ: '5', mode: 0o751}, e{name: "d/gone", body: "x"}, e{name: "d/kept", body: "x"},
+	layer := apply(t, s, e{name: "d/", typ: '5', mode: 0o751}, e{name: "d/gone", body: "x"},
+		e{name: "d/kept", body: "x"},
 		e{name: "hidden/", typ: '5'}, e{name: "hidden/a", body: "x"})
 	rw := t.TempDir()
 	root := filepath.Join(t.TempDir(), "root")

@@ -285,7 +285,8 @@ func TestWhiteouts(t *testing.T) {
 		e{name: "file", body: "2"},
 		e{name: ".wh..wh.plnk/1", body: "x"})
 	root := mount(t, s, base, top)
-	for _, name := range []string{"a", "dir/x", "opaque/x", "over/x", "late/x", "deep/er/x", ".wh.a", ".wh..wh.plnk/1"} {
+	for _, name := range []string{"a", "dir/x", "opaque/x", "over/x", "late/x", "deep/er/x", ".wh.a",
+		".wh..wh.plnk/1"} {
 		gone(t, root, name)
 	}
 	for name, want := range map[string]string{
@@ -487,7 +488,8 @@ func TestLinksStayInside(t *testing.T) {
 	}
 	diff := filepath.Join(s.layerDir(d), "diff")
 	for name, want := range map[string]string{
-		victim + "/f": "1", victim + "/g": "2", "proc/self/root/h": "3", "absolute/i": "4", victim + "/j": "6", "file": "7",
+		victim + "/f": "1", victim + "/g": "2", "proc/self/root/h": "3", "absolute/i": "4",
+		victim + "/j": "6", "file": "7",
 	} {
 		if got := read(t, diff, name); got != want {
 			t.Errorf("%s is %q, want %q", name, got, want)

@@ -260,7 +260,8 @@ func TestStoppedShim(t *testing.T) {
 	until(t, "the stop", shim.Stopped)
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if err := Reach(ctx, dir, c); !errors.Is(err, client.ErrUnreachable) || !strings.Contains(err.Error(), "kill -CONT") {
+	if err := Reach(ctx, dir, c); !errors.Is(err, client.ErrUnreachable) ||
+		!strings.Contains(err.Error(), "kill -CONT") {
 		t.Errorf("reach: %v", err)
 	}
 	if err := End(ctx, dir, c); err == nil || !shim.Alive() {
@@ -287,7 +288,8 @@ func TestLaunchFails(t *testing.T) {
 		"a bad flag": {Binary: binary, LogLevel: "loud"},
 	} {
 		l.Log = slog.New(slog.DiscardHandler)
-		if err := l.Launch(t.Context(), dir); err == nil || !strings.Contains(err.Error(), "cannot start the shim of c1") {
+		if err := l.Launch(t.Context(), dir); err == nil ||
+			!strings.Contains(err.Error(), "cannot start the shim of c1") {
 			t.Errorf("%s: %v", name, err)
 		}
 		if got, err := dir.FindShim(); !errors.Is(err, rundir.ErrNoProcess) {

@@ -72,7 +72,8 @@ func TestFindUser(t *testing.T) {
 			root := t.TempDir()
 			check(t, os.Mkdir(filepath.Join(root, "etc"), 0o755))
 			check(t, unix.Mkfifo(filepath.Join(root, "fifo"), 0o600))
-			for file, content := range map[string]string{"real": "app:x:5:6", "etc/passwd": c.passwd, "etc/group": c.group} {
+			for file, content := range map[string]string{"real": "app:x:5:6", "etc/passwd": c.passwd,
+				"etc/group": c.group} {
 				path := filepath.Join(root, file)
 				var err error
 				if to, ok := strings.CutPrefix(content, "-> "); ok {

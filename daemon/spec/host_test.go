@@ -81,7 +81,8 @@ func TestHostDevices(t *testing.T) {
 		t.Error("/dev/null is missing")
 	}
 	for _, d := range list {
-		if strings.HasPrefix(d.Path, "/dev/pts/") || strings.HasPrefix(d.Path, "/dev/shm/") || d.Path == "/dev/console" {
+		if strings.HasPrefix(d.Path, "/dev/pts/") || strings.HasPrefix(d.Path, "/dev/shm/") ||
+			d.Path == "/dev/console" {
 			t.Errorf("%s belongs to the node", d.Path)
 		}
 	}

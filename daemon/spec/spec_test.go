@@ -806,7 +806,8 @@ func TestSeccompDefault(t *testing.T) {
 	if r := admin("mount"); len(r) != 1 || r[0].Action != specs.ActAllow {
 		t.Errorf("mount with CAP_SYS_ADMIN: %v", r)
 	}
-	if r := plain("clone3"); len(r) != 1 || r[0].Action != specs.ActErrno || r[0].ErrnoRet == nil || *r[0].ErrnoRet != 38 {
+	if r := plain("clone3"); len(r) != 1 || r[0].Action != specs.ActErrno || r[0].ErrnoRet == nil ||
+		*r[0].ErrnoRet != 38 {
 		t.Errorf("clone3 must fail with ENOSYS, so that C libraries fall back to clone: %+v", r)
 	}
 	if r := plain("clone"); len(r) != 1 || len(r[0].Args) == 0 {
@@ -877,7 +878,8 @@ func TestSELinux(t *testing.T) {
 	r := build(t, in)
 	if s := r.Spec; s.Process.SelinuxLabel != "" || s.Linux.MountLabel != "" ||
 		!slices.Contains(r.Warnings, SELinuxIgnored) {
-		t.Errorf("without SELinux: labels %q and %q, warnings %q", s.Process.SelinuxLabel, s.Linux.MountLabel, r.Warnings)
+		t.Errorf("without SELinux: labels %q and %q, warnings %q", s.Process.SelinuxLabel, s.Linux.MountLabel,
+			r.Warnings)
 	}
 	in.SELinuxEnabled = true
 	s := build(t, in).Spec
@@ -946,7 +948,8 @@ func TestCheck(t *testing.T) {
 			in.security().Capabilities = &runtimeapi.Capability{AddAmbientCapabilities: []string{"BPF"}}
 		}, kind.Unsupported, fieldAmbient},
 		"recursive read-only": {func(h *Host) { h.RecursiveReadOnly = false }, func(in *Input) {
-			in.Container.Mounts = []*runtimeapi.Mount{{ContainerPath: "/a"}, {ContainerPath: "/b", RecursiveReadOnly: true}}
+			in.Container.Mounts = []*runtimeapi.Mount{{ContainerPath: "/a"},
+				{ContainerPath: "/b", RecursiveReadOnly: true}}
 		}, kind.Unsupported, "config.mounts[1].recursive_read_only"},
 		"mapped mount": {func(h *Host) { h.MappedMounts = false }, func(in *Input) {
 			in.Container.Mounts = []*runtimeapi.Mount{{ContainerPath: "/a", UidMappings: []*runtimeapi.IDMapping{{}}}}
@@ -1209,7 +1212,8 @@ func TestStopSignal(t *testing.T) {
 			t.Errorf("image %q, config %s: %d, %s, %v; want %d, %s", tt.image, tt.cri, n, s, err, tt.number, tt.signal)
 		}
 	}
-	for _, bad := range []string{"SIG", "0", "65", "-1", "SIGRTMIN-1", "SIGRTMAX+1", "SIGRTMIN+31", "SIGRTMIN+", "TERM "} {
+	for _, bad := range []string{"SIG", "0", "65", "-1", "SIGRTMIN-1", "SIGRTMAX+1", "SIGRTMIN+31", "SIGRTMIN+",
+		"TERM "} {
 		_, _, err := StopSignal(container(), ocispec.ImageConfig{StopSignal: bad})
 		if err == nil {
 			t.Errorf("%q passes for a signal", bad)

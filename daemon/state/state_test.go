@@ -91,7 +91,8 @@ func TestRemovalCutShort(t *testing.T) {
 	check(t, os.Mkdir(root, 0o700))
 	s := open(t, root, t.TempDir())
 	left := filepath.Join(root, string(Pods), delPrefix+"a")
-	for _, finish := range []func() error{func() error { return s.Remove(Pods, "a") }, func() error { s.Sweep(); return nil }} {
+	for _, finish := range []func() error{func() error { return s.Remove(Pods, "a") },
+		func() error { s.Sweep(); return nil }} {
 		check(t, errors.Join(s.Create(Pods, "a"), os.MkdirAll(filepath.Join(left, "x"), 0o700)))
 		if ids, err := s.IDs(Pods); err != nil || len(ids) != 1 || ids[0] != "a" {
 			t.Errorf("%v, %v", ids, err)

@@ -170,7 +170,8 @@ func TestAnotherProtocol(t *testing.T) {
 		c := New(f.dir)
 		defer c.Close()
 		_, err := c.State(t.Context())
-		if !errors.Is(err, kind.Unsupported) || errors.Is(err, ErrUnreachable) || !strings.Contains(err.Error(), "protocol") {
+		if !errors.Is(err, kind.Unsupported) || errors.Is(err, ErrUnreachable) ||
+			!strings.Contains(err.Error(), "protocol") {
 			t.Errorf("a %s shim: %v", name, err)
 		}
 	}

@@ -72,7 +72,8 @@ func TestTextsAreBounded(t *testing.T) {
 	var b bytes.Buffer
 	log := slog.New(slog.NewTextHandler(&b, &slog.HandlerOptions{ReplaceAttr: ShortenAttr}))
 	log.Warn("failed", "error", err, "name", long, "took", time.Second)
-	if line := b.String(); len(line) > 4*maxText || !strings.Contains(line, "took=1s") || !strings.Contains(line, "level=WARN") {
+	if line := b.String(); len(line) > 4*maxText || !strings.Contains(line, "took=1s") ||
+		!strings.Contains(line, "level=WARN") {
 		t.Errorf("%d bytes of log: %.200s", len(line), line)
 	}
 }

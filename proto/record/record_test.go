@@ -20,7 +20,8 @@ type body struct {
 // A record is what json.Marshal makes of the envelope, whatever is in it.
 func TestRecordIsItsEnvelope(t *testing.T) {
 	for _, id := range []string{"", "a", `"<`} {
-		for _, v := range []any{nil, "a <line>\n", 1.5, map[string]any{}, json.RawMessage(`{ "a" : "<" }`), body{Code: 1}} {
+		for _, v := range []any{nil, "a <line>\n", 1.5, map[string]any{}, json.RawMessage(`{ "a" : "<" }`),
+			body{Code: 1}} {
 			got, err := EncodeOf(id, v)
 			if err != nil {
 				t.Fatal(err)

@@ -244,7 +244,8 @@ func TestWalkOfWhatChanges(t *testing.T) {
 			t.Errorf("got %v, %v", pids, err)
 		}
 		c.Thaw()
-		if err := walk(top, func(*os.File) error { return nil }, func(*os.File, string) error { return nil }); err != nil {
+		err := walk(top, func(*os.File) error { return nil }, func(*os.File, string) error { return nil })
+		if err != nil {
 			t.Error(err)
 		}
 	}
@@ -254,11 +255,12 @@ func TestWalkOfWhatChanges(t *testing.T) {
 
 func TestFind(t *testing.T) {
 	for path, want := range map[string]string{
-		"system.slice:holdfast:c1":            "/system.slice/holdfast-c1.scope",
-		"-.slice:holdfast:c1":                 "/holdfast-c1.scope",
-		"kubepods-burstable-podX.slice:hf:c1": "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-podX.slice/hf-c1.scope",
-		"/kubepods/burstable/podX/c1":         "",
-		"system.slice:holdfast":               "",
+		"system.slice:holdfast:c1": "/system.slice/holdfast-c1.scope",
+		"-.slice:holdfast:c1":      "/holdfast-c1.scope",
+		"kubepods-burstable-podX.slice:hf:c1": "/kubepods.slice/kubepods-burstable.slice/" +
+			"kubepods-burstable-podX.slice/hf-c1.scope",
+		"/kubepods/burstable/podX/c1": "",
+		"system.slice:holdfast":       "",
 	} {
 		if got := Path(path, true); got != want {
 			t.Errorf("Path(%q, true) = %q, want %q", path, got, want)

@@ -182,7 +182,8 @@ func TestAdjustOOMScore(t *testing.T) {
 	check(t, c.Enter(cmd.Process.Pid))
 	_, err = out.Read(make([]byte, 1))
 	check(t, err)
-	children, err := os.ReadFile("/proc/" + strconv.Itoa(cmd.Process.Pid) + "/task/" + strconv.Itoa(cmd.Process.Pid) + "/children")
+	children, err := os.ReadFile("/proc/" + strconv.Itoa(cmd.Process.Pid) + "/task/" + strconv.Itoa(cmd.Process.Pid) +
+		"/children")
 	check(t, err)
 	child := strings.TrimSpace(string(children))
 	// The child was forked before its parent entered, or after it.

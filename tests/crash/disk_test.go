@@ -92,7 +92,8 @@ func (d *disk) check(call, from, to string) {
 			for name := range missing {
 				if needed(name) {
 					d.faults = append(d.faults,
-						fmt.Sprintf("before %s %s: the %s of %s is not on the disk; %s", call, to, what, name, rule.why))
+						fmt.Sprintf("before %s %s: the %s of %s is not on the disk; %s", call, to, what, name,
+							rule.why))
 				}
 			}
 		}

@@ -569,7 +569,8 @@ func (k *kubelet) update(c *harness.Container) {
 		r := s.GetResources().GetLinux()
 		now := limit == fmt.Sprint(memory) && (weight == fmt.Sprint(shares) || weight == "59")
 		shown := r.GetMemoryLimitInBytes() == memory && r.GetCpuShares() == shares
-		return err == nil && werr == nil && now == shown && (now || limit != fmt.Sprint(memory) && r.GetCpuShares() == 0)
+		return err == nil && werr == nil && now == shown &&
+			(now || limit != fmt.Sprint(memory) && r.GetCpuShares() == 0)
 	}
 	k.do("UpdateContainerResources", func(ctx context.Context) error {
 		_, err := k.n.Runtime.UpdateContainerResources(ctx, &cri.UpdateContainerResourcesRequest{
@@ -798,7 +799,8 @@ func (k *kubelet) checkLiving(pod *harness.Pod, ends, stays *harness.Container) 
 		if err != nil {
 			return err
 		}
-		if len(pods.Items) != 1 || pods.Items[0].Id != pod.ID || pods.Items[0].State != cri.PodSandboxState_SANDBOX_READY {
+		if len(pods.Items) != 1 || pods.Items[0].Id != pod.ID ||
+			pods.Items[0].State != cri.PodSandboxState_SANDBOX_READY {
 			k.t.Errorf("the pods are %v, want %s, ready", pods.Items, pod.ID)
 		}
 		var ids []string
@@ -881,7 +883,8 @@ func (k *kubelet) checkKept(list ...*harness.Container) {
 	k.n.Restart()
 	for _, c := range list {
 		if now := c.Status(); !proto.Equal(now, before[c.ID]) {
-			k.lose(harness.Statuses, "%s has another status after a restart:\n%v\n%v", c.Config.Metadata.Name, before[c.ID], now)
+			k.lose(harness.Statuses, "%s has another status after a restart:\n%v\n%v", c.Config.Metadata.Name,
+				before[c.ID], now)
 		}
 	}
 }

@@ -129,7 +129,8 @@ func (h *holdings) record(path string, v any) bool {
 	if err == nil {
 		err = json.Unmarshal(b, &r)
 	}
-	if want := fmt.Sprintf("crc32c:%08x", crc32.Checksum(r.Body, crc32.MakeTable(crc32.Castagnoli))); err == nil && (r.Checksum != want || r.Version != 1) {
+	want := fmt.Sprintf("crc32c:%08x", crc32.Checksum(r.Body, crc32.MakeTable(crc32.Castagnoli)))
+	if err == nil && (r.Checksum != want || r.Version != 1) {
 		err = fmt.Errorf("version %d, checksum %s, want %s", r.Version, r.Checksum, want)
 	}
 	if err == nil {
@@ -392,7 +393,8 @@ func (h *holdings) compareCRI(n *harness.Node, bytes, inodes uint64) {
 		id := m.Config.Digest.String()
 		want[id] = append(want[id], r.Ref)
 		for _, name := range []string{r.Ref, id} {
-			if s, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: name}}); err != nil || s.GetImage().GetId() != id {
+			s, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: name}})
+			if err != nil || s.GetImage().GetId() != id {
 				h.fault("ImageStatus of %s is %v, %v; want %s", name, s, err, id)
 			}
 		}

@@ -219,7 +219,8 @@ func runSandbox(ctx context.Context, n *harness.Node, config *cri.PodSandboxConf
 
 // runContainer creates and starts a container. Create is repeated as it is: an
 // identical request gets the container that an earlier one made.
-func runContainer(ctx context.Context, n *harness.Node, pod string, sandbox *cri.PodSandboxConfig, config *cri.ContainerConfig) (string, error) {
+func runContainer(ctx context.Context, n *harness.Node, pod string, sandbox *cri.PodSandboxConfig,
+	config *cri.ContainerConfig) (string, error) {
 	r, err := again(ctx, func(ctx context.Context) (*cri.CreateContainerResponse, error) {
 		return n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{
 			PodSandboxId: pod, Config: config, SandboxConfig: sandbox})

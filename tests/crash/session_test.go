@@ -171,7 +171,8 @@ func (k *kubelet) subscribe() (wantEnd func(id string)) {
 			stream, err := k.n.Runtime.GetContainerEvents(ctx, &cri.GetEventsRequest{})
 			for err == nil {
 				var e *cri.ContainerEventResponse
-				if e, err = stream.Recv(); err == nil && e.ContainerEventType == cri.ContainerEventType_CONTAINER_STOPPED_EVENT {
+				if e, err = stream.Recv(); err == nil &&
+					e.ContainerEventType == cri.ContainerEventType_CONTAINER_STOPPED_EVENT {
 					ended <- e.ContainerId
 				}
 			}

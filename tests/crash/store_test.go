@@ -181,7 +181,8 @@ func (s *storeDrill) container(ctx context.Context, ref string, chance *rand.Ran
 	if err := s.pull(ctx, ref); err != nil {
 		return err
 	}
-	config := harness.ContainerConfig(fmt.Sprintf("c%d", chance.Int64()), []string{"/bin/busybox", "sleep", "100000"}, func(c *cri.ContainerConfig) {
+	name := fmt.Sprintf("c%d", chance.Int64())
+	config := harness.ContainerConfig(name, []string{"/bin/busybox", "sleep", "100000"}, func(c *cri.ContainerConfig) {
 		c.Image.Image = ref
 	})
 	r, err := s.n.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: s.pod.ID, Config: config,

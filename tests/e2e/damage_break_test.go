@@ -90,9 +90,8 @@ func TestNameForPlugins(t *testing.T) {
 	n := harness.New(t)
 	for _, name := range []string{"a\x00b", "a\nb", "a;IP=10.0.0.1"} {
 		ctx, cancel := harness.Deadline()
-		_, err := n.Runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: n.PodConfig("bad", func(c *cri.PodSandboxConfig) {
-			c.Metadata.Name = name
-		})})
+		config := n.PodConfig("bad", func(c *cri.PodSandboxConfig) { c.Metadata.Name = name })
+		_, err := n.Runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: config})
 		cancel()
 		wantError(t, err, codes.InvalidArgument, "metadata.name")
 	}

@@ -77,7 +77,8 @@ func TestDamagedStore(t *testing.T) {
 		c := pod.Run(name, []string{"sleep", "100000"}, func(c *cri.ContainerConfig) {
 			c.Mounts = []*cri.Mount{{ContainerPath: "/data", Readonly: true, Image: &cri.ImageSpec{Image: dataImage}}}
 		})
-		if out := c.Output("cat", "/data/one", "/data/two", "/data/both", "/etc/group"); !strings.HasPrefix(out, "12upper") || !strings.Contains(out, "extra") {
+		out := c.Output("cat", "/data/one", "/data/two", "/data/both", "/etc/group")
+		if !strings.HasPrefix(out, "12upper") || !strings.Contains(out, "extra") {
 			t.Errorf("it reads %q", out)
 		}
 		c.Remove()
@@ -94,7 +95,8 @@ func TestDamagedStore(t *testing.T) {
 		t.Run(fmt.Sprintf("%d %s, %s, up %v", number, name, way, up), func(t *testing.T) {
 			n := n.With(t)
 			// What a container has for its root may be gone for it.
-			if base := filepath.Base(path); strings.HasPrefix(name, "layers") && base != "layer.json" && base != "synced" && base != "tmp" && base != "empty" && way != "full of strangers" {
+			if base := filepath.Base(path); strings.HasPrefix(name, "layers") && base != "layer.json" &&
+				base != "synced" && base != "tmp" && base != "empty" && way != "full of strangers" {
 				removedLayers = true
 			}
 			if !up {

@@ -84,7 +84,8 @@ func TestDamagedFiles(t *testing.T) {
 				continue
 			}
 			name := strings.TrimPrefix(path, n.Dir+"/")
-			for id, short := range map[string]string{pod.ID: "POD", running.ID: "RUNNING", ended.ID: "ENDED", created.ID: "CREATED"} {
+			for id, short := range map[string]string{pod.ID: "POD", running.ID: "RUNNING", ended.ID: "ENDED",
+				created.ID: "CREATED"} {
 				name = strings.ReplaceAll(name, id, short)
 			}
 			t.Run(way.name+" "+name, func(t *testing.T) {
@@ -159,7 +160,8 @@ func stateFiles(t *testing.T, n *harness.Node) []string {
 				return nil
 			}
 			// A name that begins with a dot is a file in the making, in no reader's way.
-			if st.Mode().IsRegular() && st.Size() > 0 && !strings.HasSuffix(path, ".log") && !strings.HasPrefix(d.Name(), ".") {
+			if st.Mode().IsRegular() && st.Size() > 0 && !strings.HasSuffix(path, ".log") &&
+				!strings.HasPrefix(d.Name(), ".") {
 				files = append(files, path)
 			}
 			return nil
@@ -198,10 +200,12 @@ func TestLostRecords(t *testing.T) {
 	if !isProcess(pid) {
 		t.Fatal("the container was killed")
 	}
-	if s := c.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING || s.StartedAt != before.StartedAt || s.CreatedAt != before.CreatedAt {
+	if s := c.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING || s.StartedAt != before.StartedAt ||
+		s.CreatedAt != before.CreatedAt {
 		t.Errorf("the container was rebuilt as %v, and was %v", s, before)
 	}
-	if s := pod.Status(); s.State != cri.PodSandboxState_SANDBOX_READY || s.GetNetwork().GetIp() != podBefore.GetNetwork().GetIp() {
+	if s := pod.Status(); s.State != cri.PodSandboxState_SANDBOX_READY ||
+		s.GetNetwork().GetIp() != podBefore.GetNetwork().GetIp() {
 		t.Errorf("the pod was rebuilt as %v, and was %v", s, podBefore)
 	}
 	c.Stop(60)

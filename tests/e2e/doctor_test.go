@@ -375,7 +375,8 @@ func TestExplain(t *testing.T) {
 		case "removed":
 			pod.Remove()
 			wants["last"] = []string{"by the stop of its pod: SIGKILL at once", "(SIGKILL, exit code 137)", "removed"}
-			wants["default/told"] = []string{"RunPodSandbox", "by StopPodSandbox", "stopped", "removed", "container over"}
+			wants["default/told"] = []string{"RunPodSandbox", "by StopPodSandbox", "stopped", "removed",
+				"container over"}
 		case "removed, and the daemon killed":
 			n.Kill()
 		}

@@ -17,7 +17,8 @@ func TestExplainEdges(t *testing.T) {
 	pod := n.RunPod("twice")
 	oom := pod.Run("oom", []string{"sh", "-c", "x=$(head -c 200m /dev/zero | tr '\\0' x); sleep 1000"},
 		func(c *cri.ContainerConfig) {
-			c.Linux.Resources = &cri.LinuxContainerResources{MemoryLimitInBytes: 20 << 20, MemorySwapLimitInBytes: 20 << 20}
+			c.Linux.Resources = &cri.LinuxContainerResources{MemoryLimitInBytes: 20 << 20,
+				MemorySwapLimitInBytes: 20 << 20}
 		})
 	oom.WaitExited(patience)
 	never := pod.Create("never", []string{"/does/not/exist"})

@@ -150,7 +150,8 @@ func TestPullFails(t *testing.T) {
 	}
 	ctx, cancel := harness.Deadline()
 	defer cancel()
-	if r, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: ref}}); err != nil || r.GetImage() != nil {
+	r, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: ref}})
+	if err != nil || r.GetImage() != nil {
 		t.Errorf("half an image is listed: %v, %v", r, err)
 	}
 	// Blobs that came whole are kept for the next attempt, and go with the image.

@@ -60,7 +60,8 @@ func TestCallerGivesUp(t *testing.T) {
 	bin, err := harness.Binaries()
 	check(t, err)
 	runtime := filepath.Join(t.TempDir(), "runtime")
-	script := "#!/bin/sh\ncase \" $* \" in *' create '*) " + creating.hold() + " ;; esac\nexec " + bin + "/runc \"$@\"\n"
+	script := "#!/bin/sh\ncase \" $* \" in *' create '*) " + creating.hold() + " ;; esac\nexec " + bin +
+		"/runc \"$@\"\n"
 	check(t, os.WriteFile(runtime, []byte(script), 0o755))
 	n := harness.New(t, harness.Options{
 		Config: fmt.Sprintf("[runtimes.slow]\npath = %q\n", runtime),

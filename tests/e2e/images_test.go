@@ -40,7 +40,8 @@ func TestImages(t *testing.T) {
 		if i == nil || i.Id != id {
 			t.Fatalf("ImageStatus of %s gives %v, want id %s", name, i, id)
 		}
-		if !strings.Contains(strings.Join(i.RepoTags, " "), ref) || !strings.Contains(strings.Join(i.RepoDigests, " "), digest.String()) {
+		if !strings.Contains(strings.Join(i.RepoTags, " "), ref) ||
+			!strings.Contains(strings.Join(i.RepoDigests, " "), digest.String()) {
 			t.Errorf("the image is known as %v and %v", i.RepoTags, i.RepoDigests)
 		}
 		if i.Uid.GetValue() != 7 || i.Size == 0 {
@@ -84,7 +85,8 @@ func TestImageErrors(t *testing.T) {
 	n := harness.New(t)
 	ctx, cancel := harness.Deadline()
 	defer cancel()
-	for host, text := range map[string]string{"down.test": "server = \"http://127.0.0.1:1\"\n", "broken.test": "server = 5\n"} {
+	for host, text := range map[string]string{"down.test": "server = \"http://127.0.0.1:1\"\n",
+		"broken.test": "server = 5\n"} {
 		dir := n.Path("certs.d/" + host)
 		check(t, errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(dir+"/hosts.toml", []byte(text), 0o644)))
 	}
@@ -113,11 +115,14 @@ func TestImageErrors(t *testing.T) {
 		if _, err := n.Images.RemoveImage(ctx, &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: ref}}); err != nil {
 			t.Errorf("remove %s: %v", ref, err)
 		}
-		if r, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: ref}}); err != nil || r.Image != nil {
+		r, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: ref}})
+		if err != nil || r.Image != nil {
 			t.Errorf("status of %s: %v %v", ref, r, err)
 		}
-		if r, err := n.Images.ListImages(ctx, &cri.ListImagesRequest{Filter: &cri.ImageFilter{Image: &cri.ImageSpec{Image: ref}}}); err != nil || len(r.Images) != 0 {
-			t.Errorf("list of %s: %v %v", ref, r, err)
+		filter := &cri.ImageFilter{Image: &cri.ImageSpec{Image: ref}}
+		list, err := n.Images.ListImages(ctx, &cri.ListImagesRequest{Filter: filter})
+		if err != nil || len(list.Images) != 0 {
+			t.Errorf("list of %s: %v %v", ref, list, err)
 		}
 	}
 	r, err := n.Images.ImageStatus(ctx, &cri.ImageStatusRequest{Image: &cri.ImageSpec{Image: harness.Image},
@@ -127,7 +132,9 @@ func TestImageErrors(t *testing.T) {
 		ChainID   string        `json:"chainID"`
 		ImageSpec ocispec.Image `json:"imageSpec"`
 	}
-	if err := json.Unmarshal([]byte(r.Info["info"]), &info); err != nil || len(info.ImageSpec.RootFS.DiffIDs) != 1 || info.ChainID != info.ImageSpec.RootFS.DiffIDs[0].String() || info.ImageSpec.Config.Cmd[0] != "sh" || info.ImageSpec.OS != "linux" {
+	if err := json.Unmarshal([]byte(r.Info["info"]), &info); err != nil || len(info.ImageSpec.RootFS.DiffIDs) != 1 ||
+		info.ChainID != info.ImageSpec.RootFS.DiffIDs[0].String() || info.ImageSpec.Config.Cmd[0] != "sh" ||
+		info.ImageSpec.OS != "linux" {
 		t.Errorf("info %v: %v", r.Info, err)
 	}
 	for name, user := range map[string]string{"named": "app:staff", "root": "", "zero": "0"} {
@@ -140,7 +147,8 @@ func TestImageErrors(t *testing.T) {
 		if err != nil || r.Image == nil {
 			t.Fatal(r, err)
 		}
-		if i := r.Image; i.Username != strings.TrimSuffix(user, ":staff") && user != "0" || (i.Uid != nil) != (user == "0") {
+		if i := r.Image; i.Username != strings.TrimSuffix(user, ":staff") && user != "0" ||
+			(i.Uid != nil) != (user == "0") {
 			t.Errorf("%s: user %q, uid %v", name, i.Username, i.Uid)
 		}
 	}

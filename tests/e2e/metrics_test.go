@@ -112,7 +112,8 @@ func TestMetricsOfPulls(t *testing.T) {
 		t.Errorf("%v pulls run", got)
 	}
 	out, err := exec.Command(filepath.Join(n.Bin, "holdfastctl"), "--state", n.State, "pulls").CombinedOutput()
-	if want := n.PodConfig("waits").Metadata; err != nil || !strings.Contains(string(out), ref) || !strings.Contains(string(out), want.Namespace+"/"+want.Name) {
+	if want := n.PodConfig("waits").Metadata; err != nil || !strings.Contains(string(out), ref) ||
+		!strings.Contains(string(out), want.Namespace+"/"+want.Name) {
 		t.Errorf("holdfastctl pulls: %v\n%s", err, out)
 	}
 
@@ -168,7 +169,8 @@ func TestMetricsOfPulls(t *testing.T) {
 	removeImage(t, n, ref)
 	harness.Eventually(t, patience, "its blobs are gone",
 		func() bool { return grown("holdfast_image_blob_bytes") == 0 })
-	if blobs, bytes := grown("holdfast_image_blobs_collected_total"), grown("holdfast_image_collected_bytes_total"); blobs != 4 || bytes <= total {
+	blobs, bytes := grown("holdfast_image_blobs_collected_total"), grown("holdfast_image_collected_bytes_total")
+	if blobs != 4 || bytes <= total {
 		t.Errorf("%v blobs with %v bytes were collected", blobs, bytes)
 	}
 	ctx, cancel = harness.Deadline()
@@ -177,7 +179,8 @@ func TestMetricsOfPulls(t *testing.T) {
 	if got := grown("holdfast_image_pulls_total", "result", "not_found"); got != 1 {
 		t.Errorf("%v pulls found nothing", got)
 	}
-	if got := scrape(t, address).value("holdfast_cri_calls_total", "method", "PullImage", "code", "NotFound"); got != 1 {
+	got := scrape(t, address).value("holdfast_cri_calls_total", "method", "PullImage", "code", "NotFound")
+	if got != 1 {
 		t.Errorf("%v calls found nothing", got)
 	}
 }
@@ -202,7 +205,8 @@ func TestMetricsOfPods(t *testing.T) {
 		})
 	}
 	compare()
-	if got := scrape(t, address).value("holdfast_cri_calls_total", "method", "CreateContainer", "code", "OK"); got != 2 {
+	got := scrape(t, address).value("holdfast_cri_calls_total", "method", "CreateContainer", "code", "OK")
+	if got != 2 {
 		t.Errorf("%v containers were created", got)
 	}
 	n.Kill()

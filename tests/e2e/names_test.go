@@ -22,7 +22,8 @@ func TestNamesOfDirectories(t *testing.T) {
 					c.Mounts = []*cri.Mount{{ContainerPath: "/image", Readonly: true,
 						Image: &cri.ImageSpec{Image: harness.Image}}}
 				})
-				if got, want := c.Output("cat", "/image/etc/group"), c.Output("cat", "/etc/group"); got != want || got == "" {
+				got, want := c.Output("cat", "/image/etc/group"), c.Output("cat", "/etc/group")
+				if got != want || got == "" {
 					t.Errorf("the volume has %q, the root %q", got, want)
 				}
 				table := c.Output("cat", "/proc/self/mountinfo")

@@ -28,7 +28,8 @@ func wantProcesses(t *testing.T, c *harness.Container, columns string, want ...s
 			t.Logf("%q is not there:\n%s", missing, ps)
 		}
 	}()
-	harness.Eventually(t, patience, fmt.Sprintf("the processes %q are to be seen from a container of the pod", want), func() bool {
+	what := fmt.Sprintf("the processes %q are to be seen from a container of the pod", want)
+	harness.Eventually(t, patience, what, func() bool {
 		ps, missing = c.Output("ps", "-o", columns), ""
 		for _, w := range want {
 			if !strings.Contains(ps, w) {

@@ -61,7 +61,8 @@ func TestPodNetwork(t *testing.T) {
 			t.Errorf("resolv.conf lacks %q:\n%s", want, resolv)
 		}
 	}
-	if out := c.Output("cat", "/proc/sys/net/ipv4/ip_local_port_range"); strings.Join(strings.Fields(out), " ") != "20000 30000" {
+	out := c.Output("cat", "/proc/sys/net/ipv4/ip_local_port_range")
+	if strings.Join(strings.Fields(out), " ") != "20000 30000" {
 		t.Errorf("the sysctl is %q", out)
 	}
 	if hosts := c.Output("cat", "/etc/hosts"); !strings.Contains(hosts, "localhost") {

@@ -37,7 +37,8 @@ func TestPullCommand(t *testing.T) {
 	if want := n.Pull(ref); err != nil || out != want {
 		t.Errorf("%q, %v; want %s", out, err, want)
 	}
-	if out, err := pull("registry.test/tests/none:1"); err == nil || !strings.Contains(out, "NotFound") || !strings.Contains(out, "tests/none") {
+	if out, err := pull("registry.test/tests/none:1"); err == nil || !strings.Contains(out, "NotFound") ||
+		!strings.Contains(out, "tests/none") {
 		t.Errorf("an image that is nowhere: %q, %v", out, err)
 	}
 	// It says how far it is; and when it goes, the pull goes with it.
@@ -140,7 +141,8 @@ func TestPullInterrupted(t *testing.T) {
 		n.Stop()
 		<-ended
 	})
-	if code != 1 || !strings.Contains(said, "the daemon has ended meanwhile") || !strings.Contains(said, "shutting down") || took > 8*time.Second {
+	if code != 1 || !strings.Contains(said, "the daemon has ended meanwhile") ||
+		!strings.Contains(said, "shutting down") || took > 8*time.Second {
 		t.Errorf("a shutdown: exit code %d after %s, %s", code, took, said)
 	}
 	n.Start()
@@ -149,10 +151,12 @@ func TestPullInterrupted(t *testing.T) {
 	if code != 1 || !strings.Contains(said, "the daemon has ended meanwhile") {
 		t.Errorf("the daemon went: exit code %d, %s", code, said)
 	}
-	if out, err := ctl("pulls").CombinedOutput(); err != nil || !strings.Contains(string(out), ref) || !strings.Contains(string(out), "has died") {
+	if out, err := ctl("pulls").CombinedOutput(); err != nil || !strings.Contains(string(out), ref) ||
+		!strings.Contains(string(out), "has died") {
 		t.Errorf("a dead daemon's pulls: %v\n%s", err, out)
 	}
-	if out, err := ctl("pull", "--address", n.Socket, ref).CombinedOutput(); err == nil || !strings.Contains(string(out), "the daemon does not run") {
+	if out, err := ctl("pull", "--address", n.Socket, ref).CombinedOutput(); err == nil ||
+		!strings.Contains(string(out), "the daemon does not run") {
 		t.Errorf("without a daemon: %v\n%s", err, out)
 	}
 	n.Start()
@@ -160,7 +164,8 @@ func TestPullInterrupted(t *testing.T) {
 		t.Errorf("after the start: %v\n%s", err, out)
 	}
 	s.hurry()
-	if out, err := ctl("pull", "--address", n.Socket, ref).Output(); err != nil || !strings.HasPrefix(string(out), "sha256:") {
+	if out, err := ctl("pull", "--address", n.Socket, ref).Output(); err != nil ||
+		!strings.HasPrefix(string(out), "sha256:") {
 		t.Errorf("in the end: %v\n%s", err, out)
 	}
 }

@@ -22,7 +22,9 @@ func podPID(c *cri.ContainerConfig) {
 }
 
 func podPIDPod(c *cri.PodSandboxConfig) {
-	c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{NamespaceOptions: &cri.NamespaceOption{Pid: cri.NamespaceMode_POD}}
+	c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{
+		NamespaceOptions: &cri.NamespaceOption{Pid: cri.NamespaceMode_POD},
+	}
 }
 
 // create is Pod.Create for calls that may fail.

@@ -57,7 +57,8 @@ func TestNamesOfImages(t *testing.T) {
 	push(t, n, tag, [2]string{"file", rand.Text()})
 	fresh := n.Pull(tag)
 	i := imageOf(t, n, old)
-	if old == fresh || i == nil || len(i.RepoTags) != 0 || !slices.Equal(i.RepoDigests, []string{"registry.test/tests/moves@" + first}) {
+	if old == fresh || i == nil || len(i.RepoTags) != 0 ||
+		!slices.Equal(i.RepoDigests, []string{"registry.test/tests/moves@" + first}) {
 		t.Errorf("the old image is %v", i)
 	}
 	if id := n.Pull(other); id != old {
@@ -67,7 +68,8 @@ func TestNamesOfImages(t *testing.T) {
 		t.Errorf("under two names it is %v", i)
 	}
 	layers := layersOf(t, n, old)
-	for _, by := range []string{old, other, "registry.test/tests/moves@" + first, strings.TrimPrefix(old, "sha256:")[:12]} {
+	for _, by := range []string{old, other, "registry.test/tests/moves@" + first,
+		strings.TrimPrefix(old, "sha256:")[:12]} {
 		n.Pull("registry.test/tests/moves@" + first)
 		n.Pull(other)
 		removeImage(t, n, by)
@@ -252,10 +254,12 @@ func TestReadOnlyRoot(t *testing.T) {
 	push(t, n, "registry.test/tests/readonly:1", [2]string{"file", rand.Text()})
 	ctx, cancel := harness.Deadline()
 	defer cancel()
-	if _, err := n.Images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: "registry.test/tests/readonly:1"}}); err == nil {
+	image := &cri.ImageSpec{Image: "registry.test/tests/readonly:1"}
+	if _, err := n.Images.PullImage(ctx, &cri.PullImageRequest{Image: image}); err == nil {
 		t.Error("an image was pulled")
 	}
-	if _, err := n.Images.RemoveImage(ctx, &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: harness.Image}}); err == nil {
+	_, err := n.Images.RemoveImage(ctx, &cri.RemoveImageRequest{Image: &cri.ImageSpec{Image: harness.Image}})
+	if err == nil {
 		t.Error("an image was removed")
 	}
 	if i := imageOf(t, n, harness.Image); i == nil || len(i.RepoTags) != 1 {
@@ -312,7 +316,8 @@ func TestUnknownContainerKeepsItsLayers(t *testing.T) {
 	layers := layersOf(t, n, harness.Image)
 	n.Kill()
 	kept := map[string][]byte{}
-	for _, path := range []string{filepath.Join(n.Root, "containers", c.ID, "record.json"), filepath.Join(n.State, "containers", c.ID, "create.json")} {
+	for _, path := range []string{filepath.Join(n.Root, "containers", c.ID, "record.json"),
+		filepath.Join(n.State, "containers", c.ID, "create.json")} {
 		b, err := os.ReadFile(path)
 		check(t, err)
 		kept[path] = b
@@ -325,7 +330,8 @@ func TestUnknownContainerKeepsItsLayers(t *testing.T) {
 			t.Errorf("%s went while a container uses it", l)
 		}
 	}
-	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/root/etc/group", pid)); err != nil || !strings.Contains(string(b), "extra") {
+	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/root/etc/group", pid)); err != nil ||
+		!strings.Contains(string(b), "extra") {
 		t.Errorf("the container's /etc/group: %q, %v", b, err)
 	}
 	n.Kill()

@@ -158,7 +158,9 @@ func TestVerifier(t *testing.T) {
 	ctx, cancel := harness.Deadline()
 	defer cancel()
 	err := pull(ctx, ref)
-	if status.Code(err) != codes.Unknown || !strings.HasPrefix(status.Convert(err).Message(), "SignatureValidationFailed: ") || !strings.Contains(err.Error(), "nobody signed it") {
+	if status.Code(err) != codes.Unknown ||
+		!strings.HasPrefix(status.Convert(err).Message(), "SignatureValidationFailed: ") ||
+		!strings.Contains(err.Error(), "nobody signed it") {
 		t.Errorf("got %v", err)
 	}
 	if err := pull(ctx, harness.Image); err != nil {

@@ -92,10 +92,11 @@ func wantHostUser(t *testing.T, c *harness.Container, want int) {
 			t.Logf("it is %d", uid)
 		}
 	}()
-	harness.Eventually(t, patience, fmt.Sprintf("%s runs as %d on the host", c.Config.Metadata.Name, want), func() bool {
-		uid, _ = ownerOf(t, proc)
-		return uid == want
-	})
+	harness.Eventually(t, patience, fmt.Sprintf("%s runs as %d on the host", c.Config.Metadata.Name, want),
+		func() bool {
+			uid, _ = ownerOf(t, proc)
+			return uid == want
+		})
 }
 
 // A pod with a user namespace sees its files as any pod, and is nobody on the
@@ -114,21 +115,25 @@ func TestUserNamespace(t *testing.T) {
 		c.WaitLog(patience, "started")
 		n.Restart()
 		for _, file := range []string{"uid_map", "gid_map"} {
-			if got := strings.Fields(c.Output("cat", "/proc/self/"+file)); fmt.Sprint(got) != fmt.Sprint([]string{"0", fmt.Sprint(host), "65536"}) {
+			got := strings.Fields(c.Output("cat", "/proc/self/"+file))
+			if fmt.Sprint(got) != fmt.Sprint([]string{"0", fmt.Sprint(host), "65536"}) {
 				t.Errorf("%s is %v", file, got)
 			}
 		}
 		wantOutput(t, c, "0:0\n", "stat", "-c", "%u:%g", "/bin/busybox")
 		wantOutput(t, c, "0:0\n", "stat", "-c", "%u:%g", "/")
-		for _, file := range []string{"/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/dev/shm", "/dev/pts", "/tmp", "/dev"} {
+		for _, file := range []string{"/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/dev/shm", "/dev/pts", "/tmp",
+			"/dev"} {
 			wantOutput(t, c, "0:0\n", "stat", "-c", "%u:%g", file)
 		}
 		wantOutput(t, c, fmt.Sprintf("userns-%d\n", i), "hostname")
 		c.Output("sh", "-c",
-			"echo new >/root/new; echo more >>/etc/passwd; chown 1000:2000 /etc/group; rm /bin/testbox; echo x >/dev/shm/x; echo >>/etc/hosts; echo out >/dev/stdout; test -d /sys/class/net/eth0")
+			"echo new >/root/new; echo more >>/etc/passwd; chown 1000:2000 /etc/group; rm /bin/testbox; "+
+				"echo x >/dev/shm/x; echo >>/etc/hosts; echo out >/dev/stdout; test -d /sys/class/net/eth0")
 
 		upper := filepath.Join(n.Root, "containers", c.ID, "upper")
-		for file, want := range map[string][2]int{"root/new": {0, 0}, "etc/passwd": {0, 0}, "etc/group": {1000, 2000}, ".": {0, 0}} {
+		for file, want := range map[string][2]int{"root/new": {0, 0}, "etc/passwd": {0, 0}, "etc/group": {1000, 2000},
+			".": {0, 0}} {
 			uid, gid := ownerOf(t, filepath.Join(upper, file))
 			if uid != int(host)+want[0] || gid != int(host)+want[1] {
 				t.Errorf("%s is of %d:%d on the disk, want %v from %d on", file, uid, gid, want, host)
@@ -181,7 +186,8 @@ func TestUserNamespaceAnd(t *testing.T) {
 				t.Error("the network is not the host's")
 			}
 			c.Output("test", "-d", "/sys/class/net/"+n.Bridge)
-			if r, err := c.Exec(60, "sh", "-c", "echo 1 >/sys/kernel/profiling || ip link add x type dummy"); err != nil || r.ExitCode == 0 {
+			r, err := c.Exec(60, "sh", "-c", "echo 1 >/sys/kernel/profiling || ip link add x type dummy")
+			if err != nil || r.ExitCode == 0 {
 				t.Errorf("the container may change the host: %v, %v", r, err)
 			}
 		},
@@ -244,7 +250,8 @@ func TestUserNamespaceAnd(t *testing.T) {
 				func(c *cri.ContainerConfig) { c.Tty, c.Stdin = true, true })
 			c.WaitLog(patience, "again")
 			lines := c.Log()
-			if len(lines) < 3 || !strings.HasPrefix(lines[0].Text, "/dev/pts/0") || !strings.HasPrefix(lines[1].Text, "0:5") {
+			if len(lines) < 3 || !strings.HasPrefix(lines[0].Text, "/dev/pts/0") ||
+				!strings.HasPrefix(lines[1].Text, "0:5") {
 				t.Errorf("the terminal says %v", lines)
 			}
 		},
@@ -255,7 +262,8 @@ func TestUserNamespaceAnd(t *testing.T) {
 			c := pod.Run("c", []string{"sleep", "1000"}, containerWith(o),
 				func(c *cri.ContainerConfig) { c.Linux.SecurityContext.Privileged = true })
 			c.Output("sh", "-c", "mkdir /m && mount -t tmpfs none /m && ip addr add 10.1.2.3/32 dev lo")
-			for _, command := range []string{"mknod /n b 7 0", "echo 1 >/proc/sys/kernel/printk", "dd if=/dev/vda of=/dev/null count=1"} {
+			for _, command := range []string{"mknod /n b 7 0", "echo 1 >/proc/sys/kernel/printk",
+				"dd if=/dev/vda of=/dev/null count=1"} {
 				if r, err := c.Exec(60, "sh", "-c", command); err != nil || r.ExitCode == 0 {
 					t.Errorf("%s has worked: %v, %v", command, r, err)
 				}
@@ -281,15 +289,16 @@ func TestUserNamespaceAnd(t *testing.T) {
 			layer, err := harness.MakeLayer(map[string]string{"bin/busybox": string(busybox), "data/": ""})
 			check(t, err)
 			const image = "registry.test/tests/volume:1"
-			if _, err := n.Registry.Push(image, ocispec.ImageConfig{Volumes: map[string]struct{}{"/data": {}, "/made/here": {}}}, layer); err != nil {
-				t.Fatal(err)
-			}
+			_, err = n.Registry.Push(image,
+				ocispec.ImageConfig{Volumes: map[string]struct{}{"/data": {}, "/made/here": {}}}, layer)
+			check(t, err)
 			n.Pull(image)
 			pod := n.RunPod("readonly", podWith(o))
-			c := pod.Run("c", []string{"/bin/busybox", "sleep", "1000"}, containerWith(o), func(c *cri.ContainerConfig) {
-				c.Image.Image = image
-				c.Linux.SecurityContext.ReadonlyRootfs = true
-			})
+			c := pod.Run("c", []string{"/bin/busybox", "sleep", "1000"}, containerWith(o),
+				func(c *cri.ContainerConfig) {
+					c.Image.Image = image
+					c.Linux.SecurityContext.ReadonlyRootfs = true
+				})
 			wantOutput(t, c, "0:0\n0:0\n0:0\n0:0\n", "/bin/busybox", "sh", "-c",
 				"echo >/data/x && echo >/made/here/x && /bin/busybox stat -c %u:%g / /data /made /made/here")
 			if r, err := c.Exec(60, "/bin/busybox", "sh", "-c", "echo >/x"); err != nil || r.ExitCode == 0 {

@@ -152,7 +152,8 @@ func (f *fullNode) wantDurable(t *testing.T, c *harness.Container, code int32) {
 	t.Helper()
 	e, err := rundir.ReadExitIn(filepath.Join(f.Root, "containers", c.ID))
 	if err != nil || e.Code != int(code) {
-		f.Lost(harness.Statuses, "%s has the durable exit record %+v, %v; want %d", c.Config.Metadata.Name, e, err, code)
+		f.Lost(harness.Statuses, "%s has the durable exit record %+v, %v; want %d", c.Config.Metadata.Name, e, err,
+			code)
 	}
 }
 

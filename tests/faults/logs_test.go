@@ -30,7 +30,8 @@ func wantGapless(t *testing.T, d *harness.Tally, c *harness.Container) (lines in
 	first := numberOf(all[0])
 	for i, l := range all {
 		if numberOf(l) != first+i {
-			d.Lost(harness.Lines, "%s: line %d is %.60q, the first one %.60q", c.Config.Metadata.Name, i, l.Text, all[0].Text)
+			d.Lost(harness.Lines, "%s: line %d is %.60q, the first one %.60q", c.Config.Metadata.Name, i, l.Text,
+				all[0].Text)
 			break
 		}
 	}

@@ -108,8 +108,10 @@ func TestLinksOutOfAnImage(t *testing.T) {
 		}
 		c := &harness.Container{N: n, Pod: pod, ID: r.ContainerId, Config: config}
 		// What its own root looks up is inside, too, and so is what is written through it.
-		out, err := c.Exec(60, "sh", "-c", "cat /out/file /image/file /up/file; id evil; echo x >/vol/x; echo x >/out/x; pwd")
-		if err != nil || strings.Contains(string(out.Stdout), "secret") || strings.Contains(string(out.Stdout), "4242") {
+		out, err := c.Exec(60, "sh", "-c",
+			"cat /out/file /image/file /up/file; id evil; echo x >/vol/x; echo x >/out/x; pwd")
+		if err != nil || strings.Contains(string(out.Stdout), "secret") ||
+			strings.Contains(string(out.Stdout), "4242") {
 			t.Errorf("%s: a command says %q, %v", name, out.GetStdout(), err)
 		}
 	}

@@ -178,7 +178,8 @@ func TestPluginsAtDEL(t *testing.T) {
 				n.Lost(harness.Statuses, "the pod is ready again")
 			}
 			n.release(t)
-			harness.Eventually(t, patience, "the plugin's debt is paid", func() bool { return stop(time.Minute) == nil })
+			harness.Eventually(t, patience, "the plugin's debt is paid",
+				func() bool { return stop(time.Minute) == nil })
 			pod.Remove()
 			wantClean(t, n.Tally, n.Node)
 		})

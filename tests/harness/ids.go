@@ -70,7 +70,8 @@ func (w *ids) follow() {
 func (w *ids) owns(path string) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for part := range strings.FieldsFuncSeq(path, func(r rune) bool { return r == '/' || r == '-' || r == '.' || r == ':' }) {
+	for part := range strings.FieldsFuncSeq(path,
+		func(r rune) bool { return r == '/' || r == '-' || r == '.' || r == ':' }) {
 		if w.seen[part] {
 			return true
 		}

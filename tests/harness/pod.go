@@ -210,7 +210,8 @@ func (c *Container) Stop(grace int64) {
 	c.N.T.Helper()
 	ctx, cancel := Deadline()
 	defer cancel()
-	if _, err := c.N.Runtime.StopContainer(ctx, &cri.StopContainerRequest{ContainerId: c.ID, Timeout: grace}); err != nil {
+	_, err := c.N.Runtime.StopContainer(ctx, &cri.StopContainerRequest{ContainerId: c.ID, Timeout: grace})
+	if err != nil {
 		c.N.T.Fatalf("StopContainer %s: %v", c.Config.Metadata.Name, err)
 	}
 }

@@ -264,7 +264,8 @@ func makeBox(mark string) (Layer, error) {
 		return Layer{}, err
 	}
 	return packLayer(func(w *tar.Writer) error {
-		for _, d := range []string{"bin/", "dev/", "etc/", "home/", "proc/", "root/", "run/", "sys/", "tmp/", "usr/", "usr/bin/", "var/"} {
+		for _, d := range []string{"bin/", "dev/", "etc/", "home/", "proc/", "root/", "run/", "sys/", "tmp/", "usr/",
+			"usr/bin/", "var/"} {
 			mode := int64(0o755)
 			if d == "tmp/" {
 				mode = 0o1777
@@ -281,7 +282,8 @@ func makeBox(mark string) (Layer, error) {
 			{"bin/busybox", 0o755, busybox},
 			{"bin/testbox", 0o755, box},
 			{"etc/passwd", 0o644,
-				[]byte("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\nbox:x:1000:1000:box:/home:/bin/sh\n")},
+				[]byte("root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n" +
+					"box:x:1000:1000:box:/home:/bin/sh\n")},
 			{"etc/group", 0o644, []byte("root:x:0:\nnogroup:x:65534:\nbox:x:1000:\nextra:x:2000:box\n")},
 		} {
 			h := &tar.Header{Name: f.name, Mode: f.mode, Typeflag: tar.TypeReg, Size: int64(len(f.content))}

@@ -313,7 +313,8 @@ func (k *kubelet) checkMetrics() {
 		delete(samples, m.name)
 		for _, s := range all {
 			keys := slices.Sorted(maps.Keys(s.labels))
-			if want := slices.Sorted(slices.Values(append(slices.Clone(commonKeys), m.keys...))); !slices.Equal(keys, want) {
+			want := slices.Sorted(slices.Values(append(slices.Clone(commonKeys), m.keys...)))
+			if !slices.Equal(keys, want) {
 				k.t.Errorf("%s has the labels %v, want %v", m.name, keys, want)
 				break
 			}

@@ -26,7 +26,8 @@ var allowed = map[string][]string{
 		"google.golang.org/protobuf/...", "golang.org/x/sys/unix", module + "proto/rundir",
 	},
 	"proto/client": {
-		module + "descriptor", module + "proto", module + "proto/kind", module + "proto/rundir", module + "proto/session",
+		module + "descriptor", module + "proto", module + "proto/kind", module + "proto/rundir",
+		module + "proto/session",
 		"github.com/containerd/ttrpc", "github.com/opencontainers/runtime-spec/specs-go",
 		"google.golang.org/grpc/codes", "google.golang.org/grpc/status", "golang.org/x/sys/unix",
 	},
@@ -85,13 +86,15 @@ var allowed = map[string][]string{
 	"cri/streaming": {
 		module + "descriptor", module + "proto/client", module + "proto/kind", module + "proto/rundir",
 		module + "proto/session", module + "proto/step", module + "proto/stream",
-		"github.com/gorilla/websocket", "github.com/moby/spdystream/spdy", "github.com/opencontainers/runtime-spec/specs-go",
+		"github.com/gorilla/websocket", "github.com/moby/spdystream/spdy",
+		"github.com/opencontainers/runtime-spec/specs-go",
 		"golang.org/x/sys/unix", "k8s.io/cri-streaming/pkg/streaming/...", "k8s.io/streaming/pkg/httpstream/...",
 		"k8s.io/utils/exec",
 	},
 	"cmd/holdfast-stream": {
 		module + "cri/streaming", module + "daemon/network/netns", module + "proto/handshake", module + "proto/kind",
-		module + "proto/step", module + "proto/stream", module + "proto/tail", "golang.org/x/sys/unix", "k8s.io/klog/v2",
+		module + "proto/step", module + "proto/stream", module + "proto/tail",
+		"golang.org/x/sys/unix", "k8s.io/klog/v2",
 	},
 	"cmd/holdfastctl": {
 		module + "proto/...", module + "daemon/audit", module + "daemon/beneath", module + "daemon/records",
@@ -305,7 +308,8 @@ func TestBans(t *testing.T) {
 				paths = p.Deps
 			}
 			for _, i := range paths {
-				if !matches(b.path, i) || matches("tests/harness/...", name) && strings.HasPrefix(i, module+"tests/harness") {
+				if !matches(b.path, i) ||
+					matches("tests/harness/...", name) && strings.HasPrefix(i, module+"tests/harness") {
 					continue
 				}
 				t.Errorf("%s imports %s: %s%s", name, i, b.why, through(all, p.ImportPath, i))

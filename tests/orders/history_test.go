@@ -343,7 +343,8 @@ func dump(list []*call) string {
 func (v *view) String() string {
 	s := fmt.Sprintf("%s %s created=%d", short(v.id), v.phase, v.created)
 	if v.whole {
-		s += fmt.Sprintf(" started=%d finished=%d exit=%d %s shares=%d", v.started, v.finished, v.exit, v.reason, v.shares)
+		s += fmt.Sprintf(" started=%d finished=%d exit=%d %s shares=%d", v.started, v.finished, v.exit, v.reason,
+			v.shares)
 	}
 	return s
 }

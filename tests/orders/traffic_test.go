@@ -290,7 +290,8 @@ func (w *world) listen(ctx context.Context) {
 			last, ok := told[e.ContainerId]
 			twice := e.ContainerEventType == last && last == cri.ContainerEventType_CONTAINER_STOPPED_EVENT
 			if ok && e.ContainerEventType <= last && !twice {
-				w.tally.Lost(harness.Statuses, "an event %s comes after %s of the same: %v", e.ContainerEventType, last, e)
+				w.tally.Lost(harness.Statuses, "an event %s comes after %s of the same: %v", e.ContainerEventType, last,
+					e)
 			}
 			told[e.ContainerId] = e.ContainerEventType
 			w.hear(e)

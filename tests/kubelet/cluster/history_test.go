@@ -187,7 +187,8 @@ func mayEnd(p *core.Pod, end *core.ContainerStateTerminated) bool {
 
 // statuses are those of the containers of all kinds.
 func statuses(p *core.Pod) []core.ContainerStatus {
-	return slices.Concat(p.Status.InitContainerStatuses, p.Status.ContainerStatuses, p.Status.EphemeralContainerStatuses)
+	return slices.Concat(p.Status.InitContainerStatuses, p.Status.ContainerStatuses,
+		p.Status.EphemeralContainerStatuses)
 }
 
 // failedStartsLocked is how many starts of a pod's containers failed with the runtime.

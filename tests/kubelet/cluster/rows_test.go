@@ -205,7 +205,8 @@ func checkJobs(c *cluster) {
 			return i >= 0
 		})
 		s := job.Status
-		if s.Failed != want.failed || s.Succeeded != want.succeeded || end.Type != want.end || end.Reason != want.reason {
+		if s.Failed != want.failed || s.Succeeded != want.succeeded || end.Type != want.end ||
+			end.Reason != want.reason {
 			c.t.Errorf("%s: %d failed, %d succeeded, %s %s %s, want %+v", want.job, s.Failed, s.Succeeded, end.Type,
 				end.Reason, end.Message, want)
 		}

@@ -151,7 +151,8 @@ func TestSystemd(t *testing.T) {
 	needsGuest(t)
 	n := harness.New(t, harness.Options{Service: unit})
 	wantDriver(t, n, cri.CgroupDriver_SYSTEMD)
-	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", n.PID())); err != nil || strings.TrimSpace(string(b)) != "-999" {
+	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", n.PID())); err != nil ||
+		strings.TrimSpace(string(b)) != "-999" {
 		t.Errorf("oom_score_adj of the daemon is %q, %v", b, err)
 	}
 	if !rro(t, n) {
@@ -261,7 +262,8 @@ func basics(t *testing.T, pod *harness.Pod, c *harness.Container) {
 		t.Fatal(err)
 	}
 	// A private cgroup namespace: it sees itself, not the host's tree.
-	if strings.Contains(string(r.Stdout), c.ID) || !strings.HasPrefix(string(r.Stdout), "0::/") || !strings.HasSuffix(string(r.Stdout), "\n67108864\n") {
+	if strings.Contains(string(r.Stdout), c.ID) || !strings.HasPrefix(string(r.Stdout), "0::/") ||
+		!strings.HasSuffix(string(r.Stdout), "\n67108864\n") {
 		t.Errorf("in the container: %q", r.Stdout)
 	}
 	if string(r.Stderr) != "oops\n" || r.ExitCode != 7 {
@@ -336,7 +338,8 @@ func TestService(t *testing.T) {
 	slice := podSlice(t, "cafe")
 	pod := n.RunPod("service", slice.cgroup)
 	c := pod.Run("print", []string{"testbox", "print"})
-	address, pid, shim, started := pod.Status().GetNetwork().GetIp(), c.Info().PID, n.ShimPIDs()[c.ID], c.Status().StartedAt
+	address, started := pod.Status().GetNetwork().GetIp(), c.Status().StartedAt
+	pid, shim := c.Info().PID, n.ShimPIDs()[c.ID]
 	unharmed := func(t *testing.T) {
 		t.Helper()
 		if !isProcess(pid) || !isProcess(shim) {
@@ -371,7 +374,8 @@ func TestService(t *testing.T) {
 		if err := unix.Mkfifo(filepath.Join(shared, name), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		return pod.Run(name, []string{"testbox", "wait", "/shared/" + name, "/shared/" + name + ".mark"}, func(c *cri.ContainerConfig) {
+		command := []string{"testbox", "wait", "/shared/" + name, "/shared/" + name + ".mark"}
+		return pod.Run(name, command, func(c *cri.ContainerConfig) {
 			c.Mounts = []*cri.Mount{{HostPath: shared, ContainerPath: "/shared"}}
 		})
 	}
