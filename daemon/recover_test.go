@@ -21,6 +21,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/must"
 	"github.com/holdfast-cri/holdfast/tests/refusals"
 )
 
@@ -97,7 +98,7 @@ func (b *bed) removeAll(podID string) {
 			b.t.Error(err)
 		}
 	}
-	fake.Until(b.t, "an empty node", func() bool { return len(b.Left(b.t)) == 0 })
+	must.Come(b.t, "an empty node", func() bool { return len(b.Left(b.t)) == 0 })
 }
 
 // Whatever is damaged while a container runs and no daemon does: the next daemon
@@ -161,7 +162,7 @@ func TestRecoverDamagedWithoutShims(t *testing.T) {
 			ran := b.Run(t, pod, fake.ContainerConfig("ran"))
 			over := b.Run(t, pod, fake.ContainerConfig("over", "sh", "-c", "exit 3"))
 			b.Ended(t, over)
-			fake.Until(t, "the end of a shim", func() bool {
+			must.Come(t, "the end of a shim", func() bool {
 				_, err := b.Dir(over).FindShim()
 				return errors.Is(err, rundir.ErrNoProcess)
 			})
@@ -305,7 +306,7 @@ func TestRecoverUnknownPod(t *testing.T) {
 	path, _ := b.Cgroups.ContainerPath("", pod, id)
 	check(t, b.Cgroups.Of(path).Kill(t.Context()))
 	b.open() // both go
-	fake.Until(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
+	must.Come(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
 }
 
 // put changes the record of a container while no daemon runs.
@@ -336,7 +337,7 @@ func TestRecoverCutShort(t *testing.T) {
 					b.KillShim(t, id)
 				}
 				b.open()
-				fake.Until(t, "the end of it", func() bool {
+				must.Come(t, "the end of it", func() bool {
 					_, err := os.Stat(b.Durable(state.Containers, id))
 					return errors.Is(err, fs.ErrNotExist)
 				})
@@ -345,7 +346,7 @@ func TestRecoverCutShort(t *testing.T) {
 				}
 				p, err := b.Pods.Find(pod)
 				check(t, err)
-				fake.Until(t, "the name to be free", func() bool {
+				must.Come(t, "the name to be free", func() bool {
 					next, err := b.Containers.Create(t.Context(), p, fake.ContainerConfig("c"))
 					return err == nil && next != id
 				})
@@ -433,7 +434,7 @@ func TestRecoverDebts(t *testing.T) {
 					t.Error(err)
 				}
 			}
-			fake.Until(t, "DEL", func() bool { return b.Network.Deleted(pod) == 1 })
+			must.Come(t, "DEL", func() bool { return b.Network.Deleted(pod) == 1 })
 			b.removeAll(pod)
 		})
 	}
@@ -452,7 +453,7 @@ func TestRecoverUndoneLater(t *testing.T) {
 	b.Network.Deleting.Fail(errors.New("the plugin is gone"))
 	b.open()
 	var pod string
-	fake.Until(t, "the name to be free", func() bool {
+	must.Come(t, "the name to be free", func() bool {
 		pod, err = b.Pods.Run(t.Context(), fake.PodConfig("pod"), "")
 		return err == nil
 	})
@@ -468,7 +469,7 @@ func TestRecoverUndoneLater(t *testing.T) {
 			t.Errorf("the name is that of %s, not %s: %v", again, pod, err)
 		}
 		b.Network.Deleting.Fail(nil)
-		fake.Until(t, "DEL, with no other start", func() bool { return b.Network.Deleted(old) > 0 })
+		must.Come(t, "DEL, with no other start", func() bool { return b.Network.Deleted(old) > 0 })
 	}
 	b.removeAll(pod)
 }
@@ -491,7 +492,7 @@ func TestRecoverRemovedPod(t *testing.T) {
 	if _, err := b.Pods.Find(pod); !errors.Is(err, kind.NotFound) {
 		t.Errorf("the pod: %v", err)
 	}
-	fake.Until(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
+	must.Come(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
 }
 
 // A container whose removal was answered does not come back because something is left of it.
@@ -541,7 +542,7 @@ func TestRecoverInit(t *testing.T) {
 				t.Fatalf("the init: %v, lives: %t", init, before.Alive())
 			}
 			check(t, syscall.Kill(before.PID, syscall.SIGKILL))
-			fake.Until(t, "the pod not to be ready", func() bool { return p.Ready() != nil })
+			must.Come(t, "the pod not to be ready", func() bool { return p.Ready() != nil })
 			b.removeAll(pod)
 		})
 	}
@@ -594,7 +595,7 @@ func TestRecoverInitOwed(t *testing.T) {
 		t.Errorf("an init beside what is left of the one before: %v", err)
 	}
 	b.Roots.Unmounting.Fail(nil)
-	fake.Until(t, "another init", func() bool {
+	must.Come(t, "another init", func() bool {
 		_, err = b.Containers.Create(t.Context(), p, fake.Shared("b"))
 		return !errors.Is(err, kind.Unavailable)
 	})
@@ -619,7 +620,7 @@ func TestRecoverUnknownWithDebts(t *testing.T) {
 	b.open()
 	time.Sleep(100 * time.Millisecond)
 	b.Roots.Unmounting.Fail(nil)
-	fake.Until(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
+	must.Come(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
 	if pods, list := b.Pods.List(nil), b.Containers.List(nil); len(pods)+len(list) > 0 {
 		t.Errorf("listed: %v, %v", pods, list)
 	}
@@ -638,7 +639,7 @@ func TestRecoverRemovedOnFullDisk(t *testing.T) {
 	check(t, b.Containers.Remove(t.Context(), c))
 	check(t, os.RemoveAll(record))
 	check(t, os.Rename(aside, record))
-	fake.Until(t, "a record that says so", func() bool {
+	must.Come(t, "a record that says so", func() bool {
 		var rec records.Container
 		return b.Store.Get(state.Containers, c, &rec) == nil && rec.Phase == records.ContainerRemoving
 	})
@@ -676,10 +677,4 @@ func TestRecoverOneNameTwice(t *testing.T) {
 	b.removeAll(pod)
 }
 
-// check ends the test where something fails that it needs.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed

@@ -10,6 +10,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // Wherever a daemon was killed during an update, and whatever it lost: the next one shows
@@ -62,7 +63,7 @@ func TestRecoverUpdate(t *testing.T) {
 					t.Errorf("with a shim %t: shares of %d, want %d", shim, got, c.want)
 				}
 				var rec records.Container
-				fake.Until(t, "the end of the update on record", func() bool {
+				must.Come(t, "the end of the update on record", func() bool {
 					rec = records.Container{}
 					return b.Store.Get(state.Containers, id, &rec) == nil && !rec.Updating
 				})

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // TestMain lets the test binary be the processes of the tests.
@@ -80,14 +82,7 @@ func left(t *testing.T, r *Reaper, role string, args ...string) int {
 	return pid
 }
 
-func until(t *testing.T, what string, done func() bool) {
-	t.Helper()
-	for end := time.Now().Add(2 * time.Minute); !done(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("never: %s", what)
-		}
-	}
-}
+var until = must.Come
 
 func exists(pid int) bool { return unix.Kill(pid, 0) == nil }
 
@@ -236,10 +231,4 @@ func TestKillStrays(t *testing.T) {
 	owned.Reap()
 }
 
-// check ends the test where something fails that it needs.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed

@@ -28,6 +28,7 @@ import (
 	"github.com/holdfast-cri/holdfast/runc"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
 	_ "github.com/holdfast-cri/holdfast/shim" // so that a change of it is one of these tests, too
+	"github.com/holdfast-cri/holdfast/tests/must"
 	"github.com/holdfast-cri/holdfast/tests/refusals"
 )
 
@@ -252,11 +253,7 @@ func (b *box) gone() {
 
 func (b *box) until(what string, done func() bool) {
 	b.t.Helper()
-	for end := time.Now().Add(limit); !done(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			b.t.Fatalf("not within %s: %s", limit, what)
-		}
-	}
+	must.Come(b.t, what, done)
 }
 
 // launch starts the shim and connects to it.

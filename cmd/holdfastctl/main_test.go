@@ -26,6 +26,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // shimEnv makes the test binary a shim of the run directory that it names.
@@ -87,22 +88,9 @@ func ctlStart(ctx context.Context, stdin *os.File, args ...string) (stdout, stde
 	return stdout, stderr, func() int { return <-done }
 }
 
-// eventually waits for something that another goroutine or process does.
-func eventually(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("never came: %s", what)
-		}
-	}
-}
+var eventually = must.Come
 
-func check(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed
 
 // newState makes a state directory. A short name, because it holds sockets.
 func newState(t *testing.T) string {

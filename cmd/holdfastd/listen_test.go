@@ -8,6 +8,8 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // The socket belongs to one process, and to nobody else what it is made of.
@@ -91,10 +93,4 @@ func TestListenInPlaceOf(t *testing.T) {
 	}
 }
 
-// check ends the test where something fails that it needs.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed

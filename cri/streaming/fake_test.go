@@ -24,6 +24,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/stream"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // patient is how long a test waits for what has to happen.
@@ -184,15 +185,7 @@ func (f *fake) waitForEnd() error {
 	}
 }
 
-// eventually waits until what is said is true.
-func eventually(t *testing.T, what string, is func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patient); !is(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%s: not after %v", what, patient)
-		}
-	}
-}
+var eventually = must.Come
 
 // nothingLeft checks, at the end of a test, that the goroutines of its sessions end.
 func nothingLeft(t *testing.T) {

@@ -16,6 +16,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 var (
@@ -23,12 +24,7 @@ var (
 	idB = strings.Repeat("b", 64)
 )
 
-func check(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed
 
 func TestPlaceOf(t *testing.T) {
 	l := &look{parents: map[string]bool{"/kubepods/podX": true}}

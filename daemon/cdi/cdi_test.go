@@ -12,14 +12,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
-func check(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed
 
 // with is a file that gives devices an environment variable each, with a value.
 func with(kind, value string, names ...string) string {

@@ -17,6 +17,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/must"
 	"github.com/holdfast-cri/holdfast/tests/refusals"
 )
 
@@ -345,7 +346,7 @@ func TestShimKilled(t *testing.T) {
 				id := b.run("c", fake.Stubborn...)
 				stopped := make(chan error, 1)
 				go func() { stopped <- b.Containers.Stop(b.t.Context(), id, time.Hour) }()
-				fake.Until(b.t, "the stop", func() bool {
+				must.Come(b.t, "the stop", func() bool {
 					s, err := b.Dir(id).ReadStatus()
 					return err == nil && s.Stop != nil
 				})
@@ -371,7 +372,7 @@ func TestShimKilled(t *testing.T) {
 				if err := syscall.Kill(s.Init.PID, syscall.SIGTERM); err != nil {
 					b.t.Fatal(err)
 				}
-				fake.Until(b.t, "the end of init", func() bool { return !s.Init.Alive() })
+				must.Come(b.t, "the end of init", func() bool { return !s.Init.Alive() })
 				return id
 			},
 			code:   rundir.CodeUnknown,
@@ -508,7 +509,7 @@ func TestRemovalOwes(t *testing.T) {
 		b.Roots.Unmounting.Fail(nil)
 		b.remove(next)
 	}
-	fake.Until(t, "the rest of the removal", func() bool { return !b.Containers.InUse(fake.Layer) })
+	must.Come(t, "the rest of the removal", func() bool { return !b.Containers.InUse(fake.Layer) })
 	b.gone(id)
 }
 
@@ -533,10 +534,4 @@ func TestShortIDs(t *testing.T) {
 	}
 }
 
-// check ends the test where something fails that it needs.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed

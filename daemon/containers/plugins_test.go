@@ -11,6 +11,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/containers"
 	"github.com/holdfast-cri/holdfast/daemon/fake"
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // told compares the calls since the last time.
@@ -67,7 +68,7 @@ func TestPluginsOfAnEnd(t *testing.T) {
 	id := b.create("c", "true")
 	b.Plugins.Told()
 	check(t, b.Containers.Start(t.Context(), id))
-	fake.Until(t, "the end is told", func() bool { return slices.Contains(b.Plugins.Told(), "StopContainer c") })
+	must.Come(t, "the end is told", func() bool { return slices.Contains(b.Plugins.Told(), "StopContainer c") })
 }
 
 // A plugin's error is that of the call, which leaves nothing and can be repeated.

@@ -14,6 +14,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/fake"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 type resources = runtimeapi.LinuxContainerResources
@@ -94,7 +95,7 @@ func TestUpdateUnanswered(t *testing.T) {
 		t.Errorf("shares of %d, and the shim has not answered", got)
 	}
 	b.Signal(t, id, syscall.SIGCONT)
-	fake.Until(t, "the end of the update", func() bool {
+	must.Come(t, "the end of the update", func() bool {
 		c, err := b.Containers.Find(id)
 		return err == nil && !c.Record().Updating
 	})
@@ -117,7 +118,7 @@ func TestUpdateShimKilled(t *testing.T) {
 	b.StopShim(t, id)
 	updated := make(chan error)
 	go func() { updated <- b.Containers.Update(t.Context(), id, &resources{CpuShares: 300}) }()
-	fake.Until(t, "the update to be on record", func() bool {
+	must.Come(t, "the update to be on record", func() bool {
 		c, err := b.Containers.Find(id)
 		return err == nil && c.Record().Updating
 	})
@@ -126,7 +127,7 @@ func TestUpdateShimKilled(t *testing.T) {
 		t.Error("a killed shim answered")
 	}
 	b.Ended(t, id)
-	fake.Until(t, "the end of the update", func() bool {
+	must.Come(t, "the end of the update", func() bool {
 		c, err := b.Containers.Find(id)
 		return err == nil && !c.Record().Updating
 	})

@@ -14,6 +14,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // What tests do with a node and its daemon.
@@ -110,7 +111,7 @@ func (d *Daemon) Status(t *testing.T, id string) *runtimeapi.ContainerStatus {
 // Ended waits for the end of a container and gives its status.
 func (d *Daemon) Ended(t *testing.T, id string) *runtimeapi.ContainerStatus {
 	t.Helper()
-	Until(t, "the end of a container", func() bool {
+	must.Come(t, "the end of a container", func() bool {
 		return d.Status(t, id).State == runtimeapi.ContainerState_CONTAINER_EXITED
 	})
 	return d.Status(t, id)
@@ -157,7 +158,7 @@ func (n *Node) StopShim(t *testing.T, id string) {
 func (n *Node) KillShim(t *testing.T, id string) {
 	t.Helper()
 	n.Signal(t, id, syscall.SIGKILL)
-	Until(t, "the end of a shim", func() bool {
+	must.Come(t, "the end of a shim", func() bool {
 		_, err := n.Dir(id).FindShim()
 		held, _ := n.Dir(id).Held()
 		return errors.Is(err, rundir.ErrNoProcess) && !held
@@ -261,16 +262,4 @@ func RunDirDamages() map[string]func(dir string) error {
 		)
 	}
 	return all
-}
-
-// Until waits for something that nothing tells of.
-func Until(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	end := time.Now().Add(time.Minute)
-	for wait := time.Millisecond; !ok(); wait = min(2*wait, 20*time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("never came: %s", what)
-		}
-		time.Sleep(wait)
-	}
 }

@@ -33,11 +33,13 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/google/go-containerregistry/pkg/v1/validate"
-	"github.com/holdfast-cri/holdfast/daemon/image/registry"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/holdfast-cri/holdfast/daemon/image/registry"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // hub is a registry on loopback that tests can look at and interfere with.
@@ -314,15 +316,7 @@ func (s *Store) downloadOf(d digest.Digest) *download {
 	return nil
 }
 
-// eventually polls until ok: what is waited for happens in the background.
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("it never came: %s", what)
-		}
-	}
-}
+var eventually = must.Come
 
 // verify checks the store from outside: every blob is what its name says, no
 // record is in quarantine, and crane's library can read it.
@@ -1353,10 +1347,4 @@ func needed(s *Store, d digest.Digest) bool {
 	return !unneeded
 }
 
-// check ends the test where something fails that it needs.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/daemon/network/netns"
+	"github.com/holdfast-cri/holdfast/tests/must"
 	"github.com/holdfast-cri/holdfast/tests/refusals"
 )
 
@@ -426,10 +427,4 @@ func (l *logBuffer) String() string {
 	return l.b.String()
 }
 
-// check ends the test where something fails that it needs.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed

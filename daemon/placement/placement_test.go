@@ -15,6 +15,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/mounts"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func TestDetect(t *testing.T) {
@@ -271,10 +272,4 @@ func TestRemovePod(t *testing.T) {
 	}
 }
 
-// check ends the test where something fails that it needs.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed

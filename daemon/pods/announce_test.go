@@ -15,6 +15,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/events"
 	"github.com/holdfast-cri/holdfast/daemon/fake"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // watcher has all events so far.
@@ -84,7 +85,7 @@ func (w *watcher) rest() []events.Event {
 
 func (w *watcher) want(t *testing.T, what, id string, want ...string) {
 	t.Helper()
-	fake.Until(t, "events of "+what+fmt.Sprint(w.of(id)), func() bool { return len(w.of(id)) >= len(want) })
+	must.Come(t, "events of "+what+fmt.Sprint(w.of(id)), func() bool { return len(w.of(id)) >= len(want) })
 	if got := w.of(id); !slices.Equal(got, want) {
 		t.Errorf("events of %s: %q, want %q", what, got, want)
 	}
@@ -103,7 +104,7 @@ func TestEvents(t *testing.T) {
 		t.Fatal(err)
 	}
 	short := b.Run(t, pod, fake.ContainerConfig("short", "sh", "-c", "read x <"+goOn+"; exit 3"))
-	fake.Until(t, "the event of a start", func() bool { return len(w.of(short)) >= 2 })
+	must.Come(t, "the event of a start", func() bool { return len(w.of(short)) >= 2 })
 	if err := os.WriteFile(goOn, []byte("go\n"), 0); err != nil {
 		t.Fatal(err)
 	}

@@ -20,6 +20,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/must"
 	"github.com/holdfast-cri/holdfast/tests/refusals"
 )
 
@@ -210,9 +211,9 @@ func TestAddFails(t *testing.T) {
 	b.Network.Adding.Fail(nil)
 	next := b.RunPod(t, "pod")
 	b.Network.Deleting.Fail(nil)
-	fake.Until(t, "DEL", func() bool { return b.Network.Deleted(ids[0]) > 0 })
+	must.Come(t, "DEL", func() bool { return b.Network.Deleted(ids[0]) > 0 })
 	b.remove(next)
-	fake.Until(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
+	must.Come(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
 }
 
 // A network that refuses DEL is told to whoever stops the pod, and keeps nobody
@@ -249,7 +250,7 @@ func TestNetworkRefuses(t *testing.T) {
 		defer b.remove(next)
 	}
 	b.Network.Deleting.Fail(nil)
-	fake.Until(t, "the end of the record", func() bool {
+	must.Come(t, "the end of the record", func() bool {
 		_, err := os.Stat(b.Durable(state.Pods, id))
 		return errors.Is(err, fs.ErrNotExist)
 	})
@@ -267,7 +268,7 @@ func TestStoppedPodPaysLater(t *testing.T) {
 		t.Error("a pod was stopped that has its address still")
 	}
 	b.Network.Deleting.Fail(nil)
-	fake.Until(t, "DEL, which nobody asks for again", func() bool { return b.Network.Deleted(id) == 1 })
+	must.Come(t, "DEL, which nobody asks for again", func() bool { return b.Network.Deleted(id) == 1 })
 	if err := b.Pods.Stop(t.Context(), id); err != nil {
 		t.Error(err)
 	}
@@ -334,7 +335,7 @@ func TestInitHalfMade(t *testing.T) {
 		t.Errorf("listed: %v", list)
 	}
 	b.Roots.Unmounting.Fail(nil)
-	fake.Until(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
+	must.Come(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
 }
 
 // A pod whose init has ended is not ready: nothing can join it.
@@ -363,7 +364,7 @@ func TestInitIsKilled(t *testing.T) {
 			if err := kill(b, p.Init().Seen(), id); err != nil {
 				t.Fatal(err)
 			}
-			fake.Until(t, "the pod not to be ready", func() bool { return b.PodStatus(t, id).State == notReady })
+			must.Come(t, "the pod not to be ready", func() bool { return b.PodStatus(t, id).State == notReady })
 			_, err = b.Containers.Create(t.Context(), p, fake.ContainerConfig("late"))
 			if !errors.Is(err, kind.State) {
 				t.Errorf("a container in it: %v", err)
@@ -398,7 +399,7 @@ func TestRemoveDuringCreate(t *testing.T) {
 	}()
 	<-launched
 	go func() { removed <- b.Pods.Remove(t.Context(), id) }()
-	fake.Until(t, "the stop of the pod", func() bool { return p.Record().Phase == records.PodStopped })
+	must.Come(t, "the stop of the pod", func() bool { return p.Record().Phase == records.PodStopped })
 	b.remove(b.RunPod(t, "other")) // takes longer than what is left of the removal
 	select {
 	case err := <-removed:

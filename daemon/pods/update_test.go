@@ -8,8 +8,8 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
-	"github.com/holdfast-cri/holdfast/daemon/fake"
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // What is noted of a pod is on record, and the pod is the same for whoever asks for it
@@ -56,5 +56,5 @@ func TestUpdate(t *testing.T) {
 			t.Errorf("got %v, want %v", err, want)
 		}
 	}
-	fake.Until(t, "the pod to go", func() bool { return b.Pods.Remove(t.Context(), id) == nil })
+	must.Come(t, "the pod to go", func() bool { return b.Pods.Remove(t.Context(), id) == nil })
 }

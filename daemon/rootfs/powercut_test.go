@@ -9,12 +9,12 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/proto/record"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func run(t testing.TB, name string, args ...string) {
@@ -26,14 +26,7 @@ func run(t testing.TB, name string, args ...string) {
 	}
 }
 
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(2 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("it never came: %s", what)
-		}
-	}
-}
+var eventually = must.Come
 
 func needLoop(t testing.TB) {
 	t.Helper()

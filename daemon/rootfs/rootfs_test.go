@@ -24,6 +24,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/mounts"
 	"github.com/holdfast-cri/holdfast/proto/record"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 var then = time.Date(2020, 2, 3, 4, 5, 6, 0, time.UTC)
@@ -999,13 +1000,7 @@ func TestScratch(t *testing.T) {
 	mount(t, s, d)
 }
 
-// check ends the test where something fails that it needs.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed
 
 // An overlay of another daemon may have a layer of the same digest. Whose directory it is
 // counts, and one that nobody can tell is taken for this store's.

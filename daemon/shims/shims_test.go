@@ -17,6 +17,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 var binary string // the real shim
@@ -95,14 +96,7 @@ func launch(t *testing.T, dir rundir.Dir) (rundir.Process, *client.Client, *ends
 	return id.Shim, c, e
 }
 
-func until(t *testing.T, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("never came: %s", what)
-		}
-	}
-}
+var until = must.Come
 
 // damages are what can happen to the files of a shim that lives.
 var damages = map[string]func(rundir.Dir) error{
@@ -309,10 +303,4 @@ func TestLaunchFails(t *testing.T) {
 	}
 }
 
-// check ends the test where something fails that it needs.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/proto/record"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func open(t *testing.T, root, state string) *Store {
@@ -139,10 +140,4 @@ func TestQuarantine(t *testing.T) {
 	}
 }
 
-// check ends the test where something fails that it needs.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed

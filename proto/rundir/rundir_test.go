@@ -11,9 +11,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/holdfast-cri/holdfast/proto/record"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func TestExitIsWrittenOnce(t *testing.T) {
@@ -164,11 +164,7 @@ func TestProcess(t *testing.T) {
 	}
 	check(t, cmd.Process.Kill())
 	// It is a zombie until it is waited for: dead, though its pid is taken.
-	for end := time.Now().Add(2 * time.Minute); p.Alive(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("a killed process stays alive")
-		}
-	}
+	must.Come(t, "the end of a killed process", func() bool { return !p.Alive() })
 	cmd.Wait()
 	if _, err := FindProcess(cmd.Process.Pid); !errors.Is(err, ErrNoProcess) {
 		t.Errorf("after the end: %v", err)
@@ -217,10 +213,4 @@ func TestExitWithoutPreparedFile(t *testing.T) {
 	}
 }
 
-// check ends the test where something fails that it needs.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed

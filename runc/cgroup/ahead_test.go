@@ -7,7 +7,6 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
 )
 
 // WaitAhead moves a process to where it is.
@@ -27,11 +26,7 @@ func TestWaitAhead(t *testing.T) {
 	for range 3 {
 		WaitAhead()
 	}
-	for end := time.Now().Add(10 * time.Second); waiting.Load(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("it waits for ever")
-		}
-	}
+	until(t, "the end of its wait", func() bool { return !waiting.Load() })
 	if after, err := os.ReadFile("/proc/self/cgroup"); err != nil || string(after) != string(before) {
 		t.Errorf("it was moved: %q, %v, before %q", after, err, before)
 	}

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // newCgroup makes a cgroup of the test's own in the hierarchies that matter.
@@ -85,14 +87,7 @@ func (c Set) join(t *testing.T, script string) *exec.Cmd {
 	return cmd
 }
 
-func until(t *testing.T, what string, done func() bool) {
-	t.Helper()
-	for end := time.Now().Add(2 * time.Minute); !done(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("never: %s", what)
-		}
-	}
-}
+var until = must.Come
 
 func TestNeverTheRoot(t *testing.T) {
 	for _, path := range []string{"/", "", "//", "/..", "/a/../..", "relative"} {
@@ -376,10 +371,4 @@ func TestRemoveIdle(t *testing.T) {
 	}
 }
 
-// check ends the test where something fails that it needs.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/shim/logfile"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 var headerFormat = regexp.MustCompile(`^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z (stdout|stderr) ([PF]) $`)
@@ -111,14 +112,7 @@ func wait(t testing.TB, what string, done <-chan struct{}) {
 	}
 }
 
-func until(t testing.TB, what string, done func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !done(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("%s: not after %v", what, patience)
-		}
-	}
-}
+var until = must.Come
 
 func isDone(c <-chan struct{}) bool {
 	select {

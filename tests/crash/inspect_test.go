@@ -19,6 +19,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // What lies below ROOT/images and ROOT/layers is read here as docs/images.md and
@@ -445,10 +446,4 @@ func settle(t *testing.T, n *harness.Node, d *depot) *holdings {
 	return nil
 }
 
-// check ends the test where something fails that it needs.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed

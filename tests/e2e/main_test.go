@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func TestMain(m *testing.M) {
@@ -63,10 +64,4 @@ func isProcess(pid int) bool {
 	return err == nil
 }
 
-// check ends the test where something fails that it needs.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed

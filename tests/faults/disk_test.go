@@ -78,7 +78,6 @@ type fullNode struct {
 	*harness.Node
 	*harness.Tally
 	disks map[string]disk
-	pod   *harness.Pod
 }
 
 // The disk of root, of state or of the logs is full, or has no inodes any more. What runs

@@ -17,6 +17,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func TestMain(m *testing.M) {
@@ -29,13 +30,7 @@ func TestMain(m *testing.M) {
 
 const patience = 3 * time.Minute
 
-// check ends the test where something fails that it needs.
-func check(t testing.TB, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
+var check = must.Succeed
 
 func isProcess(pid int) bool {
 	_, err := os.Stat(fmt.Sprintf("/proc/%d", pid))

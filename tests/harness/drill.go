@@ -1,7 +1,6 @@
 package harness
 
 import (
-	"fmt"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -59,7 +58,7 @@ func (d *Tally) Lost(what Loss, format string, args ...any) {
 	d.mu.Lock()
 	d.lost[what]++
 	d.mu.Unlock()
-	d.t.Error(fmt.Sprintf(format, args...))
+	d.t.Errorf(format, args...)
 }
 
 // CheckClean is that of a node, and counts a leak. Whatever holdfastctl doctor finds is

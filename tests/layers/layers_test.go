@@ -199,7 +199,7 @@ var ofTheModule = map[string][]string{
 	"daemon/fake": {
 		"daemon/claims", "daemon/containers", "daemon/events", "daemon/pods", "daemon/records", "daemon/runtimes",
 		"daemon/shims", "daemon/spec", "daemon/state", "proto", "proto/kind", "proto/record", "proto/rundir",
-		"proto/stream", "reaper/pidfd", "runc",
+		"proto/stream", "reaper/pidfd", "runc", "tests/must",
 	},
 
 	"daemon/cdi":     {"daemon/beneath", "proto/kind"},
