@@ -152,6 +152,7 @@ func second(_ int, err error) error { return err }
 var (
 	fds    = entry{name: "checkpoint/descriptors.json", body: `["/dev/null","pipe:[1]","pipe:[2]"]`}
 	config = entry{name: "config.dump", body: `{"id":"a","name":"b"}`}
+	host   = entry{name: "checkpoint/utsns-1.img", body: "12345678\x00\x00\x00\x00"}
 	spec   = entry{name: "spec.dump", body: `{"process":{"args":["sh"]},"linux":{}}`}
 )
 
@@ -172,6 +173,8 @@ func TestUnpack(t *testing.T) {
 		"twice":          {[]entry{fds, fds}, ""},
 		"no descriptors": {[]entry{{name: "checkpoint/core-1.img"}}, ""},
 		"descriptors":    {[]entry{{name: fds.name, body: `["a","b","c","pipe:[9]"]`}}, ""},
+		"a long name":    {[]entry{fds, {name: "checkpoint/" + strings.Repeat("x", 256)}}, ""},
+		"a host twice":   {[]entry{fds, host, host}, ""},
 		"a short host":   {[]entry{fds, {name: "checkpoint/utsns-1.img", body: "x"}}, ""},
 	} {
 		dir := t.TempDir()

@@ -2,12 +2,11 @@ package checkpoint
 
 import (
 	"encoding/binary"
+	"errors"
 	"io"
-	"os"
 	"path"
 	"strings"
 
-	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
@@ -44,12 +43,11 @@ func (s *Source) putNames(to, hostname string, size int64, r io.Reader) error {
 	if b, err = withHostname(b, hostname); err != nil {
 		return s.bad("%.200q: %w", path.Base(to), err)
 	}
-	f, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
-	if err != nil {
-		return err
+	f, err := s.create(to)
+	if err == nil {
+		_, err = f.Write(b)
+		err = errors.Join(err, f.Close())
 	}
-	defer f.Close()
-	_, err = f.Write(b)
 	return err
 }
 

@@ -276,15 +276,26 @@ func (s *Source) Unpack(ctx context.Context, dir, hostname string) (whiteouts []
 	return whiteouts, err
 }
 
+// create makes the file of a member.
+func (s *Source) create(to string) (*os.File, error) {
+	f, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
+	switch {
+	case errors.Is(err, fs.ErrExist):
+		return nil, s.bad("%.200q is in it twice", filepath.Base(to))
+	case errors.Is(err, unix.ENAMETOOLONG):
+		return nil, s.bad("%.200q: %w", filepath.Base(to), unix.ENAMETOOLONG)
+	case err != nil:
+		return nil, fmt.Errorf("cannot unpack the %s: %w", s, err)
+	}
+	return f, nil
+}
+
 // put writes a member. Its holes, and what is as good as one, stay holes: a checkpoint that
 // takes no room on one disk is to take none on the other.
 func (s *Source) put(ctx context.Context, to string, size int64, r io.Reader) error {
-	f, err := os.OpenFile(to, os.O_WRONLY|os.O_CREATE|os.O_EXCL|unix.O_NOFOLLOW, 0o600)
-	if errors.Is(err, fs.ErrExist) {
-		return s.bad("%.200q is in it twice", filepath.Base(to))
-	}
+	f, err := s.create(to)
 	if err != nil {
-		return fmt.Errorf("cannot unpack the %s: %w", s, err)
+		return err
 	}
 	w := &Spare{File: f}
 	err = copyN(ctx, w, r, size)
