@@ -18,6 +18,9 @@ func (m *Manager) Exec(ctx context.Context, r *runtimeapi.ExecRequest) (string, 
 	if err := c.running(); err != nil {
 		return "", err
 	}
+	if err := c.callable(ctx); err != nil {
+		return "", err
+	}
 	return m.Sessions.URL(ctx, stream.Request{
 		Kind:   stream.Exec,
 		ID:     c.ID(),
@@ -49,6 +52,9 @@ func (m *Manager) Attach(ctx context.Context, r *runtimeapi.AttachRequest) (stri
 	if err := c.running(); err != nil {
 		return "", err
 	}
+	if err := c.callable(ctx); err != nil {
+		return "", err
+	}
 	return m.Sessions.URL(ctx, stream.Request{
 		Kind:   stream.Attach,
 		ID:     c.ID(),
@@ -58,4 +64,17 @@ func (m *Manager) Attach(ctx context.Context, r *runtimeapi.AttachRequest) (stri
 		Stderr: r.GetStderr(),
 		TTY:    r.GetTty(),
 	})
+}
+
+// callable makes sure that the shim can be called by whoever brings the token: that one knows
+// nothing but its socket, which somebody may have removed.
+func (c *Container) callable(ctx context.Context) error {
+	err := c.call(ctx, func() error {
+		conn, err := c.dir.Dial(ctx)
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	})
+	return kind.As(kind.Unavailable, err)
 }

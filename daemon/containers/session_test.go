@@ -2,6 +2,7 @@ package containers_test
 
 import (
 	"errors"
+	"os"
 	"reflect"
 	"strings"
 	"testing"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/fake"
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/proto/stream"
 )
 
@@ -100,4 +102,27 @@ func TestSessions(t *testing.T) {
 			t.Errorf("%s: %q, %v\n%+v, want\n%+v", name, url, err, asked, c.want)
 		}
 	}
+}
+
+// Whoever brings the token finds the shim, although somebody has removed its socket.
+func TestSessionWithoutSocket(t *testing.T) {
+	b := newBed(t)
+	id := b.run("c", fake.Sleeps...)
+	for _, open := range []func() error{
+		func() error {
+			_, err := b.Containers.Exec(t.Context(), &runtimeapi.ExecRequest{ContainerId: id, Cmd: []string{"true"}})
+			return err
+		},
+		func() error {
+			_, err := b.Containers.Attach(t.Context(), &runtimeapi.AttachRequest{ContainerId: id, Stdout: true})
+			return err
+		},
+	} {
+		check(t, os.Remove(b.Dir(id).Path(rundir.SocketName)))
+		check(t, open())
+		conn, err := b.Dir(id).Dial(t.Context())
+		check(t, err)
+		conn.Close()
+	}
+	b.remove(id)
 }
