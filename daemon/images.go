@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strconv"
@@ -60,7 +61,7 @@ func field(name string, err error) error {
 }
 
 // Hold finds an image for a container, see containers.Images.
-func (i *Images) Hold(ctx context.Context, name, ref string) (containers.Image, func(), error) {
+func (i *Images) Hold(ctx context.Context, name, ref, named string) (containers.Image, func(), error) {
 	img, ok := i.Get(ref)
 	if !ok {
 		return containers.Image{}, nil, kind.Errorf(kind.NotFound, "%s: %q is not here: pull it first", name, ref)
@@ -72,7 +73,7 @@ func (i *Images) Hold(ctx context.Context, name, ref string) (containers.Image, 
 	}
 	return containers.Image{
 		ID:     img.ID,
-		Ref:    digestReference(img, ref),
+		Ref:    digestReference(img, cmp.Or(named, ref)),
 		Config: img.Config,
 		Layers: img.DiffIDs,
 
@@ -87,16 +88,14 @@ func (i *Images) Unwanted(layers []digest.Digest) {
 	}
 }
 
-// digestReference is what a container's status calls its image: the digest
-// reference of the name it was asked for by, or else the id.
-func digestReference(img image.Image, asked string) string {
-	name := asked
-	if i := strings.LastIndexAny(name, ":@"); i > strings.LastIndex(name, "/") {
-		name = name[:i]
-	}
-	for _, d := range img.RepoDigests {
-		if strings.HasPrefix(d, name+"@") {
-			return d
+// digestReference is what a container's status calls its image: the digest reference in the
+// repository that the user named, or else any, or else the id.
+func digestReference(img image.Image, named string) string {
+	if repository := image.Repository(named); repository != "" {
+		for _, d := range img.RepoDigests {
+			if strings.HasPrefix(d, repository+"@") {
+				return d
+			}
 		}
 	}
 	if len(img.RepoDigests) > 0 {

@@ -131,7 +131,7 @@ func (b *builder) holdImages(ctx context.Context) error {
 			continue
 		}
 		field := "config.mounts[" + strconv.Itoa(i) + "].image"
-		img, release, err := b.m.Images.Hold(ctx, field, m.GetImage().GetImage())
+		img, release, err := b.m.Images.Hold(ctx, field, m.GetImage().GetImage(), "")
 		if err != nil {
 			return err
 		}

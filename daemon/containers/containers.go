@@ -51,7 +51,7 @@ type Pod interface {
 // Image is an image that is here.
 type Image struct {
 	ID     string
-	Ref    string // a digest reference where there is one
+	Ref    string // a digest reference where there is one, of the repository that the user named
 	Config ocispec.ImageConfig
 	Layers []digest.Digest // diff ids, base first
 	// Checkpoint is the name of the container that the image is a checkpoint of; empty: it
@@ -62,8 +62,9 @@ type Image struct {
 // Images gives images to containers.
 type Images interface {
 	// Hold finds an image and unpacks what is missing of it. Its layers stay
-	// until release is called. field is that of the request, for errors.
-	Hold(ctx context.Context, field, ref string) (img Image, release func(), err error)
+	// until release is called. field is that of the request, for errors; named is
+	// what the user calls the image, if that is not ref.
+	Hold(ctx context.Context, field, ref, named string) (img Image, release func(), err error)
 	// Unwanted says that a container has gone that used these layers.
 	Unwanted(layers []digest.Digest)
 }

@@ -62,7 +62,7 @@ func (m *Manager) holdImage(ctx context.Context, cfg *runtimeapi.ContainerConfig
 			return img, nil, nil, fmt.Errorf("%s: %w", field, err)
 		}
 	default:
-		img, release, err = m.Images.Hold(ctx, field, ref)
+		img, release, err = m.Images.Hold(ctx, field, ref, cfg.GetImage().GetUserSpecifiedImage())
 		if err != nil || img.Checkpoint == "" {
 			return img, release, nil, err
 		}
@@ -123,7 +123,7 @@ func (m *Manager) holdBase(ctx context.Context, field string, c checkpoint.Confi
 		if ref == "" || filepath.IsAbs(ref) {
 			continue
 		}
-		img, release, err := m.Images.Hold(ctx, field, ref)
+		img, release, err := m.Images.Hold(ctx, field, ref, "")
 		if err == nil && img.Checkpoint != "" {
 			release()
 			err = kind.Errorf(kind.Invalid, "%s: %.200q, of which the checkpoint was made, is a checkpoint", field, ref)

@@ -77,7 +77,7 @@ type checkpointImages struct {
 	layer string
 }
 
-func (i checkpointImages) Hold(context.Context, string, string) (Image, func(), error) {
+func (i checkpointImages) Hold(context.Context, string, string, string) (Image, func(), error) {
 	return Image{Checkpoint: "c", Layers: []digest.Digest{"a"}}, func() {}, nil
 }
 

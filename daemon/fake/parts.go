@@ -35,7 +35,7 @@ type Images struct {
 const Layer digest.Digest = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
 
 // Hold gives the image.
-func (i *Images) Hold(_ context.Context, field, ref string) (containers.Image, func(), error) {
+func (i *Images) Hold(_ context.Context, field, ref, _ string) (containers.Image, func(), error) {
 	if ref != "image" {
 		return containers.Image{}, nil, kind.Errorf(kind.NotFound, "%s: %q is not here", field, ref)
 	}

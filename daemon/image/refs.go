@@ -28,6 +28,16 @@ func parse(ref string) (reference.Named, error) {
 	return n, nil
 }
 
+// Repository gives the full name of the repository in a name as users write it; empty: it is no
+// name of an image.
+func Repository(ref string) string {
+	n, err := parse(ref)
+	if err != nil {
+		return ""
+	}
+	return n.Name()
+}
+
 // refRecord is the truth about one reference: refs/HASH.json.
 type refRecord struct {
 	Ref string `json:"ref"` // name:tag or name@digest, in full
