@@ -5,12 +5,14 @@
 package claims
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/holdfast-cri/holdfast/proto/kind"
@@ -55,6 +57,7 @@ type Claim struct {
 	err  error         // why it failed; set before done is closed
 
 	making  Creation
+	waiting atomic.Int32  // callers that wait for the object
 	giving  Lock          // held by whoever gives the object, or withdraws it
 	given   chan struct{} // closed when somebody got the object; under giving
 	removed bool          // nobody gets it any more; guarded by giving
@@ -134,7 +137,8 @@ func (t *Table) Close() {
 // Once makes the object of a name unless that was done already, and gives its id.
 // The attempt goes on when ctx ends: it belongs to the name, not to the caller. What
 // it has made waits for somebody to ask again, and is removed when nobody does. The
-// same name with another fingerprint is kind.Exists.
+// same name with another fingerprint is kind.Exists, as long as somebody has the object
+// or waits for it; else it takes the place of what nobody came for.
 func (t *Table) Once(ctx context.Context, n Name, making Creation) (string, error) {
 	for {
 		c, err := t.join(n, making)
@@ -142,26 +146,69 @@ func (t *Table) Once(ctx context.Context, n Name, making Creation) (string, erro
 			return "", err
 		}
 		if c.Fingerprint != "" && c.Fingerprint != n.Fingerprint {
-			return "", kind.Errorf(kind.Exists,
-				"metadata: %s exists already, as %s, with another config: remove it, or ask for another attempt",
-				n.Name, c.ID)
+			if err := t.replace(ctx, c); err != nil {
+				return "", err
+			}
+			continue
 		}
-		select {
-		case <-c.done:
-			err := c.err
-			if err == nil {
-				err = c.give(ctx)
-			}
-			if err == errAgain {
-				continue
-			}
+		if err = c.await(ctx); err != errAgain {
 			return c.ID, err
-		case <-ctx.Done():
-			return "", kind.Errorf(kind.Unavailable,
-				"%s has been at %q for %s and goes on; ask again for its result: %w",
-				n.Name, c.reached(), time.Since(c.Since).Round(time.Millisecond), ctx.Err())
 		}
 	}
+}
+
+// await waits for an attempt and makes the object known. It is errAgain if that is nobody's
+// any more.
+func (c *Claim) await(ctx context.Context) error {
+	c.waiting.Add(1)
+	defer c.waiting.Add(-1)
+	if err := c.over(ctx); err != nil || c.err != nil {
+		return cmp.Or(err, c.err)
+	}
+	return c.give(ctx)
+}
+
+// over waits until the attempt is over.
+func (c *Claim) over(ctx context.Context) error {
+	select {
+	case <-c.done:
+		return nil
+	case <-ctx.Done():
+		return kind.Errorf(kind.Unavailable,
+			"%s has been at %q for %s and goes on; ask again for its result: %w",
+			c.Name.Name, c.reached(), time.Since(c.Since).Round(time.Millisecond), ctx.Err())
+	}
+}
+
+// replace removes what was made of another config, when that is done, if nobody came for it. A
+// kubelet that gave up waiting may ask again with another one: a plugin of the network has
+// changed the annotations of the pod meanwhile.
+func (t *Table) replace(ctx context.Context, c *Claim) error {
+	exists := func() error {
+		if c.waiting.Load() == 0 && !closed(c.given) {
+			return nil
+		}
+		return kind.Errorf(kind.Exists,
+			"metadata: %s exists already, as %s, with another config: remove it, or ask for another attempt",
+			c.Name.Name, c.ID)
+	}
+	if err := exists(); err != nil {
+		return err
+	}
+	if err := c.over(ctx); err != nil || c.err != nil {
+		return err // a name whose attempt has failed is free
+	}
+	if err := exists(); err != nil {
+		return err
+	}
+	remove := t.withdraw(ctx, c)
+	if remove == nil {
+		return ctx.Err() // or somebody has it by now
+	}
+	t.log.Info("removing what was made and is asked for with another config", "name", c.Name.Name, "id", c.ID)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), createLimit)
+	defer cancel()
+	return remove(ctx)
 }
 
 // give makes the object known. It is errAgain if nobody came for it in time.

@@ -161,6 +161,58 @@ func TestRemovedWhenNobodyAsksAgain(t *testing.T) {
 	}
 }
 
+// Another config takes the place of what nobody came for, once that is made, and not of what
+// somebody has or waits for.
+func TestReplacesWhatNobodyHas(t *testing.T) {
+	table, other := newTable(), Name{Name: "x", Fingerprint: "other"}
+	gone, cancel := context.WithCancel(t.Context())
+	making, proceed, removed := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	first := make(chan error)
+	go func() {
+		_, err := table.Once(gone, Name{Name: "x", Fingerprint: "first"}, Creation{
+			Make:   func(context.Context, *Claim) error { close(making); <-proceed; return nil },
+			Give:   func(context.Context) error { t.Error("it was given to nobody"); return nil },
+			Remove: func(context.Context) error { close(removed); return nil },
+		})
+		first <- err
+	}()
+	<-making
+	if _, err := table.Once(t.Context(), other, succeed); !errors.Is(err, kind.Exists) {
+		t.Errorf("somebody waits for the first one, and another config gets %v", err)
+	}
+	cancel()
+	if err := <-first; !errors.Is(err, kind.Unavailable) {
+		t.Errorf("a caller that gave up: %v", err)
+	}
+	impatient, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := table.Once(impatient, other, succeed); !errors.Is(err, kind.Unavailable) {
+		t.Errorf("the first one is still being made, and an impatient caller gets %v", err)
+	}
+	second := make(chan string)
+	go func() {
+		id, err := table.Once(t.Context(), other, by(func(context.Context, *Claim) error { <-removed; return nil }))
+		if err != nil {
+			t.Error(err)
+		}
+		second <- id
+	}()
+	close(proceed)
+	id := <-second
+	if again, err := table.Once(t.Context(), other, Creation{}); err != nil || again != id || id == "" {
+		t.Errorf("got %q, and then %q, %v", id, again, err)
+	}
+	if _, err := table.Once(t.Context(), Name{Name: "x", Fingerprint: "third"}, succeed); !errors.Is(err, kind.Exists) {
+		t.Errorf("somebody has the second one, and another config gets %v", err)
+	}
+	busy := errors.New("busy")
+	abandon(t, table, Name{Name: "y", Fingerprint: "first"}, Creation{Remove: func(context.Context) error { return busy }})
+	if _, err := table.Once(t.Context(), Name{Name: "y", Fingerprint: "other"}, succeed); !errors.Is(err, busy) {
+		t.Errorf("what cannot be removed: %v", err)
+	}
+	table.Close()
+}
+
 // A closed table waits for nobody to come.
 func TestCloseKeepsWhatNobodyHas(t *testing.T) {
 	table := newTable()

@@ -8,8 +8,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
@@ -56,7 +58,7 @@ func (m *Manager) CreateFrom(ctx context.Context, pod Pod, cfg *runtimeapi.Conta
 	if err := m.checkHandlers(cfg); err != nil {
 		return "", err
 	}
-	parts := []any{cfg}
+	parts := []any{identity(cfg)}
 	if archive != nil {
 		parts = append(parts, archive.String())
 	}
@@ -100,6 +102,25 @@ func (m *Manager) CreateFrom(ctx context.Context, pod Pod, cfg *runtimeapi.Conta
 			name.Name, id)
 	}
 	return id, nil
+}
+
+// terminationPath is the annotation in which a kubelet says where in the container its program
+// may leave its last words.
+const terminationPath = "io.kubernetes.container.terminationMessagePath"
+
+// identity is what makes requests for a container the same one. A kubelet has made another file
+// for the last words when it asks again; the container keeps the one that it was made with, and
+// its status says which.
+func identity(cfg *runtimeapi.ContainerConfig) *runtimeapi.ContainerConfig {
+	at := cfg.GetAnnotations()[terminationPath]
+	for i, m := range slices.Backward(cfg.GetMounts()) { // the kubelet's own comes last
+		if m.GetContainerPath() == at && m.GetImage() == nil {
+			same := proto.CloneOf(cfg)
+			same.Mounts[i].HostPath = filepath.Dir(m.GetHostPath())
+			return same
+		}
+	}
+	return cfg
 }
 
 // create makes the container that a claim is for.

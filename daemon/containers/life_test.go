@@ -236,6 +236,42 @@ func TestOneName(t *testing.T) {
 	}
 }
 
+// A kubelet that asks again has made another file for the last words of the container. All
+// else of the request is to be the same.
+func TestAskedAgainWithAnotherFile(t *testing.T) {
+	b := newBed(t)
+	dir, other := t.TempDir(), t.TempDir()
+	config := func(file string) *runtimeapi.ContainerConfig {
+		c := fake.ContainerConfig("c")
+		c.Annotations = map[string]string{"io.kubernetes.container.terminationMessagePath": "/end"}
+		c.Mounts = []*runtimeapi.Mount{
+			{HostPath: dir, ContainerPath: "/data"},
+			{HostPath: filepath.Join(dir, file), ContainerPath: "/end"},
+		}
+		return c
+	}
+	first, err := b.Containers.Create(t.Context(), b.pod(), config("first"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	second, err := b.Containers.Create(t.Context(), b.pod(), config("second"))
+	if err != nil || second != first {
+		t.Errorf("got %s and %s, %v", first, second, err)
+	}
+	r, err := b.Containers.Status(first, false)
+	if err != nil || r.Status.Mounts[1].HostPath != filepath.Join(dir, "first") {
+		t.Errorf("the status is %v, %v", r, err)
+	}
+	for i, path := range []string{other, filepath.Join(other, "first")} {
+		c := config("first")
+		c.Mounts[i].HostPath = path
+		if _, err := b.Containers.Create(t.Context(), b.pod(), c); !errors.Is(err, kind.Exists) {
+			t.Errorf("with another mount[%d]: %v", i, err)
+		}
+	}
+	b.remove(first)
+}
+
 // A creation that fails at any point leaves nothing, and its name is free.
 func TestCreateFails(t *testing.T) {
 	broken := errors.New("broken")

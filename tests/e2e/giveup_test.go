@@ -50,11 +50,10 @@ func (g gate) giveUp(t *testing.T, call func(context.Context) error) {
 	g.touch(t)
 }
 
-// What was made for a caller that has gone away is not listed, is given to the next
-// one that asks for it, and does not outlive the daemon.
-func TestCallerGivesUp(t *testing.T) {
-	t.Parallel()
-	adding, creating := newGate(t, "add"), newGate(t, "create")
+// newGates makes a node whose network plugin and OCI runtime, the handler "slow", can be held up.
+func newGates(t *testing.T) (n *harness.Node, adding, creating gate) {
+	t.Helper()
+	adding, creating = newGate(t, "add"), newGate(t, "create")
 	adding.touch(t)
 	creating.touch(t)
 	bin, err := harness.Binaries()
@@ -63,12 +62,19 @@ func TestCallerGivesUp(t *testing.T) {
 	script := "#!/bin/sh\ncase \" $* \" in *' create '*) " + creating.hold() + " ;; esac\nexec " + bin +
 		"/runc \"$@\"\n"
 	check(t, os.WriteFile(runtime, []byte(script), 0o755))
-	n := harness.New(t, harness.Options{
+	return harness.New(t, harness.Options{
 		Config: fmt.Sprintf("[runtimes.slow]\npath = %q\n", runtime),
 		Plugins: map[string]string{
 			"slow": "#!/bin/sh\n[ \"$CNI_COMMAND\" != ADD ] || { " + adding.hold() + "; }\nexec " + bin + "/cni/portmap\n",
 		},
-	})
+	}), adding, creating
+}
+
+// What was made for a caller that has gone away is not listed, is given to the next
+// one that asks for it, and does not outlive the daemon.
+func TestCallerGivesUp(t *testing.T) {
+	t.Parallel()
+	n, adding, creating := newGates(t)
 	config := n.PodConfig("pod")
 	run := func(ctx context.Context) (string, error) {
 		r, err := n.Runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: config, RuntimeHandler: "slow"})
@@ -134,6 +140,43 @@ func TestCallerGivesUp(t *testing.T) {
 	}
 	if _, err := n.Runtime.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: c.ContainerId}); err != nil {
 		t.Error(err)
+	}
+	n.RemoveAllPods()
+	n.CheckClean()
+}
+
+// A kubelet that gave up may ask again with another config, as network plugins change the
+// annotations of pods. It gets what it asks for now, and nothing is left of the other.
+func TestCallerAsksForAnother(t *testing.T) {
+	t.Parallel()
+	n, adding, creating := newGates(t)
+	ctx, cancel := harness.Deadline()
+	defer cancel()
+	pod := &cri.RunPodSandboxRequest{Config: n.PodConfig("pod"), RuntimeHandler: "slow"}
+	adding.giveUp(t, func(ctx context.Context) error { _, err := n.Runtime.RunPodSandbox(ctx, pod); return err })
+	pod.Config.Annotations = map[string]string{"address": "known"}
+	p, err := n.Runtime.RunPodSandbox(ctx, pod)
+	check(t, err)
+	s, err := n.Runtime.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: p.PodSandboxId})
+	if err != nil || s.Status.Annotations["address"] != "known" {
+		t.Errorf("the pod is %v, %v", s, err)
+	}
+	c := &cri.CreateContainerRequest{
+		PodSandboxId:  p.PodSandboxId,
+		Config:        harness.ContainerConfig("c", []string{"sleep", "1000"}),
+		SandboxConfig: pod.Config,
+	}
+	creating.giveUp(t, func(ctx context.Context) error { _, err := n.Runtime.CreateContainer(ctx, c); return err })
+	c.Config.Labels = map[string]string{"is": "another"}
+	_, err = n.Runtime.CreateContainer(ctx, c)
+	check(t, err)
+	list, err := n.Runtime.ListContainers(ctx, &cri.ListContainersRequest{})
+	if err != nil || len(list.Containers) != 1 || list.Containers[0].Labels["is"] != "another" {
+		t.Errorf("the containers are %v, %v", list, err)
+	}
+	pods, err := n.Runtime.ListPodSandbox(ctx, &cri.ListPodSandboxRequest{})
+	if err != nil || len(pods.Items) != 1 {
+		t.Errorf("the pods are %v, %v", pods, err)
 	}
 	n.RemoveAllPods()
 	n.CheckClean()
