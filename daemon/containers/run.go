@@ -126,10 +126,8 @@ func (c *Container) stop(ctx context.Context, grace time.Duration, who string) e
 		c.journal(records.Stopping, time.Now(), "%s: SIGKILL at once", who)
 	}
 	c.interruptCheckpoint(who)
-	if err := c.call(ctx, func() error { return c.client.Stop(ctx, signal, grace) }); err != nil {
-		if c.readExit() {
-			return nil
-		}
+	err := c.call(ctx, func() error { return c.client.Stop(ctx, signal, grace) })
+	if err != nil && !c.readExit() {
 		return err
 	}
 	if err := step.Reach(step.ContainerStopping); err != nil {

@@ -174,6 +174,7 @@ func New(t T, opts ...Options) *Node {
 	if n.ids, err = watchIDs(n.Root, n.State); err != nil {
 		t.Fatalf("%v", err)
 	}
+	n.noteStrangers()
 	n.Start()
 	n.adoptCgroupDriver()
 	n.Pull(Image)
