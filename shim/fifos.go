@@ -135,16 +135,12 @@ func reopen(f *os.File, flags int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
-func (x *fifoExec) child() runc.IO {
-	return runc.IO{Stdin: x.files.theirs[0], Stdout: x.files.theirs[1], Stderr: x.files.theirs[2]}
-}
+func (x *fifoExec) child() runc.IO { return x.files.child() }
 
 // begin starts to copy. A terminal is read even if nobody wants its output, as its
 // process would wait otherwise.
 func (x *fifoExec) begin(master *os.File) {
-	closeAll(x.files.theirs[:]...)
-	x.files.theirs = [3]*os.File{}
-	x.files.master = master
+	x.files.passed(master)
 	if x.terminal && master != nil {
 		for i, wanted := range []bool{x.in != nil, true} {
 			if !wanted {

@@ -64,9 +64,7 @@ func (o *outlets) close() {
 			o.close()
 		}
 	}
-	if o.stdin != nil {
-		o.stdin.Close()
-	}
+	closeAll(o.stdin)
 }
 
 const (
@@ -100,9 +98,7 @@ func newOutlet(path, field string, limit uint64) (*outlet, error) {
 		}
 	}
 	if o.r, o.child, err = os.Pipe(); err != nil {
-		if o.w != nil {
-			o.w.Close()
-		}
+		closeAll(o.w)
 		return nil, fmt.Errorf("cannot make %s of an exec: %w", field, err)
 	}
 	return o, nil
@@ -175,8 +171,5 @@ func (o *outlet) close() {
 		o.child.Close()
 		close(o.done)
 	})
-	o.r.Close()
-	if o.w != nil {
-		o.w.Close()
-	}
+	closeAll(o.r, o.w)
 }

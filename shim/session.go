@@ -79,12 +79,22 @@ func (f *files) message() (m session.Message, list []*os.File) {
 	}}, list
 }
 
+// closeAll closes those of the files that are not nil.
 func closeAll(files ...*os.File) {
 	for _, f := range files {
-		if f != nil {
-			f.Close()
-		}
+		f.Close()
 	}
+}
+
+func (f *files) child() runc.IO {
+	return runc.IO{Stdin: f.theirs[0], Stdout: f.theirs[1], Stderr: f.theirs[2]}
+}
+
+// passed is called when the process has its ends, or never will.
+func (f *files) passed(master *os.File) {
+	closeAll(f.theirs[:]...)
+	f.theirs = [3]*os.File{}
+	f.master = master
 }
 
 func (f *files) close() {
@@ -205,16 +215,12 @@ type execSession struct {
 	isOver  bool
 }
 
-func (s *execSession) child() runc.IO {
-	return runc.IO{Stdin: s.files.theirs[0], Stdout: s.files.theirs[1], Stderr: s.files.theirs[2]}
-}
+func (s *execSession) child() runc.IO { return s.files.child() }
 
 func (s *execSession) begin(master *os.File) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	closeAll(s.files.theirs[:]...)
-	s.files.theirs = [3]*os.File{}
-	s.files.master = master
+	s.files.passed(master)
 }
 
 // drain leaves the rest of the output to the client, for whom the lease runs once more.
