@@ -193,18 +193,9 @@ func (k *kubelet) story(name string) {
 	k.awaitExit(stays)
 	k.life = stopped
 	k.checkEnds(ends, stays)
-	k.do("RemoveContainer", func(ctx context.Context) error {
-		_, err := k.n.Runtime.RemoveContainer(ctx, &cri.RemoveContainerRequest{ContainerId: stays.ID})
-		return err
-	})
-	k.do("StopPodSandbox", func(ctx context.Context) error {
-		_, err := k.n.Runtime.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: pod.ID})
-		return err
-	})
-	k.do("RemovePodSandbox", func(ctx context.Context) error {
-		_, err := k.n.Runtime.RemovePodSandbox(ctx, &cri.RemovePodSandboxRequest{PodSandboxId: pod.ID})
-		return err
-	})
+	k.removeContainer(stays.ID)
+	k.stopPod(pod.ID)
+	k.removePod(pod.ID)
 	k.do("RemoveImage", func(ctx context.Context) error { return remove(ctx, k.n, image) })
 	k.clean()
 }

@@ -389,20 +389,11 @@ func (k *kubelet) live(name string) {
 	k.checkLiving(pod, ends, stays)
 	wantEnd(ends.ID)
 	k.disturb(stays, k.life)
-	k.do("StopPodSandbox", func(ctx context.Context) error {
-		_, err := k.n.Runtime.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: pod.ID})
-		return err
-	})
+	k.stopPod(pod.ID)
 	k.checkEnds(ends, stays)
 	// The other container is removed with the pod.
-	k.do("RemoveContainer", func(ctx context.Context) error {
-		_, err := k.n.Runtime.RemoveContainer(ctx, &cri.RemoveContainerRequest{ContainerId: ends.ID})
-		return err
-	})
-	k.do("RemovePodSandbox", func(ctx context.Context) error {
-		_, err := k.n.Runtime.RemovePodSandbox(ctx, &cri.RemovePodSandboxRequest{PodSandboxId: pod.ID})
-		return err
-	})
+	k.removeContainer(ends.ID)
+	k.removePod(pod.ID)
 	k.checkHappened()
 	if k.life == inSession {
 		k.dropTokens()
@@ -512,10 +503,7 @@ func (k *kubelet) restorePod(c *harness.Container, dir string) {
 		return err
 	})
 	k.eventually("the restored container goes on", func() bool { return len(r.Log()) > 2 })
-	k.do("RemovePodSandbox", func(ctx context.Context) error {
-		_, err := k.n.Runtime.RemovePodSandbox(ctx, &cri.RemovePodSandboxRequest{PodSandboxId: p.ID})
-		return err
-	})
+	k.removePod(p.ID)
 }
 
 // save makes a checkpoint of a container. Whenever that fails, the container goes on, and
@@ -630,6 +618,30 @@ func (k *kubelet) revive() {
 			return
 		}
 	}
+}
+
+func (k *kubelet) removeContainer(id string) {
+	k.t.Helper()
+	k.do("RemoveContainer", func(ctx context.Context) error {
+		_, err := k.n.Runtime.RemoveContainer(ctx, &cri.RemoveContainerRequest{ContainerId: id})
+		return err
+	})
+}
+
+func (k *kubelet) stopPod(id string) {
+	k.t.Helper()
+	k.do("StopPodSandbox", func(ctx context.Context) error {
+		_, err := k.n.Runtime.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: id})
+		return err
+	})
+}
+
+func (k *kubelet) removePod(id string) {
+	k.t.Helper()
+	k.do("RemovePodSandbox", func(ctx context.Context) error {
+		_, err := k.n.Runtime.RemovePodSandbox(ctx, &cri.RemovePodSandboxRequest{PodSandboxId: id})
+		return err
+	})
 }
 
 // do repeats a call until it succeeds.
@@ -776,13 +788,7 @@ func (k *kubelet) eventually(what string, f func() bool) {
 // killShim kills the shim of a container, which the daemon has to bury.
 func (k *kubelet) killShim(c *harness.Container) {
 	k.t.Helper()
-	pid := k.n.ShimPIDs()[c.ID]
-	if pid == 0 {
-		k.t.Fatal("cannot find the shim")
-	}
-	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
-		k.t.Fatal(err)
-	}
+	check(k.t, unix.Kill(c.ShimPID(), unix.SIGKILL))
 	k.awaitExit(c)
 }
 

@@ -39,8 +39,8 @@ func TestDamagedLocks(t *testing.T) {
 			check(t, os.Remove(path))
 			check(t, os.MkdirAll(filepath.Join(path, "in", "the", "way"), 0o700))
 			n.Start()
-			if s := run.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING || !isProcess(pid) {
-				t.Errorf("the container is %s, alive: %v", s.State, isProcess(pid))
+			if s := run.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING || !harness.IsProcess(pid) {
+				t.Errorf("the container is %s, alive: %v", s.State, harness.IsProcess(pid))
 			}
 			run.Pod.Remove()
 			n.CheckClean()

@@ -118,7 +118,7 @@ func TestDamagedFiles(t *testing.T) {
 
 func checkSurvivors(t *testing.T, running, ended *harness.Container, before *cri.ContainerStatus, pid int) {
 	t.Helper()
-	if !isProcess(pid) {
+	if !harness.IsProcess(pid) {
 		t.Fatal("the running container was killed")
 	}
 	r, e := running.With(t), ended.With(t)
@@ -197,7 +197,7 @@ func TestLostRecords(t *testing.T) {
 		}
 	}
 	n.Start()
-	if !isProcess(pid) {
+	if !harness.IsProcess(pid) {
 		t.Fatal("the container was killed")
 	}
 	if s := c.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING || s.StartedAt != before.StartedAt ||
@@ -234,8 +234,8 @@ func TestTwoRecordsOneName(t *testing.T) {
 		check(t, record.Write(filepath.Join(dir, "record.json"), body, false))
 	}
 	n.Start()
-	if s := c.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING || !isProcess(pid) {
-		t.Errorf("the real container is %s, alive: %v", s.State, isProcess(pid))
+	if s := c.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING || !harness.IsProcess(pid) {
+		t.Errorf("the real container is %s, alive: %v", s.State, harness.IsProcess(pid))
 	}
 	if s := pod.Status(); s.State != cri.PodSandboxState_SANDBOX_READY || s.GetNetwork().GetIp() == "" {
 		t.Errorf("the real pod is %v", s)

@@ -111,13 +111,7 @@ func TestDoctorKnowsPulls(t *testing.T) {
 		}
 		return false
 	})
-	pulled := make(chan error, 1)
-	go func() {
-		ctx, cancel := harness.Deadline()
-		defer cancel()
-		_, err := n.Images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}})
-		pulled <- err
-	}()
+	pulled := beginPull(n, ref)
 	<-reached
 	for _, kill := range []bool{false, true} {
 		if kill {
@@ -355,7 +349,7 @@ func TestExplain(t *testing.T) {
 	pod.Run("last", []string{"sleep", "100000"})
 	killed.Stop(1)
 	stopped.Stop(100)
-	check(t, unix.Kill(shimOf(t, orphan), unix.SIGKILL))
+	check(t, unix.Kill(orphan.ShimPID(), unix.SIGKILL))
 	orphan.WaitExited(patience)
 	pid := shot.Info().PID
 	n.Kill()

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -24,20 +23,7 @@ const (
 // frozenDisk mounts an ext4 of its own. The functions let it stand still, and go on.
 func frozenDisk(t *testing.T) (dir string, freeze, thaw func()) {
 	t.Helper()
-	file, dir := filepath.Join(t.TempDir(), "disk"), t.TempDir()
-	check(t, os.Chmod(dir, 0o711))
-	for _, args := range [][]string{
-		{"truncate", "-s", "256M", file},
-		{"mkfs.ext4", "-q", file},
-		{"mount", "-o", "loop", file, dir},
-	} {
-		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
-			if args[0] == "mount" {
-				t.Skipf("needs a loop device: %v: %s", err, out)
-			}
-			t.Fatalf("%v: %v: %s", args, err, out)
-		}
-	}
+	dir = harness.Disk(t, 256)
 	disk, err := os.Open(dir)
 	check(t, err)
 	set := func(request uint) error { return unix.IoctlSetInt(int(disk.Fd()), request, 0) }
@@ -45,7 +31,6 @@ func frozenDisk(t *testing.T) (dir string, freeze, thaw func()) {
 	t.Cleanup(func() {
 		thaw()
 		disk.Close()
-		harness.Eventually(t, patience, "nobody uses the disk", func() bool { return unix.Unmount(dir, 0) == nil })
 	})
 	return dir, func() {
 		if err := set(fiFreeze); err != nil {

@@ -49,19 +49,4 @@ func wantError(t *testing.T, err error, code codes.Code, field string) {
 // process that is to be found among all of the machine.
 func number() string { return fmt.Sprint(100_000_000 + rand.IntN(900_000_000)) }
 
-// shimOf is the shim of a container.
-func shimOf(t *testing.T, c *harness.Container) int {
-	t.Helper()
-	pid := c.N.ShimPIDs()[c.ID]
-	if pid == 0 { // that would be all processes of this group
-		t.Fatalf("cannot find the shim of %s", c.Config.Metadata.Name)
-	}
-	return pid
-}
-
-func isProcess(pid int) bool {
-	_, err := os.Stat(fmt.Sprintf("/proc/%d", pid))
-	return err == nil
-}
-
 var check = must.Succeed

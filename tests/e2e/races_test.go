@@ -66,7 +66,7 @@ func TestRemoveAfterKilledShim(t *testing.T) {
 	pod := n.RunPod("buried")
 	for i := range 8 {
 		c := pod.Run(fmt.Sprintf("c%d", i), []string{"sleep", "1000"})
-		check(t, unix.Kill(shimOf(t, c), unix.SIGKILL))
+		check(t, unix.Kill(c.ShimPID(), unix.SIGKILL))
 		time.Sleep(time.Duration(i) * 5 * time.Millisecond) // the moments differ
 		c.Remove()
 	}

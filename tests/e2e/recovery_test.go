@@ -18,7 +18,7 @@ func TestWedgedShim(t *testing.T) {
 	wedged := pod.Run("wedged", []string{"testbox", "print"})
 	other := pod.Run("other", []string{"testbox", "print"})
 	before := wedged.Status()
-	shim := shimOf(t, wedged)
+	shim := wedged.ShimPID()
 	check(t, unix.Kill(shim, unix.SIGSTOP))
 	t.Cleanup(func() { unix.Kill(shim, unix.SIGCONT) })
 	n.Restart()
@@ -71,7 +71,7 @@ func TestKilledShim(t *testing.T) {
 			if when == "daemon down" {
 				n.Kill()
 			}
-			check(t, unix.Kill(shimOf(t, c), unix.SIGKILL))
+			check(t, unix.Kill(c.ShimPID(), unix.SIGKILL))
 			if when == "daemon down" {
 				n.Start()
 			}
@@ -79,7 +79,8 @@ func TestKilledShim(t *testing.T) {
 			if s.ExitCode == 0 || s.Reason != "ShimDied" {
 				t.Errorf("the container ended with %d, %q: %s", s.ExitCode, s.Reason, s.Message)
 			}
-			harness.Eventually(t, patience, "the container's process is gone", func() bool { return !isProcess(pid) })
+			harness.Eventually(t, patience, "the container's process is gone",
+				func() bool { return !harness.IsProcess(pid) })
 			c.Remove()
 		})
 	}

@@ -250,8 +250,8 @@ func TestStatsOfStates(t *testing.T) {
 	ended.WaitExited(patience)
 	second := pod.Run("second", []string{"sleep", "1000"}, label)
 	running := other.Run("running", []string{"sleep", "1000"}, label)
-	check(t, unix.Kill(shimOf(t, running), unix.SIGSTOP))
-	defer unix.Kill(shimOf(t, running), unix.SIGCONT)
+	check(t, unix.Kill(running.ShimPID(), unix.SIGSTOP))
+	defer unix.Kill(running.ShimPID(), unix.SIGCONT)
 	n.Kill()
 	n.Start()
 

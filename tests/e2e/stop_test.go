@@ -37,7 +37,7 @@ func TestStopOutlivesTheDaemon(t *testing.T) {
 	})
 	n.Kill()
 	harness.Eventually(t, patience, "the container is killed at its deadline, without a daemon",
-		func() bool { return !isProcess(pid) })
+		func() bool { return !harness.IsProcess(pid) })
 	n.Start()
 	s := c.WaitExited(patience) // its shim may still be at the log
 	if s.ExitCode != 137 {
@@ -103,7 +103,7 @@ func TestStop(t *testing.T) {
 	c = pod.Run("removed", stubborn)
 	pid := c.Info().PID
 	c.Remove()
-	if isProcess(pid) {
+	if harness.IsProcess(pid) {
 		t.Error("a removed container still runs")
 	}
 	pod.Create("never", stubborn).Remove()

@@ -106,13 +106,7 @@ func TestRemovalDuringPull(t *testing.T) {
 		}
 		return false
 	})
-	pulled := make(chan error, 1)
-	go func() {
-		ctx, cancel := harness.Deadline()
-		defer cancel()
-		_, err := n.Images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: two}})
-		pulled <- err
-	}()
+	pulled := beginPull(n, two)
 	<-blocked
 	removeImage(t, n, two) // not there yet
 	removeImage(t, n, one)

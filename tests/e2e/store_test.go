@@ -39,6 +39,18 @@ func layersOf(t *testing.T, n *harness.Node, ref string) (dirs []string) {
 	return dirs
 }
 
+// beginPull pulls an image in the background. The channel gives the end of that.
+func beginPull(n *harness.Node, ref string) <-chan error {
+	pulled := make(chan error, 1)
+	go func() {
+		ctx, cancel := harness.Deadline()
+		defer cancel()
+		_, err := n.Images.PullImage(ctx, &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref}})
+		pulled <- err
+	}()
+	return pulled
+}
+
 func exists(path string) bool { _, err := os.Lstat(path); return err == nil }
 
 func removeImage(t *testing.T, n *harness.Node, ref string) {

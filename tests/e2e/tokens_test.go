@@ -269,7 +269,7 @@ func TestStreamIsKilled(t *testing.T) {
 	for round := range 3 {
 		pid := n.StreamPID()
 		check(t, syscall.Kill(pid, syscall.SIGKILL))
-		harness.Eventually(t, patience, "what serves sessions is gone", func() bool { return !isProcess(pid) })
+		harness.Eventually(t, patience, "what serves sessions is gone", func() bool { return !harness.IsProcess(pid) })
 		if round == 1 {
 			n.Restart() // this daemon is not the parent of the next one's predecessor
 		}
@@ -347,7 +347,7 @@ func TestStreamIsReplaced(t *testing.T) {
 	if host(next) != host(address) {
 		t.Errorf("%s was the address before, %s is it now", address, next)
 	}
-	if !isProcess(pid) {
+	if !harness.IsProcess(pid) {
 		t.Error("the process with a session has ended")
 	}
 	c.Output("sh", "-c", "echo end >/go")
@@ -355,7 +355,7 @@ func TestStreamIsReplaced(t *testing.T) {
 		t.Errorf("the old session: %q, %s, %v", output, status, err)
 	}
 	c.Output("rm", "/go")
-	harness.Eventually(t, patience, "the old process has ended", func() bool { return !isProcess(pid) })
+	harness.Eventually(t, patience, "the old process has ended", func() bool { return !harness.IsProcess(pid) })
 	b, err := os.ReadFile(filepath.Join(fmt.Sprintf("/proc/%d", n.StreamPID()), "cmdline"))
 	if err != nil || !strings.Contains(string(b), "3h") {
 		t.Errorf("the new process is %q, %v", b, err)

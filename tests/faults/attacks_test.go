@@ -183,7 +183,7 @@ func (a attack) run(t *testing.T, d *harness.Tally, n *harness.Node, name string
 		}
 	})
 	d.Kill()
-	pid, shim := c.Info().PID, shimOf(t, c)
+	pid, shim := c.Info().PID, c.ShimPID()
 	a.full(t, c)
 	wantSmall(t, shim, 64)
 	if fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", shim)); err != nil || len(fds) > 300 {

@@ -121,7 +121,7 @@ func TestFrozenLogs(t *testing.T) {
 	}
 	ends.Stop(1)
 	wantExit(t, d, ends, 137)
-	if isProcess(endsPID) {
+	if harness.IsProcess(endsPID) {
 		t.Error("a container outlives its deadline because the disk of its log does not answer")
 	}
 	n.Restart()

@@ -32,21 +32,6 @@ const patience = 3 * time.Minute
 
 var check = must.Succeed
 
-func isProcess(pid int) bool {
-	_, err := os.Stat(fmt.Sprintf("/proc/%d", pid))
-	return err == nil
-}
-
-// shimOf is the shim of a container.
-func shimOf(t *testing.T, c *harness.Container) int {
-	t.Helper()
-	pid := c.N.ShimPIDs()[c.ID]
-	if pid == 0 { // that would be all processes of this group
-		t.Fatalf("cannot find the shim of %s", c.Config.Metadata.Name)
-	}
-	return pid
-}
-
 func hostNetwork(c *cri.PodSandboxConfig) {
 	c.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{
 		NamespaceOptions: &cri.NamespaceOption{Network: cri.NamespaceMode_NODE, Pid: cri.NamespaceMode_CONTAINER}}
@@ -77,9 +62,10 @@ func wantExit(t *testing.T, d *harness.Tally, c *harness.Container, code int32) 
 func wantRunning(t *testing.T, d *harness.Tally, c *harness.Container, pid int) {
 	t.Helper()
 	c = c.With(t)
-	if s := c.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING || c.Info().PID != pid || !isProcess(pid) {
+	if s := c.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING || c.Info().PID != pid ||
+		!harness.IsProcess(pid) {
 		d.Lost(harness.Statuses, "%s is %s (%s: %s), process %d alive: %v",
-			c.Config.Metadata.Name, s.State, s.Reason, s.Message, pid, isProcess(pid))
+			c.Config.Metadata.Name, s.State, s.Reason, s.Message, pid, harness.IsProcess(pid))
 	}
 }
 

@@ -170,7 +170,7 @@ func TestPluginsAtDEL(t *testing.T) {
 				t.Error("the pod was stopped, and its plugin has given nothing back")
 			}
 			wantShort(t, err)
-			if isProcess(pid) {
+			if harness.IsProcess(pid) {
 				t.Error("the container of a pod that was stopped runs")
 			}
 			n.Restart()

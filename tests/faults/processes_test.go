@@ -42,12 +42,12 @@ func TestReusedPIDs(t *testing.T) {
 	n := harness.New(t)
 	pod := n.RunPod("reused", hostNetwork)
 	c := pod.Run("c", []string{"sleep", "1000"})
-	shim, pid := shimOf(t, c), c.Info().PID
+	shim, pid := c.ShimPID(), c.Info().PID
 	n.Kill()
 	for _, victim := range []int{shim, pid} {
 		d.Kill()
 		check(t, unix.Kill(victim, unix.SIGKILL))
-		harness.Eventually(t, patience, "it has ended", func() bool { return !isProcess(victim) })
+		harness.Eventually(t, patience, "it has ended", func() bool { return !harness.IsProcess(victim) })
 	}
 	others := []*exec.Cmd{startAs(t, shim), startAs(t, pid)}
 	n.Start()
@@ -117,7 +117,7 @@ func TestShimWithoutMemory(t *testing.T) {
 	n := harness.New(t)
 	pod := n.RunPod("oom", hostNetwork)
 	c, other := pod.Run("c", []string{"sleep", "1000"}), pod.Run("other", []string{"sleep", "1000"})
-	pid, otherPID, shim := c.Info().PID, other.Info().PID, shimOf(t, c)
+	pid, otherPID, shim := c.Info().PID, other.Info().PID, c.ShimPID()
 	limit := memoryLimit(t, shim)
 	if !strings.Contains(limit, "shims") {
 		t.Skipf("the shim has no cgroup of its own: %s", limit)
@@ -136,7 +136,7 @@ func TestShimWithoutMemory(t *testing.T) {
 	}
 	wg.Wait()
 	os.WriteFile(limit, []byte("-1"), 0) // gone with a shim that was killed
-	if isProcess(shim) {
+	if harness.IsProcess(shim) {
 		wantRunning(t, d, c, pid)
 		if out := c.Output("echo", "fine"); out != "fine\n" {
 			t.Errorf("a command says %q", out)
@@ -144,7 +144,7 @@ func TestShimWithoutMemory(t *testing.T) {
 	} else if s := c.WaitExited(patience); s.Reason != "ShimDied" {
 		d.Lost(harness.Statuses, "the container has ended with %d, %s: %s", s.ExitCode, s.Reason, s.Message)
 	}
-	t.Logf("with %d bytes the shim lives: %v", set, isProcess(shim))
+	t.Logf("with %d bytes the shim lives: %v", set, harness.IsProcess(shim))
 	wantRunning(t, d, other, otherPID)
 	pod.Remove()
 	wantClean(t, d, n)

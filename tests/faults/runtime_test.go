@@ -138,8 +138,8 @@ func TestRuntimeAtDelete(t *testing.T) {
 			pid := c.Info().PID
 			n.set(t, "delete", how)
 			n.Kills(1)
-			check(t, unix.Kill(shimOf(t, c), unix.SIGKILL))
-			harness.Eventually(t, patience, "its process is killed", func() bool { return !isProcess(pid) })
+			check(t, unix.Kill(c.ShimPID(), unix.SIGKILL))
+			harness.Eventually(t, patience, "its process is killed", func() bool { return !harness.IsProcess(pid) })
 			n.Restart()
 			n.set(t, "none", "none")
 			if s := c.WaitExited(patience); s.Reason != "ShimDied" {

@@ -287,6 +287,19 @@ func procs(cgroup string) []int {
 	return pids
 }
 
+// IsProcess says whether there is a process of a pid.
+func IsProcess(pid int) bool { return unix.Kill(pid, 0) == nil }
+
+// ShimPID is the shim of a container.
+func (c *Container) ShimPID() int {
+	c.N.T.Helper()
+	pid := c.N.ShimPIDs()[c.ID]
+	if pid == 0 { // that would be all processes of this group
+		c.N.T.Fatalf("cannot find the shim of %s", c.Config.Metadata.Name)
+	}
+	return pid
+}
+
 // ShimPIDs are the shims of this node, by container id.
 func (n *Node) ShimPIDs() map[string]int {
 	m := map[string]int{}

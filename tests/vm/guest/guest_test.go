@@ -57,8 +57,6 @@ func cgroupOf(t *testing.T, pid int) string {
 	return strings.TrimPrefix(strings.TrimSpace(string(b)), "0::")
 }
 
-func isProcess(pid int) bool { return unix.Kill(pid, 0) == nil }
-
 // rro says whether the default handler is known for recursive read-only mounts,
 // which it is when the OCI runtime could be asked.
 func rro(t *testing.T, n *harness.Node) bool {
@@ -220,7 +218,7 @@ func TestCgroupfs(t *testing.T) {
 	}
 	systemctl(t, "restart", unit)
 	for _, c := range []*harness.Container{c, o} {
-		if s := c.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING || !isProcess(c.Info().PID) {
+		if s := c.Status(); s.State != cri.ContainerState_CONTAINER_RUNNING || !harness.IsProcess(c.Info().PID) {
 			t.Errorf("%s is %s after a restart of the daemon", c.Config.Metadata.Name, s.State)
 		}
 	}
@@ -342,8 +340,8 @@ func TestService(t *testing.T) {
 	pid, shim := c.Info().PID, n.ShimPIDs()[c.ID]
 	unharmed := func(t *testing.T) {
 		t.Helper()
-		if !isProcess(pid) || !isProcess(shim) {
-			t.Fatalf("container alive: %v, shim alive: %v", isProcess(pid), isProcess(shim))
+		if !harness.IsProcess(pid) || !harness.IsProcess(shim) {
+			t.Fatalf("container alive: %v, shim alive: %v", harness.IsProcess(pid), harness.IsProcess(shim))
 		}
 	}
 	recovered := func(t *testing.T) {
@@ -407,7 +405,7 @@ func TestService(t *testing.T) {
 		systemctl(t, "kill", "--signal=KILL", alias) // all processes of the unit
 		unharmed(t)
 		harness.Eventually(t, patience, "the container is killed at its deadline",
-			func() bool { return !isProcess(victim) })
+			func() bool { return !harness.IsProcess(victim) })
 		harness.Eventually(t, patience, "systemd has started another daemon",
 			func() bool { p := n.PID(); return p != 0 && p != daemon })
 		recovered(t)
@@ -439,7 +437,7 @@ func TestService(t *testing.T) {
 		before := len(c.Log())
 		release("stop", 43)
 		harness.Eventually(t, patience, "a container ends while the service is stopped",
-			func() bool { return !isProcess(waiting) })
+			func() bool { return !harness.IsProcess(waiting) })
 		harness.Eventually(t, patience, "the log goes on while the service is stopped",
 			func() bool { return len(c.Log()) > before })
 		harness.Eventually(t, patience, "the shim of the ended container ends too",
@@ -460,7 +458,8 @@ func TestService(t *testing.T) {
 		if s := v.WaitExited(patience); s.Reason != "ShimDied" || s.ExitCode == 0 {
 			t.Errorf("the container ended with %d, %s; want ShimDied", s.ExitCode, s.Reason)
 		}
-		harness.Eventually(t, patience, "the container's process is gone", func() bool { return !isProcess(victim) })
+		harness.Eventually(t, patience, "the container's process is gone",
+			func() bool { return !harness.IsProcess(victim) })
 		harness.Eventually(t, patience, "its scope is gone", func() bool { return !strings.Contains(units(t), v.ID) })
 		v.Remove()
 	})
