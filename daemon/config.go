@@ -5,6 +5,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/metrics"
 	"github.com/holdfast-cri/holdfast/daemon/nri"
+	"github.com/holdfast-cri/holdfast/daemon/rootfs"
 	"github.com/holdfast-cri/holdfast/daemon/streams"
 )
 
@@ -73,3 +74,13 @@ type Config struct {
 
 // Config is what the daemon was started with.
 func (d *Daemon) Config() Config { return d.cfg }
+
+// ownPaths are where nothing is made as what a pod mounts: a pod may mount a socket, and be
+// created at a moment when there is none.
+func (c Config) ownPaths(ways rootfs.Ways) []string {
+	own := []string{c.Root, c.State, string(ways), c.Address, c.Address + LockSuffix}
+	if !c.NRI.Disable && c.NRI.Socket != "" {
+		own = append(own, c.NRI.Socket)
+	}
+	return own
+}

@@ -268,7 +268,7 @@ func (d *Daemon) newContainers(host spec.Host, sessions *streams.Sessions) *cont
 		RestoreImages:      cfg.RestoreImages,
 		Plugins:            d.plugins,
 		RejectAbsentMounts: cfg.RejectAbsentMounts,
-		OwnPaths:           []string{cfg.Root, cfg.State, string(d.ways()), cfg.Address, cfg.Address + LockSuffix},
+		OwnPaths:           cfg.ownPaths(d.ways()),
 		Given:              d.Stats.Added,
 		Announce: func(c *containers.Container, t runtimeapi.ContainerEventType) {
 			d.Pods.AnnounceContainer(c, t)

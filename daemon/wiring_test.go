@@ -3,10 +3,12 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/holdfast-cri/holdfast/daemon/network"
+	"github.com/holdfast-cri/holdfast/daemon/nri"
 	"github.com/holdfast-cri/holdfast/daemon/rootfs"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 )
@@ -29,5 +31,23 @@ func TestKindsOfMechanisms(t *testing.T) {
 	}
 	if treeError(nil) != nil || sysctlError(nil) != nil {
 		t.Error("no error became one")
+	}
+}
+
+// The socket of plugins is the runtime's own: what a pod mounts never takes its place. Without
+// one, nothing else is.
+func TestOwnPaths(t *testing.T) {
+	for _, c := range []struct {
+		nri nri.Config
+		own bool
+	}{
+		{nri.Config{Socket: "/run/nri/nri.sock"}, true},
+		{nri.Config{Socket: "/run/nri/nri.sock", Disable: true}, false},
+		{nri.Config{}, false},
+	} {
+		own := Config{Root: "/r", State: "/s", Address: "/a", NRI: c.nri}.ownPaths("/w")
+		if slices.Contains(own, "/run/nri/nri.sock") != c.own || slices.Contains(own, "") {
+			t.Errorf("%+v: %q", c.nri, own)
+		}
 	}
 }

@@ -341,8 +341,14 @@ func (f file) resolveNRI(c *daemon.Config) error {
 			return fmt.Errorf("config: nri.%s = %q is not an absolute path", p.key, p.path)
 		}
 	}
+	var err error
 	if n.DisableConnections {
 		c.NRI.Socket = ""
+	} else if !n.Disable {
+		c.NRI.Socket, err = withoutLinks(filepath.Clean(n.Socket))
+	}
+	if err != nil {
+		return fmt.Errorf("config: nri.socket_path: %w", err)
 	}
 	return cmp.Or(
 		parseTime("nri.plugin_registration_timeout", n.RegistrationTimeout, "2s", &c.NRI.RegistrationTimeout),

@@ -104,7 +104,7 @@ func TestStreamingConfig(t *testing.T) {
 // The keys of [nri], and what they are without a file, are containerd's.
 func TestNRIConfig(t *testing.T) {
 	usual := nri.Config{
-		Socket:              "/var/run/nri/nri.sock",
+		Socket:              "/run/nri/nri.sock", // to which /var/run leads
 		PluginDir:           "/opt/nri/plugins",
 		ConfigDir:           "/etc/nri/conf.d",
 		RegistrationTimeout: 5 * time.Second,
@@ -122,7 +122,9 @@ func TestNRIConfig(t *testing.T) {
 		err  string
 	}{
 		{text: "", want: usual},
-		{text: `disable = true`, want: changed(func(c *nri.Config) { c.Disable = true })},
+		{text: `disable = true`, want: changed(func(c *nri.Config) {
+			c.Disable, c.Socket = true, nri.DefaultSocket
+		})},
 		{text: `disable_connections = true`, want: changed(func(c *nri.Config) { c.Socket = "" })},
 		{text: `plugin_request_timeout = "1m"`, want: changed(func(c *nri.Config) { c.RequestTimeout = time.Minute })},
 		{
