@@ -626,30 +626,43 @@ func TestRecoverUnknownWithDebts(t *testing.T) {
 	}
 }
 
-// A disk that is full when a container is removed does not bring it back.
+// What is removed does not come back. On a disk that is full, where nothing can say so to the next
+// daemon, a removal is not answered while something is left.
 func TestRecoverRemovedOnFullDisk(t *testing.T) {
 	b := newBed(t)
-	pod := b.RunPod(t, "pod")
-	c := b.Run(t, pod, fake.ContainerConfig("a"))
-	record := filepath.Join(b.Store.Dir(state.Containers, c), "record.json")
-	aside := record + ".aside"
-	check(t, os.Rename(record, aside))
-	check(t, os.MkdirAll(filepath.Join(record, "full"), 0o700)) // nothing can be written there
-	b.Roots.Unmounting.Fail(errors.New("busy"))
-	check(t, b.Containers.Remove(t.Context(), c))
-	check(t, os.RemoveAll(record))
-	check(t, os.Rename(aside, record))
-	must.Come(t, "a record that says so", func() bool {
-		var rec records.Container
-		return b.Store.Get(state.Containers, c, &rec) == nil && rec.Phase == records.ContainerRemoving
-	})
-	b.close()
-	b.open()
-	if list := b.Containers.List(nil); len(list) > 0 {
-		t.Errorf("listed: %v", list)
+	for _, busy := range []error{errors.New("busy"), nil} {
+		pod := b.RunPod(t, "pod")
+		c := b.Run(t, pod, fake.ContainerConfig("c"))
+		b.Roots.Unmounting.Fail(busy)
+		for _, o := range []struct {
+			kind   state.Kind
+			id     string
+			remove func(context.Context, string) error
+		}{{state.Containers, c, b.Containers.Remove}, {state.Pods, pod, b.Pods.Remove}} {
+			record := filepath.Join(b.Store.Dir(o.kind, o.id), "record.json")
+			check(t, os.Rename(record, record+".aside"))
+			check(t, os.MkdirAll(filepath.Join(record, "full"), 0o700)) // nothing can be written there
+			err := o.remove(t.Context(), o.id)
+			if (err == nil) != (busy == nil) || err != nil && !errors.Is(err, kind.Unavailable) {
+				t.Errorf("%s, %v: %v", o.kind, busy, err)
+			}
+			if busy == nil {
+				continue
+			}
+			check(t, os.RemoveAll(record))
+			check(t, os.Rename(record+".aside", record))
+			if o.kind == state.Containers {
+				check(t, o.remove(t.Context(), o.id)) // it is owed, and on record
+			}
+		}
+		b.close()
+		b.open()
+		if pods, list := b.Pods.List(nil), b.Containers.List(nil); len(list) > 0 || (len(pods) > 0) != (busy != nil) {
+			t.Errorf("%v: listed: %v, %v", busy, pods, list)
+		}
+		b.Roots.Unmounting.Fail(nil)
+		b.removeAll(pod)
 	}
-	b.Roots.Unmounting.Fail(nil)
-	b.removeAll(pod)
 }
 
 // Of two containers with one name the one that lives has it; the other is put

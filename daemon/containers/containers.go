@@ -384,14 +384,16 @@ func (c *Container) save(change func(*records.Container)) error {
 }
 
 // note is save for what is so whether or not the disk takes it: then it is kept in memory
-// alone, and what it stands for is found out again after a restart.
-func (c *Container) note(change func(*records.Container)) {
-	if err := c.save(change); err != nil {
+// alone, and what it stands for is found out again after a restart. The error is of the disk.
+func (c *Container) note(change func(*records.Container)) error {
+	err := c.save(change)
+	if err != nil {
 		rec := *c.Record()
 		change(&rec)
 		c.record.Store(&rec)
 		c.m.Log.Warn("cannot write down the state of a container", "container", rec.ID, "error", err)
 	}
+	return err
 }
 
 // observe is the one place where what is seen changes. News may come twice and

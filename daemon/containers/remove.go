@@ -25,8 +25,8 @@ func (m *Manager) Remove(ctx context.Context, id string) error {
 	return c.Remove(ctx)
 }
 
-// Remove is Manager.Remove. It fails only while the container cannot be ended:
-// what else cannot be given back is owed, and tried again in the background.
+// Remove is Manager.Remove. It fails only while the container cannot be ended: what else
+// cannot be given back is owed, and tried again in the background, once the record says so.
 func (c *Container) Remove(ctx context.Context) error {
 	if c.interrupt.Load() != nil && c.Record().Phase != records.ContainerCreating {
 		c.stop(ctx, 0, "its removal") // or the checkpoint would keep the lock; what fails is done again below
@@ -39,7 +39,7 @@ func (c *Container) Remove(ctx context.Context) error {
 	if c.removed || !rec.Init && !c.m.known(c) {
 		return nil // another call has removed it; the next init of a pod has the same id
 	}
-	c.note(func(r *records.Container) { r.Phase = records.ContainerRemoving })
+	unnoted := c.note(func(r *records.Container) { r.Phase = records.ContainerRemoving })
 	if err := step.Reach(step.ContainerRemoving); err != nil {
 		return err
 	}
@@ -51,6 +51,9 @@ func (c *Container) Remove(ctx context.Context) error {
 	}
 	c.m.tellRemoved(ctx, c)
 	if err := c.giveBack(ctx); err != nil {
+		if unnoted != nil { // the next start would serve it again
+			return kind.As(kind.Unavailable, fmt.Errorf("cannot remove %s: %w", c, errors.Join(err, unnoted)))
+		}
 		c.m.owe(c, err)
 	}
 	c.removed = true
@@ -179,9 +182,6 @@ func (m *Manager) owe(c *Container, err error) {
 				return
 			}
 			ctx, cancel := context.WithTimeout(ctx, eraseTimeout)
-			if c.Record().PodID != "" { // it was known once
-				_ = c.save(func(*records.Container) {}) // the disk may not have taken so far that it is removed
-			}
 			err := c.Erase(ctx)
 			cancel()
 			if err == nil {

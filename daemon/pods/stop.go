@@ -87,7 +87,7 @@ func (p *Pod) kill(ctx context.Context) error {
 
 // Remove removes a pod and all its containers, running or not. It fails only while
 // a container cannot be ended: what else cannot be given back is owed, and tried
-// again in the background.
+// again in the background, once the record says so.
 func (m *Manager) Remove(ctx context.Context, id string) error {
 	p, err := m.Find(id)
 	if errors.Is(err, kind.NotFound) {
@@ -119,8 +119,11 @@ func (m *Manager) Remove(ctx context.Context, id string) error {
 		return err
 	}
 	m.Plugins.RemovePodSandbox(ctx, p)
-	p.note(func(r *records.Pod) { r.Phase = records.PodRemoved })
+	unnoted := p.note(func(r *records.Pod) { r.Phase = records.PodRemoved })
 	if err := p.erase(ctx); err != nil {
+		if unnoted != nil { // the next start would serve it again
+			return kind.As(kind.Unavailable, fmt.Errorf("cannot remove %s: %w", p, errors.Join(err, unnoted)))
+		}
 		p.eraseLater(err)
 	}
 	m.mu.Lock()
