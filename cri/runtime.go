@@ -109,7 +109,7 @@ func (s *Server) CreateContainer(ctx context.Context, r *runtimeapi.CreateContai
 	if err != nil {
 		return nil, err
 	}
-	id, err := s.d.Containers.Create(ctx, pod, r.GetConfig())
+	id, err := s.d.Containers.Create(ctx, pod, r.GetConfig(), r.GetSandboxConfig())
 	return &runtimeapi.CreateContainerResponse{ContainerId: id}, err
 }
 

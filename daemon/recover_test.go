@@ -347,7 +347,7 @@ func TestRecoverCutShort(t *testing.T) {
 				p, err := b.Pods.Find(pod)
 				check(t, err)
 				must.Come(t, "the name to be free", func() bool {
-					next, err := b.Containers.Create(t.Context(), p, fake.ContainerConfig("c"))
+					next, err := b.Containers.Create(t.Context(), p, fake.ContainerConfig("c"), nil)
 					return err == nil && next != id
 				})
 				b.removeAll(pod)
@@ -591,12 +591,12 @@ func TestRecoverInitOwed(t *testing.T) {
 	b.open()
 	p, err := b.Pods.Find(pod)
 	check(t, err)
-	if _, err := b.Containers.Create(t.Context(), p, fake.Shared("b")); !errors.Is(err, kind.Unavailable) {
+	if _, err := b.Containers.Create(t.Context(), p, fake.Shared("b"), nil); !errors.Is(err, kind.Unavailable) {
 		t.Errorf("an init beside what is left of the one before: %v", err)
 	}
 	b.Roots.Unmounting.Fail(nil)
 	must.Come(t, "another init", func() bool {
-		_, err = b.Containers.Create(t.Context(), p, fake.Shared("b"))
+		_, err = b.Containers.Create(t.Context(), p, fake.Shared("b"), nil)
 		return !errors.Is(err, kind.Unavailable)
 	})
 	if err != nil || !p.Init().Seen().Init.Alive() || p.Ready() != nil {

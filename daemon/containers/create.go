@@ -40,21 +40,45 @@ func NameOf(rec *records.Container) claims.Name {
 	}
 }
 
-// Create makes a container, with a shim of its own, and gives its id.
-func (m *Manager) Create(ctx context.Context, pod Pod, cfg *runtimeapi.ContainerConfig) (string, error) {
-	return m.CreateFrom(ctx, pod, cfg, nil)
+// Create makes a container, with a shim of its own, and gives its id. now is the config of the
+// pod that came with the request; nil: none did.
+func (m *Manager) Create(ctx context.Context, pod Pod, cfg *runtimeapi.ContainerConfig,
+	now *runtimeapi.PodSandboxConfig) (string, error) {
+	if err := spec.Validate(cfg, withPrivileges(pod.Record().Config.M, now)); err != nil {
+		return "", err
+	}
+	return m.createOnce(ctx, pod, cfg, nil)
 }
 
 // CreateFrom is Create from a checkpoint, which says of which image it was made. The source
-// is the container's from now on. nil is Create.
+// is the container's from now on.
 func (m *Manager) CreateFrom(ctx context.Context, pod Pod, cfg *runtimeapi.ContainerConfig,
 	archive *checkpoint.Source) (string, error) {
-	if archive != nil {
-		defer archive.Close() // it is closed twice where this request makes the container
-	}
+	defer archive.Close() // it is closed twice where this request makes the container
 	if err := spec.Validate(cfg, pod.Record().Config.M); err != nil {
 		return "", err
 	}
+	return m.createOnce(ctx, pod, cfg, archive)
+}
+
+// withPrivileges is the config of a pod in which a container is asked for. A pod may get a
+// privileged container to be debugged with when it runs already: a kubelet says so in the config
+// that comes with the request. All else of the pod is as it was made.
+func withPrivileges(pod, now *runtimeapi.PodSandboxConfig) *runtimeapi.PodSandboxConfig {
+	if !now.GetLinux().GetSecurityContext().GetPrivileged() {
+		return pod
+	}
+	pod = proto.CloneOf(pod)
+	proto.Merge(pod, &runtimeapi.PodSandboxConfig{Linux: &runtimeapi.LinuxPodSandboxConfig{
+		SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{Privileged: true},
+	}})
+	return pod
+}
+
+// createOnce makes the container of a config that is valid, from a checkpoint unless archive is
+// nil.
+func (m *Manager) createOnce(ctx context.Context, pod Pod, cfg *runtimeapi.ContainerConfig,
+	archive *checkpoint.Source) (string, error) {
 	if err := m.checkHandlers(cfg); err != nil {
 		return "", err
 	}

@@ -199,7 +199,7 @@ func TestOneName(t *testing.T) {
 	results := make(chan result)
 	for range 4 {
 		go func() {
-			id, err := b.Containers.Create(ctx, b.pod(), fake.ContainerConfig("c"))
+			id, err := b.Containers.Create(ctx, b.pod(), fake.ContainerConfig("c"), nil)
 			results <- result{id, err}
 		}()
 	}
@@ -212,12 +212,12 @@ func TestOneName(t *testing.T) {
 	if n := len(b.Containers.All()); n != 1 {
 		t.Errorf("%d containers", n)
 	}
-	if _, err := b.Containers.Create(ctx, b.pod(), fake.ContainerConfig("c", "other")); !errors.Is(err, kind.Exists) {
+	if _, err := b.Containers.Create(ctx, b.pod(), fake.ContainerConfig("c", "other"), nil); !errors.Is(err, kind.Exists) {
 		t.Errorf("another config under the name: %v", err)
 	}
 	another := fake.ContainerConfig("c")
 	another.Metadata.Attempt = 1
-	second, err := b.Containers.Create(ctx, b.pod(), another)
+	second, err := b.Containers.Create(ctx, b.pod(), another, nil)
 	if err != nil || second == first.id {
 		t.Errorf("another attempt: %s, %v", second, err)
 	}
@@ -227,7 +227,7 @@ func TestOneName(t *testing.T) {
 	if err := b.Containers.Stop(ctx, first.id, time.Minute); err != nil {
 		t.Error(err)
 	}
-	if _, err := b.Containers.Create(ctx, b.pod(), fake.ContainerConfig("c")); !errors.Is(err, kind.Exists) {
+	if _, err := b.Containers.Create(ctx, b.pod(), fake.ContainerConfig("c"), nil); !errors.Is(err, kind.Exists) {
 		t.Errorf("the same request after the end: %v", err)
 	}
 	b.remove(first.id)
@@ -250,11 +250,11 @@ func TestAskedAgainWithAnotherFile(t *testing.T) {
 		}
 		return c
 	}
-	first, err := b.Containers.Create(t.Context(), b.pod(), config("first"))
+	first, err := b.Containers.Create(t.Context(), b.pod(), config("first"), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	second, err := b.Containers.Create(t.Context(), b.pod(), config("second"))
+	second, err := b.Containers.Create(t.Context(), b.pod(), config("second"), nil)
 	if err != nil || second != first {
 		t.Errorf("got %s and %s, %v", first, second, err)
 	}
@@ -265,11 +265,37 @@ func TestAskedAgainWithAnotherFile(t *testing.T) {
 	for i, path := range []string{other, filepath.Join(other, "first")} {
 		c := config("first")
 		c.Mounts[i].HostPath = path
-		if _, err := b.Containers.Create(t.Context(), b.pod(), c); !errors.Is(err, kind.Exists) {
+		if _, err := b.Containers.Create(t.Context(), b.pod(), c, nil); !errors.Is(err, kind.Exists) {
 			t.Errorf("with another mount[%d]: %v", i, err)
 		}
 	}
 	b.remove(first)
+}
+
+// A privileged container needs a pod that is: by how it was made, or by what the request says
+// of it now.
+func TestPrivilegedInPod(t *testing.T) {
+	b := newBed(t)
+	config := fake.ContainerConfig("debugger")
+	config.Linux.SecurityContext = &runtimeapi.LinuxContainerSecurityContext{Privileged: true}
+	for _, now := range []*runtimeapi.PodSandboxConfig{nil, {}} {
+		_, err := b.Containers.Create(t.Context(), b.pod(), config, now)
+		const field = "config.linux.security_context.privileged: "
+		if !errors.Is(err, kind.Invalid) || !strings.HasPrefix(err.Error(), field) {
+			t.Errorf("in a pod that is not privileged: %v", err)
+		}
+	}
+	now := &runtimeapi.PodSandboxConfig{Linux: &runtimeapi.LinuxPodSandboxConfig{
+		SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{Privileged: true},
+	}}
+	id, err := b.Containers.Create(t.Context(), b.pod(), config, now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b.pod().Record().Config.M.GetLinux().GetSecurityContext().GetPrivileged() {
+		t.Error("the record of the pod has changed")
+	}
+	b.remove(id)
 }
 
 // A creation that fails at any point leaves nothing, and its name is free.
@@ -329,7 +355,7 @@ func TestCreateFails(t *testing.T) {
 			if c.damage != nil {
 				c.damage(b)
 			}
-			if id, err := b.Containers.Create(t.Context(), b.pod(), c.config); !errors.Is(err, c.err) {
+			if id, err := b.Containers.Create(t.Context(), b.pod(), c.config, nil); !errors.Is(err, c.err) {
 				t.Errorf("got %s, %v; want %v", id, err, c.err)
 			}
 			for _, tree := range []string{b.Root, b.State} {

@@ -77,7 +77,7 @@ func TestPluginsFail(t *testing.T) {
 	no := kind.Errorf(kind.Unavailable, "no")
 	b.Plugins.Told()
 	b.Plugins.Fail("CreateContainer", no)
-	if _, err := b.Containers.Create(t.Context(), b.pod(), fake.ContainerConfig("c")); !errors.Is(err, no) {
+	if _, err := b.Containers.Create(t.Context(), b.pod(), fake.ContainerConfig("c"), nil); !errors.Is(err, no) {
 		t.Errorf("create: %v", err)
 	}
 	b.told("CreateContainer c", "StopContainer c", "RemoveContainer c")

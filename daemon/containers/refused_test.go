@@ -109,7 +109,7 @@ func TestRefusedBeforeAnythingIsMade(t *testing.T) {
 	} {
 		cfg := fake.ContainerConfig("refused")
 		c.edit(cfg)
-		_, err := b.Containers.Create(t.Context(), b.pod(), cfg)
+		_, err := b.Containers.Create(t.Context(), b.pod(), cfg, nil)
 		if !errors.Is(err, c.kind) || err != nil && !strings.HasPrefix(err.Error(), c.field+": ") {
 			t.Errorf("%s: %v", c.field, err)
 		}
@@ -168,7 +168,7 @@ func TestRelabel(t *testing.T) {
 		t.Errorf("without a label: %v", got)
 	}
 	o := &runtimeapi.SELinuxOption{Level: "s0:c1,c2"}
-	_, err := b.Containers.Create(t.Context(), b.pod(), config("refused", "/etc", o))
+	_, err := b.Containers.Create(t.Context(), b.pod(), config("refused", "/etc", o), nil)
 	if !errors.Is(err, kind.Invalid) || !strings.HasPrefix(err.Error(), "config.mounts[1].selinux_relabel: ") {
 		t.Errorf("of /etc: %v", err)
 	}

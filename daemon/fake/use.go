@@ -81,7 +81,7 @@ func (d *Daemon) Create(t *testing.T, podID string, cfg *runtimeapi.ContainerCon
 	if err != nil {
 		t.Fatal(err)
 	}
-	id, err := d.Containers.Create(t.Context(), p, cfg)
+	id, err := d.Containers.Create(t.Context(), p, cfg, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

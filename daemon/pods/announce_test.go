@@ -156,7 +156,7 @@ func TestEventsOfFailures(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.Roots.Mounting.Fail(context.DeadlineExceeded)
-	if _, err := b.Containers.Create(t.Context(), p, fake.ContainerConfig("c")); err == nil {
+	if _, err := b.Containers.Create(t.Context(), p, fake.ContainerConfig("c"), nil); err == nil {
 		t.Error("created")
 	}
 	b.Network.Adding.Fail(context.DeadlineExceeded)

@@ -106,7 +106,7 @@ func TestLife(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := b.Containers.Create(ctx, p, fake.ContainerConfig("late")); !errors.Is(err, kind.State) {
+	if _, err := b.Containers.Create(ctx, p, fake.ContainerConfig("late"), nil); !errors.Is(err, kind.State) {
 		t.Errorf("a container in a stopped pod: %v", err)
 	}
 	b.remove(id)
@@ -324,7 +324,7 @@ func TestInitHalfMade(t *testing.T) {
 	}
 	b.Shims.Launched = func(rundir.Dir) error { return errors.New("no room") }
 	b.Roots.Unmounting.Fail(errors.New("busy"))
-	if _, err := b.Containers.Create(t.Context(), p, fake.Shared("c")); err == nil {
+	if _, err := b.Containers.Create(t.Context(), p, fake.Shared("c"), nil); err == nil {
 		t.Error("a container without the init of its pod")
 	}
 	b.Shims.Launched = nil
@@ -365,7 +365,7 @@ func TestInitIsKilled(t *testing.T) {
 				t.Fatal(err)
 			}
 			must.Come(t, "the pod not to be ready", func() bool { return b.PodStatus(t, id).State == notReady })
-			_, err = b.Containers.Create(t.Context(), p, fake.ContainerConfig("late"))
+			_, err = b.Containers.Create(t.Context(), p, fake.ContainerConfig("late"), nil)
 			if !errors.Is(err, kind.State) {
 				t.Errorf("a container in it: %v", err)
 			}
@@ -394,7 +394,7 @@ func TestRemoveDuringCreate(t *testing.T) {
 	}
 	created, removed := make(chan error, 1), make(chan error, 1)
 	go func() {
-		_, err := b.Containers.Create(context.WithoutCancel(t.Context()), p, fake.ContainerConfig("c"))
+		_, err := b.Containers.Create(context.WithoutCancel(t.Context()), p, fake.ContainerConfig("c"), nil)
 		created <- err
 	}()
 	<-launched

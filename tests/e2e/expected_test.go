@@ -23,6 +23,7 @@ func TestExpected(t *testing.T) {
 		"the image that the user named": userSpecifiedImage,
 		"process and spec of a pod":     podInfo,
 		"a container that cannot run":   cannotRun,
+		"a privileged debugger":         privilegedDebugger,
 		"hostname in the host's network": func(t *testing.T, n *harness.Node) {
 			pod := n.RunPod("named", hostNetwork)
 			c := pod.Run("c", []string{"sleep", "1000"})
@@ -114,6 +115,25 @@ func userSpecifiedImage(t *testing.T, n *harness.Node) {
 	if l := list.Containers[0]; l.Image.Image != harness.Image || l.ImageId != s.ImageId || l.ImageRef != s.ImageRef {
 		t.Errorf("the list has the image %v, the id %s and the reference %s", l.Image, l.ImageId, l.ImageRef)
 	}
+}
+
+// kubectl debug --profile=sysadmin adds a privileged container to a pod that was made without
+// any. A kubelet sends what the pod is by then.
+func privilegedDebugger(t *testing.T, n *harness.Node) {
+	pod := n.RunPod("debugged")
+	main := pod.Run("main", []string{"sleep", "1000"})
+	pod.Config.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{Privileged: true}
+	c := pod.Run("debugger", []string{"sleep", "1001"}, func(c *cri.ContainerConfig) {
+		c.Linux.SecurityContext = &cri.LinuxContainerSecurityContext{
+			Privileged: true,
+			NamespaceOptions: &cri.NamespaceOption{
+				Pid:      cri.NamespaceMode_TARGET,
+				TargetId: main.ID,
+			},
+		}
+	})
+	wantOutput(t, c, "sleep 1000\n", "sh", "-c", "tr '\\0' ' ' </proc/1/cmdline | sed 's/ $//'; echo")
+	wantOutput(t, c, "mounted\n", "sh", "-c", "mount -t tmpfs none /tmp && echo mounted")
 }
 
 // podSpec is the part of a pod's verbose status that tools read.
