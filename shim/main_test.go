@@ -257,13 +257,13 @@ func (b *box) until(what string, done func() bool) {
 }
 
 // launch starts the shim and connects to it.
-func (b *box) launch(args ...string) *exec.Cmd {
+func (b *box) launch() *exec.Cmd {
 	b.t.Helper()
 	binary, env := shimBinary, []string{}
 	if b.reopening {
 		binary, env = os.Args[0], []string{"HOLDFAST_TEST_REOPEN=" + string(b.dir)}
 	}
-	cmd, handshake, err := startProgram(binary, env, string(b.dir), args...)
+	cmd, handshake, err := startProgram(binary, env, string(b.dir))
 	if err != nil {
 		b.t.Fatal(err)
 	}
@@ -367,10 +367,10 @@ func (b *box) start() *pb.Process {
 }
 
 // run is create and start.
-func (b *box) run(script string) *pb.Process {
+func (b *box) run(script string) {
 	b.t.Helper()
 	b.create(b.spec(script))
-	return b.start()
+	b.start()
 }
 
 // wait asks the shim for the exit, and the record once the shim has ended.

@@ -26,7 +26,7 @@ func TestPodsReachEachOther(t *testing.T) {
 	needRoot(t)
 	w := newWorld(t)
 	before := w.traces()
-	w.conf("10.conflist", "hf-reach", "10.230.10.0/24", portmap)
+	w.conf("hf-reach", "10.230.10.0/24", portmap)
 
 	server, client := w.pod("server"), w.pod("client")
 	server.PortMappings = []PortMapping{
@@ -172,7 +172,7 @@ func TestDelOfWhatWasNeverAdded(t *testing.T) {
 	w := newWorld(t)
 	before := w.traces()
 	w.del(Attachment{ID: "nothing"})
-	w.conf("10.conflist", "hf-never", "10.230.13.0/24", portmap)
+	w.conf("hf-never", "10.230.13.0/24", portmap)
 	a := w.pod("recorded") // as if killed between the record and ADD
 	a.PortMappings = []PortMapping{{HostPort: 18083, ContainerPort: 80}}
 	w.del(a)
@@ -183,7 +183,7 @@ func TestDelOfWhatWasNeverAdded(t *testing.T) {
 func TestDelSaysWhatIsMissing(t *testing.T) {
 	needRoot(t)
 	w := newWorld(t)
-	w.conf("10.conflist", "hf-miss", "10.230.14.0/24")
+	w.conf("hf-miss", "10.230.14.0/24")
 	a := w.pod("a")
 	w.add(a)
 	dirs := w.opts.BinDirs
@@ -202,7 +202,7 @@ func TestDelSaysWhatIsMissing(t *testing.T) {
 func TestDelSaysThatARecordIsLeft(t *testing.T) {
 	needRoot(t)
 	w := newWorld(t)
-	w.conf("10.conflist", "hf-left", "10.230.20.0/24")
+	w.conf("hf-left", "10.230.20.0/24")
 	a := w.pod("a")
 	w.add(a)
 	records, err := filepath.Glob(filepath.Join(w.opts.CacheDir, "results", "*-a-*"))
@@ -230,7 +230,7 @@ func TestAddFailureLeavesNothing(t *testing.T) {
 	needRoot(t)
 	w := newWorld(t)
 	before := w.traces()
-	w.conf("10.conflist", "hf-fail", "10.230.15.0/24", portmap, `{"type": "boom"}`)
+	w.conf("hf-fail", "10.230.15.0/24", portmap, `{"type": "boom"}`)
 	w.script("boom", `
 [ "$CNI_COMMAND" = ADD ] || exit 0
 echo '{"cniVersion": "1.0.0", "code": 117, "msg": "out of paint", "details": "the can is empty"}'
@@ -297,7 +297,7 @@ func TestHostPortsWithoutPlugin(t *testing.T) {
 			false},
 	} {
 		w := newWorld(t)
-		w.conf("10.conflist", "hf-ports", "10.230.29.0/24", c.plugins...)
+		w.conf("hf-ports", "10.230.29.0/24", c.plugins...)
 		a := w.pod("a")
 		a.PortMappings = c.ports
 		w.add(a)
@@ -406,7 +406,7 @@ func TestDelOfWhatAddRefuses(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)
 			before := w.traces()
-			w.conf("10.conflist", "hf-refuse", "10.230.23.0/24",
+			w.conf("hf-refuse", "10.230.23.0/24",
 				`{"type": "note", "capabilities": {"bandwidth": true}}`)
 			called := filepath.Join(w.dir, "called")
 			w.script("note", `echo "$CNI_ARGS" >>`+called+`.$CNI_COMMAND; cat | sed 's/.*"prevResult"://; s/}$//'`)
@@ -440,7 +440,7 @@ func TestSysctlsOfInterfaces(t *testing.T) {
 	needRoot(t)
 	w := newWorld(t)
 	before := w.traces()
-	w.conf("10.conflist", "hf-sysctl", "10.230.24.0/24")
+	w.conf("hf-sysctl", "10.230.24.0/24")
 	want := Want{Net: true, Sysctls: map[string]string{
 		"net.ipv4.conf.eth0.arp_ignore":     "1",
 		"net/ipv4/neigh/eth0/mcast_solicit": "7",
@@ -485,7 +485,7 @@ func TestManyPodsAtOnce(t *testing.T) {
 	needRoot(t)
 	w := newWorld(t)
 	before := w.traces()
-	w.conf("10.conflist", "hf-many", "10.230.18.0/24", portmap)
+	w.conf("hf-many", "10.230.18.0/24", portmap)
 	var (
 		wg  sync.WaitGroup
 		mu  sync.Mutex

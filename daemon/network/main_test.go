@@ -153,13 +153,13 @@ func realPlugins(t *testing.T) string {
 }
 
 // conf writes a config with a bridge and the plugins after it.
-func (w *world) conf(file, bridge, subnet string, after ...string) {
+func (w *world) conf(bridge, subnet string, after ...string) {
 	w.t.Helper()
 	plugins := append([]string{fmt.Sprintf(`{
 		"type": "bridge", "bridge": %q, "isGateway": true, "ipMasq": true, "hairpinMode": true,
 		"ipam": {"type": "host-local", "dataDir": %q, "ranges": [[{"subnet": %q}]], "routes": [{"dst": "0.0.0.0/0"}]}
 	}`, bridge, filepath.Join(w.dir, "leases"), subnet)}, after...)
-	w.write(file, fmt.Sprintf(`{"cniVersion": "1.0.0", "name": %q, "plugins": [%s]}`, "net-"+bridge,
+	w.write("10.conflist", fmt.Sprintf(`{"cniVersion": "1.0.0", "name": %q, "plugins": [%s]}`, "net-"+bridge,
 		strings.Join(plugins, ",")))
 	w.t.Cleanup(func() { ipLinkDel(w.t, bridge) })
 }

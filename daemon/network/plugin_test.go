@@ -77,7 +77,7 @@ func TestPluginThatHangsIsKilled(t *testing.T) {
 	for name, install := range map[string]func(w *world, script string){
 		"in the chain": func(w *world, script string) {
 			w.script("stuck", script)
-			w.conf("10.conflist", "hf-hang", "10.230.20.0/24", portmap, `{"type": "stuck"}`)
+			w.conf("hf-hang", "10.230.20.0/24", portmap, `{"type": "stuck"}`)
 		},
 		"started by a plugin": func(w *world, script string) {
 			w.script("stuck", script)

@@ -118,8 +118,7 @@ func openVolume(root, name string, uid, gid int) (*os.File, error) {
 	}
 	defer unix.Close(dir)
 	err = beneath.MkdirAll(dir, name, func(parent int, base, _ string) error {
-		return mkdirOwned(parent, base, uid,
-			gid)
+		return mkdirOwned(parent, base, uid, gid)
 	})
 	if err == nil {
 		f, err = beneath.Open(root, name, beneath.FileOrDirectory, 0)

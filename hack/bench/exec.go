@@ -40,7 +40,7 @@ func benchExecs(o options) (t table, err error) {
 		t.names = append(t.names, x.name)
 	}
 	for _, at := range []int{1, 4} {
-		r := newRow(fmt.Sprintf("ExecSync, %d at a time", at), goalExec, "ms")
+		r := newRow(fmt.Sprintf("ExecSync, %d at a time", at), goalExec)
 		err := inTurns(targets, 2+o.execs/at, func(round int, x *target) error {
 			took, err := x.execs(at)
 			if round >= 2 { // the first ones find nothing in caches

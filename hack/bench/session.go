@@ -57,7 +57,7 @@ func benchSessions(o options, logf func(string, ...any)) (t table, err error) {
 }
 
 func shortRow(targets []*target, name string, o options, protocol func() wire, at int) (row, error) {
-	r := newRow(name, 0, "ms")
+	r := newRow(name, 0)
 	err := inTurns(targets, 2+max(1, o.sessions/at), func(round int, x *target) error {
 		took, err := x.shortSessions(protocol, at)
 		if round >= 2 { // the first ones find nothing in caches
@@ -78,7 +78,7 @@ type load struct {
 
 // rows has what a GiB takes: time, and processor time of the runtime.
 func (l load) rows(targets []*target, o options, logf func(string, ...any)) ([]row, error) {
-	wall, cpu := newRow(l.name, goalBytes, "ms"), newRow("- processor time", goalBytes, "ms")
+	wall, cpu := newRow(l.name, goalBytes), newRow("- processor time", goalBytes)
 	err := inTurns(targets, o.rounds, func(_ int, x *target) error {
 		b, err := x.bulkSessions(l, o.bytes)
 		if err != nil {
@@ -265,6 +265,6 @@ func inTurns(targets []*target, rounds int, f func(round int, x *target) error) 
 	return nil
 }
 
-func newRow(name string, goal float64, unit string) row {
-	return row{name, goal, unit, map[string][]float64{}}
+func newRow(name string, goal float64) row {
+	return row{name, goal, "ms", map[string][]float64{}}
 }

@@ -149,7 +149,7 @@ func inspect(n *harness.Node, d *depot) *holdings {
 	h := take(n)
 	neededBlobs, neededLayers := map[digest.Digest]bool{}, map[digest.Digest]bool{}
 	for _, r := range h.refs {
-		h.reference(n, d, r, neededBlobs, neededLayers)
+		h.reference(d, r, neededBlobs, neededLayers)
 	}
 	for _, p := range h.pending {
 		if d.of(p.Ref) == nil {
@@ -203,7 +203,7 @@ func (h *holdings) blobPath(n *harness.Node, b digest.Digest) string {
 }
 
 // reference checks that all that one reference needs is here.
-func (h *holdings) reference(n *harness.Node, d *depot, r reference, blobs, layers map[digest.Digest]bool) {
+func (h *holdings) reference(d *depot, r reference, blobs, layers map[digest.Digest]bool) {
 	p := d.of(r.Ref)
 	if p == nil {
 		h.fault("%s was never pulled", r.Ref)

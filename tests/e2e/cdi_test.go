@@ -34,14 +34,14 @@ func TestCDI(t *testing.T) {
 	check(t, os.WriteFile(shared+"/library", []byte("of the vendor"), 0o644))
 	check(t, os.WriteFile(specs+"/bad.json", []byte("{"), 0o644))
 
-	_, err := tryCreate(pod, device("vendor.test/gpu=0"))
+	err := tryCreate(pod, device("vendor.test/gpu=0"))
 	wantError(t, err, codes.FailedPrecondition, "config.CDI_devices[0].name")
 	for _, words := range []string{`"vendor.test/gpu=0"`, specs + "/bad.json"} {
 		if !strings.Contains(err.Error(), words) {
 			t.Errorf("the error does not say %s: %v", words, err)
 		}
 	}
-	_, err = tryCreate(pod, device("vendor.test/gpu"))
+	err = tryCreate(pod, device("vendor.test/gpu"))
 	wantError(t, err, codes.InvalidArgument, "config.CDI_devices[0].name")
 	n.CheckClean()
 
@@ -81,7 +81,7 @@ devices:
 	wantOutput(t, one, "absent\n", "sh", "-c", "[ -e /dev/gpu0 ] || echo absent")
 
 	check(t, os.Remove(specs+"/vendor.yaml"))
-	_, err = tryCreate(pod, func(c *cri.ContainerConfig) {
+	err = tryCreate(pod, func(c *cri.ContainerConfig) {
 		c.Annotations = map[string]string{"cdi.k8s.io/plugin": "vendor.test/gpu=1"}
 	})
 	wantError(t, err, codes.FailedPrecondition, "config.annotations[cdi.k8s.io/plugin]")
@@ -103,7 +103,7 @@ func TestCDIHookFails(t *testing.T) {
 	n.Mark()
 	check(t, os.WriteFile(specs+"/vendor.json", []byte(`{"cdiVersion": "0.3.0", "kind": "vendor.test/gpu", "devices": [
 		{"name": "a", "containerEdits": {"hooks": [{"hookName": "createRuntime", "path": "/bin/false"}]}}]}`), 0o644))
-	_, err := tryCreate(pod, device("vendor.test/gpu=a"))
+	err := tryCreate(pod, device("vendor.test/gpu=a"))
 	wantError(t, err, codes.Unknown, "hook")
 	n.CheckClean()
 }
@@ -114,19 +114,19 @@ func TestCDIDisabled(t *testing.T) {
 	n := harness.New(t, harness.Options{Config: "[cdi]\nenabled = false\n"})
 	pod := n.RunPod("pod")
 	n.Mark()
-	_, err := tryCreate(pod, device("vendor.test/gpu=0"))
+	err := tryCreate(pod, device("vendor.test/gpu=0"))
 	wantError(t, err, codes.Unimplemented, "config.CDI_devices[0].name")
 	n.CheckClean()
 }
 
 // tryCreate asks for a container that may be refused.
-func tryCreate(pod *harness.Pod, edit ...func(*cri.ContainerConfig)) (string, error) {
+func tryCreate(pod *harness.Pod, edit ...func(*cri.ContainerConfig)) error {
 	ctx, cancel := harness.Deadline()
 	defer cancel()
-	r, err := pod.N.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{
+	_, err := pod.N.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{
 		PodSandboxId:  pod.ID,
 		Config:        harness.ContainerConfig("refused", []string{"sleep", "1000"}, edit...),
 		SandboxConfig: pod.Config,
 	})
-	return r.GetContainerId(), err
+	return err
 }

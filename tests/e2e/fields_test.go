@@ -109,7 +109,7 @@ func TestRefusedFields(t *testing.T) {
 		if c.edit == nil {
 			continue
 		}
-		_, err := tryCreate(pod, c.edit)
+		err := tryCreate(pod, c.edit)
 		if err == nil {
 			t.Errorf("%s: no error", name)
 			continue

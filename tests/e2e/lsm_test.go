@@ -75,11 +75,11 @@ func TestSELinux(t *testing.T) {
 		t.Errorf("a volume that does not ask for it has the label %q, before it was %q", got, before)
 	}
 	c.Output("sh", "-c", "echo written >/file && echo written >/volume/file && echo written >/dev/shm/file")
-	_, err := tryCreate(pod, func(c *cri.ContainerConfig) {
+	err := tryCreate(pod, func(c *cri.ContainerConfig) {
 		c.Mounts = []*cri.Mount{{HostPath: "/etc/../usr", ContainerPath: "/usr2", SelinuxRelabel: true}}
 	})
 	wantError(t, err, codes.InvalidArgument, "config.mounts[0].selinux_relabel")
-	_, err = tryCreate(pod, func(c *cri.ContainerConfig) {
+	err = tryCreate(pod, func(c *cri.ContainerConfig) {
 		c.Linux.SecurityContext.SelinuxOptions = &cri.SELinuxOption{Type: "nothing_t"}
 	})
 	wantError(t, err, codes.InvalidArgument, "config.linux.security_context.selinux_options")
@@ -128,7 +128,7 @@ func TestAppArmor(t *testing.T) {
 		one.Output("sh", "-c", "echo written >/file && sleep 100 & kill $!")
 		one.Stop(0)
 	}
-	_, err := tryCreate(pod, profile(&cri.SecurityProfile{ProfileType: cri.SecurityProfile_Localhost,
+	err := tryCreate(pod, profile(&cri.SecurityProfile{ProfileType: cri.SecurityProfile_Localhost,
 		LocalhostRef: "nothing"}))
 	wantError(t, err, codes.InvalidArgument, "config.linux.security_context.apparmor.localhost_ref")
 }

@@ -186,7 +186,7 @@ func TestMoreThanThePodHas(t *testing.T) {
 		if _, err := os.Stat("/sys/devices/system/cpu/cpu1"); err != nil && field == "cpuset_cpus" {
 			continue
 		}
-		_, err := tryCreate(pod, func(c *cri.ContainerConfig) { c.Linux.Resources = r })
+		err := tryCreate(pod, func(c *cri.ContainerConfig) { c.Linux.Resources = r })
 		wantError(t, err, codes.InvalidArgument, "config.linux.resources."+field+": ")
 		wantError(t, update(c, r), codes.InvalidArgument, "linux."+field+": ")
 	}

@@ -30,10 +30,8 @@ func shell(script string) []string { return []string{"sh", "-c", script} }
 
 func privileged(c *cri.ContainerConfig) { c.Linux.SecurityContext.Privileged = true }
 
-// says waits for a word in the log.
-func says(word string) func(*testing.T, *harness.Container) {
-	return func(t *testing.T, c *harness.Container) { c.WaitLog(patience, word) }
-}
+// isUp waits for the word of a container that it has come so far.
+func isUp(_ *testing.T, c *harness.Container) { c.WaitLog(patience, "up") }
 
 const killed = 137
 
@@ -43,15 +41,15 @@ var attacks = map[string]attack{
 	"endless line":  {command: shell("exec yes | tr -d '\\n'"), full: fillsLog},
 	"zeros":         {command: shell("trap '' TERM; exec cat /dev/zero"), full: fillsLog, code: killed},
 	"short lines":   {command: shell("trap '' TERM; exec yes ''"), full: fillsLog, code: killed},
-	"deaf":          {command: shell(deaf), full: says("up"), code: killed},
-	"stopped child": {command: shell(stoppedChild), full: says("up"), code: killed},
+	"deaf":          {command: shell(deaf), full: isUp, code: killed},
+	"stopped child": {command: shell(stoppedChild), full: isUp, code: killed},
 	"stopped init":  {command: shell("echo up; exec sleep 1000"), full: stopInit, code: killed},
 	"fork bomb":     {command: shell(forkBomb), full: bomb, code: killed},
-	"orphans":       {command: shell(orphans), full: says("up"), code: killed},
-	"many files":    {command: shell(manyFiles), full: says("up")},
-	"deep tree":     {command: shell(deepTree), full: says("up")},
-	"many mounts":   {command: shell(manyMounts), edit: privileged, full: says("up")},
-	"many cgroups":  {command: shell(manyCgroups), edit: privileged, full: says("up")},
+	"orphans":       {command: shell(orphans), full: isUp, code: killed},
+	"many files":    {command: shell(manyFiles), full: isUp},
+	"deep tree":     {command: shell(deepTree), full: isUp},
+	"many mounts":   {command: shell(manyMounts), edit: privileged, full: isUp},
+	"many cgroups":  {command: shell(manyCgroups), edit: privileged, full: isUp},
 	"many execs":    {command: shell("exec sleep 1000"), full: manyExecs},
 	"mute clients":  {command: []string{"testbox", "flood", "-rate", "500000"}, full: muteClients},
 	"closed output": {command: shell("exec >&- 2>&-; exec sleep 1000"), full: func(*testing.T, *harness.Container) {}},

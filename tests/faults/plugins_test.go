@@ -53,8 +53,8 @@ type insaneNode struct {
 	*harness.Tally
 }
 
-func newInsane(t *testing.T, name, config string) *insaneNode {
-	n := harness.New(t, harness.Options{Plugins: map[string]string{"insane": insane}, Config: config})
+func newInsane(t *testing.T, name string) *insaneNode {
+	n := harness.New(t, harness.Options{Plugins: map[string]string{"insane": insane}})
 	i := &insaneNode{n, harness.Drill(t, name)}
 	i.set(t, "none", "none")
 	conf := n.Path("net.d/10-test.conflist")
@@ -116,7 +116,7 @@ var (
 // notice.
 func TestPluginsAtADD(t *testing.T) {
 	t.Parallel()
-	n := newInsane(t, "plugins, ADD", "")
+	n := newInsane(t, "plugins, ADD")
 	for _, how := range append(append(hangs, failures...), nonsense...) {
 		t.Run(how, func(t *testing.T) {
 			n.set(t, "ADD", how)
@@ -148,7 +148,7 @@ func TestPluginsAtADD(t *testing.T) {
 // the pod's containers are killed in any case.
 func TestPluginsAtDEL(t *testing.T) {
 	t.Parallel()
-	n := newInsane(t, "plugins, DEL", "")
+	n := newInsane(t, "plugins, DEL")
 	for i, how := range append(hangs, failures...) {
 		t.Run(how, func(t *testing.T) {
 			n := &insaneNode{n.With(t), n.Tally}
@@ -189,7 +189,7 @@ func TestPluginsAtDEL(t *testing.T) {
 // The same when plugins are asked whether they are ready: Status answers, with the reason.
 func TestPluginsAtSTATUS(t *testing.T) {
 	t.Parallel()
-	n := newInsane(t, "plugins, STATUS", "")
+	n := newInsane(t, "plugins, STATUS")
 	ready := func(t *testing.T) (bool, string) {
 		t.Helper()
 		ctx, cancel := harness.Deadline()
@@ -224,7 +224,7 @@ func TestPluginsAtSTATUS(t *testing.T) {
 // that one serves, and pods have a network.
 func TestPluginsAtGC(t *testing.T) {
 	t.Parallel()
-	n := newInsane(t, "plugins, GC", "")
+	n := newInsane(t, "plugins, GC")
 	b, err := os.ReadFile(n.Path("config.toml"))
 	check(t, err)
 	config := strings.Replace(string(b), "[cni]\n", "[cni]\ngc = true\n", 1)
