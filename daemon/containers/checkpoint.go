@@ -87,13 +87,34 @@ func (s *Snapshot) make(ctx context.Context, out *checkpoint.Output) error {
 	if err := s.take(ctx); err != nil {
 		return err
 	}
-	if err := s.Fill(ctx, out); err != nil {
+	return AwaitFiles(ctx, func() error {
+		if err := s.Fill(ctx, out); err != nil {
+			return err
+		}
+		if err := out.Commit(); err != nil {
+			return fmt.Errorf("location: %w", err)
+		}
+		return step.Reach(step.ContainerArchived)
+	})
+}
+
+// AwaitFiles calls f, which writes files where somebody wants them, and waits for its end; when
+// ctx has ended, no longer than f takes to see that. Where their directory does not answer f is
+// left alone. The caller closes the files then, which do not get names any more.
+func AwaitFiles(ctx context.Context, f func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	select {
+	case err := <-done:
 		return err
+	case <-ctx.Done():
 	}
-	if err := out.Commit(); err != nil {
-		return fmt.Errorf("location: %w", err)
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(dropTimeout):
+		return kind.Errorf(kind.Unavailable, "the directory of the checkpoint does not answer: %w", context.Cause(ctx))
 	}
-	return step.Reach(step.ContainerArchived)
 }
 
 // Checkpointable says why no checkpoint can be made of the container; nil if one can.

@@ -87,6 +87,8 @@ func (f *Failing) try() error {
 // Roots mounts nothing: the root of a container is the empty directory.
 type Roots struct {
 	Mounting, Unmounting Failing
+	// Diffing, if not nil, is called when the writable layer of a checkpoint is written.
+	Diffing func()
 
 	mu         sync.Mutex
 	relabelled map[string]string
@@ -130,7 +132,12 @@ func (r *Roots) Unmount(string) error { return r.Unmounting.try() }
 func (r *Roots) UnmountBelow(dir string) error { return r.Unmount(dir) }
 
 // Diff writes nothing.
-func (r *Roots) Diff(context.Context, string, io.Writer) error { return r.Mounting.try() }
+func (r *Roots) Diff(context.Context, string, io.Writer) error {
+	if r.Diffing != nil {
+		r.Diffing()
+	}
+	return r.Mounting.try()
+}
 
 // Restore restores nothing.
 func (r *Roots) Restore(context.Context, []digest.Digest, string, ...io.Reader) error {
