@@ -244,6 +244,10 @@ func TestNamespacesFailureLeavesNothing(t *testing.T) {
 
 func TestSysctlsThatAreAllowed(t *testing.T) {
 	all := Want{Net: true, IPC: true, UTS: true}
+	ofUserns := map[string]string{"user.max_inotify_watches": "1", "user/max_net_namespaces": "1"}
+	if got, err := resolveSysctls(Want{User: someUserns, Sysctls: ofUserns}); len(got) > 0 || err != nil {
+		t.Errorf("those of a user namespace are not for the OCI runtime: %v, %v", got, err)
+	}
 	for _, c := range []struct {
 		name string
 		w    Want
@@ -265,6 +269,7 @@ func TestSysctlsThatAreAllowed(t *testing.T) {
 		{"kernel.semx", all, ""},
 		{"kernel.hostname", all, ""},
 		{"kernel.panic", all, ""},
+		{"user.max_inotify_watches", all, ""},
 		{"vm.swappiness", all, ""},
 		{"fs.file-max", all, ""},
 		{"net", all, ""},

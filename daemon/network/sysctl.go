@@ -50,7 +50,8 @@ func writeSysctl(path, value string) error {
 // pod always comes out the same, or says which one a pod with these namespaces
 // may not set. The namespaced ones are net.*, kernel.shm*, kernel.msg*,
 // kernel.sem, fs.mqueue.* and kernel.domainname (sysctl(7), namespaces(7)); any
-// other is the whole node's. kernel.hostname has a field of its own in the CRI.
+// other is the whole node's. kernel.hostname has a field of its own in the CRI. Those of a
+// user namespace are left to the OCI runtime.
 func resolveSysctls(w Want) ([]setting, error) {
 	var out []setting
 	for _, name := range slices.Sorted(maps.Keys(w.Sysctls)) {
@@ -67,6 +68,8 @@ func resolveSysctls(w Want) ([]setting, error) {
 			own, kind = w.IPC, "IPC"
 		case rel == "kernel/domainname":
 			own, kind = w.UTS, "UTS"
+		case strings.HasPrefix(rel, "user/") && w.User != nil:
+			continue // the OCI runtime sets it, as it enters the namespace
 		default:
 			return nil, fmt.Errorf("%w: %s is not namespaced, it would change the whole node; set it there", ErrSysctl,
 				name)

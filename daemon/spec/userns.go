@@ -2,6 +2,7 @@ package spec
 
 import (
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 
@@ -140,6 +141,9 @@ func (b *builder) userns() error {
 	if ns.Path == "" {
 		b.spec.Linux.UIDMappings, b.spec.Linux.GIDMappings = mappings(u.GetUids()), mappings(u.GetGids())
 	}
+	// Those of the user namespace itself can only be set by a process in it.
+	b.spec.Linux.Sysctl = maps.Clone(b.Sandbox.GetLinux().GetSysctls())
+	maps.DeleteFunc(b.spec.Linux.Sysctl, func(name, _ string) bool { return sysctlNamespace(name) != "user" })
 	// The kernel would say EINVAL to the OCI runtime, and nobody would know why.
 	who := b.spec.Process.User
 	if !mapped(u.GetUids(), who.UID) {

@@ -2,6 +2,7 @@ package spec
 
 import (
 	"math"
+	"os"
 	"reflect"
 	"slices"
 	"testing"
@@ -257,5 +258,25 @@ func TestDevicesOfUserns(t *testing.T) {
 		func(m specs.Mount) bool { return m.Destination == "/dev/moved" && m.Source == "/dev/c" },
 	) {
 		t.Errorf("no mount of the device with another path: %v", s.Mounts)
+	}
+}
+
+// Sysctls of the user namespace are set from inside it: the namespace of the pod is none of
+// the daemon's.
+func TestRuncSysctlsOfUserns(t *testing.T) {
+	b := newBundle(t)
+	check(t, os.Chown(b.root, 100000, 100000)) // for the mount points
+	in := b.input("cd /proc/sys/user; /bin/busybox cat max_inotify_watches max_net_namespaces")
+	in.userns(100000, 65536)
+	in.Namespaces.User = ""
+	in.Sandbox.Linux.Sysctls = map[string]string{"user.max_inotify_watches": "4321",
+		"user/max_net_namespaces": "7", "net.ipv4.ip_forward": "1"}
+	node, err := os.ReadFile("/proc/sys/user/max_inotify_watches")
+	check(t, err)
+	if out := b.run(in); out != "4321\n7\n" {
+		t.Errorf("inside: %q", out)
+	}
+	if now, _ := os.ReadFile("/proc/sys/user/max_inotify_watches"); string(now) != string(node) {
+		t.Errorf("the node had %q and has %q", node, now)
 	}
 }

@@ -166,7 +166,7 @@ func validateSysctls(sysctls map[string]string, o *runtimeapi.NamespaceOption) e
 		if strings.ContainsAny(sysctls[name], "\x00\n") {
 			return invalid(field, "%q is not a value", sysctls[name])
 		}
-		switch sysctlNamespace(strings.ReplaceAll(name, "/", ".")) {
+		switch sysctlNamespace(name) {
 		case "network":
 			if o.GetNetwork() == modeNode {
 				return invalid(field, "would change the node: the pod has its network")
@@ -174,6 +174,10 @@ func validateSysctls(sysctls map[string]string, o *runtimeapi.NamespaceOption) e
 		case "ipc":
 			if o.GetIpc() == modeNode {
 				return invalid(field, "would change the node: the pod has its IPC namespace")
+			}
+		case "user":
+			if podUserns(o) == nil {
+				return invalid(field, "would change the node: the pod has its user namespace")
 			}
 		case "uts":
 			if o.GetNetwork() == modeNode {
@@ -186,7 +190,9 @@ func validateSysctls(sysctls map[string]string, o *runtimeapi.NamespaceOption) e
 	return nil
 }
 
+// sysctlNamespace is the kind of namespace that a sysctl belongs to, "" if to none.
 func sysctlNamespace(name string) string {
+	name = strings.ReplaceAll(name, "/", ".")
 	switch {
 	case strings.HasPrefix(name, "net."):
 		return "network"
@@ -195,6 +201,8 @@ func sysctlNamespace(name string) string {
 		return "ipc"
 	case name == "kernel.domainname":
 		return "uts"
+	case strings.HasPrefix(name, "user."):
+		return "user"
 	}
 	return ""
 }

@@ -425,6 +425,13 @@ var podCases = []struct {
 		kind.Invalid, "config.linux.sysctls[fs.mqueue.msg_max]"},
 	{"sysctl of the node's name", withSysctl("kernel.domainname", true),
 		kind.Invalid, "config.linux.sysctls[kernel.domainname]"},
+	{"sysctl of the user namespace", func(s *podConfig) {
+		withSysctl("user.max_inotify_watches", false)(s)
+		s.Linux.SecurityContext.NamespaceOptions.UsernsOptions = &cri.UserNamespace{Mode: modePod,
+			Uids: idMap(0, 5, 1), Gids: idMap(0, 5, 1)}
+	}, nil, ""},
+	{"sysctl of the node's user namespace", withSysctl("user.max_inotify_watches", false),
+		kind.Invalid, "config.linux.sysctls[user.max_inotify_watches]"},
 	{"sysctl with two values", func(s *podConfig) { s.Linux.Sysctls = map[string]string{"net.core.somaxconn": "1\n2"} },
 		kind.Invalid, "config.linux.sysctls[net.core.somaxconn]"},
 	{"sysctl of the node", withSysctl("kernel.panic", false), kind.Invalid, "config.linux.sysctls[kernel.panic]"},
