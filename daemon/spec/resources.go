@@ -1,6 +1,7 @@
 package spec
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -143,7 +144,7 @@ func ValidateResources(field string, r *runtimeapi.LinuxContainerResources) erro
 	}
 	quota, period := r.GetCpuQuota(), r.GetCpuPeriod()
 	limit, swap := r.GetMemoryLimitInBytes(), r.GetMemorySwapLimitInBytes()
-	err := first(
+	err := cmp.Or(
 		atLeast("cpu_shares", r.GetCpuShares(), 0),
 		atLeast("cpu_period", period, 0),
 		atLeast("cpu_quota", quota, -1),                 // -1: no limit
@@ -230,13 +231,4 @@ func within(list, all string) bool {
 		}
 	}
 	return true
-}
-
-func first(errs ...error) error {
-	for _, err := range errs {
-		if err != nil {
-			return err
-		}
-	}
-	return nil
 }

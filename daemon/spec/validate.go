@@ -1,6 +1,7 @@
 package spec
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"path"
@@ -48,7 +49,7 @@ func Validate(c *runtimeapi.ContainerConfig, s *runtimeapi.PodSandboxConfig) err
 	if _, ok := runtimeapi.Signal_name[int32(c.GetStopSignal())]; !ok {
 		return invalid(fieldStopSignal, "%d is not a signal", c.GetStopSignal())
 	}
-	return first(
+	return cmp.Or(
 		validateProcess(c),
 		validateLogPath(c.GetLogPath()),
 		validateMounts(c.GetMounts()),
@@ -197,14 +198,14 @@ func validateMount(field string, m *runtimeapi.Mount) error {
 	if (len(m.GetUidMappings()) > 0) != (len(m.GetGidMappings()) > 0) {
 		return invalid(field+"uidMappings", "and gidMappings go together, and one of them is empty")
 	}
-	err := first(
+	err := cmp.Or(
 		validateMappings(field+"uidMappings", m.GetUidMappings()),
 		validateMappings(field+"gidMappings", m.GetGidMappings()),
 	)
 	if err != nil {
 		return err
 	}
-	return first(
+	return cmp.Or(
 		validateMountOptions(field+"mount_options", m.GetMountOptions()),
 		relative(field+"image_sub_path", m.GetImageSubPath()),
 	)
@@ -261,7 +262,7 @@ func validateContext(sc *runtimeapi.LinuxContainerSecurityContext, pod *runtimea
 			}
 		}
 	}
-	return first(
+	return cmp.Or(
 		validateUser(sc),
 		validateCapabilities(sc.GetCapabilities()),
 		profile(fieldSeccomp, "seccomp_profile_path", seccompProfile(sc), true),
@@ -292,7 +293,7 @@ func identity(field string, user, group *runtimeapi.Int64Value, groups []int64,
 		}
 		return nil
 	}
-	err := first(id("run_as_user", user.GetValue()), id("run_as_group", group.GetValue()))
+	err := cmp.Or(id("run_as_user", user.GetValue()), id("run_as_group", group.GetValue()))
 	for i := 0; i < len(groups) && err == nil; i++ {
 		err = id(fmt.Sprintf("supplemental_groups[%d]", i), groups[i])
 	}
@@ -384,7 +385,7 @@ func namespaceModes(field string, o *runtimeapi.NamespaceOption, container bool)
 	if o.GetPid() == modeTarget && o.GetTargetId() == "" {
 		return invalid(field+"target_id", "is empty, and pid is TARGET")
 	}
-	return first(validateUserns(field, o.GetUsernsOptions()), validateUsernsModes(field, o))
+	return cmp.Or(validateUserns(field, o.GetUsernsOptions()), validateUsernsModes(field, o))
 }
 
 // namedList is a field of strings.

@@ -1,6 +1,7 @@
 package spec
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"net/netip"
@@ -71,7 +72,7 @@ func ValidateSandbox(s *runtimeapi.PodSandboxConfig) error {
 		}
 	}
 	sc := s.GetLinux().GetSecurityContext()
-	return first(
+	return cmp.Or(
 		validateDNS(s.GetDnsConfig()),
 		validatePorts(s.GetPortMappings()),
 		validateCgroupParent(s.GetLinux().GetCgroupParent()),
@@ -141,7 +142,7 @@ func validatePodContext(sc *runtimeapi.LinuxSandboxSecurityContext) error {
 	if seccomp == nil {
 		seccomp = namedProfile(sc.GetSeccompProfilePath()) //nolint:staticcheck // clients still send it
 	}
-	return first(
+	return cmp.Or(
 		identity(fieldContext, sc.GetRunAsUser(), sc.GetRunAsGroup(),
 			sc.GetSupplementalGroups(), sc.GetSupplementalGroupsPolicy()),
 		profile(fieldSeccomp, "seccomp_profile_path", seccomp, true),
