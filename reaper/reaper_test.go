@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -190,12 +191,7 @@ func TestOrphansAreReaped(t *testing.T) {
 		pids = append(pids, left(t, r, "orphan", "0"))
 	}
 	until(t, "no orphan is left", func() bool {
-		for _, pid := range pids {
-			if exists(pid) {
-				return false
-			}
-		}
-		return true
+		return !slices.ContainsFunc(pids, exists)
 	})
 }
 

@@ -29,10 +29,11 @@ import (
 	"github.com/containerd/platforms"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
-	"github.com/holdfast-cri/holdfast/daemon/image/registry"
 	"github.com/klauspost/compress/gzip"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/holdfast-cri/holdfast/daemon/image/registry"
 )
 
 // The tests of this file pull from registries that are right in substance and
@@ -81,9 +82,7 @@ func (q *quirk) pull(t testing.TB, a *Auth) error {
 }
 
 func send(w http.ResponseWriter, header http.Header, code int, body []byte) {
-	for k, v := range header {
-		w.Header()[k] = v
-	}
+	maps.Copy(w.Header(), header)
 	w.WriteHeader(code)
 	w.Write(body)
 }

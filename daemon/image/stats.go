@@ -3,6 +3,7 @@ package image
 import (
 	"context"
 	"errors"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -92,9 +93,7 @@ func (s *Store) Stats() records.ImageStats {
 		st.Pulls[r.name] = 0
 	}
 	c.mu.Lock()
-	for name, n := range c.pulls {
-		st.Pulls[name] = n
-	}
+	maps.Copy(st.Pulls, c.pulls)
 	c.mu.Unlock()
 	return st
 }

@@ -3,6 +3,7 @@ package crash
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"path/filepath"
 	"sync"
@@ -309,9 +310,7 @@ func (s *storeDrill) checkContainers(t *testing.T) {
 		}
 		want := map[string]node{}
 		for _, l := range p.layers {
-			for path, n := range l.tree {
-				want[path] = n
-			}
+			maps.Copy(want, l.tree)
 		}
 		if _, _, err := compareTree(filepath.Join(s.n.State, "containers", id, "rootfs"), want, false); err != nil {
 			t.Errorf("the root of a container of %s: %v", p.name, err)

@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -41,9 +42,7 @@ func newSlow(t *testing.T, n *harness.Node, host string) *slow {
 			return
 		}
 		defer resp.Body.Close()
-		for name, values := range resp.Header {
-			w.Header()[name] = values
-		}
+		maps.Copy(w.Header(), resp.Header)
 		w.WriteHeader(resp.StatusCode)
 		for r.Method == http.MethodGet && resp.ContentLength > piece {
 			s.waiting.Add(1)

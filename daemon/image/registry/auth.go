@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
@@ -271,9 +272,7 @@ func (r *Repository) fetchToken(ctx context.Context, h host, o auth.TokenOptions
 	ctx, cancel := context.WithTimeout(clog.WithLogger(ctx, quiet), smallTimeout)
 	defer cancel()
 	header := http.Header{"User-Agent": {userAgent}}
-	for k, v := range h.Header {
-		header[k] = v
-	}
+	maps.Copy(header, h.Header)
 	answer := &tokenTransport{base: h.Client.Transport}
 	client := *h.Client
 	client.Transport = answer
