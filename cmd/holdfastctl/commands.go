@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	_ "embed" // help.txt
 	"flag"
@@ -84,10 +85,7 @@ func (c *command) checkArgs(args []string) error {
 		}
 		return nil
 	}
-	want, hint := c.args, ""
-	if want == "" {
-		want = "no arguments"
-	}
+	want, hint := cmp.Or(c.args, "no arguments"), ""
 	if slices.ContainsFunc(args, func(s string) bool { return strings.HasPrefix(s, "-") }) {
 		hint = " (flags go before it)"
 	}

@@ -160,10 +160,7 @@ func (l *look) judgeTrees() {
 func (l *look) addIfThere(k Kind, path string, v verdict) {
 	if st, err := os.Lstat(path); path != "" && err == nil {
 		e := newEntry(path, st)
-		if k == "" {
-			k = kindOf(e)
-		}
-		l.add(k, path, e.same(), v, nil)
+		l.add(cmp.Or(k, kindOf(e)), path, e.same(), v, nil)
 	}
 }
 

@@ -1,6 +1,7 @@
 package containers
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -53,10 +54,7 @@ func (m *Manager) Checkpoint(ctx context.Context, id, location string, timeout t
 	if err != nil {
 		return err
 	}
-	if timeout == 0 {
-		timeout = DefaultCheckpoint
-	}
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+	ctx, cancel := context.WithTimeout(ctx, cmp.Or(timeout, DefaultCheckpoint))
 	defer cancel()
 	ctx, interrupt := context.WithCancelCause(ctx)
 	defer interrupt(nil)

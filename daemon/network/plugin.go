@@ -2,6 +2,7 @@ package network
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -200,10 +201,7 @@ func pluginError(name string, err error, stdout, stderr []byte) error {
 		e.Msg, e.Details = words([]byte(e.Msg)), words([]byte(e.Details))
 		return fmt.Errorf("CNI plugin %s: %w", name, &e)
 	}
-	said := words(stderr)
-	if said == "" {
-		said = words(stdout)
-	}
+	said := cmp.Or(words(stderr), words(stdout))
 	if said == "" {
 		return fmt.Errorf("CNI plugin %s: %w, it said nothing", name, err)
 	}

@@ -1,6 +1,7 @@
 package records
 
 import (
+	"cmp"
 	"fmt"
 	"strings"
 	"syscall"
@@ -217,10 +218,7 @@ func podOf(c *Container) *Pod {
 			labels[k] = v
 		}
 	}
-	name := labels[prefix+"name"]
-	if name == "" {
-		name = "unknown-" + ShortID(c.PodID)
-	}
+	name := cmp.Or(labels[prefix+"name"], "unknown-"+ShortID(c.PodID))
 	return &Pod{
 		ID:        c.PodID,
 		Handler:   c.Handler,

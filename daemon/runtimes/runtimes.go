@@ -4,6 +4,7 @@
 package runtimes
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -116,9 +117,7 @@ func (s *Set) Names() []string { return slices.Sorted(maps.Keys(s.handlers)) }
 
 // For finds the handler that a pod asked for, the default one for "".
 func (s *Set) For(name string) (Handler, error) {
-	if name == "" {
-		name = s.fallback
-	}
+	name = cmp.Or(name, s.fallback)
 	h, ok := s.handlers[name]
 	if !ok {
 		return Handler{}, kind.Errorf(kind.Invalid, "runtime_handler: there is no handler %q in the config", name)

@@ -2,6 +2,7 @@ package spec
 
 import (
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"errors"
 	"fmt"
@@ -246,14 +247,8 @@ func ResolveDevices(c *runtimeapi.ContainerConfig) ([]Device, error) {
 	var list []Device
 	for i, d := range c.GetDevices() {
 		field := fmt.Sprintf("config.devices[%d].host_path", i)
-		access := d.GetPermissions()
-		if access == "" {
-			access = "rwm"
-		}
-		dst := d.GetContainerPath()
-		if dst == "" {
-			dst = d.GetHostPath()
-		}
+		access := cmp.Or(d.GetPermissions(), "rwm")
+		dst := cmp.Or(d.GetContainerPath(), d.GetHostPath())
 		src, err := filepath.EvalSymlinks(d.GetHostPath())
 		if err != nil {
 			return nil, invalid(field, "cannot find the device: %v", err)

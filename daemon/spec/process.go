@@ -82,11 +82,7 @@ func (b *builder) env() []string {
 	if b.Container.GetTty() {
 		e.set("TERM", "xterm")
 	}
-	host := b.Sandbox.GetHostname()
-	if host == "" {
-		host = b.NodeName
-	}
-	if host != "" {
+	if host := cmp.Or(b.Sandbox.GetHostname(), b.NodeName); host != "" {
 		e.set("HOSTNAME", host)
 	}
 	for _, kv := range b.Image.Env {
