@@ -93,13 +93,13 @@ func (s *Snapshot) make(ctx context.Context, out *checkpoint.Output) error {
 			return fmt.Errorf("location: %w", err)
 		}
 		return step.Reach(step.ContainerArchived)
-	})
+	}, out)
 }
 
 // AwaitFiles calls f, which writes files where somebody wants them, and waits for its end; when
 // ctx has ended, no longer than f takes to see that. Where their directory does not answer f is
-// left alone. The caller closes the files then, which do not get names any more.
-func AwaitFiles(ctx context.Context, f func() error) error {
+// left alone. It cannot give names to the files any more, which are closed.
+func AwaitFiles(ctx context.Context, f func() error, files ...*checkpoint.Output) error {
 	done := make(chan error, 1)
 	go func() { done <- f() }()
 	select {
@@ -111,8 +111,11 @@ func AwaitFiles(ctx context.Context, f func() error) error {
 	case err := <-done:
 		return err
 	case <-time.After(dropTimeout):
-		return kind.Errorf(kind.Unavailable, "the directory of the checkpoint does not answer: %w", context.Cause(ctx))
 	}
+	for _, file := range files {
+		go file.Close() // may have to write what is in memory
+	}
+	return kind.Errorf(kind.Unavailable, "the directory of the checkpoint does not answer: %w", context.Cause(ctx))
 }
 
 // Checkpointable says why no checkpoint can be made of the container; nil if one can.

@@ -158,7 +158,7 @@ func (s *saving) make(ctx context.Context, dir *os.File) error {
 	if err := s.take(ctx); err != nil {
 		return err
 	}
-	return containers.AwaitFiles(ctx, func() error { return s.write(ctx) })
+	return containers.AwaitFiles(ctx, func() error { return s.write(ctx) }, s.outputs...)
 }
 
 // create makes the files without names, so that a directory that cannot have them is no
@@ -218,7 +218,7 @@ func (s *saving) take(ctx context.Context) error {
 		}
 	}
 	if err == nil {
-		err = containers.AwaitFiles(ctx, func() error { return s.saveShm(ctx) })
+		err = containers.AwaitFiles(ctx, func() error { return s.saveShm(ctx) }, s.outputs...)
 	}
 	err = errors.Join(err, s.each((*containers.Snapshot).Thaw))
 	if err == nil {
