@@ -610,7 +610,11 @@ func TestRecoverUnknownWithDebts(t *testing.T) {
 	b := newBed(t)
 	pod := b.RunPod(t, "pod")
 	c := b.Run(t, pod, fake.ContainerConfig("c", "true"))
-	b.Ended(t, c)
+	must.Come(t, "the end of its shim", func() bool {
+		_, err := b.Dir(c).FindShim()
+		held, _ := b.Dir(c).Held()
+		return errors.Is(err, rundir.ErrNoProcess) && !held
+	})
 	b.close()
 	check(t, os.Remove(filepath.Join(b.Store.Dir(state.Pods, pod), "record.json")))
 	check(t, os.Remove(filepath.Join(b.Store.RunDir(state.Pods, pod), "record.json")))
@@ -663,6 +667,28 @@ func TestRecoverRemovedOnFullDisk(t *testing.T) {
 		b.Roots.Unmounting.Fail(nil)
 		b.removeAll(pod)
 	}
+}
+
+// What its shim was given does not make a removed container anew whose record is damaged.
+func TestRecoverRemovedAndDamaged(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	b := newBed(t)
+	pod := b.RunPod(t, "pod")
+	c := b.Run(t, pod, fake.ContainerConfig("c"))
+	busy := b.Dir(c).Path(rundir.RootfsName)
+	check(t, syscall.Mount("tmpfs", busy, "tmpfs", 0, ""))
+	defer syscall.Unmount(busy, syscall.MNT_DETACH)
+	check(t, b.Containers.Remove(t.Context(), c))
+	b.close()
+	check(t, os.WriteFile(filepath.Join(b.Store.Dir(state.Containers, c), "record.json"), []byte("torn"), 0o600))
+	b.open()
+	if list := b.Containers.List(nil); len(list) > 0 {
+		t.Errorf("listed: %v", list)
+	}
+	check(t, syscall.Unmount(busy, 0))
+	b.removeAll(pod)
 }
 
 // Of two containers with one name the one that lives has it; the other is put

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
@@ -143,6 +144,8 @@ func (c *Container) giveBack(ctx context.Context) error {
 		})
 	}
 	c.dropFiles()
+	// Neither this container nor its pod is made anew from it, were their records damaged.
+	os.Remove(c.dir.Path(rundir.LaunchName))
 	err := errors.Join(c.unmount(), c.m.Cgroups.RemoveShim(ctx, c.ID()))
 	// Fails, and follows nothing, while something is mounted below.
 	if rerr := c.m.State.RemoveRunDir(state.Containers, c.ID()); err != nil || rerr != nil {
