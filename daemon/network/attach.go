@@ -6,10 +6,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"math"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -150,11 +148,7 @@ func (n *Network) del(ctx context.Context, a Attachment) error {
 // not tell where it cannot.
 func (n *Network) forget(network string, rt *libcni.RuntimeConf) error {
 	name := fmt.Sprintf("%s-%s-%s", network, rt.ContainerID, rt.IfName)
-	err := os.Remove(filepath.Join(n.opts.CacheDir, "results", name))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
+	return removeIfThere(filepath.Join(n.opts.CacheDir, "results", name))
 }
 
 // recorded returns what a was added with; a nil list if it never was.

@@ -7,6 +7,7 @@
 package network
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -94,15 +95,10 @@ func New(o Options) (*Network, error) {
 			return nil, fmt.Errorf("cannot set up pod networking: %s %q is not an absolute path", name, dir)
 		}
 	}
-	if o.NetnsDir == "" {
-		o.NetnsDir = netns.Dir
-	}
-	if o.Log == nil {
-		o.Log = slog.Default()
-	}
+	o.NetnsDir = cmp.Or(o.NetnsDir, netns.Dir)
 	n := &Network{
 		opts:    o,
-		log:     o.Log,
+		log:     cmp.Or(o.Log, slog.Default()),
 		runs:    make(chan struct{}, maxPlugins),
 		grace:   orphanGrace,
 		skipped: map[string]string{},
