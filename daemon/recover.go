@@ -302,13 +302,14 @@ func (r *recovery) loadPod(id string) (*records.Pod, records.Action) {
 }
 
 // unknownPod is the record of a pod whose records are gone: all that it may hold is
-// named after its id, and the plugins' cache knows its addresses.
+// named after its id, and the plugins' cache knows its addresses. A start that finds it
+// half removed goes on with that, and serves it to nobody.
 func (r *recovery) unknownPod(id string) *records.Pod {
 	ns := r.Pods.Network.Pinned(id)
 	return &records.Pod{
 		ID:         id,
 		BootID:     rundir.BootID(),
-		Phase:      records.PodStopping,
+		Phase:      records.PodRemoved,
 		Namespaces: ns,
 		Network: &records.Network{
 			Phase:      records.NetworkAdding,

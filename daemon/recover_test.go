@@ -305,7 +305,10 @@ func TestRecoverUnknownPod(t *testing.T) {
 	b.KillShim(t, id)
 	path, _ := b.Cgroups.ContainerPath("", pod, id)
 	check(t, b.Cgroups.Of(path).Kill(t.Context()))
-	b.open() // both go
+	r := b.open() // both go
+	if phase := r.unknownPod(pod).Phase; phase != records.PodRemoved {
+		t.Errorf("a start that finds it half removed would serve it: it is %s", phase)
+	}
 	must.Come(t, "an empty node", func() bool { return len(b.Left(t)) == 0 })
 }
 

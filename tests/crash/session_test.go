@@ -89,7 +89,8 @@ func (k *kubelet) converse(c *harness.Container) {
 			return
 		}
 	}
-	// It may break once, where the disaster is of a process that serves it.
+	// It may break once, where the disaster is of a process that serves it, and for as long as that is stopped.
+	began := time.Now()
 	for tries := 0; ; tries++ {
 		err := k.oneSession(c)
 		if err == nil {
@@ -99,7 +100,7 @@ func (k *kubelet) converse(c *harness.Container) {
 			k.awaitExit(c) // it may be seen a moment later
 			break
 		}
-		if tries > 0 || !k.ofStream && !k.ofShim {
+		if tries > 0 && time.Since(began) > 2*k.hold || !k.ofStream && !k.ofShim {
 			k.lose(harness.Sessions, "a session: %v", err)
 			break
 		}
@@ -126,7 +127,7 @@ func (k *kubelet) oneSession(c *harness.Container) error {
 	}
 	output, status, err := s.finish("")
 	if err != nil || output != "one\ntwo\n" || !strings.Contains(status, `"3"`) {
-		return fmt.Errorf("%q, %s: %w", output, status, err)
+		return fmt.Errorf("%q, %s: %v", output, status, err)
 	}
 	return nil
 }
