@@ -674,9 +674,7 @@ func TestRecoverRemovedOnFullDisk(t *testing.T) {
 
 // What its shim was given does not make a removed container anew whose record is damaged.
 func TestRecoverRemovedAndDamaged(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("mounting needs root")
-	}
+	must.BeRoot(t)
 	b := newBed(t)
 	pod := b.RunPod(t, "pod")
 	c := b.Run(t, pod, fake.ContainerConfig("c"))

@@ -176,9 +176,7 @@ type box struct {
 // newBox makes the directories of a container. All is gone after the test.
 func newBox(t *testing.T) *box {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	must.BeRoot(t)
 	tmp, err := os.MkdirTemp("", "hf")
 	if err != nil {
 		t.Fatal(err)

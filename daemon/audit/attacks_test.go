@@ -20,6 +20,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/state"
 	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 const sleepVariable = "HOLDFAST_TEST_SLEEP"
@@ -84,9 +85,7 @@ func (r *Report) thing(name string) *Thing {
 // A process of another user is none of ours, whatever its program and its arguments are called; nor is one that
 // somebody has started by hand.
 func TestFakedProcesses(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	must.BeRoot(t)
 	o := trees(t, records.PodReady, records.AllDebts)
 	fakes := map[string][]string{
 		"holdfast-pause":  {filepath.Join(o.State, "x")},
@@ -118,9 +117,7 @@ func TestFakedProcesses(t *testing.T) {
 
 // A shim of which no record tells is not ended while it keeps something, nor is what it keeps.
 func TestShimWithoutRecord(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	must.BeRoot(t)
 	o := trees(t, records.PodReady, records.AllDebts)
 	for _, keeps := range []bool{false, true} {
 		children := map[bool]string{false: "1", true: "1 1"}[keeps]
@@ -139,9 +136,7 @@ func TestShimWithoutRecord(t *testing.T) {
 
 // What is no file is not opened as one, or not waited for: a record, a config, a lease.
 func TestStrangeFiles(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	must.BeRoot(t)
 	for name, put := range map[string]func(path string) error{
 		"FIFO":   func(path string) error { return unix.Mkfifo(path, 0o600) },
 		"device": func(path string) error { return unix.Mknod(path, unix.S_IFCHR|0o600, int(unix.Mkdev(1, 5))) },

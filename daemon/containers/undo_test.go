@@ -52,9 +52,7 @@ func TestCheckpointInDeadDirectory(t *testing.T) {
 // frozenDisk makes a file system of its own, and gives functions that freeze it and thaw it.
 func frozenDisk(t *testing.T) (dir string, freeze, thaw func()) {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	must.BeRoot(t)
 	dir = t.TempDir()
 	image := filepath.Join(t.TempDir(), "disk")
 	check(t, errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 64<<20)))

@@ -11,6 +11,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // disk is an ext4 of its own, whose power can be cut.
@@ -21,9 +23,7 @@ type disk struct {
 
 func newDisk(t testing.TB) *disk {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	must.BeRoot(t)
 	if _, err := os.Stat("/dev/loop-control"); err != nil {
 		t.Skip("needs loop devices: ", err)
 	}

@@ -18,6 +18,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/record"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func dropping(o *Options) { o.DropLayers = true }
@@ -143,9 +144,7 @@ func TestLostLayerGoesOn(t *testing.T) {
 // small mounts a file system of that size.
 func small(t testing.TB, size string) string {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	must.BeRoot(t)
 	dir := t.TempDir()
 	check(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size="+size))
 	t.Cleanup(func() {

@@ -97,12 +97,7 @@ func hasIPv6() bool {
 	return err == nil
 }
 
-func needRoot(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
-}
+var needRoot = must.BeRoot
 
 // world is a Network in directories of its own, with the state of the machine
 // from before it, which has to be the state after it.

@@ -101,9 +101,7 @@ func startSleep(t *testing.T) (pid int, end func()) {
 // stay, as they do in production: other tests may be using them right now.
 func newManager(t *testing.T) *Manager {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	must.BeRoot(t)
 	m, err := New(Cgroupfs)
 	check(t, err)
 	return m

@@ -73,12 +73,7 @@ func archive(t testing.TB, entries ...e) []byte {
 	return b.Bytes()
 }
 
-func needRoot(t testing.TB) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
-}
+var needRoot = must.BeRoot
 
 func open(t testing.TB, dir string) *Store {
 	t.Helper()

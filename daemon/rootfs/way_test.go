@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // asUser runs f on a thread that is a user of the host without rights.
@@ -34,9 +36,7 @@ func asUser(t *testing.T, uid, gid int, f func() error) (err error) {
 
 // A way lets in one group and nobody else, while it is open.
 func TestWay(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	must.BeRoot(t)
 	defer unix.Umask(unix.Umask(0))
 	dir := t.TempDir()
 	for d := dir; d != "/"; d = filepath.Dir(d) {
@@ -104,9 +104,7 @@ func TestWay(t *testing.T) {
 }
 
 func TestDisarm(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	must.BeRoot(t)
 	dir := t.TempDir()
 	check(t, os.WriteFile(dir+"/file", nil, 0o600))
 	defer unmountAll(dir)

@@ -17,6 +17,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // bundle is a busybox root file system and an OCI runtime to run it with.
@@ -28,9 +30,7 @@ type bundle struct {
 
 func newBundle(t *testing.T) *bundle {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	must.BeRoot(t)
 	runc, err := filepath.Abs("../../bin/runc")
 	check(t, err)
 	if _, err := os.Stat(runc); err != nil {

@@ -59,9 +59,7 @@ func TestOpenClosed(t *testing.T) {
 
 // What is mounted below a run directory is not ours to delete.
 func TestRemoveRunDirWithMount(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	must.BeRoot(t)
 	s := open(t, t.TempDir(), t.TempDir())
 	dir := s.RunDir(Containers, "a")
 	target, precious := filepath.Join(dir, "rootfs"), filepath.Join(t.TempDir(), "precious")

@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func TestMain(m *testing.M) {
@@ -20,9 +22,7 @@ func TestMain(m *testing.M) {
 // programs is the folder of the programs to measure.
 func programs(t *testing.T) string {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	must.BeRoot(t)
 	bin := os.Getenv("HOLDFAST_BIN")
 	if bin == "" {
 		bin = "../../bin"

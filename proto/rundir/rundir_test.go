@@ -61,9 +61,7 @@ func TestExitInThePlaceOfAnother(t *testing.T) {
 // The room for the record is taken beforehand, so a file system that fills up
 // while the container runs does not lose its end.
 func TestExitOnAFullFileSystem(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("mounting needs root")
-	}
+	must.BeRoot(t)
 	dir := t.TempDir()
 	check(t, syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"))
 	defer syscall.Unmount(dir, 0)
@@ -85,9 +83,7 @@ func TestExitOnAFullFileSystem(t *testing.T) {
 
 // A name more must not take an inode more.
 func TestExitWithoutInodes(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("mounting needs root")
-	}
+	must.BeRoot(t)
 	dir := t.TempDir()
 	check(t, syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=1m,nr_inodes=64"))
 	defer syscall.Unmount(dir, 0)

@@ -23,9 +23,7 @@ import (
 // newCgroup makes a cgroup of the test's own in the hierarchies that matter.
 func newCgroup(t *testing.T) Set {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	must.BeRoot(t)
 	path := "/holdfast-runc-test-" + strconv.Itoa(os.Getpid())
 	c := Set{}
 	all := Everywhere(path)
@@ -273,9 +271,7 @@ func TestFind(t *testing.T) {
 }
 
 func TestEnter(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
+	must.BeRoot(t)
 	path := "/holdfast-runc-test-" + strconv.Itoa(os.Getpid())
 	c := Everywhere(path + "/a/b")
 	cmd := exec.Command("sleep", "1000")

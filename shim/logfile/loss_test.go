@@ -12,14 +12,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // tinyDisk mounts a tmpfs with room for so many pages.
 func tinyDisk(t *testing.T, pages int) string {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("mounting needs root")
-	}
+	must.BeRoot(t)
 	dir := t.TempDir()
 	options := fmt.Sprintf("size=%d,huge=never", pages*os.Getpagesize())
 	check(t, unix.Mount("tmpfs", dir, "tmpfs", 0, options))

@@ -1,7 +1,8 @@
-// Package must ends tests in which something does not happen that they need.
+// Package must ends tests that do not get what they need.
 package must
 
 import (
+	"os"
 	"testing"
 	"time"
 )
@@ -24,5 +25,13 @@ func Come(t testing.TB, what string, so func() bool) {
 		if time.Now().After(end) {
 			t.Fatalf("never came: %s", what)
 		}
+	}
+}
+
+// BeRoot skips the test if it is run by another user.
+func BeRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
 	}
 }
