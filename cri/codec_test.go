@@ -6,6 +6,8 @@ import (
 
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // A message is the same whatever its size, and large ones are counted until they are
@@ -25,9 +27,7 @@ func TestCodec(t *testing.T) {
 			&runtimeapi.StatusResponse{Info: map[string]string{"x": strings.Repeat("x", size)}},
 		} {
 			b, err := c.Marshal(want)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, err)
 			if n := c.large.Load(); (n > 0) != (proto.Size(want) > maxPooled) {
 				t.Errorf("%d bytes: %d large messages", size, n)
 			}

@@ -21,6 +21,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // called runs a request through the interceptor. reached says whether its handler
@@ -45,9 +46,7 @@ func methods(t *testing.T) map[string]proto.Message {
 		for j := range s.Methods().Len() {
 			m := s.Methods().Get(j)
 			req, err := protoregistry.GlobalTypes.FindMessageByName(m.Input().FullName())
-			if err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, err)
 			all[fmt.Sprintf("/%s/%s", s.FullName(), m.Name())] = req.New().Interface()
 		}
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon"
 	"github.com/holdfast-cri/holdfast/daemon/events"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // A client that does not read is told so, however little of what it was sent it has taken,
@@ -26,15 +27,11 @@ func TestSlowSubscriber(t *testing.T) {
 	g := grpc.NewServer(grpc.StreamInterceptor(stream(slog.New(slog.DiscardHandler), nil)))
 	runtimeapi.RegisterRuntimeServiceServer(g, &Server{d: &daemon.Daemon{Events: hub}})
 	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "socket"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	go g.Serve(l)
 	defer g.Stop()
 	conn, err := grpc.NewClient("unix:"+l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer conn.Close()
 	client := runtimeapi.NewRuntimeServiceClient(conn)
 
@@ -51,9 +48,7 @@ func TestSlowSubscriber(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		t.Cleanup(cancel)
 		s, err := client.GetContainerEvents(ctx, &runtimeapi.GetEventsRequest{})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		for published = 0; published == 0; time.Sleep(time.Millisecond) {
 			publish("first")
 		}
@@ -76,9 +71,7 @@ func TestSlowSubscriber(t *testing.T) {
 	publish("second")
 	for {
 		e, err := again.Recv()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		if e.ContainerId == "second" {
 			break
 		}

@@ -6,19 +6,17 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // A second file goes on when the first one is closed, and none of it makes them blocking.
 func TestDup(t *testing.T) {
 	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer w.Close()
 	dup, err := Dup(r)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer dup.Close()
 	err = Lend(dup, func(fd int) error {
 		flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0)
@@ -41,9 +39,7 @@ func TestDup(t *testing.T) {
 
 func TestClosed(t *testing.T) {
 	f, err := os.Open(os.DevNull)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	failed := errors.New("failed")
 	if err := Lend(f, func(int) error { return failed }); err != failed {
 		t.Errorf("the error became %v", err)

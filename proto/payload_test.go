@@ -9,6 +9,8 @@ import (
 	"github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // A request of any size arrives as it was, and a small one needs no file.
@@ -19,9 +21,7 @@ func TestPayload(t *testing.T) {
 	}
 	want := &CreateRequest{Id: "x", Spec: &anypb.Any{Value: make([]byte, 5<<20)}}
 	f, err := Pack(want)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer f.Close()
 	got := &CreateRequest{Id: "x", PayloadPath: fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Fd())}
 	if err := Unpack(got); err != nil || !proto.Equal(got, want) {

@@ -14,15 +14,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/descriptor"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // open makes a terminal.
 func open(t *testing.T) (master, slave *os.File) {
 	t.Helper()
 	master, slave, err := creack.Open()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	t.Cleanup(func() { master.Close(); slave.Close() })
 	return master, slave
 }
@@ -31,9 +30,7 @@ func open(t *testing.T) (master, slave *os.File) {
 func send(t *testing.T, path string, f *os.File) {
 	t.Helper()
 	c, err := net.Dial("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer c.Close()
 	if _, _, err := c.(*net.UnixConn).WriteMsgUnix([]byte(f.Name()), unix.UnixRights(int(f.Fd())), nil); err != nil {
 		t.Fatal(err)
@@ -43,32 +40,22 @@ func send(t *testing.T, path string, f *os.File) {
 func TestReceive(t *testing.T) {
 	// Longer than a Unix address may be.
 	dir := filepath.Join(t.TempDir(), strings.Repeat("x", 120))
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.Mkdir(dir, 0o700))
 	s, err := Listen(dir, "console.sock")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer s.Close()
 	m, slave := open(t)
 	send(t, s.Path(), m)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	master, err := s.Receive(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer master.Close()
 	m.Close()
 	second, err := descriptor.Dup(master)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer second.Close()
-	if err := Resize(second, 91, 37); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, Resize(second, 91, 37))
 	size, err := unix.IoctlGetWinsize(int(slave.Fd()), unix.TIOCGWINSZ)
 	if err != nil || size.Col != 91 || size.Row != 37 {
 		t.Errorf("size %+v, %v", size, err)
@@ -87,14 +74,10 @@ func TestReceive(t *testing.T) {
 
 func TestReceiveSomethingElse(t *testing.T) {
 	s, err := Listen(t.TempDir(), "console.sock")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer s.Close()
 	null, err := os.Open(os.DevNull)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer null.Close()
 	send(t, s.Path(), null)
 	if f, err := s.Receive(t.Context()); err == nil {
@@ -106,9 +89,7 @@ func TestReceiveSomethingElse(t *testing.T) {
 func TestReceiveCancelled(t *testing.T) {
 	dir := t.TempDir()
 	s, err := Listen(dir, "console.sock")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, err := s.Receive(ctx); err == nil {

@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // script makes an OCI runtime that is a shell script.
@@ -15,17 +17,13 @@ func script(t *testing.T, body string) *Runtime {
 	t.Helper()
 	dir := t.TempDir()
 	path := filepath.Join(dir, "runtime")
-	if err := os.WriteFile(path, []byte("#!/bin/sh\n"+body), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.WriteFile(path, []byte("#!/bin/sh\n"+body), 0o700))
 	return &Runtime{Path: path, Root: filepath.Join(dir, "root"), Log: filepath.Join(dir, "log")}
 }
 
 func TestErrorIsTheRuntimes(t *testing.T) {
 	r := script(t, `echo '{"level":"error","msg":"it is broken"}' >> "$4"; echo no JSON >> "$4"; exit 3`)
-	if err := os.WriteFile(r.Log, []byte(`{"level":"error","msg":"an older error"}`+"\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.WriteFile(r.Log, []byte(`{"level":"error","msg":"an older error"}`+"\n"), 0o600))
 	err := r.Start(t.Context(), "box")
 	var e *Error
 	if !errors.As(err, &e) || e.Message != "it is broken" || e.Verb != "start" || e.ID != "box" {
@@ -112,9 +110,7 @@ func TestArguments(t *testing.T) {
 	t.Setenv("NOTIFY_SOCKET", "/run/x")
 	t.Setenv("GOMAXPROCS", "1")
 	err := r.Create(t.Context(), "box", CreateOptions{Bundle: "/b", PidFile: "/p", ConsoleSocket: "/c"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	want := "--root " + r.Root + " --log " + r.Log +
 		" --log-format json --systemd-cgroup create --bundle /b --pid-file /p --console-socket /c box\n"
 	if got, err := os.ReadFile(r.Root + ".args"); err != nil || string(got) != want {
@@ -133,9 +129,7 @@ func TestDeadlineKillsTheGroup(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
 	pr, pw, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer pr.Close()
 	err = r.Create(ctx, "box", CreateOptions{IO: IO{Stdout: pw}})
 	pw.Close()

@@ -14,6 +14,7 @@ import (
 
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/shim"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // call is the frame of a request, as the PROTOCOL.md of ttrpc has it.
@@ -21,17 +22,13 @@ import (
 func call(t *testing.T, stream uint32, method string, req proto.Message, more int) []byte {
 	t.Helper()
 	payload, err := proto.Marshal(req)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	if more > 0 {
 		payload = protowire.AppendTag(payload, 1000, protowire.BytesType)
 		payload = protowire.AppendBytes(payload, make([]byte, more))
 	}
 	msg, err := proto.Marshal(&ttrpc.Request{Service: "holdfast.shim.v1.Shim", Method: method, Payload: payload})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	b := binary.BigEndian.AppendUint32(nil, uint32(len(msg)))
 	b = binary.BigEndian.AppendUint32(b, stream)
 	return append(append(b, 1, 0), msg...)
@@ -55,9 +52,7 @@ func TestClientThatReadsNothing(t *testing.T) {
 	} {
 		for range 3 { // what one has taken is there for the next one
 			conn, err := b.dir.Dial(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, err)
 			sent := 0
 			for ; sent < c.frames; sent++ {
 				if _, err := conn.Write(call(t, uint32(2*sent+1), c.method, c.req, c.more)); err != nil {
@@ -74,9 +69,7 @@ func TestClientThatReadsNothing(t *testing.T) {
 		}
 	}
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	_, rest, _ := strings.Cut(string(status), "VmHWM:")
 	var kib int
 	if _, err := fmt.Sscan(rest, &kib); err != nil || kib > 150<<10 && !raceEnabled {

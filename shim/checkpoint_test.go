@@ -8,6 +8,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	pb "github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // TestThawDuringFreeze has a caller give up while its freeze waits for an exec: the container
@@ -16,9 +17,7 @@ func TestThawDuringFreeze(t *testing.T) {
 	b := newBox(t)
 	b.run("exec sleep 1000")
 	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer r.Close()
 	out, path := memfd(t)
 	exec, thaw, freezes := make(chan error, 1), make(chan error, 1), make(chan error, 2)

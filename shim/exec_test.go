@@ -19,6 +19,7 @@ import (
 	records "github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func (b *box) exec(p *specs.Process, req *pb.ExecSyncRequest) (*pb.ExecSyncResponse, error) {
@@ -28,9 +29,7 @@ func (b *box) exec(p *specs.Process, req *pb.ExecSyncRequest) (*pb.ExecSyncRespo
 func (b *box) execOn(client pb.ShimService, p *specs.Process, req *pb.ExecSyncRequest) (*pb.ExecSyncResponse, error) {
 	b.t.Helper()
 	a, err := pb.MarshalAny(p)
-	if err != nil {
-		b.t.Fatal(err)
-	}
+	must.Succeed(b.t, err)
 	req.Id, req.Process = b.id, a
 	return client.ExecSync(b.ctx(), req)
 }
@@ -43,9 +42,7 @@ func sh(script string) *specs.Process {
 func memfd(t *testing.T) (*os.File, string) {
 	t.Helper()
 	fd, err := unix.MemfdCreate("output", unix.MFD_CLOEXEC)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	f := os.NewFile(uintptr(fd), "memfd")
 	t.Cleanup(func() { f.Close() })
 	return f, procPath(f)
@@ -56,9 +53,7 @@ func procPath(f *os.File) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpi
 func contents(t *testing.T, f *os.File) string {
 	t.Helper()
 	s, err := io.ReadAll(io.NewSectionReader(f, 0, 1<<30))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	return string(s)
 }
 
@@ -71,9 +66,7 @@ func TestExecSync(t *testing.T) {
 	stderr, errPath := memfd(t)
 	r, err := b.exec(sh("cat; echo $WHERE $PWD; echo oops >&2; exit 42"),
 		&pb.ExecSyncRequest{StdinPath: inPath, StdoutPath: outPath, StderrPath: errPath})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	if r.ExitCode != 42 || r.TimedOut || r.StdoutBytes != 17 || r.StderrBytes != 5 || r.DroppedBytes != 0 {
 		t.Errorf("%v", r)
 	}
@@ -114,9 +107,7 @@ func TestExecWithoutProcessFile(t *testing.T) {
 			return records.WriteOf(path, "another", specs.Process{User: specs.User{UID: 7}, Cwd: "/"}, false)
 		},
 	} {
-		if err := damage(); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, damage())
 		stdout, out := memfd(t)
 		if _, err := b.exec(sh("id -u"), &pb.ExecSyncRequest{StdoutPath: out}); err != nil {
 			t.Fatal(name, err)
@@ -234,9 +225,7 @@ func TestExecCancelled(t *testing.T) {
 	for range 3 {
 		client, conn, raw := b.dial()
 		r, w, err := os.Pipe()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		failed := make(chan error, 1)
 		go func() {
 			_, err := b.execOn(client, sh("(setsid sleep 1234 &); echo started; exec sleep 1235"),
@@ -321,9 +310,7 @@ func TestExecCallersDeadline(t *testing.T) {
 	b := newBox(t)
 	b.run("exec sleep 1000")
 	a, err := pb.MarshalAny(sh("exec sleep 1234"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	ctx, cancel := context.WithTimeout(t.Context(), 1e9)
 	defer cancel()
 	_, err = b.client.ExecSync(ctx, &pb.ExecSyncRequest{Id: b.id, Process: a})
@@ -339,9 +326,7 @@ func TestExecsLeaveNoThreads(t *testing.T) {
 	b.run("exec sleep 1000")
 	threads := func() int {
 		tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", b.cmd.Process.Pid))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		return len(tasks)
 	}
 	before := threads()
@@ -364,20 +349,14 @@ func TestExecsLeaveNoThreads(t *testing.T) {
 func TestExecRecord(t *testing.T) {
 	b := newBox(t)
 	b.run("exec sleep 1000")
-	if err := os.Remove(b.dir.Path(rundir.SpecName)); err != nil {
-		t.Fatal(err)
-	}
-	if err := unix.Mkfifo(b.dir.Path(rundir.SpecName), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.Remove(b.dir.Path(rundir.SpecName)))
+	must.Succeed(t, unix.Mkfifo(b.dir.Path(rundir.SpecName), 0o600))
 	read := func(id string) (r rundir.Exec, err error) {
 		err = records.Read(b.dir.ExecPath(id, ".json"), &r)
 		return r, err
 	}
 	stdin, hold, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer stdin.Close()
 	done := make(chan error, 1)
 	go func() {
@@ -389,9 +368,7 @@ func TestExecRecord(t *testing.T) {
 		t.Errorf("%d execs", n)
 	}
 	hold.Close()
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, <-done)
 	r, err := read("exec-1")
 	if err != nil || !r.Ended || len(r.Cgroups) == 0 {
 		t.Errorf("after the end: %+v, %v", r, err)

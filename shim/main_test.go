@@ -178,9 +178,7 @@ func newBox(t *testing.T) *box {
 	t.Helper()
 	must.BeRoot(t)
 	tmp, err := os.MkdirTemp("", "hf")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	id := "c" + strings.TrimPrefix(filepath.Base(tmp), "hf")
 	b := &box{
 		t: t, id: id,
@@ -191,9 +189,7 @@ func newBox(t *testing.T) *box {
 		cgroup:  "/holdfast-shim-test-" + id,
 	}
 	for _, d := range []string{string(b.dir), b.logs, b.durable, b.runc.Root} {
-		if err := os.MkdirAll(d, 0o700); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, os.MkdirAll(d, 0o700))
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -262,9 +258,7 @@ func (b *box) launch() *exec.Cmd {
 		binary, env = os.Args[0], []string{"HOLDFAST_TEST_REOPEN=" + string(b.dir)}
 	}
 	cmd, handshake, err := startProgram(binary, env, string(b.dir))
-	if err != nil {
-		b.t.Fatal(err)
-	}
+	must.Succeed(b.t, err)
 	defer handshake.Close()
 	b.cmd = cmd
 	answer := make([]byte, 4096)
@@ -279,9 +273,7 @@ func (b *box) launch() *exec.Cmd {
 func (b *box) dial() (pb.ShimService, *ttrpc.Client, net.Conn) {
 	b.t.Helper()
 	c, err := b.dir.Dial(b.t.Context())
-	if err != nil {
-		b.t.Fatal(err)
-	}
+	must.Succeed(b.t, err)
 	conn := ttrpc.NewClient(c)
 	return pb.NewShimClient(conn), conn, c
 }
@@ -333,9 +325,7 @@ func (b *box) spec(script string) *specs.Spec {
 func (b *box) request(spec *specs.Spec) *pb.CreateRequest {
 	b.t.Helper()
 	a, err := pb.MarshalAny(spec)
-	if err != nil {
-		b.t.Fatal(err)
-	}
+	must.Succeed(b.t, err)
 	return &pb.CreateRequest{
 		Id: b.id, RequestId: "r1", Spec: a,
 		Runtime:    &pb.Runtime{Path: b.runc.Path, Root: b.runc.Root},
@@ -403,9 +393,7 @@ var record = regexp.MustCompile(`^\S+ (stdout|stderr) ([FP])[^ ]* (.*)$`)
 func (b *box) output() string {
 	b.t.Helper()
 	f, err := os.Open(filepath.Join(b.logs, "0.log"))
-	if err != nil {
-		b.t.Fatal(err)
-	}
+	must.Succeed(b.t, err)
 	defer f.Close()
 	var s strings.Builder
 	sc := bufio.NewScanner(f)

@@ -10,6 +10,7 @@ import (
 
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // A shim whose files were removed puts them back when it is told to, and goes on
@@ -33,12 +34,8 @@ func TestReappears(t *testing.T) {
 			}
 			b.start()
 			b.conn.Close()
-			if err := damage(t, b); err != nil {
-				t.Fatal(err)
-			}
-			if err := cmd.Process.Signal(rundir.SignalReappear); err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, damage(t, b))
+			must.Succeed(t, cmd.Process.Signal(rundir.SignalReappear))
 			b.until("it can be called", func() bool {
 				c, err := b.dir.Dial(b.ctx())
 				if err == nil {

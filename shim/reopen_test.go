@@ -15,6 +15,7 @@ import (
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/shim"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // reopeningMain is this test binary as a shim that can execute itself.
@@ -47,9 +48,7 @@ func reopeningMain(dir string) int {
 func (b *box) reopen() {
 	b.t.Helper()
 	before, err := b.dir.ReadIdentity()
-	if err != nil {
-		b.t.Fatal(err)
-	}
+	must.Succeed(b.t, err)
 	unix.Kill(before.Shim.PID, unix.SIGUSR2)
 	b.conn.Close()
 	b.until("another shim in the same process", func() bool {
@@ -63,9 +62,7 @@ func (b *box) reopen() {
 func (b *box) stream(name string) string {
 	b.t.Helper()
 	log, err := os.ReadFile(filepath.Join(b.logs, "0.log"))
-	if err != nil {
-		b.t.Fatal(err)
-	}
+	must.Succeed(b.t, err)
 	var s strings.Builder
 	for line := range strings.Lines(string(log)) {
 		m := record.FindStringSubmatch(strings.TrimSuffix(line, "\n"))
@@ -112,9 +109,7 @@ func TestReopen(t *testing.T) {
 			req := b.request(spec)
 			req.Stdin, req.StdinOnce = true, true
 			created, err := b.client.Create(b.ctx(), req)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, err)
 			b.reopen()
 			if again, err := b.client.Create(b.ctx(), req); err != nil || again.Init.Pid != created.Init.Pid {
 				t.Errorf("create once more: %v, %v", again, err)
@@ -226,9 +221,7 @@ func TestReopenWhileStopping(t *testing.T) {
 		t.Fatal(err)
 	}
 	before, err := b.dir.ReadStatus()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	for range 2 {
 		b.reopen()
 	}

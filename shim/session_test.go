@@ -21,6 +21,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/proto/session"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // session opens a session with the box's shim.
@@ -29,9 +30,7 @@ func (b *box) session(o client.SessionOptions) *client.Session {
 	c := client.New(b.dir)
 	b.t.Cleanup(c.Close)
 	s, err := c.OpenSession(b.ctx(), o)
-	if err != nil {
-		b.t.Fatal(err)
-	}
+	must.Succeed(b.t, err)
 	b.t.Cleanup(func() { s.Close() })
 	return s
 }
@@ -123,9 +122,7 @@ func TestExecTerminal(t *testing.T) {
 	if out := read(t, s.Stdout, "xterm"); !strings.Contains(out, "25 80\r\n") {
 		t.Errorf("the size: %q", out)
 	}
-	if err := s.Resize(client.Size{Width: 132, Height: 43}); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, s.Resize(client.Size{Width: 132, Height: 43}))
 	c := client.New(b.dir)
 	defer c.Close()
 	if err := c.Resize(b.ctx(), s.ID, client.Size{Width: 132, Height: 44}); err != nil {
@@ -167,9 +164,7 @@ func TestSessionComesBack(t *testing.T) {
 	}
 	// It ends while it has no client: one that had seen the end would not come back.
 	input, err := descriptor.Dup(again.Stdin)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer input.Close()
 	again.Close()
 	io.WriteString(input, "b\n")
@@ -211,9 +206,7 @@ func TestClientGoes(t *testing.T) {
 				o.Lease = 100 * time.Millisecond
 				s := b.session(o)
 				read(t, s.Stdout, "ready")
-				if err := c.leave(s); err != nil {
-					t.Fatal(err)
-				}
+				must.Succeed(t, c.leave(s))
 				if c.lives {
 					time.Sleep(4 * o.Lease) // of which nothing may come
 					if b.state().Execs != 1 {
@@ -251,12 +244,8 @@ func TestRefusedExec(t *testing.T) {
 	var taken []string
 	for i := range 5 {
 		path := b.dir.Path(fmt.Sprintf("%s/session-%d.sock", rundir.ExecsName, i+1))
-		if err := os.MkdirAll(path, 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := unix.Mount("tmpfs", path, "tmpfs", 0, "size=4k"); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, os.MkdirAll(path, 0o700))
+		must.Succeed(t, unix.Mount("tmpfs", path, "tmpfs", 0, "size=4k"))
 		taken = append(taken, path)
 	}
 	c := client.New(b.dir)
@@ -267,9 +256,7 @@ func TestRefusedExec(t *testing.T) {
 		}
 	}
 	for _, path := range taken {
-		if err := unix.Unmount(path, 0); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, unix.Unmount(path, 0))
 		os.Remove(path)
 	}
 	s := b.session(command("echo next >/proc/1/fd/1"))

@@ -23,6 +23,7 @@ import (
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func TestRunLogsAndExitCode(t *testing.T) {
@@ -77,13 +78,9 @@ func TestRuntimeAgrees(t *testing.T) {
 	b.create(b.spec("exec sleep 1000"))
 	ask := func() specs.ContainerState {
 		out, err := exec.Command(b.runc.Path, "--root", b.runc.Root, "state", b.id).Output()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		var s specs.State
-		if err := json.Unmarshal(out, &s); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, json.Unmarshal(out, &s))
 		return s.Status
 	}
 	if s := ask(); s != specs.StateCreated {
@@ -179,9 +176,7 @@ func TestStop(t *testing.T) {
 		b.run("trap '' TERM; echo ready; while :; do sleep 0.01; done")
 		stop := func(ms uint64) time.Time {
 			r, err := b.client.Stop(b.ctx(), &pb.StopRequest{Id: b.id, Signal: 15, GraceMs: ms})
-			if err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, err)
 			st, err := b.dir.ReadStatus()
 			if err != nil || st.Stop == nil {
 				t.Fatalf("the stop is not in the record: %+v, %v", st, err)
@@ -219,12 +214,8 @@ func TestLauncherKilled(t *testing.T) {
 	cmd := exec.Command(os.Args[0])
 	cmd.Env = append(os.Environ(), "HOLDFAST_TEST_LAUNCH="+string(b.dir), "HOLDFAST_TEST_SHIM="+shimBinary)
 	out, err := cmd.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
+	must.Succeed(t, cmd.Start())
 	defer cmd.Wait()
 	defer cmd.Process.Kill()
 	answer := make([]byte, 512)
@@ -350,9 +341,7 @@ func TestDeleteWhileCreating(t *testing.T) {
 	b := newBox(t)
 	b.launch()
 	fifo := filepath.Join(filepath.Dir(b.logs), "fifo")
-	if err := unix.Mkfifo(fifo, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, unix.Mkfifo(fifo, 0o600))
 	spec := b.spec("")
 	spec.Hooks = &specs.Hooks{CreateRuntime: []specs.Hook{{
 		Path: "/bin/sh", Args: []string{"sh", "-c", "echo here > " + fifo + "; exec sleep 1000"},
@@ -715,9 +704,7 @@ func children(t *testing.T, pid int) (all []int) {
 		}
 		for _, w := range strings.Fields(string(s)) {
 			n, err := strconv.Atoi(w)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, err)
 			all = append(all, n)
 		}
 	}
@@ -728,9 +715,7 @@ func TestNoCreate(t *testing.T) {
 	t.Run("in time", func(t *testing.T) {
 		b := newBox(t)
 		cmd, handshake, err := start(string(b.dir), "--create-timeout", "1ms")
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		defer handshake.Close()
 		if err := cmd.Wait(); err != nil {
 			t.Errorf("got %v", err)
@@ -746,15 +731,11 @@ func TestNoCreate(t *testing.T) {
 	t.Run("launcher gone before go", func(t *testing.T) {
 		b := newBox(t)
 		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		ours, theirs := os.NewFile(uintptr(fds[0]), ""), os.NewFile(uintptr(fds[1]), "")
 		cmd := exec.Command(shimBinary, "--dir", string(b.dir))
 		cmd.ExtraFiles = []*os.File{theirs}
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, cmd.Start())
 		theirs.Close()
 		ours.Close()
 		if err := cmd.Wait(); err != nil {
@@ -770,9 +751,7 @@ func TestSecondShimRefused(t *testing.T) {
 	b := newBox(t)
 	b.run("exec sleep 1000")
 	cmd, handshake, err := start(string(b.dir))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer handshake.Close()
 	answer, err := io.ReadAll(handshake)
 	if err != nil || len(answer) < 2 || answer[0] != 1 || !strings.Contains(string(answer), "lock") {
@@ -802,15 +781,11 @@ func TestSignalsIgnored(t *testing.T) {
 	// Those that this test was started with and that a Go program leaves alone
 	// (32 and 33, the C library's) are passed on all the way.
 	own, err := os.ReadFile("/proc/self/status")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	ignored := func(status string) uint64 {
 		_, rest, _ := strings.Cut(status, "SigIgn:\t")
 		mask, err := strconv.ParseUint(rest[:16], 16, 64)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		return mask
 	}
 	if got := ignored(b.output()) &^ (ignored(string(own)) & (3 << 31)); got != 0 {
@@ -826,9 +801,7 @@ func TestReopenLog(t *testing.T) {
 	b.run("echo one; while [ ! -e /tmp/go ]; do sleep 0.01; done; echo two; exec sleep 1000")
 	b.says("one")
 	old := filepath.Join(b.logs, "0.log.old")
-	if err := os.Rename(filepath.Join(b.logs, "0.log"), old); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.Rename(filepath.Join(b.logs, "0.log"), old))
 	if _, err := b.client.ReopenLog(b.ctx(), &pb.ReopenLogRequest{Id: b.id}); err != nil {
 		t.Fatal(err)
 	}

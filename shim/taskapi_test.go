@@ -21,6 +21,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	pb "github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // taskClient is a client of containerd's task API.
@@ -40,9 +41,7 @@ func TestTaskAPI(t *testing.T) {
 		t.Errorf("state without a container: %v", err)
 	}
 	created, err := b.client.Create(ctx, b.request(b.spec("trap 'exit 7' USR1; while :; do sleep 0.05; done")))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	pid := uint32(created.Init.Pid)
 	b.taskStatus(c, pid, tasktypes.Status_CREATED)
 	if r, err := c.Start(ctx, &taskv3.StartRequest{ID: b.id}); err != nil || r.Pid != pid {
@@ -226,14 +225,10 @@ func (b *box) fifoExec(id string, process *specs.Process) *fifoExec {
 	dir := b.t.TempDir()
 	for i, name := range []string{"stdin", "stdout", "stderr"} {
 		x.paths[i] = filepath.Join(dir, name)
-		if err := unix.Mkfifo(x.paths[i], 0o600); err != nil {
-			b.t.Fatal(err)
-		}
+		must.Succeed(b.t, unix.Mkfifo(x.paths[i], 0o600))
 	}
 	a, err := pb.MarshalAny(process)
-	if err != nil {
-		b.t.Fatal(err)
-	}
+	must.Succeed(b.t, err)
 	x.req = &taskv3.ExecProcessRequest{
 		ID:       b.id,
 		ExecID:   id,
@@ -252,9 +247,7 @@ func (b *box) fifoExec(id string, process *specs.Process) *fifoExec {
 func (x *fifoExec) start() (pid uint32) {
 	x.b.t.Helper()
 	r, err := x.c.Start(x.b.ctx(), &taskv3.StartRequest{ID: x.b.id, ExecID: x.id})
-	if err != nil {
-		x.b.t.Fatal(err)
-	}
+	must.Succeed(x.b.t, err)
 	return r.Pid
 }
 
@@ -316,9 +309,7 @@ func TestTaskAPIExec(t *testing.T) {
 		t.Errorf("delete while it runs: %v", err)
 	}
 	w, err := os.OpenFile(x.paths[0], os.O_WRONLY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	more := strings.Repeat("0123456789abcde\n", 1<<14)
 	go func() {
 		w.WriteString("hello\n" + more)
@@ -354,9 +345,7 @@ func TestTaskAPIExecUnread(t *testing.T) {
 	late.start()
 	late.wait()
 	f, err := os.Open(late.paths[1])
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer f.Close()
 	if _, err := late.delete(); err != nil {
 		t.Error(err)
@@ -382,9 +371,7 @@ func TestTaskAPICloseIO(t *testing.T) {
 	b.run("exec sleep 1000")
 	x := b.fifoExec("x", sh("exec wc -c"))
 	w, err := os.OpenFile(x.paths[0], os.O_RDWR, 0) // is its own reader: does not wait for one
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer w.Close()
 	w.Write(make([]byte, 30000))
 	request := &taskv3.CloseIORequest{ID: b.id, ExecID: x.id, Stdin: true}
@@ -420,9 +407,7 @@ func TestTaskAPIExecTerminal(t *testing.T) {
 	resize(80, 25)
 	x.start()
 	out, err := os.Open(x.paths[1])
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer out.Close()
 	lines := bufio.NewScanner(out)
 	if lines.Scan(); lines.Text() != "25 80" {
@@ -472,13 +457,9 @@ func TestTaskAPIExecRefusals(t *testing.T) {
 	ctx := b.ctx()
 	x := b.fifoExec("x", sh("exec sleep 1000"))
 	file := filepath.Join(t.TempDir(), "file")
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.WriteFile(file, nil, 0o600))
 	link := filepath.Join(t.TempDir(), "link")
-	if err := os.Symlink(x.paths[1], link); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.Symlink(x.paths[1], link))
 	for _, path := range []string{"relative", "binary:///bin/true", file, link, "/dev/null", file + ".not-there"} {
 		x.req.ExecID, x.req.Stdout = "path "+path, path
 		_, err := x.c.Exec(ctx, x.req)

@@ -13,6 +13,7 @@ import (
 
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // update is one of memory and cpu, from and to.
@@ -33,9 +34,7 @@ func limitsOf(shares uint64, memory int64) *specs.LinuxResources {
 func (b *box) update(u *rundir.Update) error {
 	b.t.Helper()
 	raw, err := json.Marshal(u)
-	if err != nil {
-		b.t.Fatal(err)
-	}
+	must.Succeed(b.t, err)
 	_, err = b.client.Update(b.ctx(), &pb.UpdateRequest{Id: b.id, Update: raw})
 	return err
 }
@@ -59,9 +58,7 @@ func (b *box) limits() string {
 	var all []string
 	for _, f := range files {
 		got, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", fmt.Sprintf(f, b.cgroup)))
-		if err != nil {
-			b.t.Fatal(err)
-		}
+		must.Succeed(b.t, err)
 		all = append(all, strings.TrimSpace(string(got)))
 	}
 	return strings.Join(all, " ")
@@ -144,22 +141,14 @@ func TestUpdate(t *testing.T) {
 
 	// The record cannot be written.
 	path := b.dir.Path(rundir.UpdateName)
-	if err := os.Remove(path); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Mkdir(path, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.Remove(path))
+	must.Succeed(t, os.Mkdir(path, 0o700))
 	if err := b.update(updateOf(third, second)); err == nil {
 		t.Error("an update that is not on record succeeds")
 	}
-	if err := os.Remove(path); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.Remove(path))
 	b.has(128, 40*mib, "")
-	if err := b.update(updateOf(third, first)); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, b.update(updateOf(third, first)))
 	b.has(256, 64*mib, "256")
 	if left, _ := filepath.Glob(b.dir.Path(".update*")); len(left) > 0 {
 		t.Errorf("left: %v", left)
@@ -217,19 +206,13 @@ func TestUpdateOOMScoreAdj(t *testing.T) {
 	b.says("ready")
 	u := updateOf(limitsOf(1024, -1), limitsOf(512, -1))
 	u.OOMScoreAdj = [2]int{800, 850}
-	if err := b.update(u); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, b.update(u))
 	r, err := b.client.Pids(b.ctx(), &pb.PidsRequest{Id: b.id})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	var all []string
 	for _, pid := range r.Pids {
 		adj, err := os.ReadFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		all = append(all, strings.TrimSpace(string(adj)))
 	}
 	if got := strings.Join(all, " "); got != "900 850" && got != "850 900" {

@@ -13,28 +13,24 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // writePair writes a certificate with a number, and its key, as of a time.
 func writePair(t *testing.T, dir string, number int64, modified time.Time) (cert, key string) {
 	t.Helper()
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(number),
 		NotAfter:     time.Now().Add(time.Hour),
 		IPAddresses:  []net.IP{net.IPv4(127, 0, 0, 1)},
 	}
 	certDER, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	keyDER, err := x509.MarshalPKCS8PrivateKey(private)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	cert, key = filepath.Join(dir, "cert"), filepath.Join(dir, "key")
 	write(t, cert, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certDER}), modified)
 	write(t, key, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: keyDER}), modified)
@@ -43,12 +39,8 @@ func writePair(t *testing.T, dir string, number int64, modified time.Time) (cert
 
 func write(t *testing.T, path string, b []byte, modified time.Time) {
 	t.Helper()
-	if err := os.WriteFile(path, b, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Chtimes(path, modified, modified); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.WriteFile(path, b, 0o600))
+	must.Succeed(t, os.Chtimes(path, modified, modified))
 }
 
 // A certificate that is renewed is served at once, half of one is not.
@@ -56,13 +48,9 @@ func TestCertificate(t *testing.T) {
 	dir, start := t.TempDir(), time.Now().Add(-time.Hour)
 	cert, key := writePair(t, dir, 1, start)
 	config, err := tlsConfig(cert, key)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	l, err := tls.Listen("tcp", "127.0.0.1:0", config)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer l.Close()
 	go func() {
 		for {
@@ -105,9 +93,7 @@ func TestCertificate(t *testing.T) {
 
 func TestListen(t *testing.T) {
 	first, err := listen("127.0.0.1:0", "")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	_, port, _ := net.SplitHostPort(first.Addr().String())
 	other, err := listen("127.0.0.1:0", port)
 	if err != nil || other.Addr().String() == first.Addr().String() {
@@ -134,9 +120,7 @@ func TestListen(t *testing.T) {
 		"[fd00::1]:4": "[fd00::1]:4",
 	} {
 		a, err := net.ResolveTCPAddr("tcp", from)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		if got := reachable(a); got != want {
 			t.Errorf("%s is reached at %s, want %s", from, got, want)
 		}

@@ -19,6 +19,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/stream"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // caller is a client's end of exec or attach, over whatever protocol.
@@ -49,9 +50,7 @@ func (f *fake) dialSPDY(t *testing.T, name string, r stream.Request) *caller {
 	t.Cleanup(func() { conn.Close() })
 	create := func(kind string) httpstream.Stream {
 		s, err := conn.CreateStream(http.Header{"streamType": {kind}})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		return s
 	}
 	c := &caller{
@@ -252,9 +251,7 @@ func TestEcho(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				if err := c.closeStdin(); err != nil {
-					t.Fatal(err)
-				}
+				must.Succeed(t, c.closeStdin())
 				if s := <-c.status; s != `{"status":"Success"}` {
 					t.Errorf("status %s", s)
 				}

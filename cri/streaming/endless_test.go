@@ -14,6 +14,7 @@ import (
 	"github.com/moby/spdystream/spdy"
 
 	"github.com/holdfast-cri/holdfast/proto/stream"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // keepsLittle fails if f makes the server keep more than some bytes.
@@ -50,9 +51,7 @@ func TestManyStreams(t *testing.T) {
 		next := func(id int, kind string, request int) {
 			over <- struct{}{}
 			err := r.syn(id, "streamtype", kind, "port", fmt.Sprint(port), "requestid", fmt.Sprint(request))
-			if err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, err)
 			if ends || kind == "data" {
 				r.WriteFrame(&spdy.DataFrame{StreamId: spdy.StreamId(id), Flags: spdy.DataFlagFin})
 			}
@@ -88,9 +87,7 @@ func TestEndlessInput(t *testing.T) {
 	}
 	port := serve(t, func(*net.TCPConn) {})
 	ws, err := f.webDial(f.put(stream.Request{Kind: stream.PortForward, Ports: []int32{port}}), "v4.channel.k8s.io")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer ws.Close()
 	keepsLittle(t, 4<<20, func() {
 		sizes.WriteFrame(&spdy.DataFrame{StreamId: 5, Data: []byte(`{"Width":1,"x":"`)})

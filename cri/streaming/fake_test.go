@@ -62,14 +62,10 @@ func newFake(t *testing.T, run sessionFunc) *fake {
 		CreationTimeout: 30 * time.Second,
 		Log:             slog.New(slog.DiscardHandler),
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	f.Server = s
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	f.addr = l.Addr().String()
 	done := make(chan struct{})
 	go func() {
@@ -239,14 +235,10 @@ func (f *fake) withTLS() {
 	config := f.Config
 	config.TLS = &tls.Config{Certificates: lender.TLS.Certificates}
 	s, err := New(config)
-	if err != nil {
-		f.t.Fatal(err)
-	}
+	must.Succeed(f.t, err)
 	f.Server, f.tls = s, &tls.Config{InsecureSkipVerify: true}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		f.t.Fatal(err)
-	}
+	must.Succeed(f.t, err)
 	f.addr = l.Addr().String()
 	go s.Serve(l)
 	f.t.Cleanup(func() { l.Close() })

@@ -18,15 +18,14 @@ import (
 	"k8s.io/streaming/pkg/httpstream/spdy"
 
 	"github.com/holdfast-cri/holdfast/proto/stream"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // serve answers each connection to a port with f.
 func serve(t *testing.T, f func(c *net.TCPConn)) (port int32) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	t.Cleanup(func() { l.Close() })
 	go func() {
 		for {
@@ -81,20 +80,14 @@ func (f *fake) forwarding(t *testing.T, way string, ports ...int32) httpstream.C
 	path := f.put(stream.Request{Kind: stream.PortForward, ID: "p", Ports: ports})
 	if way == "SPDY" {
 		conn, _, err := f.spdyDial(path, "portforward.k8s.io")
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		t.Cleanup(func() { conn.Close() })
 		return conn
 	}
 	ws, err := f.webDial(path, "SPDY/3.1+portforward.k8s.io")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	conn, err := spdy.NewClientConnection(&webConn{Conn: ws.NetConn(), ws: ws})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	t.Cleanup(func() { ws.Close() })
 	return conn
 }
@@ -107,9 +100,7 @@ func open(t *testing.T, conn httpstream.Connection, id int, port int32) (data, e
 	h.Set("requestID", strconv.Itoa(id))
 	h.Set("streamType", "error")
 	errs, err := conn.CreateStream(h)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	errs.Close()
 	h.Set("streamType", "data")
 	if data, err = conn.CreateStream(h); err != nil {
@@ -127,9 +118,7 @@ func TestForward(t *testing.T) {
 			nothingLeft(t)
 			good := serve(t, echo)
 			closed, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, err)
 			bad := int32(closed.Addr().(*net.TCPAddr).Port)
 			closed.Close()
 			conn := f.forwarding(t, way)
@@ -226,9 +215,7 @@ func TestForwardChannels(t *testing.T) {
 	f := newFake(t, nil)
 	port := serve(t, echo)
 	ws, err := f.webDial(f.put(stream.Request{Kind: stream.PortForward, Ports: []int32{port}}), "v4.channel.k8s.io")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer ws.Close()
 	want := binary.LittleEndian.AppendUint16(nil, uint16(port))
 	for channel := range 2 {
@@ -236,9 +223,7 @@ func TestForwardChannels(t *testing.T) {
 			t.Fatalf("channel %d begins with %v, %v", channel, b, err)
 		}
 	}
-	if err := ws.WriteMessage(websocket.BinaryMessage, []byte("\x00hello")); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, ws.WriteMessage(websocket.BinaryMessage, []byte("\x00hello")))
 	if _, b, err := ws.ReadMessage(); err != nil || string(b) != "\x00hello" {
 		t.Errorf("%q came back, %v", b, err)
 	}

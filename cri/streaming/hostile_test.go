@@ -20,14 +20,13 @@ import (
 
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/stream"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func (f *fake) connect(t *testing.T) net.Conn {
 	t.Helper()
 	c, err := net.Dial("tcp", f.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	t.Cleanup(func() { c.Close() })
 	return c
 }
@@ -118,9 +117,7 @@ func TestSlowReader(t *testing.T) {
 			Cmd:    []string{"/bin/cat", "/dev/zero"},
 			Stdout: true,
 		}), strings.TrimPrefix(p, "spdy "))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		for _, kind := range []string{"error", "stdout"} {
 			if _, err := conn.CreateStream(http.Header{"streamType": {kind}}); err != nil {
 				t.Fatal(err)
@@ -152,9 +149,7 @@ func (f *fake) raw(t *testing.T, r stream.Request, version string) *raw {
 		t.Fatalf("no SPDY: %v, %v", resp, err)
 	}
 	framer, err := spdy.NewFramer(c, b)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	return &raw{c, framer, t}
 }
 

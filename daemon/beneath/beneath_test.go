@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // tree makes a root with files, links and a FIFO in it, and a secret beside it.
@@ -16,17 +18,13 @@ func tree(t *testing.T) (root string) {
 	t.Helper()
 	outer := t.TempDir()
 	root = filepath.Join(outer, "root")
-	if err := os.MkdirAll(filepath.Join(root, "etc"), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.MkdirAll(filepath.Join(root, "etc"), 0o755))
 	for path, text := range map[string]string{
 		"secret":          "secret",
 		"root/etc/passwd": "inside",
 		"root/secret":     "inside too",
 	} {
-		if err := os.WriteFile(filepath.Join(outer, path), []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, os.WriteFile(filepath.Join(outer, path), []byte(text), 0o644))
 	}
 	for link, to := range map[string]string{
 		"abs":   "/etc/passwd",
@@ -35,13 +33,9 @@ func tree(t *testing.T) (root string) {
 		"etcs":  "/etc",
 		"magic": "/proc/self/exe",
 	} {
-		if err := os.Symlink(to, filepath.Join(root, link)); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, os.Symlink(to, filepath.Join(root, link)))
 	}
-	if err := unix.Mkfifo(filepath.Join(root, "fifo"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, unix.Mkfifo(filepath.Join(root, "fifo"), 0o600))
 	return root
 }
 
@@ -79,12 +73,8 @@ func TestReadFile(t *testing.T) {
 func TestHost(t *testing.T) {
 	dir := tree(t)
 	large := filepath.Join(dir, "large")
-	if err := os.WriteFile(large, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(large, 1<<40); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.WriteFile(large, nil, 0o600))
+	must.Succeed(t, os.Truncate(large, 1<<40))
 	for _, path := range []string{"/dev/zero", filepath.Join(dir, "fifo"), large, dir, "/proc/self/mountinfo"} {
 		if b, err := HostFile(path, 10); err == nil {
 			t.Errorf("%s: %d bytes were read", path, len(b))
@@ -125,14 +115,10 @@ func TestKinds(t *testing.T) {
 func TestMkdirAll(t *testing.T) {
 	root := tree(t)
 	dir, err := unix.Open(root, unix.O_PATH, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer unix.Close(dir)
 	for link, to := range map[string]string{"dangling": "../../new/place", "loop1": "loop2/x", "loop2": "loop1/x"} {
-		if err := os.Symlink(to, filepath.Join(root, link)); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, os.Symlink(to, filepath.Join(root, link)))
 	}
 	for name, want := range map[string]string{
 		"a/b/c":           "a/b/c",

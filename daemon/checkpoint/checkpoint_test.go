@@ -14,6 +14,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // A file has no name before Commit, takes nobody's place, and is removed only as itself.
@@ -23,9 +24,7 @@ func TestOutput(t *testing.T) {
 	old := unix.Umask(0o777)
 	o, err := Create(path)
 	unix.Umask(old)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer o.Close()
 	holds := func(when string, names ...string) {
 		t.Helper()
@@ -39,9 +38,7 @@ func TestOutput(t *testing.T) {
 		}
 	}
 	holds("before Commit")
-	if err := o.Commit(); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, o.Commit())
 	if st, err := os.Stat(path); err != nil || st.Mode() != 0o600 {
 		t.Errorf("after Commit: %v, %v", st, err)
 	}
@@ -81,9 +78,7 @@ func testRemove(t *testing.T, dir string, holds func(string, ...string)) {
 			t.Cleanup(func() { o.Close() })
 			err = o.Commit()
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		return o
 	}
 	kept := made().At
@@ -132,17 +127,11 @@ func archive(t *testing.T, entries ...entry) *Source {
 		if e.typ == 0 {
 			h.Typeflag, h.Linkname = tar.TypeReg, ""
 		}
-		if err := errors.Join(w.WriteHeader(h), second(w.Write([]byte(e.body)))); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, errors.Join(w.WriteHeader(h), second(w.Write([]byte(e.body)))))
 	}
-	if err := errors.Join(w.Close(), os.WriteFile(path, b.Bytes(), 0o600)); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, errors.Join(w.Close(), os.WriteFile(path, b.Bytes(), 0o600)))
 	s, err := OpenArchive(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	t.Cleanup(func() { s.Close() })
 	return s
 }
@@ -214,9 +203,7 @@ func TestInfo(t *testing.T) {
 	}
 	dir := t.TempDir()
 	fifo, link := filepath.Join(dir, configName), filepath.Join(dir, "link")
-	if err := errors.Join(unix.Mkfifo(fifo, 0o600), os.Symlink(fifo, link)); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, errors.Join(unix.Mkfifo(fifo, 0o600), os.Symlink(fifo, link)))
 	for _, path := range []string{dir, fifo, link, "/dev/null", "/dev/tty"} {
 		if _, err := OpenArchive(path); !errors.Is(err, kind.Invalid) {
 			t.Errorf("%s: %v", path, err)
@@ -238,13 +225,9 @@ func TestDirectory(t *testing.T) {
 		path := t.TempDir()
 		err := errors.Join(os.Mkdir(ImagesDir(path), 0o700), put(filepath.Join(path, configName)),
 			os.WriteFile(filepath.Join(path, specName), []byte(spec.body), 0o600))
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		dir, err := Directory(path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		if In(dir) != (name == "") {
 			t.Errorf("%s: it is taken for the other", name)
 		}
@@ -259,9 +242,7 @@ func TestDirectory(t *testing.T) {
 // Holes stay holes, and the room of others is left to them.
 func TestSpare(t *testing.T) {
 	f, err := os.Create(filepath.Join(t.TempDir(), "f"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer f.Close()
 	w := &Spare{File: f}
 	body := append(make([]byte, 1<<20), append([]byte("x"), make([]byte, 1<<20)...)...)
@@ -293,9 +274,7 @@ func TestHostname(t *testing.T) {
 func TestDeletedFiles(t *testing.T) {
 	layer, err := archive(t, fds, entry{name: deletedName, body: `["/etc/group","../../a"]`}).
 		Unpack(t.Context(), t.TempDir(), "")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	var names []string
 	r := tar.NewReader(bytes.NewReader(layer))
 	for h, err := r.Next(); err == nil; h, err = r.Next() {

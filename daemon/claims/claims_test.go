@@ -9,6 +9,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/step"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func newTable() *Table { return NewTable(slog.New(slog.DiscardHandler)) }
@@ -284,9 +285,7 @@ func TestAwait(t *testing.T) {
 
 func TestLockGivesUp(t *testing.T) {
 	l := NewLock()
-	if err := l.Lock(t.Context(), "x"); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, l.Lock(t.Context(), "x"))
 	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
 	defer cancel()
 	if err := l.Lock(ctx, "x"); !errors.Is(err, kind.Unavailable) {

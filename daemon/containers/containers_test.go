@@ -19,15 +19,14 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func newManager(t *testing.T) *Manager {
 	t.Helper()
 	log := slog.New(slog.DiscardHandler)
 	s, err := state.Open(t.TempDir(), t.TempDir(), log)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	t.Cleanup(func() { s.Close() })
 	return New(Options{State: s, Log: log, Go: func(func(context.Context)) {}})
 }
@@ -91,9 +90,7 @@ func TestFind(t *testing.T) {
 	m := newManager(t)
 	for _, id := range []string{"aabb", "aacc", "b"} {
 		err := m.Add(m.Adopt(&records.Container{ID: id}, nil, records.Seen{}), func() error { return nil })
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 	}
 	for _, c := range []struct {
 		id, found string
@@ -119,9 +116,7 @@ func TestOf(t *testing.T) {
 	var all []*Container
 	for _, id := range []string{"a1", "a2", "b1"} {
 		c := m.Adopt(&records.Container{ID: id, PodID: id[:1]}, nil, records.Seen{})
-		if err := m.Add(c, func() error { return nil }); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, m.Add(c, func() error { return nil }))
 		all = append(all, c)
 	}
 	stranger := m.Adopt(&records.Container{ID: "a1", PodID: "a"}, nil, records.Seen{})
@@ -154,9 +149,7 @@ func TestHostForHandler(t *testing.T) {
 	m := newManager(t)
 	runtime := func(features string) string {
 		path := filepath.Join(t.TempDir(), "runtime")
-		if err := os.WriteFile(path, []byte("#!/bin/sh\necho '"+features+"'\n"), 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, os.WriteFile(path, []byte("#!/bin/sh\necho '"+features+"'\n"), 0o755))
 		return path
 	}
 	var err error
@@ -164,9 +157,7 @@ func TestHostForHandler(t *testing.T) {
 		"without": runtime(`{"linux": {"seccomp": {"enabled": false}}}`),
 		"silent":  runtime(`{}`),
 	}, "silent", t.TempDir(), false, m.Log)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	for _, c := range []struct {
 		handler       string
 		machine, want bool

@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // Whoever can write to the directory above may put something else in the place of a directory
@@ -17,14 +19,10 @@ import (
 func TestModeFollowsNoLink(t *testing.T) {
 	dir := t.TempDir()
 	parent, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer unix.Close(parent)
 	file, link, made := filepath.Join(dir, "file"), filepath.Join(dir, "link"), filepath.Join(dir, "made")
-	if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Symlink(file, link), os.Mkdir(made, 0o700)); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, errors.Join(os.WriteFile(file, nil, 0o600), os.Symlink(file, link), os.Mkdir(made, 0o700)))
 	for name, ok := range map[string]bool{"file": false, "link": false, "made": true} {
 		if err := openForAll(parent, name); (err == nil) != ok {
 			t.Errorf("%s: %v", name, err)
@@ -42,20 +40,14 @@ func TestModeFollowsNoLink(t *testing.T) {
 func TestMakeHostDir(t *testing.T) {
 	defer syscall.Umask(syscall.Umask(0o077))
 	dir, err := filepath.EvalSymlinks(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	state, address := filepath.Join(dir, "run", "state"), filepath.Join(dir, "run", "cri.sock")
 	m := &Manager{Options: Options{OwnPaths: []string{state, address}}}
-	if err := os.MkdirAll(state, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.MkdirAll(state, 0o700))
 	for name, to := range map[string]string{
 		"to-run": "run", "to-socket": address, "to-state": state, "dangling": "made/by/link",
 	} {
-		if err := os.Symlink(to, filepath.Join(dir, name)); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, os.Symlink(to, filepath.Join(dir, name)))
 	}
 	for path, made := range map[string]string{
 		"a/b/c":                  "a/b/c",

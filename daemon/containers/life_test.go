@@ -49,9 +49,7 @@ func newBed(t *testing.T) *bed {
 func (b *bed) pod() containers.Pod {
 	b.t.Helper()
 	p, err := b.Pods.Find(b.podID)
-	if err != nil {
-		b.t.Fatal(err)
-	}
+	check(b.t, err)
 	return p
 }
 
@@ -69,9 +67,7 @@ func (b *bed) run(name string, command ...string) string {
 func (b *bed) remove(id string) {
 	b.t.Helper()
 	for range 2 { // the second time there is nothing to do
-		if err := b.Containers.Remove(b.t.Context(), id); err != nil {
-			b.t.Fatal(err)
-		}
+		check(b.t, b.Containers.Remove(b.t.Context(), id))
 	}
 	b.gone(id)
 }
@@ -251,9 +247,7 @@ func TestAskedAgainWithAnotherFile(t *testing.T) {
 		return c
 	}
 	first, err := b.Containers.Create(t.Context(), b.pod(), config("first"), nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	second, err := b.Containers.Create(t.Context(), b.pod(), config("second"), nil)
 	if err != nil || second != first {
 		t.Errorf("got %s and %s, %v", first, second, err)
@@ -289,9 +283,7 @@ func TestPrivilegedInPod(t *testing.T) {
 		SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{Privileged: true},
 	}}
 	id, err := b.Containers.Create(t.Context(), b.pod(), config, now)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	if b.pod().Record().Config.M.GetLinux().GetSecurityContext().GetPrivileged() {
 		t.Error("the record of the pod has changed")
 	}
@@ -427,13 +419,9 @@ func TestShimKilled(t *testing.T) {
 			phase: func(b *bed) string {
 				id := b.run("c", fake.Sleeps...)
 				s, err := b.Dir(id).ReadStatus()
-				if err != nil {
-					b.t.Fatal(err)
-				}
+				check(b.t, err)
 				b.StopShim(b.t, id) // so that it cannot write the record
-				if err := syscall.Kill(s.Init.PID, syscall.SIGTERM); err != nil {
-					b.t.Fatal(err)
-				}
+				check(b.t, syscall.Kill(s.Init.PID, syscall.SIGTERM))
 				must.Come(b.t, "the end of init", func() bool { return !s.Init.Alive() })
 				return id
 			},

@@ -10,6 +10,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // Output is kept as it was written, whatever its size, on a disk or without one.
@@ -45,9 +46,7 @@ func TestOutput(t *testing.T) {
 // A disk that fails holds up no command: what is there is given, the rest dropped.
 func TestOutputLost(t *testing.T) {
 	closed, err := unnamed(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	closed.Close() // stands for a full disk
 	o := &output{file: closed}
 	for range 3 {
@@ -92,9 +91,7 @@ func TestAnswersHaveABound(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			ctx, endCall := context.WithCancel(t.Context())
 			release, err := m.reserve(ctx, maxAnswers)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, err)
 			r := &runtimeapi.ExecSyncResponse{}
 			m.keepRoom(ctx, r, release)
 			if _, err := m.reserve(t.Context(), smallAnswer); err != nil {

@@ -19,9 +19,7 @@ import (
 func TestRefusedBeforeAnythingIsMade(t *testing.T) {
 	b := newBed(t)
 	ended := b.run("ended")
-	if err := b.Containers.Stop(t.Context(), ended, 0); err != nil {
-		t.Fatal(err)
-	}
+	check(t, b.Containers.Stop(t.Context(), ended, 0))
 	link, absent := filepath.Join(t.TempDir(), "link"), filepath.Join(t.TempDir(), "absent")
 	check(t, os.Symlink("nowhere", link))
 	local := func(ref string) *runtimeapi.SecurityProfile {
@@ -134,14 +132,10 @@ func TestRefusedByState(t *testing.T) {
 		}
 	}
 	c, err := b.Containers.Find(removing)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	b.remove(removing)
 	want("start of one that goes meanwhile", c.Start(t.Context()), "is being removed")
-	if err := b.Pods.Stop(t.Context(), b.podID); err != nil {
-		t.Fatal(err)
-	}
+	check(t, b.Pods.Stop(t.Context(), b.podID))
 	want("start in a pod that was stopped", b.Containers.Start(t.Context(), created), "is not ready")
 }
 

@@ -13,6 +13,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // DeadServer mounts a file system of which nobody answers, and gives a function that ends it.
@@ -59,9 +60,7 @@ func TestSourceThatDoesNotAnswer(t *testing.T) {
 			{HostPath: dir, ContainerPath: "/dead"},
 		},
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	rec := &records.Container{PodID: "p", Config: config}
 	for range 3 {
 		err := (&builder{m: m, rec: rec}).checkSources(t.Context())

@@ -38,9 +38,7 @@ func TestUpdate(t *testing.T) {
 	if s := b.Status(t, id).Resources.Linux; s.CpuShares != 200 || s.MemoryLimitInBytes != 1<<20 {
 		t.Errorf("after an update: %v", s)
 	}
-	if err := b.Containers.Start(ctx, id); err != nil {
-		t.Fatal(err)
-	}
+	check(t, b.Containers.Start(ctx, id))
 	if err := b.Containers.Update(ctx, id, &resources{CpuShares: 300}); err != nil { // runs
 		t.Fatal(err)
 	}
@@ -65,9 +63,7 @@ func TestUpdate(t *testing.T) {
 	if again := b.Create(t, b.podID, cfg); again != id {
 		t.Errorf("the same request again made %s beside %s", again, id)
 	}
-	if err := b.Containers.Stop(ctx, id, time.Minute); err != nil {
-		t.Fatal(err)
-	}
+	check(t, b.Containers.Stop(ctx, id, time.Minute))
 	if err := b.Containers.Update(ctx, id, &resources{CpuShares: 400}); !errors.Is(err, kind.State) {
 		t.Errorf("of one that has ended: %v", err)
 	}
@@ -112,9 +108,7 @@ func TestUpdateUnanswered(t *testing.T) {
 func TestUpdateShimKilled(t *testing.T) {
 	b := newBed(t)
 	id := b.run("c")
-	if err := b.Containers.Update(t.Context(), id, &resources{CpuShares: 200}); err != nil {
-		t.Fatal(err)
-	}
+	check(t, b.Containers.Update(t.Context(), id, &resources{CpuShares: 200}))
 	b.StopShim(t, id)
 	updated := make(chan error)
 	go func() { updated <- b.Containers.Update(t.Context(), id, &resources{CpuShares: 300}) }()
@@ -141,15 +135,11 @@ func TestUpdateWithoutRecord(t *testing.T) {
 	b := newBed(t)
 	id := b.run("c")
 	record := b.Durable("containers", id)
-	if err := os.Rename(record, record+"-away"); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Rename(record, record+"-away"))
 	if err := b.Containers.Update(t.Context(), id, &resources{CpuShares: 200}); !errors.Is(err, kind.Unavailable) {
 		t.Errorf("got %v", err)
 	}
-	if err := os.Rename(record+"-away", record); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Rename(record+"-away", record))
 	if _, err := os.Stat(b.Dir(id).Path(rundir.UpdateName)); err == nil || b.shares(id) != 0 {
 		t.Errorf("shares of %d", b.shares(id))
 	}

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // What is no directory makes way for one, a link to one does not.
@@ -23,9 +25,7 @@ func TestMake(t *testing.T) {
 			t.Run(name+" at "+at, func(t *testing.T) {
 				root := filepath.Join(t.TempDir(), "root")
 				path := filepath.Join(root, at)
-				if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), put(path)); err != nil {
-					t.Fatal(err)
-				}
+				must.Succeed(t, errors.Join(os.MkdirAll(filepath.Dir(path), 0o700), put(path)))
 				moved, err := Make(root, "a/b")
 				if name == "dangling link" && at == "" { // its disk may be yet to come
 					_, there := os.Lstat(root)
@@ -34,9 +34,7 @@ func TestMake(t *testing.T) {
 					}
 					return
 				}
-				if err != nil {
-					t.Fatal(err)
-				}
+				must.Succeed(t, err)
 				if st, err := os.Stat(filepath.Join(root, "a/b")); err != nil || !st.IsDir() {
 					t.Errorf("no directory: %v", err)
 				}

@@ -25,22 +25,16 @@ func fill(b testing.TB, root string, images, layers int) {
 	s := &Store{o: Options{Root: root}}
 	blobs := filepath.Join(root, blobsName, string(digest.Canonical))
 	for _, dir := range []string{blobs, filepath.Join(root, refsName)} {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			b.Fatal(err)
-		}
+		check(b, os.MkdirAll(dir, 0o700))
 	}
 	put := func(mediaType string, content []byte) ocispec.Descriptor {
 		d := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(content), Size: int64(len(content))}
-		if err := os.WriteFile(filepath.Join(blobs, d.Digest.Encoded()), content, 0o600); err != nil {
-			b.Fatal(err)
-		}
+		check(b, os.WriteFile(filepath.Join(blobs, d.Digest.Encoded()), content, 0o600))
 		return d
 	}
 	asJSON := func(v any) []byte {
 		content, err := json.Marshal(v)
-		if err != nil {
-			b.Fatal(err)
-		}
+		check(b, err)
 		return content
 	}
 	for i := range images {
@@ -74,9 +68,7 @@ func filled(b *testing.B, images, layers int) *Store {
 	root := b.TempDir()
 	fill(b, root, images, layers)
 	s, err := Open(Options{Root: root, Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
-	if err != nil {
-		b.Fatal(err)
-	}
+	check(b, err)
 	b.Cleanup(func() { s.Close() })
 	if n := len(s.List()); n != images {
 		b.Fatalf("%d images of %d", n, images)
@@ -132,9 +124,7 @@ func BenchmarkOpen(b *testing.B) {
 			fill(b, root, n.images, n.layers)
 			for b.Loop() {
 				s, err := Open(Options{Root: root, Log: slog.New(slog.NewTextHandler(io.Discard, nil))})
-				if err != nil {
-					b.Fatal(err)
-				}
+				check(b, err)
 				b.StopTimer()
 				s.Close()
 				b.StartTimer()
@@ -149,9 +139,7 @@ func BenchmarkCollect(b *testing.B) {
 		b.Run(fmt.Sprintf("%dx%d", n.images, n.layers), func(b *testing.B) {
 			s := filled(b, n.images, n.layers)
 			for b.Loop() {
-				if err := s.collect(); err != nil {
-					b.Fatal(err)
-				}
+				check(b, s.collect())
 			}
 		})
 	}

@@ -132,36 +132,28 @@ func FuzzRecord(f *testing.F) {
 		Manifest: ocispec.Descriptor{Digest: someDigest},
 	}
 	b, err := json.Marshal(good)
-	if err != nil {
-		f.Fatal(err)
-	}
+	check(f, err)
 	f.Add(b)
 	root := "/dev/shm"
 	if st, err := os.Stat(root); err != nil || !st.IsDir() {
 		root = f.TempDir()
 	}
 	root, err = os.MkdirTemp(root, "holdfast-fuzz-")
-	if err != nil {
-		f.Fatal(err)
-	}
+	check(f, err)
 	f.Cleanup(func() { os.RemoveAll(root) })
 
 	// Blobs for a record that could be right.
 	config := []byte(`{"os":"linux"}`)
 	manifest, err := json.Marshal(ocispec.Manifest{Config: ocispec.Descriptor{
 		MediaType: ocispec.MediaTypeImageConfig, Digest: digest.FromBytes(config), Size: int64(len(config))}})
-	if err != nil {
-		f.Fatal(err)
-	}
+	check(f, err)
 	good.Manifest = ocispec.Descriptor{Digest: digest.FromBytes(manifest), Size: int64(len(manifest))}
 	for _, d := range []digest.Digest{good.Manifest.Digest, "", "sha256:", ":", "sha256:../../../x"} {
 		r := good
 		r.Target.Digest = d
 		r.Target.Size = good.Manifest.Size
 		b, err := json.Marshal(r)
-		if err != nil {
-			f.Fatal(err)
-		}
+		check(f, err)
 		f.Add(b)
 	}
 	f.Fuzz(func(t *testing.T, body []byte) {

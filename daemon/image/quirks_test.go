@@ -509,9 +509,7 @@ func TestHostFilesThatBlock(t *testing.T) {
 	} {
 		hostsToml(t, certs, "registry.example", "server = \""+h.URL+"\"\n"+key+"\n")
 		fifo := filepath.Join(dir, name)
-		if err := errors.Join(os.RemoveAll(fifo), syscall.Mkfifo(fifo, 0o600)); err != nil {
-			t.Fatal(err)
-		}
+		check(t, errors.Join(os.RemoveAll(fifo), syscall.Mkfifo(fifo, 0o600)))
 		_, err := pullOnce(t, certs, "registry.example/team/app:1", nil)
 		if err == nil || !strings.Contains(err.Error(), fifo) {
 			t.Errorf("%s: %v", fifo, err)

@@ -59,9 +59,7 @@ func (a *authority) issue(cn string, parent *x509.Certificate, by *ecdsa.Private
 	*x509.Certificate, *ecdsa.PrivateKey) {
 	a.t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		a.t.Fatal(err)
-	}
+	check(a.t, err)
 	c := &x509.Certificate{
 		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: cn},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
@@ -73,9 +71,7 @@ func (a *authority) issue(cn string, parent *x509.Certificate, by *ecdsa.Private
 		parent, by = c, key
 	}
 	der, err := x509.CreateCertificate(rand.Reader, c, parent, &key.PublicKey, by)
-	if err != nil {
-		a.t.Fatal(err)
-	}
+	check(a.t, err)
 	if c, err = x509.ParseCertificate(der); err != nil {
 		a.t.Fatal(err)
 	}
@@ -88,9 +84,7 @@ func (a *authority) write(name string, c *x509.Certificate, key *ecdsa.PrivateKe
 	cert, keyFile = filepath.Join(a.dir, name+".crt"), filepath.Join(a.dir, name+".key")
 	err = errors.Join(err, os.WriteFile(cert, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw}), 0o600),
 		os.WriteFile(keyFile, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600))
-	if err != nil {
-		a.t.Fatal(err)
-	}
+	check(a.t, err)
 	return cert, keyFile
 }
 
@@ -174,17 +168,13 @@ func (d *depot) push(repo string, img remote.Taggable) {
 	s := httptest.NewServer(d.app(nil))
 	defer s.Close()
 	r, err := name.ParseReference(strings.TrimPrefix(s.URL, "http://") + "/" + repo)
-	if err != nil {
-		d.t.Fatal(err)
-	}
+	check(d.t, err)
 	if x, ok := img.(v1.ImageIndex); ok {
 		err = remote.WriteIndex(r, x)
 	} else {
 		err = remote.Write(r, img.(v1.Image))
 	}
-	if err != nil {
-		d.t.Fatal(err)
-	}
+	check(d.t, err)
 }
 
 // password is the guard of a registry that wants one.

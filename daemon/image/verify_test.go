@@ -36,9 +36,7 @@ func (j *jury) script(name, text string) {
 	// open: nobody can run it then.
 	syscall.ForkLock.RLock()
 	defer syscall.ForkLock.RUnlock()
-	if err := os.WriteFile(filepath.Join(j.dir, name), []byte("#!/bin/sh\n"+text), 0o755); err != nil {
-		j.t.Fatal(err)
-	}
+	check(j.t, os.WriteFile(filepath.Join(j.dir, name), []byte("#!/bin/sh\n"+text), 0o755))
 }
 
 // pull pulls into a store of its own and checks that a rejected image leaves nothing.

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func entry(n int) records.Entry {
@@ -68,9 +69,7 @@ func TestTorn(t *testing.T) {
 			_, err = f.WriteString(`{"id":"torn`)
 			f.Close()
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 	}
 	if all, err := Read(dir); err != nil || len(all) != 3 {
 		t.Errorf("%v, %v", all, err)
@@ -117,9 +116,7 @@ func TestHugeFile(t *testing.T) {
 	if err == nil {
 		err = os.WriteFile(now, bytes.Repeat(append(line, '\n'), 10*maxFile/len(line)), 0o600)
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	if all, err := Read(dir); err != nil || len(all) == 0 || len(all) > maxFile/len(line) {
 		t.Errorf("%d entries, %v", len(all), err)
 	}

@@ -13,15 +13,14 @@ import (
 	"github.com/prometheus/common/expfmt"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // text is what a scrape gives.
 func text(t *testing.T, m *Metrics, snapshot func() Snapshot) string {
 	t.Helper()
 	families, err := m.Gatherer(snapshot).Gather()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	var b bytes.Buffer
 	for _, f := range families {
 		if _, err := expfmt.MetricFamilyToText(&b, f); err != nil {
@@ -94,9 +93,7 @@ func TestMetrics(t *testing.T) {
 func TestNames(t *testing.T) {
 	got := text(t, New("1"), full)
 	problems, err := promlint.New(strings.NewReader(got)).Lint()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	for _, p := range problems {
 		if strings.HasPrefix(p.Metric, "holdfast_") {
 			t.Errorf("%s: %s", p.Metric, p.Text)
@@ -109,9 +106,7 @@ func TestDocumented(t *testing.T) {
 	m := New("1")
 	m.Called("Version", "OK", 0)
 	doc, err := os.ReadFile("../../docs/operations.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	has := names(regexp.MustCompile(`(?m)^# TYPE (holdfast_\S+)`), text(t, m, full))
 	said := names(regexp.MustCompile("(?m)^\\| `(holdfast_[a-z_]+)"), string(doc))
 	if !slices.Equal(has, said) {

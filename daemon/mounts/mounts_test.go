@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func TestParse(t *testing.T) {
@@ -65,18 +67,12 @@ func TestMounted(t *testing.T) {
 		t.Skip("needs root")
 	}
 	dir, err := filepath.EvalSymlinks(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	at, link := filepath.Join(dir, "a b"), filepath.Join(dir, "link")
-	if err := errors.Join(os.Mkdir(at, 0o700), os.Symlink(at, link)); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, errors.Join(os.Mkdir(at, 0o700), os.Symlink(at, link)))
 	for _, mounted := range []bool{false, true} {
 		if mounted {
-			if err := unix.Mount("none", at, "tmpfs", 0, ""); err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, unix.Mount("none", at, "tmpfs", 0, ""))
 			defer unix.Unmount(at, unix.MNT_DETACH)
 		}
 		for _, path := range []string{at, link} {

@@ -210,15 +210,11 @@ func TestDelSaysThatARecordIsLeft(t *testing.T) {
 		t.Fatalf("the records are %v, %v", records, err)
 	}
 	inTheWay := filepath.Join(records[0], "x")
-	if err := errors.Join(os.Remove(records[0]), os.MkdirAll(inTheWay, 0o700)); err != nil {
-		t.Fatal(err)
-	}
+	check(t, errors.Join(os.Remove(records[0]), os.MkdirAll(inTheWay, 0o700)))
 	if err := w.Del(t.Context(), a); !errors.Is(err, ErrNotReleased) {
 		t.Errorf("Del with a record that cannot be removed: %v", err)
 	}
-	if err := os.Remove(inTheWay); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.Remove(inTheWay))
 	w.del(a)
 	if _, err := os.Stat(records[0]); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the record is left: %v", err)

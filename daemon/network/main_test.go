@@ -172,9 +172,7 @@ const portmap = `{"type": "portmap", "capabilities": {"portMappings": true}}`
 
 func (w *world) write(file, content string) {
 	w.t.Helper()
-	if err := os.WriteFile(filepath.Join(w.opts.ConfDir, file), []byte(content), 0o644); err != nil {
-		w.t.Fatal(err)
-	}
+	check(w.t, os.WriteFile(filepath.Join(w.opts.ConfDir, file), []byte(content), 0o644))
 }
 
 // script installs a plugin written in shell.
@@ -183,18 +181,14 @@ func (w *world) script(name, body string) {
 	// No child may come into being that has it open: nobody can run it then.
 	syscall.ForkLock.RLock()
 	defer syscall.ForkLock.RUnlock()
-	if err := os.WriteFile(filepath.Join(w.scripts, name), []byte("#!/bin/sh\n"+body), 0o755); err != nil {
-		w.t.Fatal(err)
-	}
+	check(w.t, os.WriteFile(filepath.Join(w.scripts, name), []byte("#!/bin/sh\n"+body), 0o755))
 }
 
 // pod makes namespaces and returns what Add needs.
 func (w *world) pod(id string) Attachment {
 	w.t.Helper()
 	ns, err := w.CreateNamespaces(id, Want{Net: true, IPC: true, UTS: true, Hostname: id})
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	check(w.t, err)
 	w.t.Cleanup(func() { w.RemoveNamespaces(id) })
 	a := Attachment{ID: id, Netns: ns.Net, Name: id, Namespace: "default", UID: "uid-" + id}
 	if b, err := w.Config(); err == nil {
@@ -208,9 +202,7 @@ func (w *world) add(a Attachment) Result {
 	ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
 	defer cancel()
 	r, err := w.Add(ctx, a)
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	check(w.t, err)
 	w.t.Cleanup(func() { // for a test that ends early
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
@@ -223,16 +215,12 @@ func (w *world) del(a Attachment) {
 	w.t.Helper()
 	ctx, cancel := context.WithTimeout(w.t.Context(), time.Minute)
 	defer cancel()
-	if err := w.Del(ctx, a); err != nil {
-		w.t.Fatal(err)
-	}
+	check(w.t, w.Del(ctx, a))
 }
 
 func (w *world) removeNamespaces(id string) {
 	w.t.Helper()
-	if err := w.RemoveNamespaces(id); err != nil {
-		w.t.Fatal(err)
-	}
+	check(w.t, w.RemoveNamespaces(id))
 }
 
 // traces lists what pods leave: interfaces, pins, mounts, leases, cached
@@ -241,9 +229,7 @@ func (w *world) traces() []string {
 	w.t.Helper()
 	var out []string
 	links, err := net.Interfaces()
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	check(w.t, err)
 	for _, l := range links {
 		if !strings.HasPrefix(l.Name, "hf-") && l.Name != netns.BuiltinBridge {
 			out = append(out, "link "+l.Name)
@@ -255,15 +241,11 @@ func (w *world) traces() []string {
 		w.opts.CacheDir + "/results/*", w.opts.CacheDir + "/running/*",
 	} {
 		found, err := filepath.Glob(glob)
-		if err != nil {
-			w.t.Fatal(err)
-		}
+		check(w.t, err)
 		out = append(out, found...)
 	}
 	mounts, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	check(w.t, err)
 	for line := range strings.Lines(string(mounts)) {
 		if f := strings.Fields(line); strings.HasPrefix(f[4], w.opts.NetnsDir+"/") || strings.HasPrefix(f[4], w.dir) {
 			out = append(out, "mount "+f[4])
@@ -373,14 +355,10 @@ func (w *world) startDaemon(h helper) *exec.Cmd {
 	h.Options = w.opts
 	h.Options.Log = nil
 	spec, err := json.Marshal(h)
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	check(w.t, err)
 	c := exec.Command("/proc/self/exe")
 	c.Env = append(os.Environ(), addEnv+"="+string(spec))
-	if err := c.Start(); err != nil {
-		w.t.Fatal(err)
-	}
+	check(w.t, c.Start())
 	return c
 }
 

@@ -18,6 +18,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/must"
 	"github.com/holdfast-cri/holdfast/tests/refusals"
 )
 
@@ -168,9 +169,7 @@ func open(t *testing.T, change func(*Options), prepare func(*node)) *node {
 	if prepare != nil {
 		prepare(n)
 	}
-	if err := n.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, n.Start())
 	t.Cleanup(func() {
 		n.Close()
 		n.work.Wait()
@@ -222,9 +221,7 @@ func (n *node) join(t *testing.T, p *plugin) {
 	if err == nil {
 		err = p.stub.Start(t.Context())
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	t.Cleanup(p.stub.Stop)
 }
 

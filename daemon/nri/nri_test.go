@@ -19,6 +19,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func same(t *testing.T, what string, got, want any) {
@@ -41,22 +42,16 @@ func TestLife(t *testing.T) {
 	p := n.connect(t, &plugin{})
 	ctx := t.Context()
 	pod, c := newPod("pod"), newContainer("c")
-	if err := n.RunPodSandbox(ctx, pod); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, n.RunPodSandbox(ctx, pod))
 	n.mustCreate(t, c)
 	n.PostCreateContainer(ctx, c)
-	if err := n.StartContainer(ctx, c); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, n.StartContainer(ctx, c))
 	n.PostStartContainer(ctx, running(c))
 	if _, err := n.UpdateContainer(ctx, c, &runtimeapi.LinuxContainerResources{}); err != nil {
 		t.Fatal(err)
 	}
 	n.PostUpdateContainer(ctx, c)
-	if err := n.UpdatePodSandbox(ctx, pod, nil, nil); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, n.UpdatePodSandbox(ctx, pod, nil, nil))
 	n.PostUpdatePodSandbox(ctx, pod)
 	for range 2 {
 		n.StopContainer(ctx, exited(c))
@@ -134,9 +129,7 @@ func TestIgnoredErrors(t *testing.T) {
 	}})
 	ctx := t.Context()
 	pod, c := newPod("pod"), newContainer("c")
-	if err := n.RunPodSandbox(ctx, pod); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, n.RunPodSandbox(ctx, pod))
 	n.mustCreate(t, c)
 	n.PostCreateContainer(ctx, c)
 	n.PostStartContainer(ctx, c)
@@ -319,9 +312,7 @@ func TestUpdates(t *testing.T) {
 // Plugins in the directory are there before anybody is served, and get their config.
 func TestLaunched(t *testing.T) {
 	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	n := open(t, func(o *Options) {
 		for path, content := range map[string]string{
 			filepath.Join(o.PluginDir, "10-mine"):      "#!/bin/sh\nexec " + self + "\n",
@@ -331,9 +322,7 @@ func TestLaunched(t *testing.T) {
 			if err == nil {
 				err = os.WriteFile(path, []byte(content), 0o755)
 			}
-			if err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, err)
 		}
 	}, nil)
 	s := newSpec()
@@ -361,9 +350,7 @@ func TestSocket(t *testing.T) {
 	}
 	// What a killed daemon left is replaced; what is no socket stays.
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: n.socket, Net: "unix"})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	l.SetUnlinkOnClose(false)
 	l.Close()
 	open(t, func(o *Options) { o.Socket = n.socket }, nil)
@@ -374,9 +361,7 @@ func TestSocket(t *testing.T) {
 		t.Error("a socket was taken that another process listens at")
 	}
 	file := filepath.Join(t.TempDir(), "file")
-	if err := os.WriteFile(file, []byte("mine"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.WriteFile(file, []byte("mine"), 0o600))
 	o := n.o
 	o.Socket = file
 	other, err := New[*pod, *container](o)
@@ -396,16 +381,12 @@ func listenWithoutRoom(t *testing.T, path string) {
 	t.Helper()
 	socket := func() int {
 		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		t.Cleanup(func() { unix.Close(fd) })
 		return fd
 	}
 	l, at := socket(), &unix.SockaddrUnix{Name: path}
-	if err := errors.Join(unix.Bind(l, at), unix.Listen(l, 0)); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, errors.Join(unix.Bind(l, at), unix.Listen(l, 0)))
 	for {
 		if err := unix.Connect(socket(), at); err == unix.EAGAIN {
 			return

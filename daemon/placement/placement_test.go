@@ -203,9 +203,7 @@ func TestStream(t *testing.T) {
 	m := newManager(t)
 	for range 2 { // the next one finds what the first one has left
 		pid, end := startSleep(t)
-		if err := m.PlaceStream(t.Context(), pid); err != nil {
-			t.Fatal(err)
-		}
+		check(t, m.PlaceStream(t.Context(), pid))
 		of := cgroupsOf(t, pid)
 		if n, all := strings.Count(of, ":/holdfast/stream\n"), len(hierarchies(t)); n != all {
 			t.Errorf("placed in %d of %d hierarchies:\n%s", n, all, of)

@@ -100,14 +100,10 @@ func TestEvents(t *testing.T) {
 	pod := b.RunPod(t, "pod")
 	// It ends when its start has been told: an event has the state of the moment at which it is made.
 	goOn := filepath.Join(t.TempDir(), "go")
-	if err := unix.Mkfifo(goOn, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, unix.Mkfifo(goOn, 0o600))
 	short := b.Run(t, pod, fake.ContainerConfig("short", "sh", "-c", "read x <"+goOn+"; exit 3"))
 	must.Come(t, "the event of a start", func() bool { return len(w.of(short)) >= 2 })
-	if err := os.WriteFile(goOn, []byte("go\n"), 0); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.WriteFile(goOn, []byte("go\n"), 0))
 	b.Ended(t, short)
 	long := b.Run(t, pod, fake.ContainerConfig("long"))
 	idle := b.Create(t, pod, fake.ContainerConfig("idle"))
@@ -116,14 +112,10 @@ func TestEvents(t *testing.T) {
 		t.Fatal("made twice")
 	}
 	for _, id := range []string{short, idle} {
-		if err := b.Containers.Remove(ctx, id); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, b.Containers.Remove(ctx, id))
 	}
 	for range 2 {
-		if err := b.Pods.Stop(ctx, pod); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, b.Pods.Stop(ctx, pod))
 	}
 	b.remove(pod)
 	w.want(t, "one that ends", short,
@@ -152,9 +144,7 @@ func TestEventsOfFailures(t *testing.T) {
 	w := b.watch()
 	pod := b.RunPod(t, "pod")
 	p, err := b.Pods.Find(pod)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	b.Roots.Mounting.Fail(context.DeadlineExceeded)
 	if _, err := b.Containers.Create(t.Context(), p, fake.ContainerConfig("c"), nil); err == nil {
 		t.Error("created")
@@ -197,9 +187,7 @@ func TestStatusHasContainers(t *testing.T) {
 	first := b.Run(t, pod, fake.ContainerConfig("first"))
 	second := b.Create(t, pod, fake.ContainerConfig("second"))
 	r, err := b.Pods.Status(pod, false)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	var got []string
 	for _, s := range r.ContainersStatuses {
 		got = append(got, s.Id)

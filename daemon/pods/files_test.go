@@ -5,6 +5,8 @@ import (
 	"path/filepath"
 	"syscall"
 	"testing"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // What the host has in the place of a file keeps no pod waiting, and costs no memory.
@@ -25,9 +27,7 @@ func TestHostFile(t *testing.T) {
 			false},
 	} {
 		path := filepath.Join(t.TempDir(), "hosts")
-		if err := c.put(path); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, c.put(path))
 		if text, err := hostFile(path); text != c.want || (err == nil) != c.ok {
 			t.Errorf("%s: %d bytes, %v", name, len(text), err)
 		}

@@ -9,6 +9,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/daemon/fake"
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // The containers of a pod end before it, for plugins too.
@@ -18,9 +19,7 @@ func TestPluginsOfALife(t *testing.T) {
 	b.Run(t, id, fake.ContainerConfig("c"))
 	b.Plugins.Told()
 	for range 2 {
-		if err := b.Pods.Stop(t.Context(), id); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, b.Pods.Stop(t.Context(), id))
 	}
 	if got, want := b.Plugins.Told(), []string{"StopContainer c", "StopPodSandbox pod"}; !slices.Equal(got, want) {
 		t.Errorf("the stop told %v, want %v", got, want)
@@ -62,9 +61,7 @@ func TestPluginsOfAnUpdate(t *testing.T) {
 		})
 	}
 	p, err := b.Pods.Find(id)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	shares := func() int64 { return p.Record().Config.M.GetLinux().GetResources().GetCpuShares() }
 	if err := update(100); !errors.Is(err, no) || shares() != 0 {
 		t.Errorf("refused: %v, %d shares", err, shares())

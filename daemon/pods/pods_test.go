@@ -48,18 +48,14 @@ func newBed(t *testing.T) *bed {
 func (b *bed) debts(id string) []records.Debt {
 	b.t.Helper()
 	var rec records.Pod
-	if err := b.Store.Get(state.Pods, id, &rec); err != nil {
-		b.t.Fatal(err)
-	}
+	must.Succeed(b.t, b.Store.Get(state.Pods, id, &rec))
 	return rec.Debts
 }
 
 func (b *bed) remove(id string) {
 	b.t.Helper()
 	for range 2 { // the second time there is nothing to do
-		if err := b.Pods.Remove(b.t.Context(), id); err != nil {
-			b.t.Fatal(err)
-		}
+		must.Succeed(b.t, b.Pods.Remove(b.t.Context(), id))
 	}
 	if _, err := b.Pods.Find(id); !errors.Is(err, kind.NotFound) {
 		b.t.Errorf("it is still known: %v", err)
@@ -88,9 +84,7 @@ func TestLife(t *testing.T) {
 	}
 	c := b.Run(t, id, fake.ContainerConfig("c"))
 	for range 2 {
-		if err := b.Pods.Stop(ctx, id); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, b.Pods.Stop(ctx, id))
 	}
 	if s := b.PodStatus(t, id); s.State != notReady || s.Network.Ip != "" || len(s.Network.AdditionalIps) != 0 {
 		t.Errorf("after stop: %v", s)
@@ -103,9 +97,7 @@ func TestLife(t *testing.T) {
 		t.Errorf("its container: %v, %v", resp, err)
 	}
 	p, err := b.Pods.Find(id)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	if _, err := b.Containers.Create(ctx, p, fake.ContainerConfig("late"), nil); !errors.Is(err, kind.State) {
 		t.Errorf("a container in a stopped pod: %v", err)
 	}
@@ -138,9 +130,7 @@ func TestOneName(t *testing.T) {
 	if _, err := b.Pods.Run(ctx, other, ""); !errors.Is(err, kind.Exists) {
 		t.Errorf("another config under the name: %v", err)
 	}
-	if err := b.Pods.Stop(ctx, id); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, b.Pods.Stop(ctx, id))
 	if _, err := b.Pods.Run(ctx, fake.PodConfig("pod"), ""); !errors.Is(err, kind.Exists) {
 		t.Errorf("the same request after the stop: %v", err)
 	}
@@ -287,9 +277,7 @@ func TestInit(t *testing.T) {
 	b.Containers.Log = slog.New(slog.NewTextHandler(&warnings, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	id := b.RunPod(t, "pod")
 	p, err := b.Pods.Find(id)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	b.Run(t, id, fake.ContainerConfig("own"))
 	if p.Init() != nil {
 		t.Error("there is an init that nobody asked for")
@@ -319,9 +307,7 @@ func TestInitHalfMade(t *testing.T) {
 	b := newBed(t)
 	id := b.RunPod(t, "pod")
 	p, err := b.Pods.Find(id)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	b.Shims.Launched = func(rundir.Dir) error { return errors.New("no room") }
 	b.Roots.Unmounting.Fail(errors.New("busy"))
 	if _, err := b.Containers.Create(t.Context(), p, fake.Shared("c"), nil); err == nil {
@@ -358,12 +344,8 @@ func TestInitIsKilled(t *testing.T) {
 			id := b.RunPod(t, "pod")
 			c := b.Run(t, id, fake.Shared("c"))
 			p, err := b.Pods.Find(id)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := kill(b, p.Init().Seen(), id); err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, err)
+			must.Succeed(t, kill(b, p.Init().Seen(), id))
 			must.Come(t, "the pod not to be ready", func() bool { return b.PodStatus(t, id).State == notReady })
 			_, err = b.Containers.Create(t.Context(), p, fake.ContainerConfig("late"), nil)
 			if !errors.Is(err, kind.State) {
@@ -383,9 +365,7 @@ func TestRemoveDuringCreate(t *testing.T) {
 	b := newBed(t)
 	id := b.RunPod(t, "pod")
 	p, err := b.Pods.Find(id)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	launched, proceed := make(chan struct{}), make(chan struct{})
 	b.Shims.Launched = func(rundir.Dir) error {
 		close(launched)

@@ -10,6 +10,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // What is no checkpoint, or not that of the request, is refused, with its field where it is
@@ -21,13 +22,9 @@ func TestSavedPodRefuses(t *testing.T) {
 	}
 	const pod = `{"version": 1, "handler": "h", "containers": [
 		{"name": "a", "archive": "absent", "config": {}}, {"name": "b", "archive": "../b", "config": {}}]}`
-	if err := os.WriteFile(filepath.Join(dir, manifestName), []byte(pod), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.WriteFile(filepath.Join(dir, manifestName), []byte(pod), 0o600))
 	s, err := openCheckpoint(dir)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer s.dir.Close()
 	for _, c := range s.Containers {
 		if _, err := s.archive(c.Archive); !errors.Is(err, kind.Invalid) || !strings.Contains(err.Error(), c.Archive) {

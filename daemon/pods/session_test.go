@@ -11,6 +11,7 @@ import (
 	"github.com/holdfast-cri/holdfast/daemon/fake"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/stream"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func TestPortForward(t *testing.T) {
@@ -22,13 +23,9 @@ func TestPortForward(t *testing.T) {
 		NamespaceOptions: &runtimeapi.NamespaceOption{Network: runtimeapi.NamespaceMode_NODE},
 	}}
 	host, err := b.Pods.Run(ctx, cfg, "")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	p, err := b.Pods.Find(id)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	netns := p.Record().Namespaces.Net
 	if netns == "" {
 		t.Fatal("the pod has no network of its own")
@@ -53,9 +50,7 @@ func TestPortForward(t *testing.T) {
 			t.Errorf("%s: %q, %v\n%+v, want\n%+v", c.id, url, err, asked, c.want)
 		}
 	}
-	if err := b.Pods.Stop(ctx, id); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, b.Pods.Stop(ctx, id))
 	for id, want := range map[string]error{id: kind.State, "nobody": kind.NotFound} {
 		_, err := b.Pods.PortForward(ctx, id, nil)
 		if !errors.Is(err, want) || !strings.HasPrefix(err.Error(), "pod_sandbox_id: ") || b.Sessions.Asked() != nil {

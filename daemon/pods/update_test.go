@@ -22,14 +22,10 @@ func TestUpdate(t *testing.T) {
 	resources := &runtimeapi.LinuxContainerResources{CpuShares: 512, MemoryLimitInBytes: 100 * mib}
 	for _, r := range []*runtimeapi.UpdatePodSandboxResourcesRequest{{Overhead: overhead}, {Resources: resources}, {}} {
 		r.PodSandboxId = id
-		if err := b.Pods.Update(t.Context(), r); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, b.Pods.Update(t.Context(), r))
 	}
 	p, err := b.Pods.Find(id)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	got := p.Record().Config.M.Linux
 	if !proto.Equal(got.Overhead, overhead) || !proto.Equal(got.Resources, resources) {
 		t.Errorf("the record has %v", got)
@@ -47,9 +43,7 @@ func TestUpdate(t *testing.T) {
 			t.Errorf("got %v, want one about %s", err, field)
 		}
 	}
-	if err := b.Pods.Stop(t.Context(), id); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, b.Pods.Stop(t.Context(), id))
 	for id, want := range map[string]error{id: kind.State, "missing": kind.NotFound} {
 		err := b.Pods.Update(t.Context(), &runtimeapi.UpdatePodSandboxResourcesRequest{PodSandboxId: id})
 		if !errors.Is(err, want) {

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // A record of a later version, with fields that this one does not know, must read,
@@ -17,26 +19,18 @@ func TestRecordOfALaterVersion(t *testing.T) {
 		Hostname: "h",
 		Metadata: &runtimeapi.PodSandboxMetadata{Name: "n", Attempt: 3},
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	b, err := json.Marshal(Pod{ID: "a", Phase: PodReady, Config: config})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	var loose map[string]any
-	if err := json.Unmarshal(b, &loose); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, json.Unmarshal(b, &loose))
 	loose["later"] = 1
 	loose["config"].(map[string]any)["later"] = map[string]any{"x": []int{1}}
 	if b, err = json.Marshal(loose); err != nil {
 		t.Fatal(err)
 	}
 	var back Pod
-	if err := json.Unmarshal(b, &back); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, json.Unmarshal(b, &back))
 	if back.Phase != PodReady || back.Config.M.GetHostname() != "h" || back.Config.M.GetMetadata().GetAttempt() != 3 {
 		t.Errorf("got %+v", &back)
 	}
@@ -51,13 +45,9 @@ func TestRecordOfALaterVersion(t *testing.T) {
 func TestOwes(t *testing.T) {
 	paid := Pod{Debts: []Debt{}}
 	b, err := json.Marshal(paid)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	var back Pod
-	if err := json.Unmarshal(b, &back); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, json.Unmarshal(b, &back))
 	for _, c := range []struct {
 		pod  Pod
 		want bool

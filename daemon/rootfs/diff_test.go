@@ -25,9 +25,7 @@ func TestDiffAndRestore(t *testing.T) {
 	rw := t.TempDir()
 	root := filepath.Join(t.TempDir(), "root")
 	err := errors.Join(os.Mkdir(root, 0o700), s.Mount(t.Context(), []digest.Digest{layer}, rw, root, nil, ""))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	const work = `set -e; cd "$1"; umask 0; rm d/gone; echo more >>d/kept; rm -r hidden; mkdir -m 2750 hidden
 		echo b >hidden/b; chown 12:34 hidden/b; chmod 4755 hidden/b; ln hidden/b hidden/c; ln -s /nowhere link
 		mkfifo -m 640 fifo; mknod null c 1 3; touch -d '2001-02-03 04:05:06.7' d/kept
@@ -39,17 +37,13 @@ func TestDiffAndRestore(t *testing.T) {
 	if out, err := exec.Command("sh", "-c", work, "sh", root).CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	if err := unix.Lsetxattr(filepath.Join(root, "d/kept"), "user.a", []byte("\x00b"), 0); err != nil {
-		t.Fatal(err)
-	}
+	check(t, unix.Lsetxattr(filepath.Join(root, "d/kept"), "user.a", []byte("\x00b"), 0))
 	if fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0); err == nil {
 		unix.Bind(fd, &unix.SockaddrUnix{Name: filepath.Join(root, "d/s")})
 		unix.Close(fd)
 	}
 	var diff bytes.Buffer
-	if err := Diff(t.Context(), rw, &diff, DefaultLimits); err != nil {
-		t.Fatal(err)
-	}
+	check(t, Diff(t.Context(), rw, &diff, DefaultLimits))
 	if diff.Len() > 1<<20 {
 		t.Errorf("the holes take %d bytes", diff.Len())
 	}
@@ -58,14 +52,10 @@ func TestDiffAndRestore(t *testing.T) {
 	rw2, root2 := t.TempDir(), filepath.Join(t.TempDir(), "root")
 	// As a daemon that was killed leaves it.
 	err = os.MkdirAll(filepath.Join(rw2, upperName+trashSuffix, "1"), 0o700)
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	err = errors.Join(os.Mkdir(root2, 0o700), s.Restore(t.Context(), []digest.Digest{layer}, rw2, &diff),
 		s.Mount(t.Context(), []digest.Digest{layer}, rw2, root2, nil, ""))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	t.Cleanup(func() { Unmount(root); Unmount(root2) })
 	const look = `cd "$1" && find . ! -path ./d -printf '%p %y %m %U:%G %s %l %n %T@\n' | sort
 		cat d/kept hidden/*; sha256sum large-*
@@ -97,17 +87,13 @@ func holed(path string, size int64) error {
 func TestExtents(t *testing.T) {
 	const pieces = 10
 	f, err := os.Create(filepath.Join(t.TempDir(), "f"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	defer f.Close()
 	for i := int64(0); err == nil && i < pieces; i++ {
 		_, err = f.WriteAt([]byte("x"), i<<20)
 	}
 	var st unix.Stat_t
-	if err := errors.Join(err, f.Sync(), unix.Fstat(int(f.Fd()), &st)); err != nil {
-		t.Fatal(err)
-	}
+	check(t, errors.Join(err, f.Sync(), unix.Fstat(int(f.Fd()), &st)))
 	if list, err := extents(f, &st, pieces); err != nil || len(list) != pieces || list[1].at != 1<<20 {
 		t.Errorf("%v, %v", list, err)
 	}
@@ -137,9 +123,7 @@ func TestDiffRefuses(t *testing.T) {
 	} {
 		rw := t.TempDir()
 		upper := filepath.Join(rw, upperName)
-		if err := errors.Join(os.Mkdir(upper, 0o700), c.make(upper)); err != nil {
-			t.Fatal(err)
-		}
+		check(t, errors.Join(os.Mkdir(upper, 0o700), c.make(upper)))
 		var b bytes.Buffer
 		if err := Diff(t.Context(), rw, &b, c.limits); err == nil || c.want != nil && !errors.Is(err, c.want) {
 			t.Errorf("%s: %v", name, err)

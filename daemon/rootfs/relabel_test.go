@@ -113,9 +113,7 @@ func TestRelabelRaces(t *testing.T) {
 	})
 	labels := []string{aLabel, "system_u:object_r:container_file_t:s0"}
 	for i := range 500 {
-		if err := Relabel(t.Context(), tree, labels[i%2]); err != nil {
-			t.Fatal(err)
-		}
+		check(t, Relabel(t.Context(), tree, labels[i%2]))
 	}
 	close(stop)
 	swapping.Wait()

@@ -5,6 +5,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // A handler can do what both the OCI runtime and the kernel can. runc says of any kernel that
@@ -29,14 +31,10 @@ func TestFeatures(t *testing.T) {
 		was := mountSetattr
 		mountSetattr = func() bool { return c.kernel }
 		path := filepath.Join(t.TempDir(), "runtime")
-		if err := os.WriteFile(path, []byte("#!/bin/sh\ncat <<'END'\n"+c.features+"\nEND\n"), 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, os.WriteFile(path, []byte("#!/bin/sh\ncat <<'END'\n"+c.features+"\nEND\n"), 0o755))
 		s, err := Probe(map[string]string{"mine": path}, "mine", t.TempDir(), false, slog.New(slog.DiscardHandler))
 		mountSetattr = was
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		c.want.Name, c.want.Path = "mine", path
 		if got, err := s.For(""); err != nil || got != c.want {
 			t.Errorf("%s: got %+v, %v, want %+v", c.name, got, err, c.want)

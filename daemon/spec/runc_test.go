@@ -60,9 +60,7 @@ func newBundle(t *testing.T) *bundle {
 // input asks for a shell with the script, on this very machine.
 func (b *bundle) input(script string) Input {
 	h, err := ProbeHost()
-	if err != nil {
-		b.t.Fatal(err)
-	}
+	check(b.t, err)
 	in := input()
 	in.Host = h
 	in.Rootfs = b.root
@@ -81,9 +79,7 @@ func (b *bundle) cmd(s *specs.Spec, args ...string) *exec.Cmd {
 		if err == nil {
 			err = os.WriteFile(filepath.Join(b.dir, "config.json"), config, 0o600)
 		}
-		if err != nil {
-			b.t.Fatal(err)
-		}
+		check(b.t, err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	b.t.Cleanup(cancel)
@@ -104,9 +100,7 @@ func (b *bundle) delete() {
 func (b *bundle) run(in Input) string {
 	b.t.Helper()
 	r, err := validateAndBuild(in)
-	if err != nil {
-		b.t.Fatal(err)
-	}
+	check(b.t, err)
 	defer b.delete()
 	cmd := b.cmd(r.Spec, "run", "--bundle", b.dir, b.id)
 	var stdout, stderr bytes.Buffer

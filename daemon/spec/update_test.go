@@ -101,9 +101,7 @@ func TestUpdate(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			before := proto.Clone(c.old)
 			got, err := Update(wholeHost, c.old, c.request)
-			if err != nil {
-				t.Fatal(err)
-			}
+			check(t, err)
 			resources, _ := json.Marshal(got.Resources)
 			undo, _ := json.Marshal(got.Undo)
 			if string(resources) != c.resources || string(undo) != c.undo {

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // node has containers, and a disk that the test plays.
@@ -65,9 +67,7 @@ func (n *node) walked(dir string) int {
 func layerOf(t *testing.T, c *Collector, id string) int {
 	t.Helper()
 	s, err := c.Container(id)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	if s.WritableLayer == nil {
 		return -1
 	}

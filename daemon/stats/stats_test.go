@@ -15,6 +15,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // A rate needs two readings, and nothing waits for the second one.
@@ -171,9 +172,7 @@ func TestLinks(t *testing.T) {
 
 func TestDescriptors(t *testing.T) {
 	l, err := net.Listen("unix", t.TempDir()+"/s")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer l.Close()
 	budget := maxDescriptors
 	open, sockets, ok := descriptors([]int{os.Getpid(), 1 << 22}, &budget)

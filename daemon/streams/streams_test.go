@@ -20,6 +20,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/proto/stream"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // The tests start this test binary as holdfast-stream: with the real handshake, lock
@@ -133,9 +134,7 @@ func (b *bed) install() {
 
 func (b *bed) behave(mode string) {
 	b.t.Helper()
-	if err := os.WriteFile(modePath(b.dir), []byte(mode), 0o600); err != nil {
-		b.t.Fatal(err)
-	}
+	must.Succeed(b.t, os.WriteFile(modePath(b.dir), []byte(mode), 0o600))
 }
 
 // daemon is what a daemon that has just been started has.
@@ -165,18 +164,14 @@ func (b *bed) starts() []int {
 func (b *bed) url(s *Sessions) (base string) {
 	b.t.Helper()
 	url, err := s.URL(b.t.Context(), stream.Request{Kind: stream.Exec, ID: "c"})
-	if err != nil {
-		b.t.Fatal(err)
-	}
+	must.Succeed(b.t, err)
 	base, token, ok := strings.Cut(url, "/exec/")
 	r, err := b.dir.Take(token)
 	if !ok || err != nil || r.ID != "c" {
 		b.t.Fatalf("%s stands for %+v, %v", url, r, err)
 	}
 	c, err := net.Dial("tcp", strings.TrimPrefix(base, "http://"))
-	if err != nil {
-		b.t.Fatal(err)
-	}
+	must.Succeed(b.t, err)
 	c.Close()
 	return base
 }
@@ -185,9 +180,7 @@ func (b *bed) url(s *Sessions) (base string) {
 func (b *bed) running() rundir.Process {
 	b.t.Helper()
 	a, err := b.dir.Running()
-	if err != nil {
-		b.t.Fatal(err)
-	}
+	must.Succeed(b.t, err)
 	return a.Process
 }
 
@@ -311,17 +304,13 @@ func TestStartedByAKilledDaemon(t *testing.T) {
 	b := newBed(t)
 	b.behave(locked)
 	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	ours, theirs := os.NewFile(uintptr(fds[0]), "handshake"), os.NewFile(uintptr(fds[1]), "handshake")
 	defer ours.Close()
 	s := b.daemon()
 	cmd := exec.Command(b.binary, s.args()...)
 	cmd.ExtraFiles = []*os.File{theirs}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, cmd.Start())
 	defer cmd.Wait()
 	defer cmd.Process.Kill()
 	theirs.Close()

@@ -28,9 +28,7 @@ func programs(t *testing.T) string {
 		bin = "../../bin"
 	}
 	bin, err := filepath.Abs(bin)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	if _, err := os.Stat(filepath.Join(bin, "holdfastd")); err != nil {
 		t.Fatalf("cannot measure: run make build first: %v", err)
 	}
@@ -116,9 +114,7 @@ func TestImagesAreDeterministic(t *testing.T) {
 				t.Fatal(err)
 			}
 			b, err := os.ReadFile(filepath.Join(dir, "manifest-0"))
-			if err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, err)
 			manifests = append(manifests, string(b))
 		}
 		if len(slices.Compact(manifests)) != 1 {

@@ -21,6 +21,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // fake is a shim that answers from its fields, over a real socket. What it does
@@ -58,13 +59,9 @@ func (l listener) Accept() (net.Conn, error) {
 func newFake(t *testing.T) *fake {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "client")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	f := &fake{dir: rundir.Dir(filepath.Join(dir, "id")), min: proto.ProtocolMin, max: proto.ProtocolMax}
-	if err := os.Mkdir(string(f.dir), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.Mkdir(string(f.dir), 0o700))
 	f.serve(t)
 	t.Cleanup(func() {
 		f.close()
@@ -76,13 +73,9 @@ func newFake(t *testing.T) *fake {
 func (f *fake) serve(t *testing.T) {
 	t.Helper()
 	l, err := f.dir.Listen()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	server, err := ttrpc.NewServer()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	proto.RegisterShimService(server, f)
 	f.mu.Lock()
 	f.server = server
@@ -217,9 +210,7 @@ func TestErrors(t *testing.T) {
 func TestWaitersHaveTheirOwnDeadline(t *testing.T) {
 	dir := rundir.Dir(t.TempDir())
 	l, err := dir.Listen()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer l.Close()
 	accepted := make(chan net.Conn, 1)
 	go func() {
@@ -264,9 +255,7 @@ func TestWatch(t *testing.T) {
 	defer c.Close()
 	for after := range uint64(3) {
 		var got []Event
-		if err := c.Watch(t.Context(), after, func(e Event) { got = append(got, e) }); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, c.Watch(t.Context(), after, func(e Event) { got = append(got, e) }))
 		if !reflect.DeepEqual(got, want[after:]) {
 			t.Errorf("after %d: %+v", after, got)
 		}

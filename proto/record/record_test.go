@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // body is what the records of these tests hold.
@@ -23,17 +25,11 @@ func TestRecordIsItsEnvelope(t *testing.T) {
 		for _, v := range []any{nil, "a <line>\n", 1.5, map[string]any{}, json.RawMessage(`{ "a" : "<" }`),
 			body{Code: 1}} {
 			got, err := EncodeOf(id, v)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, err)
 			b, err := json.Marshal(v)
-			if err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, err)
 			want, err := json.Marshal(envelope{Version: Format, ID: id, Checksum: checksum(b), Body: b})
-			if err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, err)
 			if string(got) != string(want)+"\n" {
 				t.Errorf("%q of %q, not %q", got, id, want)
 			}
@@ -44,22 +40,16 @@ func TestRecordIsItsEnvelope(t *testing.T) {
 func TestRecordSurvivesNoDamage(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "r.json")
 	want := body{Code: 3, ExitedAt: time.Now().UTC(), Message: "a \"quoted\" <line>\n"}
-	if err := Write(path, want, true); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, Write(path, want, true))
 	var got body
 	if err := Read(path, &got); err != nil || got != want {
 		t.Fatalf("got %+v, %v", got, err)
 	}
 	whole, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	check := func(what string, b []byte) {
 		t.Helper()
-		if err := os.WriteFile(path, b, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, os.WriteFile(path, b, 0o600))
 		var e body
 		err := Read(path, &e)
 		if err == nil && e == want {
@@ -77,15 +67,11 @@ func TestRecordSurvivesNoDamage(t *testing.T) {
 	}
 	check("zeroes", make([]byte, len(whole)))
 	check("two", append(append([]byte(nil), whole...), whole...))
-	if err := os.Remove(path); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.Remove(path))
 	if err := Read(path, &got); !errors.Is(err, fs.ErrNotExist) || errors.Is(err, ErrDamaged) {
 		t.Errorf("missing: %v", err)
 	}
-	if err := os.Mkdir(path, 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.Mkdir(path, 0o700))
 	if err := Read(path, &got); !errors.Is(err, ErrDamaged) {
 		t.Errorf("a directory: %v", err)
 	}
@@ -96,9 +82,7 @@ func TestWriteRecordLeavesNothingBehind(t *testing.T) {
 	if err := Write(filepath.Join(dir, "r.json"), func() {}, false); err == nil {
 		t.Error("a function was encoded")
 	}
-	if err := os.Mkdir(filepath.Join(dir, "taken"), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.Mkdir(filepath.Join(dir, "taken"), 0o700))
 	if err := Write(filepath.Join(dir, "taken"), 1, false); err == nil {
 		t.Error("a directory was replaced")
 	}

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // reacher makes this test binary a process that reaches the steps that it names.
@@ -39,9 +41,7 @@ func TestMain(m *testing.M) {
 func failpoints(t *testing.T, lines string) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "failpoints")
-	if err := os.WriteFile(file, []byte(lines), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.WriteFile(file, []byte(lines), 0o600))
 	return file
 }
 
@@ -116,9 +116,7 @@ func TestActions(t *testing.T) {
 func TestDelay(t *testing.T) {
 	t.Setenv(Variable, failpoints(t, "one 30ms 1"))
 	began := time.Now()
-	if err := Reach("one"); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, Reach("one"))
 	if took := time.Since(began); took < 30*time.Millisecond {
 		t.Errorf("a delay of 30 ms took %s", took)
 	}
@@ -127,17 +125,13 @@ func TestDelay(t *testing.T) {
 // A step that stops a process goes on when it is told to.
 func TestStop(t *testing.T) {
 	cmd, out := reach(t, failpoints(t, "one stop"), "one")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, cmd.Start())
 	var status unix.WaitStatus
 	if _, err := unix.Wait4(cmd.Process.Pid, &status, unix.WUNTRACED, nil); err != nil || !status.Stopped() {
 		cmd.Process.Kill()
 		t.Fatalf("it is in state %#x, %v, and should be stopped", status, err)
 	}
-	if err := cmd.Process.Signal(syscall.SIGCONT); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, cmd.Process.Signal(syscall.SIGCONT))
 	if err := cmd.Wait(); err != nil || out.String() != "went on\n" {
 		t.Errorf("it said %q and ended with %v", out, err)
 	}
@@ -151,9 +145,7 @@ func TestCountsOverProcesses(t *testing.T) {
 	var outs []*bytes.Buffer
 	for range processes {
 		cmd, out := reach(t, file, strings.Fields(strings.Repeat("one ", each))...)
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, cmd.Start())
 		cmds, outs = append(cmds, cmd), append(outs, out)
 	}
 	failed := 0
@@ -178,9 +170,7 @@ func TestReplaced(t *testing.T) {
 	if err := Reach("one"); err == nil {
 		t.Error("it did not fail")
 	}
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.WriteFile(file, nil, 0o600))
 	if err := Reach("one"); err != nil {
 		t.Error(err)
 	}

@@ -11,13 +11,12 @@ import (
 	"testing"
 
 	"github.com/holdfast-cri/holdfast/proto/step"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func TestReachDoesNothing(t *testing.T) {
 	file := filepath.Join(t.TempDir(), "failpoints")
-	if err := os.WriteFile(file, []byte(string(step.PodRecord)+" fail\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.WriteFile(file, []byte(string(step.PodRecord)+" fail\n"), 0o600))
 	t.Setenv("HOLDFAST_FAILPOINTS", file)
 	if err := step.Reach(step.PodRecord); err != nil {
 		t.Error(err)
@@ -44,9 +43,7 @@ func TestCostsNothing(t *testing.T) {
 			t.Fatalf("%v\n%s", err, out)
 		}
 		f, err := elf.Open(path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		defer f.Close()
 		symbols, err := f.Symbols()
 		if err != nil || len(symbols) == 0 {
@@ -58,9 +55,7 @@ func TestCostsNothing(t *testing.T) {
 			}
 		}
 		text, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		if strings.Contains(string(text), "HOLDFAST_FAILPOINTS") {
 			t.Errorf("%s reads a file of failpoints", program)
 		}

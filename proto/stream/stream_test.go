@@ -20,23 +20,20 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/proto/record"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func newDir(t *testing.T) Dir {
 	t.Helper()
 	d := Dir(filepath.Join(t.TempDir(), "stream"))
-	if err := d.Make(); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, d.Make())
 	return d
 }
 
 func put(t *testing.T, d Dir, r Request) string {
 	t.Helper()
 	token, err := d.Put(t.Context(), r)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	return token
 }
 
@@ -44,9 +41,7 @@ func put(t *testing.T, d Dir, r Request) string {
 func tokens(t *testing.T, d Dir) []string {
 	t.Helper()
 	entries, err := os.ReadDir(d.Path(tokensName))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	var names []string
 	for _, e := range entries {
 		names = append(names, e.Name())
@@ -59,9 +54,7 @@ func tokens(t *testing.T, d Dir) []string {
 func store(t *testing.T, d Dir, expires time.Duration, s stored) (token string) {
 	t.Helper()
 	token = newToken(expires)
-	if err := record.WriteOf(d.tokenPath(token), token, s, false); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, record.WriteOf(d.tokenPath(token), token, s, false))
 	return token
 }
 
@@ -153,12 +146,8 @@ func TestExpiry(t *testing.T) {
 	valid := store(t, d, now+Lifetime, anExec)
 	store(t, d, now, anExec)
 	// What a killed daemon has left of a write goes as well.
-	if err := os.WriteFile(d.tokenPath("."+valid+".123"), nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := d.Sweep(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.WriteFile(d.tokenPath("."+valid+".123"), nil, 0o600))
+	must.Succeed(t, d.Sweep(t.Context()))
 	if left := tokens(t, d); len(left) != 1 || left[0] != valid {
 		t.Errorf("after the sweep: %q", left)
 	}
@@ -209,9 +198,7 @@ func TestWhatIsNoToken(t *testing.T) {
 	d := newDir(t)
 	token := put(t, d, Request{Kind: Exec})
 	secret := newToken(rundir.BootTime() + Lifetime)
-	if err := record.Write(d.Path(secret), anExec, false); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, record.Write(d.Path(secret), anExec, false))
 	for _, bad := range []string{
 		"", ".", "..", "../" + secret, "x/../../" + secret, "/etc/passwd", strings.ToUpper(token) + "G",
 		token[1:], token + "0", token + "\n", token + "\x00", "./" + token[2:], "." + token[1:],
@@ -243,9 +230,7 @@ func TestDamagedTokens(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := newDir(t)
-			if err := damage(d.tokenPath(damaged)); err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, damage(d.tokenPath(damaged)))
 			if r, err := d.Take(damaged); !errors.Is(err, kind.NotFound) {
 				t.Errorf("took %+v, %v", r, err)
 			}
@@ -259,9 +244,7 @@ func TestDamagedTokens(t *testing.T) {
 func TestMake(t *testing.T) {
 	d := newDir(t)
 	for _, path := range []string{string(d), d.Path(tokensName)} {
-		if err := os.Chmod(path, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, os.Chmod(path, 0o755))
 	}
 	old := syscall.Umask(0o777)
 	err := os.RemoveAll(d.Path(tokensName))
@@ -269,20 +252,14 @@ func TestMake(t *testing.T) {
 		err = d.Make()
 	}
 	syscall.Umask(old)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	for _, path := range []string{string(d), d.Path(tokensName)} {
 		if st, err := os.Stat(path); err != nil || st.Mode().Perm() != 0o700 {
 			t.Errorf("%s: %v, %v", path, st.Mode(), err)
 		}
 	}
-	if err := os.RemoveAll(string(d)); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink(t.TempDir(), string(d)); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.RemoveAll(string(d)))
+	must.Succeed(t, os.Symlink(t.TempDir(), string(d)))
 	if _, err := d.Put(t.Context(), Request{}); err == nil {
 		t.Error("the directory may be a link")
 	}
@@ -294,22 +271,16 @@ func TestLockAndAddress(t *testing.T) {
 		t.Errorf("running: %v", err)
 	}
 	// What is no lock does not keep anybody from running.
-	if err := os.Mkdir(d.Path(lockName), 0o700); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.Mkdir(d.Path(lockName), 0o700))
 	s, err := d.Lock()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	if _, err := d.Lock(); !errors.Is(err, rundir.ErrLocked) {
 		t.Errorf("locked twice: %v", err)
 	}
 	if _, err := d.Running(); !errors.Is(err, ErrStarting) || s.LastPort() != "" {
 		t.Errorf("running: %v; last port %q", err, s.LastPort())
 	}
-	if err := s.Announce("https://[::1]:4711"); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, s.Announce("https://[::1]:4711"))
 	a, err := d.Running()
 	if err != nil || a.URL(PortForward, "x") != "https://[::1]:4711/portforward/x" || a.Process.PID != os.Getpid() {
 		t.Errorf("running: %+v, %v", a, err)
@@ -328,13 +299,9 @@ func TestLockAndAddress(t *testing.T) {
 	s.Close()
 	// The next one has the lock and does not listen yet: the address is the earlier one's.
 	child := exec.Command("true")
-	if err := child.Run(); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, child.Run())
 	dead := Address{"http://127.0.0.1:4712", rundir.Process{PID: child.Process.Pid, StartTime: 1}, rundir.BootID()}
-	if err := record.Write(d.Path(addressName), dead, false); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, record.Write(d.Path(addressName), dead, false))
 	if s, err = d.Lock(); err != nil {
 		t.Fatal(err)
 	}
@@ -342,9 +309,7 @@ func TestLockAndAddress(t *testing.T) {
 	if _, err := d.Running(); !errors.Is(err, ErrStarting) || s.LastPort() != "4712" {
 		t.Errorf("running: %v; last port %q", err, s.LastPort())
 	}
-	if err := os.WriteFile(d.Path(addressName), []byte("x"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.WriteFile(d.Path(addressName), []byte("x"), 0o600))
 	if _, err := d.Running(); !errors.Is(err, ErrStarting) || s.LastPort() != "" {
 		t.Errorf("a damaged address: %v; last port %q", err, s.LastPort())
 	}
@@ -354,9 +319,7 @@ func TestLockAndAddress(t *testing.T) {
 func TestLostAddress(t *testing.T) {
 	d := newDir(t)
 	s, err := d.Lock()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer s.Close()
 	if err := s.Sweep(t.Context()); err != nil {
 		t.Error(err)
@@ -365,9 +328,7 @@ func TestLostAddress(t *testing.T) {
 		t.Errorf("running before it listens: %v", err)
 	}
 	const base = "http://127.0.0.1:4711"
-	if err := s.Announce(base); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, s.Announce(base))
 	path := d.Path(addressName)
 	for name, damage := range map[string]func() error{
 		"removed":   func() error { return os.Remove(path) },
@@ -394,21 +355,15 @@ func TestLeftAddress(t *testing.T) {
 	}
 	leave := func() {
 		t.Helper()
-		if err := os.WriteFile(d.Path(".address.123"), nil, 0o600); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, os.WriteFile(d.Path(".address.123"), nil, 0o600))
 	}
 	sweep := func() {
 		t.Helper()
-		if err := d.Sweep(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, d.Sweep(t.Context()))
 	}
 	leave()
 	s, err := d.Lock()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	if left() {
 		t.Error("the next holdfast-stream leaves it")
 	}
@@ -425,9 +380,7 @@ func TestLeftAddress(t *testing.T) {
 func TestRetire(t *testing.T) {
 	d := newDir(t)
 	s, err := d.Lock()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	yes := func() bool { return true }
 	token := put(t, d, Request{Kind: Exec})
 	if ok, err := s.Retire(t.Context(), yes); ok || err != nil {
@@ -460,12 +413,8 @@ func TestNoTokenIsMissed(t *testing.T) {
 	d := newDir(t)
 	for range 100 {
 		s, err := d.Lock()
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := s.Announce("http://127.0.0.1:1"); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
+		must.Succeed(t, s.Announce("http://127.0.0.1:1"))
 		var retired bool
 		var wg sync.WaitGroup
 		wg.Go(func() {
@@ -493,9 +442,7 @@ func TestNoTokenIsMissed(t *testing.T) {
 func TestGateIsHeld(t *testing.T) {
 	d := newDir(t)
 	gate, err := d.gate(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
 	defer cancel()
 	if _, err := d.Put(ctx, Request{}); !errors.Is(err, context.DeadlineExceeded) {

@@ -6,6 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // A log has its last lines, whole, and never more than the bound; so it is too for one
@@ -15,9 +17,7 @@ func TestLogIsBounded(t *testing.T) {
 	number := 0
 	for range 3 { // processes, one after the other
 		f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		w := New(f)
 		for range 30_000 {
 			number++
@@ -31,9 +31,7 @@ func TestLogIsBounded(t *testing.T) {
 		f.Close()
 	}
 	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	lines := bytes.Split(bytes.TrimSuffix(b, []byte("\n")), []byte("\n"))
 	if len(b) < Max/4 {
 		t.Errorf("only %d bytes are kept", len(b))
@@ -48,18 +46,14 @@ func TestLogIsBounded(t *testing.T) {
 // A pipe is only written to.
 func TestPipe(t *testing.T) {
 	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer r.Close()
 	defer w.Close()
 	go New(w).Write(make([]byte, 2*Max))
 	b := make([]byte, 64<<10)
 	for got := 0; got < 2*Max; {
 		n, err := r.Read(b)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		got += n
 	}
 }

@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 var errStop = errors.New("it took too long")
@@ -38,9 +40,7 @@ func TestRun(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			pr, pw, err := os.Pipe()
-			if err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, err)
 			defer pr.Close()
 			ctx, cancel := context.WithCancelCause(t.Context())
 			defer cancel(nil)

@@ -8,14 +8,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func sleeper(t *testing.T) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command("sleep", "1000")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, cmd.Start())
 	t.Cleanup(func() {
 		cmd.Process.Kill()
 		cmd.Wait()
@@ -26,9 +26,7 @@ func sleeper(t *testing.T) *exec.Cmd {
 func open(t *testing.T, pid int) *Process {
 	t.Helper()
 	p, err := Open(pid, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	t.Cleanup(p.Close)
 	return p
 }
@@ -74,9 +72,7 @@ func TestWaitEndsWithItsContext(t *testing.T) {
 func TestZombieAndReaped(t *testing.T) {
 	cmd := sleeper(t)
 	p := open(t, cmd.Process.Pid)
-	if err := p.Kill(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, p.Kill(t.Context()))
 	if !p.Ended() {
 		t.Error("a zombie has ended")
 	}
@@ -103,9 +99,7 @@ func TestOpenAsksWhoItIs(t *testing.T) {
 		t.Errorf("another process under that pid: %v", err)
 	}
 	p, err := Open(pid, func() bool { return true })
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	p.Close()
 }
 

@@ -12,9 +12,7 @@ import (
 // WaitAhead moves a process to where it is.
 func TestWaitAhead(t *testing.T) {
 	before, err := os.ReadFile("/proc/self/cgroup")
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	dir := ownDir()
 	if dir == "" {
 		t.Skip("this process is in no cgroup of v1 but the roots")

@@ -187,9 +187,7 @@ func TestAdjustOOMScore(t *testing.T) {
 	check(t, err)
 	child := strings.TrimSpace(string(children))
 	// The child was forked before its parent entered, or after it.
-	if err := os.WriteFile(filepath.Join(tracked(t, c), "cgroup.procs"), []byte(child), 0); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(filepath.Join(tracked(t, c), "cgroup.procs"), []byte(child), 0))
 	for _, step := range []struct {
 		from, to      int
 		parent, child string

@@ -14,9 +14,7 @@ func BenchmarkFormat(b *testing.B) {
 	for _, length := range []int{1, 80, 1000, 100_000} {
 		b.Run(fmt.Sprintf("%d-byte-lines", length), func(b *testing.B) {
 			fd, err := unix.Open("/dev/null", unix.O_WRONLY|unix.O_CLOEXEC, 0)
-			if err != nil {
-				b.Fatal(err)
-			}
+			check(b, err)
 			f := Resume("", "", fd, new(State))
 			defer f.Close()
 			line := append(bytes.Repeat([]byte("x"), length-1), '\n')
@@ -33,9 +31,7 @@ func BenchmarkFormat(b *testing.B) {
 // BenchmarkOneLine is what a single line costs before it is written.
 func BenchmarkOneLine(b *testing.B) {
 	fd, err := unix.Open("/dev/null", unix.O_WRONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		b.Fatal(err)
-	}
+	check(b, err)
 	f := Resume("", "", fd, new(State))
 	defer f.Close()
 	line := append(bytes.Repeat([]byte("x"), 79), '\n')

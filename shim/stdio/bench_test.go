@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/shim/logfile"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // With this in its environment the test binary is a program that writes lines
@@ -47,16 +48,12 @@ func bench(b *testing.B, consume func(r *os.File, dir string) unix.Rusage) {
 			var cpu int64
 			for b.Loop() {
 				dir, err := os.MkdirTemp("", "")
-				if err != nil {
-					b.Fatal(err)
-				}
+				must.Succeed(b, err)
 				r, w := pipe(b, true)
 				producer := exec.Command("/proc/self/exe")
 				producer.Env = append(os.Environ(), fmt.Sprintf("%s=%d", producerLines, length))
 				producer.Stdout = w
-				if err := producer.Start(); err != nil {
-					b.Fatal(err)
-				}
+				must.Succeed(b, producer.Start())
 				w.Close()
 				used := consume(r, dir)
 				cpu += used.Utime.Nano() + used.Stime.Nano()
@@ -74,21 +71,15 @@ func bench(b *testing.B, consume func(r *os.File, dir string) unix.Rusage) {
 
 func BenchmarkCopy(b *testing.B) {
 	usage := func() (u unix.Rusage) {
-		if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
-			b.Fatal(err)
-		}
+		must.Succeed(b, unix.Getrusage(unix.RUSAGE_SELF, &u))
 		return u
 	}
 	bench(b, func(r *os.File, dir string) unix.Rusage {
 		log, err := logfile.Open(dir, "0.log")
-		if err != nil {
-			b.Fatal(err)
-		}
+		must.Succeed(b, err)
 		defer log.Close()
 		memory, err := NewMemory() // as a shim has it
-		if err != nil {
-			b.Fatal(err)
-		}
+		must.Succeed(b, err)
 		defer memory.Close()
 		before := usage()
 		s := New(log, memory)
@@ -111,15 +102,11 @@ func BenchmarkCat(b *testing.B) {
 	bench(b, func(r *os.File, dir string) unix.Rusage {
 		defer r.Close()
 		out, err := os.Create(filepath.Join(dir, "0.log"))
-		if err != nil {
-			b.Fatal(err)
-		}
+		must.Succeed(b, err)
 		defer out.Close()
 		cat := exec.Command("cat")
 		cat.Stdin, cat.Stdout = r, out
-		if err := cat.Run(); err != nil {
-			b.Fatal(err)
-		}
+		must.Succeed(b, cat.Run())
 		return unix.Rusage{
 			Utime: unix.NsecToTimeval(cat.ProcessState.UserTime().Nanoseconds()),
 			Stime: unix.NsecToTimeval(cat.ProcessState.SystemTime().Nanoseconds()),

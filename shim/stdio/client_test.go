@@ -14,6 +14,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/descriptor"
 	"github.com/holdfast-cri/holdfast/shim/logfile"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // testConn is a client of a test. It gives the input that is written to in.
@@ -188,9 +189,7 @@ func TestInput(t *testing.T) {
 		out, outW := pipe(t, true) // what keeps the session open
 		h.Add(logfile.Stdout, out)
 		r, w, err := os.Pipe()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		ended := make(chan struct{})
 		h.SetInput(w, false, once, func() { close(ended) })
 		first, second := newConn(), newConn()
@@ -241,9 +240,7 @@ func TestInput(t *testing.T) {
 func TestInputThatNobodyReads(t *testing.T) {
 	h := New(nil, nil)
 	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer r.Close()
 	ended := make(chan struct{})
 	h.SetInput(w, false, true, func() { close(ended) })
@@ -270,22 +267,14 @@ func TestInputThatNobodyReads(t *testing.T) {
 // The program on a terminal gets an end of file when the first client has left.
 func TestTerminalInputOnce(t *testing.T) {
 	fd, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0)
 	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	tty, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	h := New(nil, nil)
 	h.Add(logfile.Stdout, os.NewFile(uintptr(fd), "ptmx"))
 	ended := make(chan struct{})
@@ -310,9 +299,7 @@ func TestTerminalInputOnce(t *testing.T) {
 func TestLeave(t *testing.T) {
 	log, path := newLog(t)
 	memory, err := NewMemory()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	log.KeepIn(memory.Log())
 	want := strings.ReplaceAll(numbered(300_000), "7\n", "7 ") + "no end"
 	var left [streams]*os.File
@@ -340,9 +327,7 @@ func TestLeave(t *testing.T) {
 		until(t, "some output", func() bool { return isDone(h.Drained()) || log.Counters().Bytes > before+50_000 })
 		over = isDone(h.Drained())
 		files, err := h.Leave()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		left = files.Outputs
 		log, memory = resumeLog(t, log, memory)
 	}
@@ -363,17 +348,11 @@ func TestLeave(t *testing.T) {
 func resumeLog(t *testing.T, log *logfile.File, memory *Memory) (*logfile.File, *Memory) {
 	t.Helper()
 	fd, err := log.Dup()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	file, err := descriptor.Dup(memory.File())
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	next, err := OpenMemory(file)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	log.Close()
 	memory.Close()
 	return logfile.Resume("dir", "0.log", fd, next.Log()), next
@@ -385,13 +364,9 @@ func TestOpenMemory(t *testing.T) {
 		"another layout": func(f *os.File) { f.WriteAt([]byte{layout + 1}, 0) },
 	} {
 		m, err := NewMemory()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		f, err := descriptor.Dup(m.File())
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		m.Close()
 		spoil(f)
 		if m, err := OpenMemory(f); err == nil {

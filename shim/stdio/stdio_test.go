@@ -50,9 +50,7 @@ func newLog(t testing.TB) (log *logfile.File, path string) {
 	t.Helper()
 	dir := t.TempDir()
 	log, err := logfile.Open(dir, "0.log")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	t.Cleanup(func() { log.Close() })
 	return log, filepath.Join(dir, "0.log")
 }
@@ -64,9 +62,7 @@ func newMemory(t testing.TB, want bool) *Memory {
 		return nil
 	}
 	m, err := NewMemory()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	t.Cleanup(m.Close)
 	return m
 }
@@ -74,9 +70,7 @@ func newMemory(t testing.TB, want bool) *Memory {
 func contents(t testing.TB, path string) []byte {
 	t.Helper()
 	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	return b
 }
 
@@ -85,16 +79,12 @@ func pipe(t testing.TB, blocking bool) (r, w *os.File) {
 	t.Helper()
 	if !blocking {
 		r, w, err := os.Pipe()
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		t.Cleanup(func() { w.Close() })
 		return r, w
 	}
 	var p [2]int
-	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, unix.Pipe2(p[:], unix.O_CLOEXEC))
 	r, w = os.NewFile(uintptr(p[0]), "r"), os.NewFile(uintptr(p[1]), "w")
 	t.Cleanup(func() { w.Close() })
 	return r, w
@@ -246,18 +236,12 @@ func TestTerminal(t *testing.T) {
 			flags |= unix.O_NONBLOCK
 		}
 		fd, err := unix.Open("/dev/ptmx", flags, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0)
 		n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		tty, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		log, path := newLog(t)
 		s := New(log, nil)
 		s.Add(logfile.Stdout, os.NewFile(uintptr(fd), "ptmx"))
@@ -280,14 +264,10 @@ func TestRegularFile(t *testing.T) {
 	log, path := newLog(t)
 	want := strings.Repeat("0123456789\n", 50_000)
 	name := filepath.Join(t.TempDir(), "f")
-	if err := os.WriteFile(name, []byte(want), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.WriteFile(name, []byte(want), 0o600))
 	for _, name := range []string{name, os.DevNull} {
 		r, err := os.Open(name)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		s := New(log, nil)
 		s.Add(logfile.Stdout, r)
 		wait(t, "drained", s.Drained())
@@ -363,9 +343,7 @@ func TestCloseWhileAProcessGoesOnWriting(t *testing.T) {
 
 func TestCloseOfAFileWithoutEnd(t *testing.T) {
 	r, err := os.Open("/dev/zero")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	s := New(nil, nil)
 	s.Add(logfile.Stdout, r)
 	drained := s.Drained()
@@ -395,9 +373,7 @@ func TestReopenWhileWriting(t *testing.T) {
 	var all []byte
 	for i := 0; !isDone(drained); i++ {
 		old := fmt.Sprintf("%s.%d", path, i)
-		if err := os.Rename(path, old); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, os.Rename(path, old))
 		if _, err := log.Reopen(); err != nil {
 			t.Fatal(err)
 		}
@@ -420,18 +396,14 @@ func TestFullDisk(t *testing.T) {
 		t.Skip("mounting needs root")
 	}
 	dir := t.TempDir()
-	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, "size=256k,huge=never"); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, unix.Mount("tmpfs", dir, "tmpfs", 0, "size=256k,huge=never"))
 	defer func() {
 		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
 			t.Error(err)
 		}
 	}()
 	log, err := logfile.Open(dir, "0.log")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	s := New(log, nil)
 	r, w := pipe(t, true)
 	s.Add(logfile.Stdout, r)
@@ -447,15 +419,11 @@ func TestFullDisk(t *testing.T) {
 	if c := log.Counters(); c.Err == "" || c.DroppedBytes == 0 {
 		t.Fatalf("%+v", c)
 	}
-	if err := os.Rename(dir+"/0.log", dir+"/0.log.1"); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.Rename(dir+"/0.log", dir+"/0.log.1"))
 	if _, err := log.Reopen(); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Remove(dir + "/0.log.1"); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.Remove(dir+"/0.log.1"))
 	io.WriteString(w, "again\n")
 	w.Close()
 	wait(t, "drained", s.Drained())
@@ -477,16 +445,12 @@ func TestIdleGivesBack(t *testing.T) {
 	log, path := newLog(t)
 	r, w := pipe(t, true)
 	before, err := unix.FcntlInt(w.Fd(), unix.F_GETPIPE_SZ, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	s := New(log, nil)
 	s.Add(logfile.Stdout, r)
 	size := func() int {
 		n, err := unix.FcntlInt(w.Fd(), unix.F_GETPIPE_SZ, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		return n
 	}
 	var want strings.Builder
@@ -513,9 +477,7 @@ func TestIdleGivesBack(t *testing.T) {
 // Both kinds of memory give back what a busy time took, and no more.
 func TestTrim(t *testing.T) {
 	m, err := NewMemory()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer m.Close()
 	private := privatePart()
 	defer private.free()
@@ -523,9 +485,7 @@ func TestTrim(t *testing.T) {
 	defer r.Close()
 	defer w.Close()
 	raw, err := r.SyscallConn()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	page := os.Getpagesize()
 	parts := map[string]*part{"private": private, "stdout": m.part(logfile.Stdout), "stderr": m.part(logfile.Stderr)}
 	for name, p := range parts {
@@ -565,9 +525,7 @@ func TestTrim(t *testing.T) {
 func TestDescriptors(t *testing.T) {
 	count := func() int {
 		names, err := os.ReadDir("/proc/self/fd")
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		return len(names)
 	}
 	before := 0

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/holdfast-cri/holdfast/proto/kind"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // ended is an exec that has ended.
@@ -41,9 +42,7 @@ func TestExecsAreBounded(t *testing.T) {
 		t.Errorf("a large spec: %v", err)
 	}
 	for i := range maxExecs {
-		if err := add(fmt.Sprint(i), maxSpecs/maxExecs); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, add(fmt.Sprint(i), maxSpecs/maxExecs))
 	}
 	if err := add("one more", 0); !errors.Is(err, kind.Exhausted) {
 		t.Errorf("one too many: %v", err)

@@ -13,6 +13,8 @@ import (
 
 	"google.golang.org/protobuf/reflect/protoreflect"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 const page = "../../docs/cri.md"
@@ -27,9 +29,7 @@ var states = map[string]bool{"done": true, "not possible": true, "not done": tru
 func readPage(t *testing.T) map[string]row {
 	t.Helper()
 	b, err := os.ReadFile(page)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	table := map[string]row{}
 	for l := range strings.Lines(string(b)) {
 		cells := strings.Split(strings.TrimSpace(l), "|")
@@ -139,9 +139,7 @@ func serverMethods(t *testing.T) map[string]bool {
 	methods := map[string]bool{}
 	for _, name := range files {
 		f, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.SkipObjectResolution)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		for _, d := range f.Decls {
 			fn, ok := d.(*ast.FuncDecl)
 			if !ok || fn.Recv == nil {

@@ -42,9 +42,7 @@ func (p *plugin) connect(t *testing.T, n *harness.Node) *plugin {
 	if err == nil {
 		err = p.Start(t.Context())
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	check(t, err)
 	t.Cleanup(p.Stop)
 	<-p.synced
 	return p
@@ -128,9 +126,7 @@ func sharesOf(id string, shares uint64) []*nri.ContainerUpdate {
 func TestNRIAdjusts(t *testing.T) {
 	t.Parallel()
 	n := harness.New(t)
-	if err := os.WriteFile(n.Path("given"), []byte("by a plugin"), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	check(t, os.WriteFile(n.Path("given"), []byte("by a plugin"), 0o644))
 	p := (&plugin{adjust: func(a *nri.ContainerAdjustment) {
 		a.AddEnv("NEW", "value")
 		a.AddMount(&nri.Mount{

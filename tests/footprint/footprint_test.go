@@ -17,6 +17,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/tests/harness"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 var update = flag.Bool("update", false, "write deps.txt")
@@ -32,9 +33,7 @@ func TestMain(m *testing.M) {
 // it is to be seen in review.
 func TestDependencies(t *testing.T) {
 	root, err := harness.Root()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	cmd := exec.CommandContext(t.Context(), "go", "list", "-deps",
 		"-f", "{{if not .Standard}}{{.ImportPath}}{{end}}", "./cmd/holdfast-shim")
 	cmd.Dir = root
@@ -47,14 +46,10 @@ func TestDependencies(t *testing.T) {
 	slices.Sort(deps)
 	got := strings.Join(deps, "\n") + "\n"
 	if *update {
-		if err := os.WriteFile("deps.txt", []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, os.WriteFile("deps.txt", []byte(got), 0o644))
 	}
 	want, err := os.ReadFile("deps.txt")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	listed := strings.Fields(string(want))
 	for _, d := range deps {
 		if !slices.Contains(listed, d) {
@@ -122,9 +117,7 @@ func TestMemoryAfterManyCalls(t *testing.T) {
 func smaps(t *testing.T, pid int) map[string]int {
 	t.Helper()
 	b, err := os.ReadFile(filepath.Join("/proc", fmt.Sprint(pid), "smaps_rollup"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	m := map[string]int{}
 	for l := range strings.Lines(string(b)) {
 		if f := strings.Fields(l); len(f) == 3 && f[2] == "kB" {

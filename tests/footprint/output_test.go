@@ -9,15 +9,14 @@ import (
 	"time"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // memoryOf is a line of /proc/PID/status, in MiB.
 func memoryOf(t *testing.T, pid int, name string) int {
 	t.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	_, rest, _ := strings.Cut(string(b), name+":")
 	var kib int
 	fmt.Sscan(rest, &kib)

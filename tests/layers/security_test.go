@@ -6,15 +6,15 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // Each test that the page about security names, as `FOLDER.TestName`, is there, and each
 // row of its tables of promises names one.
 func TestSecurityPage(t *testing.T) {
 	b, err := os.ReadFile("../../docs/security.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	named := regexp.MustCompile("`([a-z0-9/-]+)\\.(Test[A-Za-z0-9]+)`")
 	promises := false
 	count := 0
@@ -43,14 +43,10 @@ func TestSecurityPage(t *testing.T) {
 func hasTest(t *testing.T, folder, name string) bool {
 	t.Helper()
 	files, err := filepath.Glob(filepath.Join("../..", folder, "*_test.go"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	for _, path := range files {
 		b, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		if strings.Contains(string(b), "func "+name+"(t *testing.T)") {
 			return true
 		}

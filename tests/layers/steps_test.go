@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 const (
@@ -136,8 +138,6 @@ func sources(t *testing.T) map[string]*ast.File {
 		files[name] = f
 		return err
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	return files
 }

@@ -16,6 +16,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // Eight clients, two of them for each pod, make calls at random while the daemon, shims, the OCI runtime
@@ -44,9 +45,7 @@ func TestTraffic(t *testing.T) {
 	working.Wait()
 	close(stop)
 	killing.Wait()
-	if err := w.n.AwaitReady(); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, w.n.AwaitReady())
 	w.n.RemoveAllPods()
 	w.n.CheckClean()
 	w.n.CheckOwners()

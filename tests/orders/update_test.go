@@ -10,6 +10,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/proto/step"
 	"github.com/holdfast-cri/holdfast/tests/harness"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // A container ends while an update of it is at a step: what the answer says is what its status shows. The
@@ -30,9 +31,7 @@ func TestUpdateAtTheEnd(t *testing.T) {
 					ContainerId: c.ID, Linux: &cri.LinuxContainerResources{CpuShares: shares}})
 				return err
 			}
-			if err := update(before); err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, update(before))
 			pid := c.Info().PID
 			n.Arm(string(at) + " 2s")
 			answer := make(chan error)
@@ -40,9 +39,7 @@ func TestUpdateAtTheEnd(t *testing.T) {
 			harness.Eventually(t, callTimeout, "the update is at the step", func() bool {
 				return n.Reached()[string(at)] > 0
 			})
-			if err := unix.Kill(pid, unix.SIGKILL); err != nil {
-				t.Fatal(err)
-			}
+			must.Succeed(t, unix.Kill(pid, unix.SIGKILL))
 			err := <-answer
 			n.Arm()
 			want := int64(before)

@@ -32,6 +32,7 @@ import (
 	"time"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // suite is one test binary in the machine.
@@ -125,17 +126,13 @@ func TestPowerCut(t *testing.T) {
 			_, err = f.WriteString(out)
 			err = errors.Join(err, f.Close())
 		}
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		if strings.Contains(out, "power: broken: ") || code != 0 && code != cutStatus {
 			t.Fatalf("a life of the machine ended with exit status %d", code)
 		}
 		return code
 	}
-	if err := os.WriteFile(before, nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.WriteFile(before, nil, 0o644))
 	for i := range cuts {
 		load := 5*time.Second + rand.N(40*time.Second)
 		at := 100 + rand.IntN(800)
@@ -170,9 +167,7 @@ func program(t *testing.T) string {
 func build(t *testing.T, args ...string) {
 	t.Helper()
 	root, err := harness.Root()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	cmd := exec.CommandContext(t.Context(), args[0], args[1:]...)
 	cmd.Dir = root
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0") // runc has its own say in the Makefile
@@ -206,18 +201,14 @@ ln -s %[1]s bin
 systemctl daemon-reload
 export HOLDFAST_GUEST=1 HOLDFAST_SLOW=15 HOLDFAST_BIN=%[1]s HOLDFAST_TEST_SHIM=%[1]s/holdfast-shim
 `, libexec) + script
-	if err := os.WriteFile(filepath.Join(share, "run"), []byte(script), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.WriteFile(filepath.Join(share, "run"), []byte(script), 0o755))
 	args := append([]string{"run", "-s", share, "-t", fmt.Sprint(int(limit.Seconds()))}, options...)
 	cmd := exec.CommandContext(t.Context(), runner, append(args, "--", "sh", "./run")...)
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) } // it ends its machine
 	cmd.WaitDelay = time.Minute
 	var all strings.Builder
 	pr, pw, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer pr.Close()
 	cmd.Stdout, cmd.Stderr = pw, pw
 	err = cmd.Start()

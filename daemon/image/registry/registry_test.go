@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/distribution/reference"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 func TestCredentialsAsPeopleWriteThem(t *testing.T) {
@@ -169,16 +171,12 @@ func FuzzChallenge(f *testing.F) {
 	f.Add(`Basic realm="x", Bearer realm="http://auth.example/token"`)
 	f.Add(`bearer realm=/token,error="insufficient_scope"`)
 	name, err := reference.ParseDockerRef("registry.example/a")
-	if err != nil {
-		f.Fatal(err)
-	}
+	must.Succeed(f, err)
 	f.Fuzz(func(t *testing.T, header string) {
 		h := host{Host: "registry.example", Scheme: "https", Path: "/v2"}
 		r := &Repository{name: name, hosts: []host{h}, creds: credentials{user: "me", secret: "secret"}}
 		u, err := url.Parse("https://registry.example/v2/a/manifests/1")
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		resp := &http.Response{
 			StatusCode: http.StatusUnauthorized,
 			Header:     http.Header{"Www-Authenticate": {header}},
@@ -189,9 +187,7 @@ func FuzzChallenge(f *testing.F) {
 			return
 		}
 		l, err := r.login(t.Context(), h)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		defer l.release()
 		if l.token == nil {
 			return
@@ -218,13 +214,9 @@ func TestHosts(t *testing.T) {
 	hosts := func(ref string) []host {
 		t.Helper()
 		name, err := reference.ParseDockerRef(ref)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		r, err := Config{Dir: dir, Log: slog.New(slog.DiscardHandler)}.Open(t.Context(), name, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		defer r.Close()
 		return r.hosts
 	}

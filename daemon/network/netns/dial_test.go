@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // unanswered listens at a port that makes no more connections: its backlog is full.
@@ -23,15 +25,11 @@ func unanswered(t *testing.T) string {
 	if err == nil {
 		err = unix.Listen(fd, 0)
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	l := os.NewFile(uintptr(fd), "listener")
 	t.Cleanup(func() { l.Close() })
 	name, err := net.FileListener(l)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	t.Cleanup(func() { name.Close() })
 	for full := false; !full; {
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
@@ -47,9 +45,7 @@ func unanswered(t *testing.T) string {
 func threads(t *testing.T) int {
 	t.Helper()
 	all, err := os.ReadDir("/proc/self/task")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	return len(all)
 }
 
@@ -78,14 +74,10 @@ func TestDialThatIsNotAnswered(t *testing.T) {
 
 func TestDial(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	address := l.Addr().String()
 	c, err := Dial(t.Context(), "", strings.Replace(address, "127.0.0.1", "localhost", 1))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	defer c.Close()
 	if got := c.RemoteAddr().String(); got != address {
 		t.Errorf("connected with %s, want %s", got, address)

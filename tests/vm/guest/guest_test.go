@@ -17,6 +17,7 @@ import (
 
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/tests/harness"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 const (
@@ -35,9 +36,7 @@ func needsGuest(t *testing.T) {
 func systemctl(t *testing.T, args ...string) string {
 	t.Helper()
 	out, err := harness.Systemctl(args...)
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	return out
 }
 
@@ -51,9 +50,7 @@ func property(t *testing.T, unit, name string) string {
 func cgroupOf(t *testing.T, pid int) string {
 	t.Helper()
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	return strings.TrimPrefix(strings.TrimSpace(string(b)), "0::")
 }
 
@@ -137,9 +134,7 @@ func wantDriver(t *testing.T, n *harness.Node, want cri.CgroupDriver) {
 	ctx, cancel := harness.Deadline()
 	defer cancel()
 	r, err := n.Runtime.RuntimeConfig(ctx, &cri.RuntimeConfigRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	if got := r.GetLinux().GetCgroupDriver(); got != want {
 		t.Fatalf("the cgroup driver is %s, want %s", got, want)
 	}
@@ -256,9 +251,7 @@ func basics(t *testing.T, pod *harness.Pod, c *harness.Container) {
 	}
 	c.WaitLog(patience, "line 00000003")
 	r, err := c.Exec(120, "sh", "-c", "cat /proc/self/cgroup; cat /sys/fs/cgroup/memory.max; echo oops >&2; exit 7")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	// A private cgroup namespace: it sees itself, not the host's tree.
 	if strings.Contains(string(r.Stdout), c.ID) || !strings.HasPrefix(string(r.Stdout), "0::/") ||
 		!strings.HasSuffix(string(r.Stdout), "\n67108864\n") {
@@ -346,9 +339,7 @@ func TestService(t *testing.T) {
 	}
 	recovered := func(t *testing.T) {
 		t.Helper()
-		if err := n.AwaitReady(); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, n.AwaitReady())
 		unharmed(t)
 		c, pod := c.With(t), pod.With(t)
 		s := c.Status()
@@ -365,22 +356,16 @@ func TestService(t *testing.T) {
 	}
 	// fifo and mark let a container end at a moment of the test's choice.
 	shared := n.Path("shared")
-	if err := os.Mkdir(shared, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, os.Mkdir(shared, 0o755))
 	waiter := func(name string) *harness.Container {
-		if err := unix.Mkfifo(filepath.Join(shared, name), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, unix.Mkfifo(filepath.Join(shared, name), 0o644))
 		command := []string{"testbox", "wait", "/shared/" + name, "/shared/" + name + ".mark"}
 		return pod.Run(name, command, func(c *cri.ContainerConfig) {
 			c.Mounts = []*cri.Mount{{HostPath: shared, ContainerPath: "/shared"}}
 		})
 	}
 	release := func(name string, code int) {
-		if err := os.WriteFile(filepath.Join(shared, name), fmt.Appendln(nil, code), 0); err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, os.WriteFile(filepath.Join(shared, name), fmt.Appendln(nil, code), 0))
 	}
 
 	t.Run("kill", func(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
+	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
 // busyMetrics are those of the container of usage, at least.
@@ -37,9 +38,7 @@ func usage(t *testing.T, pod *harness.Pod) {
 	var busy *cri.ContainerStats
 	harness.Eventually(t, patience, "the load shows", func() bool {
 		r, err := n.Runtime.PodSandboxStats(ctx, &cri.PodSandboxStatsRequest{PodSandboxId: pod.ID})
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Succeed(t, err)
 		s = r.Stats
 		for _, one := range s.Linux.Containers {
 			if one.Attributes.Id == c.ID {
@@ -84,9 +83,7 @@ func metricsOf(t *testing.T, n *harness.Node, id, path string) map[string]uint64
 	ctx, cancel := harness.Deadline()
 	defer cancel()
 	r, err := n.Runtime.ListPodSandboxMetrics(ctx, &cri.ListPodSandboxMetricsRequest{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Succeed(t, err)
 	all := map[string]uint64{}
 	for _, p := range r.PodMetrics {
 		for _, one := range p.ContainerMetrics {
