@@ -59,6 +59,7 @@ type loaded struct {
 	manifest *ocispec.Manifest
 	config   ocispec.Image
 	blobs    []digest.Digest // all that the reference needs
+	synced   bool            // its name is on the disk: not known of one that was found at the start
 }
 
 func (l *loaded) id() string { return l.manifest.Config.Digest.String() }
@@ -193,11 +194,13 @@ func (s *Store) writeRecordsLocked(names []string, r refRecord) error {
 		return err
 	}
 	var added []string
+	unsynced := false
 	for _, ref := range names {
 		l, path := *img, s.recordPath(ref)
 		l.Ref = ref
-		if s.refs[ref].means(r) && record.Read(path, &refRecord{}) == nil {
-			continue // else it was damaged behind our back
+		if s.refs[ref].means(r) && record.Read(path, &refRecord{}) == nil { // else it was damaged behind our back
+			unsynced = unsynced || !s.refs[ref].synced
+			continue
 		}
 		if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
 			s.quarantine(path, errors.New("it is not a file")) // a rename would not replace it
@@ -212,7 +215,17 @@ func (s *Store) writeRecordsLocked(names []string, r refRecord) error {
 			}
 			return err
 		}
+		l.synced = true
 		s.refs[ref] = &l
+	}
+	if !unsynced || len(added) > 0 { // a record that is written takes along the names beside it
+		return nil
+	}
+	if err := record.SyncDir(filepath.Join(s.o.Root, refsName)); err != nil {
+		return err
+	}
+	for _, ref := range names {
+		s.refs[ref].synced = true
 	}
 	return nil
 }
