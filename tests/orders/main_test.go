@@ -40,7 +40,7 @@ func lasts(t *testing.T, quick, full time.Duration) time.Time {
 // onNodes has some nodes share so many rounds, in an order of the seed, each a subtest with
 // its number, until the time is up.
 func onNodes(t *testing.T, count int, quick, full time.Duration, round func(t *testing.T, n *harness.Node, j int)) {
-	const nodes = 3
+	const nodes = 6 // most of a round is waiting
 	t.Logf("HOLDFAST_SEED=%d, %d rounds", seed, count)
 	order := rand.New(rand.NewPCG(seed, 0)).Perm(count)
 	t.Run("nodes", func(t *testing.T) {
