@@ -5,7 +5,6 @@
 package claims
 
 import (
-	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -162,8 +161,11 @@ func (t *Table) Once(ctx context.Context, n Name, making Creation) (string, erro
 func (c *Claim) await(ctx context.Context) error {
 	c.waiting.Add(1)
 	defer c.waiting.Add(-1)
-	if err := c.over(ctx); err != nil || c.err != nil {
-		return cmp.Or(err, c.err)
+	if err := c.over(ctx); err != nil {
+		return err
+	}
+	if c.err != nil { // written before the attempt was over
+		return c.err
 	}
 	return c.give(ctx)
 }
