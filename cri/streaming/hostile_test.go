@@ -126,7 +126,7 @@ func TestSlowReader(t *testing.T) {
 		eventually(t, "the process runs", func() bool { return len(f.seen()) > 0 })
 		f.decent(t)
 		conn.Close()
-		f.waitForEnd()
+		eventually(t, "the session has ended", func() bool { return f.Idle() > 0 })
 	}
 }
 
