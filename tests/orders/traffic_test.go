@@ -305,6 +305,10 @@ func (w *world) hear(e *cri.ContainerEventResponse) {
 	if p == nil {
 		return
 	}
+	if p.Metadata == nil {
+		w.tally.Lost(harness.Statuses, "an event of a pod that nobody asked for: %v", e)
+		return
+	}
 	w.mu.Lock()
 	g := w.targets[p.Metadata.Name]
 	w.mu.Unlock()
