@@ -13,7 +13,7 @@ import (
 	creack "github.com/creack/pty"
 	"golang.org/x/sys/unix"
 
-	"github.com/holdfast-cri/holdfast/descriptor"
+	"github.com/holdfast-cri/holdfast/proto/descriptor"
 	"github.com/holdfast-cri/holdfast/tests/must"
 )
 

@@ -7,7 +7,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/holdfast-cri/holdfast/descriptor"
+	"github.com/holdfast-cri/holdfast/proto/descriptor"
 )
 
 // deadline is a timer on CLOCK_BOOTTIME that can be set again until it fires.

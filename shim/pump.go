@@ -11,7 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/holdfast-cri/holdfast/descriptor"
+	"github.com/holdfast-cri/holdfast/proto/descriptor"
 )
 
 // pump copies one standard file of an exec from or to a FIFO. Its goroutine, run, closes

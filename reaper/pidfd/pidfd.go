@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/holdfast-cri/holdfast/descriptor"
+	"github.com/holdfast-cri/holdfast/proto/descriptor"
 )
 
 // ErrEnded says that the process has ended.

@@ -14,7 +14,7 @@ import (
 	"os"
 	"sync"
 
-	"github.com/holdfast-cri/holdfast/descriptor"
+	"github.com/holdfast-cri/holdfast/proto/descriptor"
 	"github.com/holdfast-cri/holdfast/shim/logfile"
 )
 
