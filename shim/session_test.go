@@ -203,12 +203,13 @@ func TestClientGoes(t *testing.T) {
 			name := c.name + " " + kind
 			t.Run(name, func(t *testing.T) {
 				o := options(fmt.Sprintf(script, name))
-				o.Lease = 100 * time.Millisecond
+				o.Lease = 500 * time.Millisecond // in which the client comes, also on a busy machine
 				s := b.session(o)
+				defer s.Close()
 				read(t, s.Stdout, "ready")
 				must.Succeed(t, c.leave(s))
 				if c.lives {
-					time.Sleep(4 * o.Lease) // of which nothing may come
+					time.Sleep(2 * o.Lease) // of which nothing may come
 					if b.state().Execs != 1 {
 						t.Error("the process has gone with its client")
 					}
