@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/holdfast-cri/holdfast/tests/harness"
@@ -155,8 +157,18 @@ func TestCallerAsksForAnother(t *testing.T) {
 	pod := &cri.RunPodSandboxRequest{Config: n.PodConfig("pod"), RuntimeHandler: "slow"}
 	adding.giveUp(t, func(ctx context.Context) error { _, err := n.Runtime.RunPodSandbox(ctx, pod); return err })
 	pod.Config.Annotations = map[string]string{"address": "known"}
-	p, err := n.Runtime.RunPodSandbox(ctx, pod)
-	check(t, err)
+	// The daemon learns a moment later that the caller has gone.
+	until := func(call func() error) {
+		t.Helper()
+		var err error
+		harness.Eventually(t, patience, "an answer to another config", func() bool {
+			err = call()
+			return status.Code(err) != codes.AlreadyExists
+		})
+		check(t, err)
+	}
+	var p *cri.RunPodSandboxResponse
+	until(func() (err error) { p, err = n.Runtime.RunPodSandbox(ctx, pod); return err })
 	s, err := n.Runtime.PodSandboxStatus(ctx, &cri.PodSandboxStatusRequest{PodSandboxId: p.PodSandboxId})
 	if err != nil || s.Status.Annotations["address"] != "known" {
 		t.Errorf("the pod is %v, %v", s, err)
@@ -168,8 +180,7 @@ func TestCallerAsksForAnother(t *testing.T) {
 	}
 	creating.giveUp(t, func(ctx context.Context) error { _, err := n.Runtime.CreateContainer(ctx, c); return err })
 	c.Config.Labels = map[string]string{"is": "another"}
-	_, err = n.Runtime.CreateContainer(ctx, c)
-	check(t, err)
+	until(func() error { _, err := n.Runtime.CreateContainer(ctx, c); return err })
 	list, err := n.Runtime.ListContainers(ctx, &cri.ListContainersRequest{})
 	if err != nil || len(list.Containers) != 1 || list.Containers[0].Labels["is"] != "another" {
 		t.Errorf("the containers are %v, %v", list, err)
