@@ -95,6 +95,8 @@ func (w Tests) Main(run func() int) int {
 }
 
 func (w Tests) check(programs string) error {
+	mu.Lock() // a goroutine that a test has left alone may still be refused something
+	defer mu.Unlock()
 	if b, err := os.ReadFile(programs); err == nil {
 		for at := range strings.Lines(string(b)) {
 			made[strings.TrimSpace(at)] = true
