@@ -573,7 +573,6 @@ func TestStopWaits(t *testing.T) {
 	}
 }
 
-// A lock that is not there, or is none, says nothing about a shim that answers.
 // What a container has its OCI runtime say drives no terminal, and makes no line of its own in a table.
 func TestTerminalIsOurs(t *testing.T) {
 	state := newState(t)
@@ -593,6 +592,7 @@ func TestTerminalIsOurs(t *testing.T) {
 	}
 }
 
+// A lock that is not there, or is none, says nothing about a shim that answers.
 func TestWithoutLock(t *testing.T) {
 	for name, put := range map[string]func(path string) error{
 		"removed":     func(string) error { return nil },
