@@ -48,7 +48,11 @@ count() {
 # failures shows the tests that failed and what they say, without the logs of
 # daemons in between, so that the end of a long output tells what is wrong.
 failures() {
-	grep -E '^ *--- FAIL|^ *[a-z0-9_]+_test\.go:[0-9]+: |^panic: |DATA RACE|^FAIL\s' "$1" | cut -c1-300 | head -n 60
+	awk '
+		/^=== / { test = $3 }
+		/^ *[a-z0-9_]+\.go:[0-9]+: / && !/DRILL\|/ { said[test] = said[test] $0 "\n" }
+		/^ *--- FAIL/ { printf "%s\n%s", $0, said[$3] }
+		/^panic: |DATA RACE|^FAIL\s/' "$1" | cut -c1-300 | head -n 60
 }
 
 # drills makes a table of the rows that drills have logged (tests/harness/drill.go).

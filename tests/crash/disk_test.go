@@ -3,6 +3,7 @@ package crash
 import (
 	"fmt"
 	"maps"
+	"os"
 	"path"
 	"strings"
 
@@ -13,14 +14,16 @@ import (
 // are made: the content of a file until its fsync(2), a name until that of its directory.
 type disk struct {
 	trees   *strings.Replacer
-	content map[string]bool // files whose content is not on the disk
-	names   map[string]bool // what has a name that is not
+	places  *strings.Replacer // the other way round
+	content map[string]bool   // files whose content is not on the disk
+	names   map[string]bool   // what has a name that is not
 	faults  []string
 }
 
 func newDisk(n *harness.Node) *disk {
 	return &disk{
 		trees:   strings.NewReplacer(n.State+"/", "STATE/", n.Root+"/", "ROOT/"),
+		places:  strings.NewReplacer("STATE/", n.State+"/", "ROOT/", n.Root+"/"),
 		content: map[string]bool{},
 		names:   map[string]bool{},
 	}
@@ -87,7 +90,14 @@ func (d *disk) check(call, from, to string) {
 		if rule.call != call || !like(rule.path, to) {
 			continue
 		}
-		needed := func(name string) bool { return like(rule.needs, name) || rule.needs == "" && name == from }
+		needed := func(name string) bool {
+			if rule.needs == "" && name != from || rule.needs != "" && !like(rule.needs, name) {
+				return false
+			}
+			// The call that made it may have been let through to a process that was killed first.
+			_, err := os.Lstat(d.places.Replace(name))
+			return err == nil
+		}
 		for what, missing := range map[string]map[string]bool{"content": d.content, "name": d.names} {
 			for name := range missing {
 				if needed(name) {
