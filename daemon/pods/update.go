@@ -15,10 +15,10 @@ import (
 // the kubelet's, which has set its limits before it says so; one of our own has none.
 // What is nil stays as it is.
 func (m *Manager) Update(ctx context.Context, r *runtimeapi.UpdatePodSandboxResourcesRequest) error {
-	if err := spec.ValidateResources("overhead", r.GetOverhead()); err != nil {
+	if err := spec.ValidatePodResources("overhead", r.GetOverhead()); err != nil {
 		return err
 	}
-	if err := spec.ValidateResources("resources", r.GetResources()); err != nil {
+	if err := spec.ValidatePodResources("resources", r.GetResources()); err != nil {
 		return err
 	}
 	p, err := m.Find(r.GetPodSandboxId())

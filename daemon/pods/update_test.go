@@ -8,6 +8,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/holdfast-cri/holdfast/daemon/spec"
 	"github.com/holdfast-cri/holdfast/proto/kind"
 	"github.com/holdfast-cri/holdfast/tests/must"
 )
@@ -33,10 +34,29 @@ func TestUpdate(t *testing.T) {
 	if got.SecurityContext == nil || b.RunPod(t, "updated") != id {
 		t.Errorf("it is another pod now: %v", got)
 	}
-	bad := &runtimeapi.LinuxContainerResources{CpuPeriod: 1}
+	// What a kubelet reads of a cgroup v2 without limits, as it is and less the overhead of a pod.
+	for _, r := range []*runtimeapi.LinuxContainerResources{
+		{MemoryLimitInBytes: -1, CpuQuota: -1, CpuPeriod: 100000, CpuShares: 204},
+		{MemoryLimitInBytes: -1 - 128*mib, CpuQuota: -25001, CpuPeriod: 100000, CpuShares: 2},
+		{CpuQuota: 500, CpuPeriod: 100000},
+	} {
+		must.Succeed(t, b.Pods.Update(t.Context(), &runtimeapi.UpdatePodSandboxResourcesRequest{
+			PodSandboxId: id,
+			Overhead:     overhead,
+			Resources:    r,
+		}))
+		cfg := p.Record().Config.M
+		if !proto.Equal(cfg.Linux.Resources, r) {
+			t.Errorf("the record has %v, want %v", cfg.Linux.Resources, r)
+		}
+		must.Succeed(t, spec.ValidateSandbox(cfg)) // a checkpoint is restored with that config
+	}
+	period := &runtimeapi.LinuxContainerResources{CpuPeriod: 1}
+	shares := &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: -1, CpuShares: -1}
 	for field, r := range map[string]*runtimeapi.UpdatePodSandboxResourcesRequest{
-		"overhead.cpu_period: ":  {PodSandboxId: id, Overhead: bad},
-		"resources.cpu_period: ": {PodSandboxId: id, Resources: bad},
+		"overhead.cpu_period: ":  {PodSandboxId: id, Overhead: period},
+		"resources.cpu_period: ": {PodSandboxId: id, Resources: period},
+		"resources.cpu_shares: ": {PodSandboxId: id, Resources: shares},
 	} {
 		if err := b.Pods.Update(t.Context(), r); !errors.Is(err, kind.Invalid) ||
 			!strings.HasPrefix(err.Error(), field) {

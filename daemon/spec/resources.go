@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -184,6 +185,21 @@ func ValidateResources(field string, r *runtimeapi.LinuxContainerResources) erro
 		}
 	}
 	return nil
+}
+
+// ValidatePodResources checks resources or overhead of a pod. These are noted and set nowhere.
+// For a resize the kubelet takes them from the pod's cgroup, less the overhead: no limit is any
+// number below 0 then, and a quota can be less than the kernel's least.
+func ValidatePodResources(field string, r *runtimeapi.LinuxContainerResources) error {
+	if r == nil {
+		return nil
+	}
+	r = proto.Clone(r).(*runtimeapi.LinuxContainerResources)
+	r.MemoryLimitInBytes = max(r.MemoryLimitInBytes, 0)
+	if r.CpuQuota < minQuota {
+		r.CpuQuota = 0
+	}
+	return ValidateResources(field, r)
 }
 
 // cpuset checks a list like "0-3,8".

@@ -78,8 +78,8 @@ func ValidateSandbox(s *runtimeapi.PodSandboxConfig) error {
 		validateCgroupParent(s.GetLinux().GetCgroupParent()),
 		validatePodContext(sc),
 		validateSysctls(s.GetLinux().GetSysctls(), sc.GetNamespaceOptions()),
-		ValidateResources("config.linux.overhead", s.GetLinux().GetOverhead()),
-		ValidateResources("config.linux.resources", s.GetLinux().GetResources()),
+		ValidatePodResources("config.linux.overhead", s.GetLinux().GetOverhead()),
+		ValidatePodResources("config.linux.resources", s.GetLinux().GetResources()),
 	)
 }
 
