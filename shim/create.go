@@ -138,6 +138,19 @@ func (s *spec) userns() bool {
 // to trace a process that has it open.
 const shareMode = 0o666
 
+// shareWithUserns gives pipes that mode. A nil one is not there.
+func shareWithUserns(pipes []*os.File) error {
+	for _, f := range pipes {
+		if f == nil {
+			continue
+		}
+		if err := f.Chmod(shareMode); err != nil {
+			return fmt.Errorf("cannot share a standard file: %w", err)
+		}
+	}
+	return nil
+}
+
 // privatePID says whether the container has a pid namespace of its own, which
 // ends with its init.
 func (s *spec) privatePID() bool {
@@ -294,10 +307,8 @@ func (m *making) createWithPipes(ctx context.Context) error {
 		c.stdio.Add(stream, r)
 	}
 	if c.traits.UserNS {
-		for _, f := range child {
-			if err := f.Chmod(shareMode); err != nil {
-				return fmt.Errorf("cannot share the standard files of %s: %w", t.dir.ID(), err)
-			}
+		if err := shareWithUserns(child); err != nil {
+			return fmt.Errorf("cannot create %s: %w", t.dir.ID(), err)
 		}
 	}
 	return m.createInit(ctx, o)

@@ -227,13 +227,12 @@ func (e *exec) start(p *specs.Process, setUser bool) error {
 	}
 	child := e.stdio.child()
 	if e.c.traits.UserNS {
-		for _, f := range []*os.File{child.Stdout, child.Stderr} {
-			if f == nil {
-				continue
-			}
-			if err := f.Chmod(shareMode); err != nil {
-				return fmt.Errorf("cannot share the output of an exec: %w", err)
-			}
+		pipes := []*os.File{child.Stdout, child.Stderr}
+		if _, named := e.stdio.(*outlets); !named { // or the input is a file of the caller's
+			pipes = append(pipes, child.Stdin)
+		}
+		if err := shareWithUserns(pipes); err != nil {
+			return fmt.Errorf("cannot start an exec: %w", err)
 		}
 	}
 	var cgroupErr error

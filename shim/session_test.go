@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -109,6 +110,40 @@ func TestExecSession(t *testing.T) {
 				t.Errorf("stdout %.100q (%d), stderr %.100q", out.String(), out.Len(), errs.String())
 			}
 		})
+	}
+	b.idle()
+}
+
+// Where root of the container is nobody on the host, programs can open their standard files
+// by name all the same.
+func TestExecInUserNamespace(t *testing.T) {
+	b := newBox(t)
+	must.Succeed(t, os.Chmod(filepath.Dir(rootfs), 0o711))
+	spec := b.spec("exec sleep 1000")
+	ids := []specs.LinuxIDMapping{{HostID: 100000, Size: 65536}}
+	spec.Linux.UIDMappings, spec.Linux.GIDMappings = ids, ids
+	spec.Linux.Namespaces = append(spec.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+	b.create(spec)
+	b.start()
+	for _, uid := range []uint32{0, 1000} {
+		o := command("cat /dev/stdin >/dev/stdout; echo oops >/dev/stderr; cat /proc/self/uid_map")
+		o.Process.User, o.SetUser = specs.User{UID: uid, GID: uid}, true
+		var out, errs bytes.Buffer
+		streams := client.Streams{Stdin: strings.NewReader("input\n"), Stdout: &out, Stderr: &errs}
+		exit, err := b.session(o).Copy(b.ctx(), streams)
+		if err != nil || exit.Code != 0 {
+			t.Errorf("user %d: %+v, %v", uid, exit, err)
+		}
+		if got := strings.Join(strings.Fields(out.String()), " "); got != "input 0 100000 65536" ||
+			errs.String() != "oops\n" {
+			t.Errorf("user %d: stdout %q, stderr %q", uid, got, errs.String())
+		}
+	}
+	named, path := memfd(t)
+	must.Succeed(t, named.Chmod(0o600))
+	_, err := b.exec(sh("cat"), &pb.ExecSyncRequest{StdinPath: path})
+	if st, serr := named.Stat(); err != nil || serr != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("the caller's file: %v, %v, %v", err, st.Mode(), serr)
 	}
 	b.idle()
 }
