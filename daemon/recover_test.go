@@ -25,7 +25,7 @@ import (
 	"github.com/holdfast-cri/holdfast/tests/refusals"
 )
 
-func TestMain(m *testing.M) { os.Exit(refusals.Tests{}.Main(func() int { return fake.Main(m) })) }
+func TestMain(m *testing.M) { os.Exit(fake.Main(func() int { return refusals.Tests{}.Main(m.Run) })) }
 
 const (
 	created = runtimeapi.ContainerState_CONTAINER_CREATED

@@ -11,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
-	"testing"
 )
 
 // binaryName is one that package shims takes for that of a shim.
@@ -19,9 +18,9 @@ const binaryName = "holdfast-shim-fake"
 
 var binary string // the test binary, under that name
 
-// Main runs tests, and belongs into TestMain: os.Exit(fake.Main(m)). A process
+// Main runs tests, and belongs into TestMain: os.Exit(fake.Main(m.Run)). A process
 // that was started as a shim becomes one there.
-func Main(m *testing.M) int {
+func Main(run func() int) int {
 	if filepath.Base(os.Args[0]) == binaryName {
 		code := 0
 		if err := runShim(); err != nil {
@@ -40,7 +39,7 @@ func Main(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, "cannot prepare the fake shim:", err)
 		return 1
 	}
-	return m.Run()
+	return run()
 }
 
 // copySelf makes the test binary available under another name.
