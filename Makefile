@@ -32,8 +32,8 @@ deps: ## install what is missing of Debian's packages and of Go; needs no networ
 
 build: .cache/modules programs $(FOREIGN) ## fill bin/ and bin/cni/
 
-# All modules are fetched at once, those of the tests included: whatever is made
-# after a first build needs no network.
+# All modules are fetched at once, those of the tests included: after a first build only the
+# targets with a kubelet, and Debian packages that are missing, need a network.
 .cache/modules: go.sum tests/sessions/go.sum | deps
 	@mkdir -p .cache
 	go list -deps -test ./... >/dev/null
@@ -66,7 +66,7 @@ proto: deps ## generate proto/*.pb.go from proto/*.proto
 check-proto: deps ## fail if the generated code is not what `make proto` makes
 	@hack/proto.sh --check
 
-test: build ## run everything: format, vet, unit and root tests with -race, e2e, sessions, crash, orders
+test: build ## format, vet, generated code, unit tests with -race, layers, footprint, e2e, sessions, quick drills
 	@hack/deps.sh test || echo 'going on without; the tests that need it are skipped'
 	@hack/test.sh
 
@@ -88,11 +88,9 @@ vm-test: build ## test under systemd and cgroup v2, in a machine that VM=PROGRAM
 	HOLDFAST_VM='$(VM)' go test -count=1 -timeout=60m -v ./tests/vm
 
 test-kubelet: build ## test with a real kubelet, which is built at first (some minutes, into .cache)
-	@hack/deps.sh test
 	@hack/test.sh kubelet
 
 test-cluster: build ## test with a whole cluster of one node, built at first (many minutes, into .cache)
-	@hack/deps.sh test
 	@hack/test.sh cluster
 
 lint: deps ## check the format and go vet

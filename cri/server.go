@@ -1,7 +1,6 @@
 // Package cri answers the kubelet: it calls the daemon's parts with the messages of
 // the CRI. One interceptor checks what every request must have, turns errors into
-// gRPC codes, and counts. Whatever is not answered yet says Unimplemented and names
-// itself.
+// gRPC codes, and counts.
 package cri
 
 import (

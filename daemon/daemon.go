@@ -146,7 +146,6 @@ func (d *Daemon) openStores() (err error) {
 	return nil
 }
 
-// openMachine finds out what the machine and its programs can do.
 // writeDown tells whoever looks at the machine where the daemon has what belongs to it. It
 // is for people, so a failure is no reason not to start.
 func (d *Daemon) writeDown() {

@@ -12,6 +12,8 @@ PATH=$PWD/.cache/go/bin:$PATH:/usr/local/go/bin:/usr/sbin:/sbin
 # PACKAGE|CHECK: the package is missing where the check fails.
 build='
 make|command -v make
+ca-certificates|test -e /etc/ssl/certs/ca-certificates.crt
+iproute2|command -v ip
 golang-go|command -v go
 gcc|command -v gcc
 libc6-dev|test -e /usr/include/stdio.h
@@ -28,6 +30,7 @@ libprotobuf-dev|test -e /usr/include/google/protobuf/any.proto
 # Tests that need one of these are skipped where it is missing.
 test='
 skopeo|command -v skopeo
+apparmor|! grep -q Y /sys/module/apparmor/parameters/enabled || command -v apparmor_parser
 '
 case ${1:-} in
 build) wanted=$build ;;

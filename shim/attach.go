@@ -41,7 +41,7 @@ func (t *task) attach(req *pb.OpenRequest) (socket string, err error) {
 		}
 		defer conn.Close()
 		if err := t.serveAttached(c, conn, wanted); err != nil {
-			t.log.Warn("client not attached", "err", err)
+			t.log.Warn("client not attached", "error", err)
 		}
 	})
 	if err != nil {
@@ -104,7 +104,7 @@ func (t *task) serveAttached(c *container, conn *net.UnixConn, wanted [3]bool) e
 			}
 			if m.Resize != nil {
 				if err := t.Resize("", m.Resize.Width, m.Resize.Height); err != nil {
-					t.log.Debug("terminal not resized", "err", err)
+					t.log.Debug("terminal not resized", "error", err)
 				}
 			}
 		}

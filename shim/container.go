@@ -187,7 +187,7 @@ func (t *task) superviseLocked(c *container) {
 	go t.finish(c)
 	c.oom.begin(t.oomRose)
 	if err := t.resumeStopLocked(c); err != nil {
-		t.log.Error("stop not gone on with", "err", err)
+		t.log.Error("stop not gone on with", "error", err)
 	}
 }
 
@@ -238,7 +238,7 @@ func openTask(dir rundir.Dir, log *slog.Logger, r *reaper.Reaper, files *Files) 
 func (t *task) resumeExecsLocked(c *container) {
 	alive, ended, err := c.host.Execs()
 	if err != nil {
-		t.log.Error("execs not found", "err", err)
+		t.log.Error("execs not found", "error", err)
 	}
 	for id := range alive {
 		go t.killExec(id, alive[id])

@@ -184,7 +184,7 @@ func (t *task) create(ctx context.Context, launch rundir.Launch, spec *spec) {
 		// As text, because the kind of the cause would come first.
 		err = kind.Errorf(kind.Aborted, "deleted while it was created: %v", err)
 	}
-	t.log.Error("container not created", "err", err)
+	t.log.Error("container not created", "error", err)
 	m.undo()
 	reason := rundir.ReasonNeverRan
 	if e, ok := errors.AsType[*runc.Error](err); ok && e.Unrunnable() && ctx.Err() == nil {
@@ -363,6 +363,6 @@ func (m *making) undo() {
 	}
 	c.close()
 	if err := errors.Join(errs...); err != nil {
-		t.log.Error("something is left of a container that was not created", "err", err)
+		t.log.Error("something is left of a container that was not created", "error", err)
 	}
 }

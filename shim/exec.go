@@ -240,7 +240,7 @@ func (e *exec) start(p *specs.Process, setUser bool) error {
 		return err
 	}
 	if cgroupErr != nil {
-		e.task.log.Warn("exec without a cgroup: only its first process can be killed", "err", cgroupErr)
+		e.task.log.Warn("exec without a cgroup: only its first process can be killed", "error", cgroupErr)
 	}
 	master, err := e.process.Exec(e.life, full, child)
 	e.stdio.begin(master)
@@ -252,7 +252,7 @@ func (t *task) killExec(id string, p *process.Process) {
 	ctx, cancel := context.WithTimeout(context.Background(), killTimeout)
 	defer cancel()
 	if err := p.KillTree(ctx); err != nil {
-		t.log.Error("exec not killed whole", "exec", id, "err", err)
+		t.log.Error("exec not killed whole", "exec", id, "error", err)
 	}
 }
 
@@ -296,7 +296,7 @@ func (t *task) forgetExecs() {
 	all = slices.DeleteFunc(all, func(p *process.Process) bool {
 		gone, err := p.Forget()
 		if err != nil {
-			t.log.Warn("something is left of an exec", "err", err)
+			t.log.Warn("something is left of an exec", "error", err)
 		}
 		return gone
 	})

@@ -148,7 +148,7 @@ func (x *fifoExec) begin(master *os.File) {
 			}
 			var err error
 			if x.files.ours[i], err = descriptor.Dup(master); err != nil {
-				x.exec.task.log.Error("exec without its terminal", "exec", x.exec.id, "err", err)
+				x.exec.task.log.Error("exec without its terminal", "exec", x.exec.id, "error", err)
 			}
 		}
 	}

@@ -56,7 +56,7 @@ func (t *task) finish(c *container) {
 	if !c.traits.PrivatePID {
 		// Others of the container outlive its init, and may keep its output open.
 		if err := c.killTree(); err != nil {
-			t.log.Error("processes left behind", "err", err)
+			t.log.Error("processes left behind", "error", err)
 		}
 	}
 	given := time.After(drainTotal)
@@ -133,7 +133,7 @@ func (t *task) conclude(c *container, record rundir.Exit) (durable <-chan struct
 	t.mu.Unlock()
 	if c.exit != nil {
 		if err := c.exit.Commit(record); err != nil {
-			t.log.Error("exit record not written", "err", err)
+			t.log.Error("exit record not written", "error", err)
 		}
 	}
 	done := make(chan struct{})
@@ -141,7 +141,7 @@ func (t *task) conclude(c *container, record rundir.Exit) (durable <-chan struct
 		defer close(done)
 		if c.durableExit != nil {
 			if err := c.durableExit.Commit(record); err != nil {
-				t.log.Error("durable exit record not written", "err", err)
+				t.log.Error("durable exit record not written", "error", err)
 			}
 		}
 	}()
@@ -164,6 +164,6 @@ func (t *task) cleanUp(c *container) {
 	err := c.init.Cgroups.Kill(ctx)
 	t.endExecs(c, execsTimeout)
 	if err = errors.Join(err, c.init.Delete(ctx, c.traits.CheapDelete)); err != nil {
-		t.log.Error("container not cleaned up", "err", fmt.Errorf("cannot delete %s: %w", t.dir.ID(), err))
+		t.log.Error("container not cleaned up", "error", fmt.Errorf("cannot delete %s: %w", t.dir.ID(), err))
 	}
 }

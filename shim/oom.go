@@ -58,7 +58,7 @@ func watchOOM(c cgroup.Set, before *rundir.OOM, log *slog.Logger) *oomWatch {
 		w.notify, w.early, err = c.WatchOOM()
 	}
 	if err != nil {
-		log.Warn("OOM kills will not be noticed", "err", err)
+		log.Warn("OOM kills will not be noticed", "error", err)
 	}
 	return w
 }

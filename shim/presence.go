@@ -94,7 +94,7 @@ func (p *presence) reappear() {
 		err = p.appear()
 	}
 	if err != nil {
-		p.log.Error("cannot be called again", "err", err)
+		p.log.Error("cannot be called again", "error", err)
 		return
 	}
 	p.log.Info("lock and socket are in place")

@@ -31,7 +31,7 @@ func Reopening(cfg Config) error {
 		for range again {
 			// A container that has just ended is not handed over.
 			if err := s.execute(); !errors.Is(err, kind.State) {
-				cfg.Log.Error("not executed", "err", err)
+				cfg.Log.Error("not executed", "error", err)
 				os.Exit(3)
 			}
 		}

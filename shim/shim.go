@@ -159,7 +159,7 @@ func (t *task) until(cfg Config, presence *presence, served <-chan error) {
 		case err := <-served:
 			// The container goes on without a service: its end is still
 			// recorded, and a stop that was asked for still happens.
-			t.log.Error("service ended", "err", err)
+			t.log.Error("service ended", "error", err)
 		}
 	}
 }
@@ -174,7 +174,7 @@ func (t *task) rewrite() {
 // CAP_SYS_RESOURCE.
 func protectFromOOM(log *slog.Logger) {
 	if err := os.WriteFile("/proc/self/oom_score_adj", []byte("-998"), 0); err != nil {
-		log.Debug("not protected from the OOM killer", "err", err)
+		log.Debug("not protected from the OOM killer", "error", err)
 	}
 }
 

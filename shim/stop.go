@@ -128,7 +128,7 @@ func (t *task) deliverLater(c *container, sig unix.Signal) {
 		}
 		t.pending = 0
 		if err := t.deliverLocked(c, sig); err != nil {
-			t.log.Error("stop signal not sent", "err", err)
+			t.log.Error("stop signal not sent", "error", err)
 		}
 		return
 	}

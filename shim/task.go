@@ -106,7 +106,7 @@ func (t *task) updateLocked(event rundir.EventType, change func(*rundir.Status))
 		t.status.Seq = uint64(len(t.status.Events))
 	}
 	if err := t.dir.WriteStatus(t.status); err != nil {
-		t.log.Error("state record not written", "err", err)
+		t.log.Error("state record not written", "error", err)
 	}
 	if event != noEvent {
 		close(t.changed)
@@ -123,7 +123,7 @@ func (t *task) update(event rundir.EventType, change func(*rundir.Status)) {
 // reach is for a step after which nothing can fail.
 func (t *task) reach(s step.Step) {
 	if err := step.Reach(s); err != nil {
-		t.log.Error("cannot fail here", "err", err)
+		t.log.Error("cannot fail here", "error", err)
 	}
 }
 
@@ -202,7 +202,7 @@ func (t *task) noteKill() {
 func (t *task) kill(c *container) {
 	t.noteKill()
 	if err := c.killTree(); err != nil {
-		t.log.Error("container not killed whole", "err", err)
+		t.log.Error("container not killed whole", "error", err)
 	}
 }
 

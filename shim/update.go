@@ -67,9 +67,9 @@ func (t *task) Update(update []byte) error {
 		return err
 	}
 	if err := u.apply(); err != nil {
-		t.log.Error("update undone", "err", err)
+		t.log.Error("update undone", "error", err)
 		if uerr := u.undo(); uerr != nil {
-			t.log.Error("something is left of an update", "err", uerr)
+			t.log.Error("something is left of an update", "error", uerr)
 		}
 		if c.init.Ended() {
 			// As text, because the kind of the cause would come first.

@@ -14,7 +14,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/daemon/audit"
-	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -65,16 +64,12 @@ func setupDoctor(a *app, fs *flag.FlagSet) runFunc {
 // auditOptions are where to look: as flags say, as the daemon was started, as the config
 // says.
 func (a *app) auditOptions(root string) audit.Options {
-	run, err := records.ReadDaemon(a.state)
-	if err != nil {
-		run = records.Daemon{} // never started, or damaged: the config has to do
-	}
 	return audit.Options{
-		Root:       cmp.Or(root, run.Root, a.settings.Root, defaultRoot),
+		Root:       cmp.Or(root, a.daemon.Root, a.settings.Root, defaultRoot),
 		State:      a.state,
-		Address:    cmp.Or(run.Address, a.address),
-		CNIConfDir: cmp.Or(run.CNIConfDir, a.settings.CNI.ConfDir, defaultCNIDir),
-		NRISocket:  run.NRISocket,
+		Address:    a.address,
+		CNIConfDir: cmp.Or(a.daemon.CNIConfDir, a.settings.CNI.ConfDir, defaultCNIDir),
+		NRISocket:  a.daemon.NRISocket,
 	}
 }
 

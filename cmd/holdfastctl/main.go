@@ -18,6 +18,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/holdfast-cri/holdfast/daemon/beneath"
+	"github.com/holdfast-cri/holdfast/daemon/records"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 )
 
@@ -48,6 +49,7 @@ type app struct {
 	config         string // file, if one was named
 	state          string // the directory
 	address        string // of the daemon
+	daemon         records.Daemon
 	settings       config
 	json           bool
 }
@@ -179,6 +181,10 @@ func (a *app) load() error {
 	}
 	a.settings = c
 	a.state = cmp.Or(a.state, c.State, defaultState)
-	a.address = cmp.Or(c.Address, filepath.Join(a.state, "holdfast.sock"))
+	var err error
+	if a.daemon, err = records.ReadDaemon(a.state); err != nil {
+		a.daemon = records.Daemon{} // never started, or damaged: the config has to do
+	}
+	a.address = cmp.Or(a.daemon.Address, c.Address, filepath.Join(a.state, "holdfast.sock"))
 	return nil
 }

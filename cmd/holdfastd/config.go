@@ -317,7 +317,7 @@ func (f file) resolveStreaming(c *daemon.Config) error {
 	}
 	return cmp.Or(
 		parseTime("streaming.idle_timeout", s.IdleTimeout, "4h", &c.Streaming.IdleTimeout),
-		parseTime("streaming.creation_timeout", s.CreationTimeout, "4h", &c.Streaming.CreationTimeout),
+		parseTime("streaming.creation_timeout", s.CreationTimeout, "30s", &c.Streaming.CreationTimeout),
 	)
 }
 
@@ -351,7 +351,7 @@ func (f file) resolveNRI(c *daemon.Config) error {
 		return fmt.Errorf("config: nri.socket_path: %w", err)
 	}
 	return cmp.Or(
-		parseTime("nri.plugin_registration_timeout", n.RegistrationTimeout, "2s", &c.NRI.RegistrationTimeout),
+		parseTime("nri.plugin_registration_timeout", n.RegistrationTimeout, "5s", &c.NRI.RegistrationTimeout),
 		parseTime("nri.plugin_request_timeout", n.RequestTimeout, "2s", &c.NRI.RequestTimeout),
 	)
 }

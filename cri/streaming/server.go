@@ -1,6 +1,6 @@
 // Package streaming serves exec, attach and port-forward over HTTP. Whoever brings a
 // token, which the daemon gave out, gets the session that it stands for, over SPDY
-// (k8s.io/cri-streaming) or WebSocket. It runs in holdfast-stream, without a daemon.
+// or WebSocket. It runs in holdfast-stream, without a daemon.
 package streaming
 
 import (

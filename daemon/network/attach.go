@@ -158,7 +158,7 @@ func (n *Network) recorded(run *run, a Attachment) (*libcni.NetworkConfigList, *
 		rt, _ := runtimeConf(a, list)
 		return list, rt, nil
 	} else if len(a.Config) > 0 {
-		n.log.Warn("recorded CNI config cannot be read, taking the cached one", "pod", a.ID, "err", err)
+		n.log.Warn("recorded CNI config cannot be read, taking the cached one", "pod", a.ID, "error", err)
 	}
 	cached, err := n.cni(run).GetCachedAttachments(a.ID)
 	if err != nil {

@@ -67,7 +67,7 @@ func (n *Network) storedPodCIDR(fallback []netip.Prefix) []netip.Prefix {
 			return subnets
 		}
 	}
-	n.log.Warn("stored pod CIDR cannot be used, taking the configured subnet", "file", n.podCIDRFile(), "err", err)
+	n.log.Warn("stored pod CIDR cannot be used, taking the configured subnet", "file", n.podCIDRFile(), "error", err)
 	return fallback
 }
 

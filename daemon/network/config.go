@@ -113,7 +113,7 @@ func (n *Network) loadLocked() (conf, error) {
 	if n.confErr == nil {
 		n.log.Info("pod network config loaded", "network", n.conf.list.Name, "source", n.conf.source)
 	} else if had {
-		n.log.Warn("pod network config gone", "err", n.confErr)
+		n.log.Warn("pod network config gone", "error", n.confErr)
 	}
 	return n.conf, n.confErr
 }
@@ -141,7 +141,7 @@ func (n *Network) chooseLocked(files []confFile) (conf, error) {
 		}
 		if n.skipped[f.path] != err.Error() {
 			n.skipped[f.path] = err.Error()
-			n.log.Warn("CNI config skipped", "file", f.path, "err", err)
+			n.log.Warn("CNI config skipped", "file", f.path, "error", err)
 		}
 	}
 	if tried > 0 {

@@ -27,14 +27,12 @@ func TestSELinux(t *testing.T) {
 	t.Parallel()
 	const process, files = "system_u:system_r:container_t:s0:c1,c2", "system_u:object_r:container_file_t:s0:c1,c2"
 	if !selinux() {
-		t.Log("not possible here: this kernel has no SELinux, or no policy")
 		ignored(t)
-		return
+		t.Skip("not possible here: this kernel has no SELinux, or no policy")
 	}
 	for _, label := range []string{process, files} {
 		if err := os.WriteFile("/sys/fs/selinux/context", []byte(label), 0); err != nil {
-			t.Logf("not possible here: the policy has no label %s", label)
-			return
+			t.Skipf("not possible here: the policy has no label %s", label)
 		}
 	}
 	n := harness.New(t)
@@ -91,8 +89,7 @@ func TestAppArmor(t *testing.T) {
 	t.Parallel()
 	enabled, _ := os.ReadFile("/sys/module/apparmor/parameters/enabled")
 	if _, err := os.Stat("/sys/kernel/security/apparmor"); err != nil || !strings.HasPrefix(string(enabled), "Y") {
-		t.Log("not possible here: this kernel has no AppArmor")
-		return
+		t.Skip("not possible here: this kernel has no AppArmor")
 	}
 	n := harness.New(t)
 	pod := n.RunPod("pod", func(c *cri.PodSandboxConfig) {

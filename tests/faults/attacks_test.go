@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -89,7 +90,7 @@ func fillsLog(t *testing.T, c *harness.Container) {
 func stopInit(t *testing.T, c *harness.Container) {
 	c.WaitLog(patience, "up")
 	pid := c.Info().PID
-	check(t, exec.Command("kill", "-STOP", strconv.Itoa(pid)).Run())
+	check(t, syscall.Kill(pid, syscall.SIGSTOP))
 	harness.Eventually(t, patience, "init is stopped", func() bool { return stateOf(pid) == "T" })
 }
 
