@@ -26,6 +26,9 @@ const (
 // maxConfig is the limit of a config in bytes.
 const maxConfig = 8 << 20
 
+// maxUser is the limit of the user in a config in bytes: each list of images has it.
+const maxUser = 1 << 10
+
 // document is a manifest or an index, as JSON tells.
 type document struct {
 	index    *ocispec.Index    // one of the two is set
@@ -236,6 +239,9 @@ func parseConfig(b []byte, m *ocispec.Manifest) (c ocispec.Image, err error) {
 	c = all.Image
 	if c.OS != "" && c.OS != "linux" {
 		return c, fmt.Errorf("%w: an image for %s", ErrUnsupported, c.OS)
+	}
+	if n := len(c.Config.User); n > maxUser {
+		return c, fmt.Errorf("%w: the name of its user has %d bytes, %d may be", ErrUnsupported, n, maxUser)
 	}
 	if len(c.RootFS.DiffIDs) != len(m.Layers) {
 		return c, fmt.Errorf("%w: %d layers and %d diff ids", ErrCorrupt, len(m.Layers), len(c.RootFS.DiffIDs))

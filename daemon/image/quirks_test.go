@@ -1126,6 +1126,18 @@ func TestOddManifests(t *testing.T) {
 	}
 }
 
+// A user of which one image would fill all lists of images.
+func TestLongUser(t *testing.T) {
+	t.Parallel()
+	for n, want := range map[int]error{maxUser: nil, maxUser + 1: ErrUnsupported} {
+		b, err := json.Marshal(map[string]any{"config": map[string]any{"User": strings.Repeat("u", n)}})
+		check(t, err)
+		if _, err := parseConfig(b, &ocispec.Manifest{}); !errors.Is(err, want) || err == nil && want != nil {
+			t.Errorf("%d bytes: %v, want %v", n, err, want)
+		}
+	}
+}
+
 // Mirrors that have the repository below a path: the token is for the name that
 // they know, and nothing else.
 func TestScopeOfAMirror(t *testing.T) {
