@@ -59,6 +59,9 @@ type Daemon struct {
 	plugins *nri.Plugins[*pods.Pod, *containers.Container] // nil: off
 	userns  error                                          // why pods get no user namespaces here; nil: they do
 
+	// laterLimit bounds each thing that a start leaves for later.
+	laterLimit time.Duration
+
 	ctx  context.Context // of background work; ends with Close
 	stop context.CancelFunc
 	work sync.WaitGroup // background work
@@ -71,7 +74,7 @@ type Daemon struct {
 // container can be told of: no shim has to answer for that.
 func Open(cfg Config, log *slog.Logger) (_ *Daemon, err error) {
 	start := time.Now()
-	d := &Daemon{cfg: cfg, log: log, Events: events.New()}
+	d := &Daemon{cfg: cfg, log: log, Events: events.New(), laterLimit: time.Minute}
 	d.ctx, d.stop = context.WithCancel(context.Background())
 	defer func() {
 		if err != nil {

@@ -87,7 +87,10 @@ func (d *Daemon) recover() (*recovery, error) {
 	d.background(func(context.Context) { r.completeJournal() })
 	d.background(func(ctx context.Context) {
 		for _, f := range r.later {
-			f(ctx)
+			// What cannot be killed, or does not answer, is owed, and holds up nothing else.
+			limited, cancel := context.WithTimeout(ctx, d.laterLimit)
+			f(limited)
+			cancel()
 		}
 		d.state.Sweep()
 		d.Images.CollectAll()

@@ -40,12 +40,14 @@ type bed struct {
 	*fake.Daemon
 	t     *testing.T
 	joint *Daemon // of the same parts
+
+	laterLimit time.Duration
 }
 
 func newBed(t *testing.T) *bed {
 	t.Helper()
 	t.Parallel()
-	b := &bed{Node: fake.NewNode(t), t: t}
+	b := &bed{Node: fake.NewNode(t), t: t, laterLimit: time.Minute}
 	b.open()
 	t.Cleanup(b.close)
 	return b
@@ -62,6 +64,7 @@ func (b *bed) open() *recovery {
 		Pods:       b.Pods,
 		Events:     b.Daemon.Events,
 		log:        b.Log,
+		laterLimit: b.laterLimit,
 	}
 	d.ctx, d.stop = context.WithCancel(context.Background())
 	b.joint = d
@@ -90,12 +93,14 @@ func (b *bed) close() {
 	b.joint.layers.Close()
 }
 
-// removeAll removes a pod, in whatever state it is, and looks for what is left.
-func (b *bed) removeAll(podID string) {
+// removeAll removes pods, in whatever state they are, and looks for what is left.
+func (b *bed) removeAll(podIDs ...string) {
 	b.t.Helper()
-	for _, do := range []func(context.Context, string) error{b.Pods.Stop, b.Pods.Remove} {
-		if err := do(b.t.Context(), podID); err != nil {
-			b.t.Error(err)
+	for _, id := range podIDs {
+		for _, do := range []func(context.Context, string) error{b.Pods.Stop, b.Pods.Remove} {
+			if err := do(b.t.Context(), id); err != nil {
+				b.t.Error(err)
+			}
 		}
 	}
 	must.Come(b.t, "an empty node", func() bool { return len(b.Left(b.t)) == 0 })
@@ -474,6 +479,53 @@ func TestRecoverUndoneLater(t *testing.T) {
 		b.Network.Deleting.Fail(nil)
 		must.Come(t, "DEL, with no other start", func() bool { return b.Network.Deleted(old) > 0 })
 	}
+	b.removeAll(pod)
+}
+
+// A process that no signal ends keeps a container from being removed, and nothing else.
+func TestRecoverStuck(t *testing.T) {
+	b := newBed(t)
+	stuck, other := b.RunPod(t, "stuck"), b.RunPod(t, "other")
+	id := b.Run(t, stuck, fake.ContainerConfig("c"))
+	b.close()
+	b.KillShim(t, id)
+	b.put(id, func(r *records.Container) { r.Phase = records.ContainerRemoving })
+	var rec records.Pod
+	err := b.Store.Get(state.Pods, other, &rec)
+	rec.Phase = records.PodCreating
+	check(t, errors.Join(err, b.Store.Put(state.Pods, other, &rec, false)))
+	b.Cgroups.Stuck.Store(true)
+	b.laterLimit = time.Second
+	b.open()
+	var next string
+	must.Come(t, "the name of the other pod to be free", func() bool {
+		next, err = b.Pods.Run(t.Context(), fake.PodConfig("other"), "")
+		return err == nil
+	})
+	b.Cgroups.Stuck.Store(false)
+	b.removeAll(stuck, next)
+}
+
+// A pod that was stopped while the disk was full is not ready again, whatever the disk says.
+func TestRecoverStoppedOnFullDisk(t *testing.T) {
+	b := newBed(t)
+	pod := b.RunPod(t, "pod")
+	record := filepath.Join(b.Store.Dir(state.Pods, pod), "record.json")
+	check(t, os.Rename(record, record+".aside"))
+	check(t, os.MkdirAll(filepath.Join(record, "full"), 0o700)) // nothing can be written there
+	check(t, b.Pods.Stop(t.Context(), pod))
+	b.close()
+	check(t, os.RemoveAll(record))
+	check(t, os.Rename(record+".aside", record))
+	for range 2 {
+		b.open()
+		list := b.Pods.List(nil)
+		if len(list) != 1 || list[0].State == ready {
+			t.Errorf("listed: %v", list)
+		}
+		b.close()
+	}
+	b.open()
 	b.removeAll(pod)
 }
 

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -221,7 +222,12 @@ func (s *Shims) Launch(ctx context.Context, dir rundir.Dir) error {
 
 // Cgroups are directories: the processes of a container work in one of its own,
 // which children inherit as they do a cgroup.
-type Cgroups struct{ dir string }
+type Cgroups struct {
+	// Stuck makes kills wait for as long as they may, as of a process that no signal ends.
+	Stuck atomic.Bool
+
+	dir string
+}
 
 // ContainerPath is where the processes of a container are. This node has no slices.
 func (c *Cgroups) ContainerPath(parent, podID, id string) (string, error) {
@@ -232,10 +238,15 @@ func (c *Cgroups) ContainerPath(parent, podID, id string) (string, error) {
 }
 
 // Of gives the processes of a container.
-func (c *Cgroups) Of(path string) containers.Cgroup { return cgroup(path) }
+func (c *Cgroups) Of(path string) containers.Cgroup {
+	if c.Stuck.Load() {
+		return stuck{cgroup(path)}
+	}
+	return cgroup(path)
+}
 
 // Recorded gives the same.
-func (c *Cgroups) Recorded(paths map[string]string) containers.Cgroup { return cgroup(paths[""]) }
+func (c *Cgroups) Recorded(paths map[string]string) containers.Cgroup { return c.Of(paths[""]) }
 
 // OfShim is that of nobody: a shim of tests starts nothing that it does not place.
 func (c *Cgroups) OfShim(string) containers.Cgroup { return cgroup("") }
@@ -307,6 +318,14 @@ func (c cgroup) Kill(ctx context.Context) error {
 			}
 		}
 	}
+}
+
+// stuck is a cgroup with a process that no signal ends.
+type stuck struct{ cgroup }
+
+func (stuck) Kill(ctx context.Context) error {
+	<-ctx.Done()
+	return ctx.Err()
 }
 
 func (c cgroup) Remove(context.Context) error {

@@ -207,14 +207,17 @@ func (p *Pod) save(sync bool, change func(*records.Pod)) error {
 }
 
 // note is save for a stop and a removal, which a full disk must not keep from
-// happening: a change that cannot be written is kept in memory only, and what it
-// stands for is done again after a restart. The error is of the disk.
+// happening: a change that cannot be written is kept in memory, and that of a stop in the
+// copy, which is not on that disk. The error is of the disk.
 func (p *Pod) note(change func(*records.Pod)) error {
 	err := p.save(false, change)
 	if err != nil {
 		rec := *p.Record()
 		change(&rec)
 		p.rec.Store(&rec)
+		if rec.Phase != records.PodRemoved { // that is not answered
+			p.m.State.PutCopy(state.Pods, rec.ID, &rec) // what fails here is done again after a restart
+		}
 		p.m.Log.Warn("cannot write down the state of a pod", "pod", rec.ID, "error", err)
 	}
 	return err

@@ -3,6 +3,7 @@ package records
 import (
 	"cmp"
 	"fmt"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -182,9 +183,9 @@ type PodFiles struct {
 // rebuilt if it is not the pod's own.
 func DecidePod(f PodFiles) (rec *Pod, do Action, rebuilt bool) {
 	switch {
-	case f.Record != nil:
+	case f.Record != nil && (f.Copy == nil || !f.Copy.stopsAfter(f.Record)):
 		rec = f.Record
-	case f.Copy != nil:
+	case f.Copy != nil: // the record is damaged, or its disk was full when the pod was stopped
 		rec, rebuilt = f.Copy, true
 	case f.Kept != nil:
 		// It was ready when the shim was given it, and is no more if its
@@ -206,6 +207,13 @@ func DecidePod(f PodFiles) (rec *Pod, do Action, rebuilt bool) {
 		return rec, Remove, rebuilt
 	}
 	return rec, Serve, rebuilt
+}
+
+// stopsAfter says whether p tells more of the stop of a pod than another record of it.
+func (p *Pod) stopsAfter(other *Pod) bool {
+	phases := []PodPhase{PodReady, PodStopping, PodStopped}
+	i := slices.Index(phases, other.Phase)
+	return i >= 0 && slices.Index(phases, p.Phase) > i
 }
 
 // podOf is the record of a pod of which only a container is known. It takes no

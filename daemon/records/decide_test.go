@@ -158,6 +158,7 @@ func TestDecidePod(t *testing.T) {
 	}{
 		{"2..4 its creation was cut short", PodFiles{Record: pod(PodCreating)}, PodCreating, Undo, false},
 		{"5 ready", PodFiles{Record: pod(PodReady), Copy: pod(PodCreating)}, PodReady, Serve, false},
+		{"stopped on a full disk", PodFiles{Record: pod(PodReady), Copy: pod(PodStopped)}, PodStopped, Serve, true},
 		{"stopping", PodFiles{Record: pod(PodStopping)}, PodStopping, Serve, false},
 		{"stopped", PodFiles{Record: pod(PodStopped), Kept: pod(PodCreating), Pinned: true}, PodStopped, Serve, false},
 		{"removed, with debts", PodFiles{Record: pod(PodRemoved)}, PodRemoved, Remove, false},
