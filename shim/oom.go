@@ -3,7 +3,6 @@ package shim
 import (
 	"fmt"
 	"log/slog"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -24,15 +23,14 @@ import (
 // gone was ours.
 type oomWatch struct {
 	cgroups cgroup.Set
-	parent  cgroup.Set // nil: there is none that counts
-	notify  *os.File   // nil where it could not be watched
+	parent  cgroup.Set       // nil: there is none that counts, or nothing is watched
+	notify  *cgroup.OOMWatch // nil where it could not be watched
 
 	mu    sync.Mutex
 	base  uint64 // at create
 	now   uint64
 	above uint64    // of the parent, when ours was last read
-	rise  time.Time // when the count was last seen to have risen
-	early bool      // notifications may come before the count has risen
+	rise  time.Time // when the count was last seen to have risen; zero: nobody watched it rise
 	final bool      // the container has ended; what follows is not its
 }
 
@@ -46,19 +44,22 @@ const oomFresh = 10 * time.Second
 func watchOOM(c cgroup.Set, before *rundir.OOM, log *slog.Logger) *oomWatch {
 	w := &oomWatch{cgroups: c}
 	n, err := c.OOMKills()
-	if err == nil {
+	if before != nil {
+		w.base, w.now, w.rise = before.Base, before.Count, before.RoseAt
+	} else if err == nil {
 		w.base, w.now = n, n
-		if before != nil {
-			w.base, w.now, w.rise = before.Base, before.Count, before.RoseAt
-		}
-		if p, ok := c.OOMParent(); ok {
-			w.parent = p
-			w.above, _ = p.OOMKills()
-		}
-		w.notify, w.early, err = c.WatchOOM()
+	}
+	if err == nil {
+		w.notify, err = c.WatchOOM()
 	}
 	if err != nil {
-		log.Warn("OOM kills will not be noticed", "error", err)
+		log.Warn("OOM kills will not be noticed when they happen", "error", err)
+		return w
+	}
+	if p, ok := c.OOMParent(); ok {
+		if above, err := p.OOMKills(); err == nil {
+			w.parent, w.above = p, above
+		}
 	}
 	return w
 }
@@ -68,16 +69,15 @@ func (w *oomWatch) begin(rose func()) {
 	if w.notify == nil {
 		return
 	}
-	go func() {
-		b := make([]byte, 512)
+	go func() { // close ends it
 		var last uint64
 		for n := w.count(); ; n = w.countSettled(last) {
 			if n > last {
 				last = n
 				rose()
 			}
-			if _, err := w.notify.Read(b); err != nil {
-				return // closed
+			if w.notify.Wait() != nil {
+				return
 			}
 		}
 	}()
@@ -88,7 +88,7 @@ func (w *oomWatch) begin(rose func()) {
 // victim is waited for.
 func (w *oomWatch) countSettled(last uint64) uint64 {
 	n := w.count()
-	for pause := time.Millisecond; w.early && last == 0 && n == 0 && pause < time.Second; pause *= 2 {
+	for pause := time.Millisecond; w.notify.Early && last == 0 && n == 0 && pause < time.Second; pause *= 2 {
 		time.Sleep(pause)
 		n = w.count()
 	}
@@ -125,6 +125,9 @@ func (w *oomWatch) countLocked() uint64 {
 	switch {
 	case err == nil && n > w.now:
 		w.now, w.rise = n, time.Now()
+		if w.notify == nil {
+			w.rise = time.Time{} // it may have been long ago
+		}
 		if w.parent != nil {
 			above, aerr = w.parent.OOMKills() // has it too, now or already
 		}
@@ -159,6 +162,10 @@ func (w *oomWatch) verdict(end reaper.Status, at time.Time, ours, asked bool) ve
 	if n == 0 {
 		return verdict{}
 	}
+	if w.rise.IsZero() {
+		return verdict{false, fmt.Sprintf("the OOM killer killed processes of the container (%d in all), "+
+			"and nobody saw when", n)}
+	}
 	before := max(0, at.Sub(w.rise)).Round(time.Millisecond)
 	fresh := !ours && before < oomFresh
 	switch {
@@ -186,9 +193,7 @@ func failedByItself(end reaper.Status) bool {
 }
 
 func (w *oomWatch) close() {
-	if w.notify != nil {
-		w.notify.Close()
-	}
+	w.notify.Close()
 }
 
 // oomRose notes that processes of the container were killed for want of memory. Only

@@ -23,6 +23,7 @@ import (
 	pb "github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
+	"github.com/holdfast-cri/holdfast/shim"
 	"github.com/holdfast-cri/holdfast/tests/must"
 )
 
@@ -657,6 +658,11 @@ func TestOOMOfAChild(t *testing.T) {
 	r, err := b.client.Events(b.ctx(), &pb.EventsRequest{Id: b.id, After: 2, WaitMs: uint32(limit.Milliseconds())})
 	if err != nil || len(r.Events) == 0 || r.Events[0].Type != pb.EventType_EVENT_TYPE_OOM {
 		t.Errorf("events %v, %v", r, err)
+	}
+	// It may have been long ago for a shim that could not watch.
+	killed, says := shim.UnwatchedVerdict(b.state().Cgroups)
+	if killed || !strings.Contains(says, "nobody saw when") {
+		t.Errorf("an end with an error is said to be of the kill (%v): %s", killed, says)
 	}
 	b.client.Kill(b.ctx(), &pb.KillRequest{Id: b.id, Signal: 9})
 	if e := b.wait(); e.Signal != 9 || e.OomKilled {

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -77,36 +78,117 @@ func (c Set) OOMParent() (Set, bool) {
 
 const eventsName = "memory.events"
 
-// WatchOOM gives a file whose Read returns each time when the OOM counter may
-// have risen. Closing it ends a Read. early: it may also be just about to rise,
-// because v1 tells that memory is short before it picks a victim.
-func (c Set) WatchOOM() (f *os.File, early bool, err error) {
+// OOMWatch tells when the OOM counter may have risen. One goroutine waits, another one may close it.
+type OOMWatch struct {
+	// Early says that it may also be just about to rise when Wait returns: v1 tells that memory is
+	// short before it picks a victim.
+	Early bool
+
+	ready *os.File // an epoll(7) instance that watches fds, and that the runtime's own one watches
+	fds   []int    // owned; they are there to be watched, and nothing reads them
+}
+
+// WatchOOM watches the counter and that of OOMParent, or neither.
+//
+// On v2 an open file of a cgroup is enough, because the kernel wakes whoever polls it at each change. An
+// inotify(7) instance is not: by default root may have 128 of them, for all its programs together.
+func (c Set) WatchOOM() (*OOMWatch, error) {
 	dir, file, ok := c.oomFile()
 	if !ok {
-		return nil, false, fmt.Errorf("cannot watch for OOM: %w", ErrNone)
+		return nil, fmt.Errorf("cannot watch for OOM: %w", ErrNone)
 	}
-	path := filepath.Join(dir, file)
-	early = file != eventsName
-	var fd int
-	if !early {
-		if fd, err = unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC); err == nil {
-			_, err = unix.InotifyAddWatch(fd, path, unix.IN_MODIFY)
-		}
+	w, err := newOOMWatch()
+	switch {
+	case err != nil:
+	case file == eventsName:
+		err = w.addFile(filepath.Join(dir, file))
 		if parent, ok := c.OOMParent(); ok && err == nil {
 			dir, file, _ := parent.oomFile()
-			// Where it fails, the cgroup's own file still tells.
-			unix.InotifyAddWatch(fd, filepath.Join(dir, file), unix.IN_MODIFY)
+			err = w.addFile(filepath.Join(dir, file))
 		}
-	} else if fd, err = unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC); err == nil {
-		err = registerEventfd(dir, path, fd)
+	default:
+		w.Early = true
+		err = w.addEventfd(dir, filepath.Join(dir, file))
 	}
 	if err != nil {
-		if fd > 0 {
-			unix.Close(fd)
-		}
-		return nil, early, fmt.Errorf("cannot watch %s: %w", path, err)
+		w.Close()
+		return nil, fmt.Errorf("cannot watch the OOM counter of %s: %w", dir, err)
 	}
-	return os.NewFile(uintptr(fd), path), early, nil
+	return w, nil
+}
+
+func newOOMWatch() (*OOMWatch, error) {
+	fd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, err
+	}
+	unix.SetNonblock(fd, true)
+	w := &OOMWatch{ready: os.NewFile(uintptr(fd), "epoll")}
+	// This fails if the runtime could not add it to its own epoll instance: a Wait would have nothing to wake it.
+	if err := w.ready.SetReadDeadline(time.Time{}); err != nil {
+		w.Close()
+		return nil, err
+	}
+	return w, nil
+}
+
+// addFile adds a file of a cgroup that the kernel polls for.
+func (w *OOMWatch) addFile(path string) error {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	return w.add(fd)
+}
+
+// addEventfd adds an eventfd(2) that v1 writes to.
+func (w *OOMWatch) addEventfd(dir, path string) error {
+	fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
+	if err != nil {
+		return err
+	}
+	if err := w.add(fd); err != nil {
+		return err
+	}
+	return registerEventfd(dir, path, fd)
+}
+
+// add watches a descriptor, which is the watch's also after an error. It is always readable; edge-triggered, it
+// counts as ready once for each change, whether or not anybody reads it.
+func (w *OOMWatch) add(fd int) error {
+	w.fds = append(w.fds, fd)
+	return descriptor.Lend(w.ready, func(epoll int) error {
+		event := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET}
+		return unix.EpollCtl(epoll, unix.EPOLL_CTL_ADD, fd, &event)
+	})
+}
+
+// Wait returns when the counter may have risen since the last Wait; the first one may return at once. The only
+// error is os.ErrClosed.
+func (w *OOMWatch) Wait() error {
+	raw, err := w.ready.SyscallConn()
+	if err == nil {
+		err = raw.Read(func(epoll uintptr) bool {
+			var events [2]unix.EpollEvent
+			n, _ := unix.EpollWait(int(epoll), events[:], 0)
+			return n > 0
+		})
+	}
+	if err != nil {
+		return os.ErrClosed
+	}
+	return nil
+}
+
+// Close ends a Wait. nil is closed.
+func (w *OOMWatch) Close() {
+	if w == nil {
+		return
+	}
+	w.ready.Close()
+	for _, fd := range w.fds {
+		unix.Close(fd)
+	}
 }
 
 // registerEventfd: see "event_control" in the kernel's cgroup-v1/memory.rst.

@@ -292,11 +292,17 @@ func basics(t *testing.T, pod *harness.Pod, c *harness.Container) {
 	}
 }
 
-// outOfMemory runs several at once: the cgroup of each vanishes with its process.
+// outOfMemory runs several at once: the cgroup of each vanishes with its process. It goes without inotify, of which
+// other programs of root may have taken all.
 func outOfMemory(t *testing.T, pod *harness.Pod) {
+	defer useUpInotify(t)()
 	small := func(c *cri.ContainerConfig) {
 		c.Linux.Resources = &cri.LinuxContainerResources{MemoryLimitInBytes: 16 << 20, MemorySwapLimitInBytes: 16 << 20}
 	}
+	// What is killed beside it, or long before the end, is not why a container fails.
+	beside := pod.Run("beside", []string{"sh", "-c", "until [ -e /go ]; do sleep 1; done; exit 3"})
+	late := pod.Run("late", []string{"sh", "-c", "tail /dev/zero; echo child: $?; sleep 25; exit 1"}, small)
+	late.WaitLog(patience, "child: 137")
 	var hogs []*harness.Container
 	for i := range 5 {
 		hogs = append(hogs, pod.Create(fmt.Sprint("hog", i), []string{"tail", "/dev/zero"}, small))
@@ -316,9 +322,33 @@ func outOfMemory(t *testing.T, pod *harness.Pod) {
 			s.Message)
 	}
 	c.WaitLog(patience, "child: 137")
-	for _, c := range append(hogs, c) {
+	s := late.WaitExited(patience)
+	if s.ExitCode != 1 || s.Reason != "Error" || !strings.Contains(s.Message, "1 in all") {
+		t.Errorf("late ended with %d, %s, %q; want 1, Error, and that there was a kill", s.ExitCode, s.Reason,
+			s.Message)
+	}
+	beside.Output("touch", "/go")
+	s = beside.WaitExited(patience)
+	if s.ExitCode != 3 || s.Reason != "Error" || strings.Contains(s.Message, "OOM") {
+		t.Errorf("beside ended with %d, %s, %q; want 3, Error, and nothing of OOM", s.ExitCode, s.Reason, s.Message)
+	}
+	for _, c := range append(hogs, c, late, beside) {
 		c.Remove()
 	}
+}
+
+// useUpInotify lets root make no inotify instance until restore is called.
+func useUpInotify(t *testing.T) (restore func()) {
+	t.Helper()
+	const file = "/proc/sys/fs/inotify/max_user_instances"
+	before, err := os.ReadFile(file)
+	must.Succeed(t, err)
+	must.Succeed(t, os.WriteFile(file, []byte("1"), 0)) // systemd has more
+	if fd, err := unix.InotifyInit1(unix.IN_CLOEXEC); err != unix.EMFILE {
+		unix.Close(fd)
+		t.Errorf("an inotify instance could still be made: %v", err)
+	}
+	return func() { must.Succeed(t, os.WriteFile(file, before, 0)) }
 }
 
 // Whatever an operator does to the service, containers and shims live on, and
