@@ -2,6 +2,7 @@ package shim
 
 import (
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"sync"
@@ -34,8 +35,11 @@ type countingListener struct {
 
 func (l *countingListener) Accept() (net.Conn, error) {
 	nc, err := l.Listener.Accept()
-	if err != nil {
+	if errors.Is(err, net.ErrClosed) {
 		return nil, err
+	}
+	if err != nil {
+		return nil, shortage{err}
 	}
 	c := &conn{Conn: nc, calls: l.calls}
 	select {
@@ -47,6 +51,14 @@ func (l *countingListener) Accept() (net.Conn, error) {
 	c.calls.change(func() { c.calls.conns[c] = struct{}{} })
 	return c, nil
 }
+
+// shortage is an error of accept(2). It says what the machine lacks, memory or descriptors,
+// and nothing about the socket: who calls waits until it is over. The server tries again, at
+// intervals of up to a second, where it is told that an error is temporary. At any other one
+// it closes the socket for good, and package net does not count a lack of memory among these.
+type shortage struct{ error }
+
+func (shortage) Temporary() bool { return true }
 
 // conn is a connection that knows the calls for which no answer was written yet. The
 // server answers as fast as the client reads, and takes requests as fast as they come. So

@@ -60,7 +60,6 @@ type shim struct {
 	task     *task
 	calls    *calls
 	server   *ttrpc.Server
-	served   chan error // why the service has ended
 }
 
 // open makes the shim of a run directory, which is locked and can be called then.
@@ -69,7 +68,7 @@ func open(cfg Config) (s *shim, err error) {
 	if err != nil {
 		return nil, err
 	}
-	s = &shim{cfg: cfg, calls: newCalls(cfg.Log), served: make(chan error, 1)}
+	s = &shim{cfg: cfg, calls: newCalls(cfg.Log)}
 	s.server, err = ttrpc.NewServer(
 		ttrpc.WithChainUnaryServerInterceptor(s.calls.count, convertErrors, onlyFor(cfg.Dir.ID())))
 	if err != nil {
@@ -115,13 +114,10 @@ func (s *shim) close() {
 	s.presence.close()
 }
 
-// serve answers calls in the background until the listener is closed.
+// serve answers calls in the background until the listener is closed. No other error of it
+// ends that: see shortage.
 func (s *shim) serve(l net.Listener) {
-	go func() {
-		if err := s.server.Serve(context.Background(), s.calls.listener(l)); !errors.Is(err, net.ErrClosed) {
-			s.served <- err
-		}
-	}()
+	go s.server.Serve(context.Background(), s.calls.listener(l))
 }
 
 // run returns when nothing is left to do.
@@ -129,7 +125,7 @@ func (s *shim) run() error {
 	defer s.close()
 	s.cfg.Log.Info("shim ready", "pid", os.Getpid(), "version", s.cfg.Version)
 	s.cfg.Ready()
-	s.task.until(s.cfg, s.presence, s.served)
+	s.task.until(s.cfg, s.presence)
 	// From here on the files answer. New callers must find no socket rather
 	// than one that nobody serves.
 	err := s.presence.disappear()
@@ -140,7 +136,7 @@ func (s *shim) run() error {
 }
 
 // until returns when the task has ended.
-func (t *task) until(cfg Config, presence *presence, served <-chan error) {
+func (t *task) until(cfg Config, presence *presence) {
 	idle := time.NewTimer(cfg.CreateTimeout)
 	defer idle.Stop()
 	for {
@@ -156,10 +152,6 @@ func (t *task) until(cfg Config, presence *presence, served <-chan error) {
 		case <-cfg.Reappear:
 			presence.reappear()
 			t.rewrite()
-		case err := <-served:
-			// The container goes on without a service: its end is still
-			// recorded, and a stop that was asked for still happens.
-			t.log.Error("service ended", "error", err)
 		}
 	}
 }
