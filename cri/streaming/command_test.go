@@ -87,8 +87,10 @@ func (f *fake) dialSPDY(t *testing.T, name string, r stream.Request) *caller {
 	return c
 }
 
+// dialWeb sends messages of the other kind, text or binary, where the name says swapped.
 func (f *fake) dialWeb(t *testing.T, name string, r stream.Request) *caller {
 	t.Helper()
+	name, swapped := strings.CutPrefix(name, "swapped ")
 	var names []string
 	if name != "" {
 		names = []string{name}
@@ -99,15 +101,18 @@ func (f *fake) dialWeb(t *testing.T, name string, r stream.Request) *caller {
 	}
 	t.Cleanup(func() { ws.Close() })
 	text := strings.Contains(name, "base64")
+	kind := websocket.BinaryMessage
+	if text != swapped {
+		kind = websocket.TextMessage
+	}
 	var mu sync.Mutex
 	send := func(channel byte, p []byte) error {
 		mu.Lock()
 		defer mu.Unlock()
 		if text {
-			return ws.WriteMessage(websocket.TextMessage,
-				[]byte(string('0'+channel)+base64.StdEncoding.EncodeToString(p)))
+			return ws.WriteMessage(kind, []byte(string('0'+channel)+base64.StdEncoding.EncodeToString(p)))
 		}
-		return ws.WriteMessage(websocket.BinaryMessage, append([]byte{channel}, p...))
+		return ws.WriteMessage(kind, append([]byte{channel}, p...))
 	}
 	c := &caller{
 		stdin:  writerFunc(func(p []byte) (int, error) { return len(p), send(0, p) }),
@@ -159,7 +164,8 @@ func (w writerFunc) Write(p []byte) (int, error) { return w(p) }
 var everyProtocol = []string{
 	"spdy channel.k8s.io", "spdy v2.channel.k8s.io", "spdy v3.channel.k8s.io", "spdy v4.channel.k8s.io",
 	"ws ", "ws channel.k8s.io", "ws base64.channel.k8s.io", "ws v4.channel.k8s.io", "ws v4.base64.channel.k8s.io",
-	"ws v5.channel.k8s.io",
+	"ws v5.channel.k8s.io", "ws swapped ", "ws swapped v4.channel.k8s.io", "ws swapped v4.base64.channel.k8s.io",
+	"ws swapped v5.channel.k8s.io",
 }
 
 // Whether the end is told as JSON.

@@ -448,11 +448,11 @@ func (f *forwarder) joinChannels(web *webSocket, text bool, number byte, port in
 // readChannels takes messages until the connection ends.
 func readChannels(web *webSocket, text bool, in []*queue) error {
 	for {
-		kind, message, err := web.NextReader()
+		_, message, err := web.NextReader()
 		if err != nil {
 			return err
 		}
-		number, payload, err := parse(kind, message, text)
+		number, payload, err := parse(message, text)
 		if errors.Is(err, io.EOF) {
 			continue
 		}

@@ -223,9 +223,11 @@ func TestForwardChannels(t *testing.T) {
 			t.Fatalf("channel %d begins with %v, %v", channel, b, err)
 		}
 	}
-	must.Succeed(t, ws.WriteMessage(websocket.BinaryMessage, []byte("\x00hello")))
-	if _, b, err := ws.ReadMessage(); err != nil || string(b) != "\x00hello" {
-		t.Errorf("%q came back, %v", b, err)
+	for _, kind := range []int{websocket.BinaryMessage, websocket.TextMessage} {
+		must.Succeed(t, ws.WriteMessage(kind, []byte("\x00hello")))
+		if _, b, err := ws.ReadMessage(); err != nil || string(b) != "\x00hello" {
+			t.Errorf("%q came back of kind %d, %v", b, kind, err)
+		}
 	}
 	ws.Close()
 	eventually(t, "nothing is forwarded", func() bool { return f.forwards.count() == 0 })

@@ -150,10 +150,9 @@ func (w *commandSocket) read() {
 	defer close(w.resize)
 	var err error
 	for err == nil {
-		var kind int
 		var message io.Reader
-		if kind, message, err = w.NextReader(); err == nil {
-			err = w.take(kind, message)
+		if _, message, err = w.NextReader(); err == nil {
+			err = w.take(message)
 		}
 	}
 	if w.stdin != nil {
@@ -163,8 +162,8 @@ func (w *commandSocket) read() {
 }
 
 // take takes a message.
-func (w *commandSocket) take(kind int, message io.Reader) error {
-	number, payload, err := parse(kind, message, w.text)
+func (w *commandSocket) take(message io.Reader) error {
+	number, payload, err := parse(message, w.text)
 	switch {
 	case errors.Is(err, io.EOF):
 	case err != nil:
@@ -187,11 +186,9 @@ func (w *commandSocket) take(kind int, message io.Reader) error {
 	return nil
 }
 
-// parse takes a message apart. io.EOF: it is empty.
-func parse(kind int, message io.Reader, text bool) (number byte, payload io.Reader, err error) {
-	if (kind == websocket.TextMessage) != text {
-		return 0, nil, errors.New("a message is not of the kind that was agreed on")
-	}
+// parse takes a message apart. io.EOF: it is empty. Whether the client has sent it as text or
+// as binary means nothing: some send whatever is a string to them as text.
+func parse(message io.Reader, text bool) (number byte, payload io.Reader, err error) {
 	var first [1]byte
 	if _, err := io.ReadFull(message, first[:]); err != nil {
 		return 0, nil, err
