@@ -1,10 +1,12 @@
-// Package pty receives the terminal that an OCI runtime opened for a container.
+// Package pty receives the terminal that an OCI runtime opened for a container, and
+// reads it.
 package pty
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -58,7 +60,7 @@ func (s *Socket) Close() {
 }
 
 // Receive waits for the runtime to send the master. The file is the caller's;
-// its reads end with EIO when no process has the terminal open any more.
+// its reads fail with EIO while no process has the terminal open: see Reader.
 func (s *Socket) Receive(ctx context.Context) (*os.File, error) {
 	if d, ok := ctx.Deadline(); ok {
 		s.l.SetDeadline(d)
@@ -144,6 +146,43 @@ func Collect(ctx context.Context, directory, name string, run func(socket string
 		r.master.Close()
 	}
 	return nil, err
+}
+
+// Reader reads a terminal by its master. EIO says only that no process has the terminal
+// open now: one may open it again, as login does, or whoever goes on at /dev/tty. So a
+// Read waits for that, until ended says that nobody will. A pipe is read as it is.
+type Reader struct {
+	master *os.File
+	ended  func() bool
+}
+
+// NewReader gives a Reader of master, which stays the caller's. ended is called by Read,
+// and must not block. Whoever changes its answer ends the Read that waits, by the read
+// deadline of master.
+func NewReader(master *os.File, ended func() bool) *Reader {
+	return &Reader{master: master, ended: ended}
+}
+
+// Read is a read of the master, with its deadline. io.EOF: ended says so, and no process
+// has the terminal open.
+func (r *Reader) Read(b []byte) (n int, err error) {
+	raw, err := r.master.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	failed := raw.Read(func(fd uintptr) bool {
+		for err = unix.EINTR; err == unix.EINTR; {
+			n, err = unix.Read(int(fd), b)
+		}
+		return err != unix.EAGAIN && (err != unix.EIO || r.ended())
+	})
+	switch {
+	case failed != nil:
+		return 0, failed
+	case err == unix.EIO, err == nil && n == 0:
+		return 0, io.EOF
+	}
+	return max(n, 0), err
 }
 
 // Resize sets the size of a terminal by its master, in characters. The Setsize of creack/pty and the

@@ -3,10 +3,12 @@ package pty
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -69,6 +71,71 @@ func TestReceive(t *testing.T) {
 	slave.Close()
 	if _, err := master.Read(b); !errors.Is(err, unix.EIO) {
 		t.Errorf("read after the end: %v", err)
+	}
+}
+
+// A Reader goes on where a terminal is closed and opened again, and comes to its end only
+// where it was told that nobody opens it any more.
+func TestReader(t *testing.T) {
+	master, slave := open(t)
+	must.Succeed(t, descriptor.Lend(master, func(fd int) error { return unix.SetNonblock(fd, true) }))
+	second, err := descriptor.Dup(master) // known to the poller, as what Receive gives
+	must.Succeed(t, err)
+	defer second.Close()
+	var ended atomic.Bool
+	r := NewReader(second, ended.Load)
+	type result struct {
+		text string
+		err  error
+	}
+	results := make(chan result)
+	go func() {
+		for b := make([]byte, 16); ; {
+			n, err := r.Read(b)
+			results <- result{string(b[:n]), err}
+			if err == io.EOF {
+				return
+			}
+			second.SetReadDeadline(time.Time{})
+		}
+	}()
+	for range 20 {
+		slave.WriteString("hello")
+		if got := <-results; got != (result{"hello", nil}) {
+			t.Errorf("read %+v", got)
+		}
+		name := slave.Name()
+		slave.Close()
+		select {
+		case got := <-results:
+			t.Fatalf("read %+v of a terminal that nobody has open", got)
+		case <-time.After(time.Millisecond):
+		}
+		slave, err = os.OpenFile(name, os.O_RDWR|unix.O_NOCTTY, 0)
+		must.Succeed(t, err)
+	}
+	slave.WriteString("last")
+	slave.Close()
+	if got := <-results; got != (result{"last", nil}) {
+		t.Errorf("read %+v", got)
+	}
+	second.SetReadDeadline(time.Unix(1, 0))
+	if got := <-results; !errors.Is(got.err, os.ErrDeadlineExceeded) {
+		t.Errorf("read %+v", got)
+	}
+	ended.Store(true)
+	second.SetReadDeadline(time.Unix(1, 0)) // may be cleared before it is seen
+	for got := range results {
+		if got.err == io.EOF {
+			break
+		}
+		if !errors.Is(got.err, os.ErrDeadlineExceeded) {
+			t.Fatalf("read %+v", got)
+		}
+	}
+	second.Close()
+	if _, err := r.Read(make([]byte, 1)); err == nil || err == io.EOF {
+		t.Errorf("read of a closed file: %v", err)
 	}
 }
 

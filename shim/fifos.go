@@ -161,7 +161,7 @@ func (x *fifoExec) begin(master *os.File) {
 			x.pumps[i] = p.start(x.in)
 		default:
 			p := &pump{r: ours, w: x.fifos[i], hold: x.holds[i]}
-			x.pumps[i] = p.start(ours)
+			x.pumps[i] = p.start(pty.NewReader(ours, p.hurried))
 		}
 		x.files.ours[i], x.fifos[i], x.holds[i] = nil, nil, nil
 	}

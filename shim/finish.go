@@ -59,6 +59,7 @@ func (t *task) finish(c *container) {
 			t.log.Error("processes left behind", "error", err)
 		}
 	}
+	c.stdio.Finish()
 	given := time.After(drainTotal)
 	drained := c.stdio.Drained()
 	wait(drained, time.After(drainFirst))

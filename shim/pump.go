@@ -56,14 +56,20 @@ func (p *pump) run() {
 }
 
 // hasReader says whether the FIFO or pipe that w writes to is open for reading.
-func hasReader(w *os.File) bool {
+func hasReader(w *os.File) bool { return look(w)&unix.POLLERR == 0 }
+
+// hasWriter says whether the pipe or terminal that r reads is open for writing.
+func hasWriter(r *os.File) bool { return look(r)&unix.POLLHUP == 0 }
+
+// look asks poll(2) how the other end of f is.
+func look(f *os.File) int16 {
 	poll := []unix.PollFd{{Events: unix.POLLOUT}}
-	descriptor.Lend(w, func(fd int) error {
+	descriptor.Lend(f, func(fd int) error {
 		poll[0].Fd = int32(fd)
 		_, err := unix.Poll(poll, 0)
 		return err
 	})
-	return poll[0].Revents&unix.POLLERR == 0
+	return poll[0].Revents
 }
 
 func (p *pump) copy() {
@@ -94,15 +100,22 @@ func (p *pump) expect(set func(time.Time) error, within time.Duration) {
 	}
 }
 
+// hurried says whether the process has ended.
+func (p *pump) hurried() bool { return p.patience.Load() != 0 }
+
 // hurry is called when the process has ended: what it has written waits for its reader
 // as long as that takes some of it within the patience, and what a background child
-// writes is copied until it is quiet for execDrain. It may be called again.
+// writes is copied until it is quiet for execDrain, or has closed the terminal. It may be
+// called again.
 func (p *pump) hurry(patience time.Duration) {
 	if p == nil {
 		return
 	}
-	p.patience.Store(int64(patience)) // first: run may be about to set a deadline
+	p.patience.Store(int64(patience)) // first: run may be about to set a deadline, or to wait for the terminal
 	p.expect(p.r.SetReadDeadline, execDrain)
+	if !hasWriter(p.r) {
+		p.r.SetReadDeadline(time.Unix(1, 0)) // a Read may wait for a process that opens the terminal
+	}
 	if p.w != nil {
 		p.expect(p.w.SetWriteDeadline, defaultLease)
 	}

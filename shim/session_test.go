@@ -174,6 +174,32 @@ func TestExecTerminal(t *testing.T) {
 	b.idle()
 }
 
+// The output of an exec goes on where its process opens its terminal again. Where a child
+// keeps the terminal after the end of the process, the exec ends all the same.
+func TestExecTerminalOpenedAgain(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	copied := make(chan string, 1)
+	s := b.session(terminal(reopening("/dev/tty")))
+	go func() {
+		var out bytes.Buffer
+		exit, err := s.Copy(b.ctx(), client.Streams{Stdout: &out})
+		copied <- fmt.Sprintf("%q %d %v", out.String(), exit.Code, err)
+	}()
+	b.awaitClosed()
+	b.goOn()
+	if got, want := <-copied, fmt.Sprintf("%q 3 <nil>", "early\r\nlate\r\n"); got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+	b.idle()
+	var out bytes.Buffer
+	s = b.session(terminal("trap '' HUP; sleep 1000 & echo x; exit 4"))
+	exit, err := s.Copy(b.ctx(), client.Streams{Stdout: &out})
+	if err != nil || exit.Code != 4 || out.String() != "x\r\n" {
+		t.Errorf("a child keeps the terminal: %+v, %v, %q", exit, err, out.String())
+	}
+}
+
 // A client that goes without a word finds all again when it comes back in time: the
 // process, the bytes that nobody has read, and the exit.
 func TestSessionComesBack(t *testing.T) {

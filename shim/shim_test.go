@@ -1,6 +1,7 @@
 package shim_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -21,6 +22,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	pb "github.com/holdfast-cri/holdfast/proto"
+	"github.com/holdfast-cri/holdfast/proto/client"
 	"github.com/holdfast-cri/holdfast/proto/rundir"
 	"github.com/holdfast-cri/holdfast/runc/cgroup"
 	"github.com/holdfast-cri/holdfast/shim"
@@ -127,6 +129,104 @@ func TestTerminal(t *testing.T) {
 	}
 	if got := b.output(); got != "25 80\nready\n43 132\n" {
 		t.Errorf("log %q", got)
+	}
+}
+
+// reopening is a script that closes its terminal, and goes on with it when it is told to.
+func reopening(terminal string) string {
+	return "echo early; exec </dev/null >/dev/null 2>&1; >/tmp/closed; until [ -e /tmp/go ]; do sleep 0.01; done; " +
+		"echo late >" + terminal + "; exit 3"
+}
+
+// awaitClosed returns when the script of reopening has closed its terminal.
+func (b *box) awaitClosed() {
+	b.t.Helper()
+	r, err := b.exec(sh("until [ -e /tmp/closed ]; do sleep 0.01; done"), &pb.ExecSyncRequest{})
+	if err != nil || r.ExitCode != 0 {
+		b.t.Fatalf("exec: %v, %v", r, err)
+	}
+}
+
+// goOn has the script of reopening go on.
+func (b *box) goOn() {
+	b.t.Helper()
+	if r, err := b.exec(sh(">/tmp/go"), &pb.ExecSyncRequest{}); err != nil || r.ExitCode != 0 {
+		b.t.Fatalf("exec: %v, %v", r, err)
+	}
+}
+
+// A container closes its terminal and opens it again. All is in the log, also where another
+// shim has gone on with the container meanwhile, and clients see it.
+func TestTerminalOpenedAgain(t *testing.T) {
+	for _, another := range []bool{false, true} {
+		t.Run(fmt.Sprintf("another shim %v", another), func(t *testing.T) {
+			b := newBox(t)
+			b.reopening = true
+			spec := b.spec(reopening("/dev/console"))
+			spec.Process.Terminal = true
+			b.create(spec)
+			b.start()
+			b.awaitClosed()
+			if another {
+				b.reopen()
+			}
+			s := b.session(client.SessionOptions{Stdout: true})
+			b.goOn()
+			var out bytes.Buffer
+			if exit, err := s.Copy(b.ctx(), client.Streams{Stdout: &out}); err != nil || exit.Reason != "" {
+				t.Errorf("attached: %+v, %v", exit, err)
+			}
+			if out.String() != "late\r\n" {
+				t.Errorf("attached, got %q", out.String())
+			}
+			if e := b.wait(); e.Code != 3 {
+				t.Errorf("exit %v", e)
+			}
+			if got := b.output(); got != "early\nlate\n" {
+				t.Errorf("log %q", got)
+			}
+		})
+	}
+}
+
+// A terminal ends with its container, whatever the other processes have open, and has
+// nothing to be given up.
+func TestEndOfATerminal(t *testing.T) {
+	for name, c := range map[string]struct {
+		script  string
+		hostPID bool
+	}{
+		"closed at the end":           {script: "echo x"},
+		"closed before":               {script: "echo x; exec </dev/null >/dev/null 2>&1"},
+		"a child has it":              {script: "trap '' HUP; sleep 1000 & echo x"},
+		"closed before, host's PIDs":  {script: "echo x; exec </dev/null >/dev/null 2>&1", hostPID: true},
+		"a child has it, host's PIDs": {script: "trap '' HUP; sleep 1000 & echo x", hostPID: true},
+		"a child opens it, host's PIDs": {
+			script:  "trap '' HUP; (sleep 0.1; exec sleep 1000 >/dev/console) & echo x",
+			hostPID: true,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBox(t)
+			spec := b.spec(c.script + "; exit 3")
+			spec.Process.Terminal = true
+			if c.hostPID {
+				spec.Linux.Namespaces = spec.Linux.Namespaces[1:]
+			}
+			b.create(spec)
+			b.start()
+			if e := b.wait(); e.Code != 3 {
+				t.Errorf("exit %v", e)
+			}
+			if got := b.output(); got != "x\n" {
+				t.Errorf("log %q", got)
+			}
+			b.gone()
+			log, err := os.ReadFile(b.dir.Path(rundir.ShimLogName))
+			if err != nil || strings.Contains(string(log), "given up") {
+				t.Errorf("%s, %v", log, err)
+			}
+		})
 	}
 }
 

@@ -426,6 +426,37 @@ func TestTaskAPIExecTerminal(t *testing.T) {
 	}
 }
 
+// The output goes on where the process opens its terminal again. It ends with the process,
+// or when a child that keeps the terminal is silent.
+func TestTaskAPIExecTerminalOpenedAgain(t *testing.T) {
+	b := newBox(t)
+	b.run("exec sleep 1000")
+	for i, c := range []struct{ script, want string }{
+		{reopening("/dev/tty"), "early\r\nlate\r\n"},
+		{"echo x; exec </dev/null >/dev/null 2>&1; exit 3", "x\r\n"},
+		{"trap '' HUP; sleep 1000 & echo x; exit 3", "x\r\n"},
+	} {
+		process := sh(c.script)
+		process.Terminal = true
+		x := b.fifoExec(fmt.Sprint(i), process)
+		stdout := x.read(1) // a reader that comes after the end may wait for its own
+		x.start()
+		if i == 0 {
+			b.awaitClosed()
+			b.goOn()
+		}
+		if r := x.wait(); r.ExitStatus != 3 {
+			t.Errorf("exit: %v", r)
+		}
+		if s := <-stdout; s != c.want {
+			t.Errorf("output %q, want %q", s, c.want)
+		}
+		if _, err := x.delete(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // ctr sends the id of an exec where that of the container belongs.
 func TestTaskAPIExecOfCtr(t *testing.T) {
 	b := newBox(t)

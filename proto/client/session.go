@@ -16,6 +16,7 @@ import (
 	"github.com/holdfast-cri/holdfast/proto"
 	"github.com/holdfast-cri/holdfast/proto/descriptor"
 	"github.com/holdfast-cri/holdfast/proto/session"
+	"github.com/holdfast-cri/holdfast/pty"
 )
 
 // SessionOptions say what a session is with: a new exec (Process), an exec that lives
@@ -348,33 +349,39 @@ func (s *Session) copySizes(ctx context.Context, sizes <-chan Size) {
 	}
 }
 
-// copyOut copies an output until its end, or, once ended is closed, until it is silent.
+// copyOut copies an output until its end, or, once ended is closed, until it is silent or
+// no process has the terminal open.
 func copyOut(to io.Writer, from *os.File, ended <-chan struct{}) error {
 	over := make(chan struct{})
 	defer close(over)
 	go func() {
 		select {
 		case <-ended:
-			from.SetReadDeadline(time.Now().Add(quietTimeout))
+			from.SetReadDeadline(time.Unix(1, 0)) // wakes the copy, which sets all deadlines after this one
 		case <-over:
 		}
 	}()
+	last := false // ended is closed
+	r := pty.NewReader(from, func() bool { return last })
 	p := pace{file: from, buf: make([]byte, copySize)}
 	for {
-		n, err := from.Read(p.buf)
+		n, err := r.Read(p.buf)
 		if n > 0 {
 			if _, werr := to.Write(p.buf[:n]); werr != nil {
 				return werr
 			}
-			select {
-			case <-ended:
-				from.SetReadDeadline(time.Now().Add(quietTimeout))
-			default:
+			if !last {
 				p.after(n)
 			}
 		}
-		if err != nil { // the end, the time, EIO of a terminal, or Close
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded) && !last:
+			last = true
+		case err != nil: // the end, the time, or Close
 			return nil
+		}
+		if last {
+			from.SetReadDeadline(time.Now().Add(quietTimeout))
 		}
 	}
 }

@@ -266,19 +266,14 @@ func TestInputThatNobodyReads(t *testing.T) {
 
 // The program on a terminal gets an end of file when the first client has left.
 func TestTerminalInputOnce(t *testing.T) {
-	fd, err := unix.Open("/dev/ptmx", unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
-	must.Succeed(t, err)
-	unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0)
-	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
-	must.Succeed(t, err)
-	tty, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
-	must.Succeed(t, err)
-	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	master, open := terminal(t, false)
+	tty := open()
+	input, err := descriptor.Dup(master)
 	must.Succeed(t, err)
 	h := New(nil, nil)
-	h.Add(logfile.Stdout, os.NewFile(uintptr(fd), "ptmx"))
+	h.Add(logfile.Stdout, master)
 	ended := make(chan struct{})
-	h.SetInput(os.NewFile(uintptr(dup), "ptmx"), true, true, func() { close(ended) })
+	h.SetInput(input, true, true, func() { close(ended) })
 	conn := newConn()
 	c := h.Attach(conn, Options{Input: true, Output: true})
 	fmt.Fprint(conn.in, "line\nrest")
@@ -290,6 +285,7 @@ func TestTerminalInputOnce(t *testing.T) {
 		t.Errorf("%q, %v", got, err)
 	}
 	tty.Close()
+	h.Finish()
 	wait(t, "the client has ended", c.Done())
 	h.Close()
 }

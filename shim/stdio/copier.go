@@ -69,23 +69,25 @@ func pollable(r *os.File) *os.File {
 	return os.NewFile(uintptr(fd), r.Name())
 }
 
-// ending says how run ends before its output does.
+// ending says when and how run ends. A copier goes from one to a later one only.
 type ending int32
 
 const (
-	goOn  ending = iota
-	stop         // take what is there to the log
-	leave        // leave all as it is, for another process
+	goOn   ending = iota // at the end of a pipe; a terminal has none, as a process may open it again
+	finish               // as soon as no process has the terminal open
+	stop                 // now: take what is there to the log
+	leave                // now: leave all as it is, for another process
 )
 
-// end makes run end soon. It may be called from any goroutine.
+// end tells run when to end, and has it look at once. It may be called from any goroutine.
 func (c *copier) end(how ending) {
 	c.ending.Store(int32(how))
 	c.r.SetReadDeadline(time.Unix(1, 0)) // after the flag: see deadline
 }
 
 // deadline sets or clears the deadline for the next reads. One that end has set
-// is not lost: either the flag is seen here, or the deadline of end comes later.
+// is not lost: either the flag is seen here or by the read that follows, or the
+// deadline of end comes later.
 func (c *copier) deadline(t time.Time) error {
 	c.r.SetReadDeadline(t)
 	c.armed = !t.IsZero()
@@ -95,7 +97,7 @@ func (c *copier) deadline(t time.Time) error {
 var errStopped = errors.New("stopped")
 
 func (c *copier) stopped() error {
-	if c.ending.Load() != int32(goOn) {
+	if c.ending.Load() >= int32(stop) {
 		return errStopped
 	}
 	return nil
@@ -140,7 +142,11 @@ func (c *copier) read(fd int) {
 		c.n, c.err = unix.Read(fd, c.part.data[c.held:])
 	}
 	switch {
-	case c.err == unix.EIO: // no process has the terminal open any more
+	case c.err == unix.EIO && c.ending.Load() == int32(goOn):
+		// No process has the terminal open now. The poller is edge-triggered, so that run
+		// does not turn round: what is written after the next open wakes it, as does end.
+		c.n, c.err = 0, unix.EAGAIN
+	case c.err == unix.EIO:
 		c.n, c.err = 0, io.EOF
 	case c.err != nil:
 		c.n = 0

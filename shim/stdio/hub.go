@@ -43,8 +43,8 @@ func New(log *logfile.File, memory *Memory) *Hub {
 	return h
 }
 
-// Add starts to copy r until its end, which for the master of a pseudo-terminal
-// is EIO. It owns r from now on and closes it. A stream is added once.
+// Add starts to copy r until its end. The master of a pseudo-terminal comes to its
+// end only after Finish. Add owns r from now on and closes it. A stream is added once.
 //
 // If r is blocking, a non-blocking duplicate takes its place, and whatever else
 // shares its open file becomes non-blocking, too. A caller that goes on using r, for
@@ -89,6 +89,20 @@ func (h *Hub) Drained() <-chan struct{} {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return h.idle
+}
+
+// Finish says, after the last Add, that no process is left that could open a terminal
+// of the container again: it is at its end once nobody has it open. Until then a program
+// may close its terminal and go on with it later, for instance by /dev/console.
+func (h *Hub) Finish() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.closed {
+		return
+	}
+	for c := range h.copiers {
+		c.end(finish)
+	}
 }
 
 // Close gives up on outputs that don't end, because a process that outlived the

@@ -226,30 +226,42 @@ func TestLinesAreVisibleAtOnce(t *testing.T) {
 	}
 }
 
+// terminal makes one, and gives its master and what opens it.
+func terminal(t testing.TB, blocking bool) (master *os.File, open func() *os.File) {
+	t.Helper()
+	flags := unix.O_RDWR | unix.O_NOCTTY | unix.O_CLOEXEC
+	if !blocking {
+		flags |= unix.O_NONBLOCK
+	}
+	fd, err := unix.Open("/dev/ptmx", flags, 0)
+	must.Succeed(t, err)
+	unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0)
+	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
+	must.Succeed(t, err)
+	return os.NewFile(uintptr(fd), "ptmx"), func() *os.File {
+		t.Helper()
+		tty, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
+		must.Succeed(t, err)
+		return tty
+	}
+}
+
 func TestTerminal(t *testing.T) {
 	var complaints bytes.Buffer
 	defer slog.SetDefault(slog.Default())
 	slog.SetDefault(slog.New(slog.NewTextHandler(&complaints, nil)))
 	for _, blocking := range []bool{true, false} {
-		flags := unix.O_RDWR | unix.O_NOCTTY | unix.O_CLOEXEC
-		if !blocking {
-			flags |= unix.O_NONBLOCK
-		}
-		fd, err := unix.Open("/dev/ptmx", flags, 0)
-		must.Succeed(t, err)
-		unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0)
-		n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
-		must.Succeed(t, err)
-		tty, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|unix.O_NOCTTY, 0)
-		must.Succeed(t, err)
+		master, open := terminal(t, blocking)
+		tty := open()
 		log, path := newLog(t)
 		s := New(log, nil)
-		s.Add(logfile.Stdout, os.NewFile(uintptr(fd), "ptmx"))
+		s.Add(logfile.Stdout, master)
 		want := strings.Repeat("0123456789\r\n", 5000) + "$ "
 		if _, err := io.WriteString(tty, strings.ReplaceAll(want, "\r", "")); err != nil {
 			t.Fatal(err)
 		}
 		tty.Close()
+		s.Finish()
 		wait(t, "drained", s.Drained())
 		if got := outputs(t, contents(t, path))["stdout"]; got != want {
 			t.Errorf("got %d bytes, want %d", len(got), len(want))
@@ -257,6 +269,111 @@ func TestTerminal(t *testing.T) {
 	}
 	if complaints.Len() > 0 {
 		t.Errorf("the end of a terminal is no error: %s", &complaints)
+	}
+}
+
+// reads is how many calls of read(2) this process has made. Counting makes a few itself.
+func reads(t *testing.T) (n int) {
+	t.Helper()
+	b := contents(t, "/proc/self/io")
+	if _, after, found := bytes.Cut(b, []byte("syscr: ")); found {
+		fmt.Sscan(string(after), &n)
+	}
+	return n
+}
+
+// A program may close its terminal, or have it hung up as login does, and open it again,
+// time and again, and under one Hub after the other. All is one output for the log and
+// for a client. While nobody has the terminal open nothing turns round.
+func TestTerminalOpenedAgain(t *testing.T) {
+	master, open := terminal(t, false)
+	log, path := newLog(t)
+	h := New(log, nil)
+	h.Add(logfile.Stdout, master)
+	conn := newConn()
+	client := h.Attach(conn, Options{Output: true})
+	var want strings.Builder
+	say := func(i int) {
+		t.Helper()
+		tty := open()
+		fmt.Fprintf(tty, "%d\n", i)
+		fmt.Fprintf(&want, "%d\r\n", i)
+		until(t, "the line in the log", func() bool { return outputs(t, contents(t, path))["stdout"] == want.String() })
+		if i%2 == 0 {
+			unix.IoctlSetInt(int(tty.Fd()), unix.TIOCVHANGUP, 0) // fails if the test is not root's
+		}
+		tty.Close()
+		time.Sleep(time.Millisecond) // in which nothing may come to its end
+	}
+	for i := range 50 {
+		say(i)
+	}
+	before := reads(t)
+	time.Sleep(50 * time.Millisecond) // in which nothing may be read
+	if n := reads(t) - before; n > 100 {
+		t.Errorf("%d reads of a terminal that nobody has open", n)
+	}
+	if isDone(h.Drained()) || isDone(client.Done()) {
+		t.Error("a terminal that was closed is taken for one that comes to its end")
+	}
+	files, err := h.Leave()
+	must.Succeed(t, err)
+	if got := conn.output(logfile.Stdout); got != want.String() {
+		t.Errorf("the client has %q, want %q", got, want.String())
+	}
+	h = New(log, nil)
+	h.Add(logfile.Stdout, files.Outputs[logfile.Stdout])
+	say(50)
+	say(51)
+	h.Finish()
+	wait(t, "drained", h.Drained())
+	h.Close()
+}
+
+// However it stands with the terminal, each way to end a Hub ends it, with all that was
+// written.
+func TestEndOfATerminal(t *testing.T) {
+	for name, end := range map[string]func(h *Hub, tty *os.File){
+		"closed":             func(_ *Hub, tty *os.File) { tty.Close() },
+		"held":               func(*Hub, *os.File) {},
+		"closed, finished":   func(h *Hub, tty *os.File) { tty.Close(); h.Finish(); <-h.Drained(); h.Finish() },
+		"finished, closed":   func(h *Hub, tty *os.File) { h.Finish(); tty.Close(); <-h.Drained() },
+		"finished, held":     func(h *Hub, _ *os.File) { h.Finish() },
+		"finished meanwhile": func(h *Hub, tty *os.File) { go h.Finish(); tty.Close(); <-h.Drained() },
+		"finished, more": func(h *Hub, tty *os.File) {
+			h.Finish()
+			io.WriteString(tty, "more")
+			tty.Close()
+			<-h.Drained()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for range 20 {
+				master, open := terminal(t, false)
+				log, path := newLog(t)
+				h := New(log, newMemory(t, true))
+				h.Add(logfile.Stdout, master)
+				tty := open()
+				io.WriteString(tty, "line\n$ ")
+				until(t, "the line", func() bool { return log.Counters().Lines == 1 })
+				ended := make(chan struct{})
+				go func() {
+					end(h, tty)
+					h.Close()
+					h.Finish()
+					close(ended)
+				}()
+				wait(t, "the end", ended)
+				tty.Close()
+				want := "line\r\n$ "
+				if name == "finished, more" {
+					want += "more"
+				}
+				if got := outputs(t, contents(t, path))["stdout"]; got != want {
+					t.Errorf("got %q", got)
+				}
+			}
+		})
 	}
 }
 

@@ -27,7 +27,7 @@ var allowed = map[string][]string{
 	},
 	"proto/client": {
 		module + "proto/descriptor", module + "proto", module + "proto/kind", module + "proto/rundir",
-		module + "proto/session",
+		module + "proto/session", module + "pty",
 		"github.com/containerd/ttrpc", "github.com/opencontainers/runtime-spec/specs-go",
 		"google.golang.org/grpc/codes", "google.golang.org/grpc/status", "golang.org/x/sys/unix",
 	},
