@@ -49,7 +49,7 @@ func (r roots) Mount(ctx context.Context, layers []digest.Digest, dir, target st
 			GIDs:    u.GIDs.Length,
 		}
 	}
-	return r.layers.Mount(ctx, layers, dir, target, m, label)
+	return treeError(r.layers.Mount(ctx, layers, dir, target, m, label))
 }
 
 func (r roots) CheckRelabel(path string) error { return rootfs.CheckRelabel(path) }

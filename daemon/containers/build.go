@@ -150,7 +150,7 @@ func (b *builder) build(ctx context.Context, root string) (*Built, error) {
 		}
 	}
 	if err := b.m.Roots.Mount(ctx, b.rec.Layers, dir, root, b.pod, label); err != nil {
-		return nil, kind.As(kind.Unavailable, err)
+		return nil, kind.As(kind.Unavailable, fmt.Errorf("config.image: %w", err)) // unless it is kind.Invalid
 	}
 	b.in.Rootfs, b.in.CgroupsPath = root, b.rec.CgroupsPath
 	for _, step := range []func(context.Context) error{
@@ -345,7 +345,8 @@ func (b *builder) mountImage(ctx context.Context, i int, m *runtimeapi.Mount, im
 		}
 	}
 	if err := b.m.Roots.Mount(ctx, img.Layers, rw, target, b.pod, spec.FileLabel(b.in)); err != nil {
-		return "", kind.As(kind.Unavailable, err)
+		err = fmt.Errorf("config.mounts[%d].image: %w", i, err)
+		return "", kind.As(kind.Unavailable, err) // unless it is kind.Invalid
 	}
 	if m.GetImageSubPath() == "" {
 		return target, nil

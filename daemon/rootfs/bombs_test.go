@@ -276,7 +276,7 @@ func TestImpliedAttributesTakeLittleMemory(t *testing.T) { // not parallel: it m
 			}
 		}
 	}()
-	err := s.prepareUpper(t.TempDir(), ids, nil)
+	err := s.prepareUpper(t.Context(), t.TempDir(), ids, nil)
 	close(stop)
 	<-done
 	if took := int64(most) - int64(before); err != nil || took > dirs*size {

@@ -263,7 +263,7 @@ func (s *Store) Restore(ctx context.Context, diffIDs []digest.Digest, rw string,
 	if _, err := os.Lstat(upper); !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("cannot restore a writable layer: there is one: %w", err)
 	}
-	err := s.makeUpperDir(upper, distinct(diffIDs), nil)
+	err := s.makeUpperDir(ctx, upper, distinct(diffIDs), nil)
 	for _, stream := range streams {
 		if err == nil {
 			err = Extract(ctx, upper, stream, s.Limits)

@@ -9,11 +9,14 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/opencontainers/go-digest"
+
+	"github.com/holdfast-cri/holdfast/proto/record"
 )
 
 // layerWith makes an archive of empty files, with no entry for their directories.
@@ -68,6 +71,69 @@ func TestImpliedNamesAreBounded(t *testing.T) {
 		}
 	}
 	s.Close()
+}
+
+// What all layers of an image imply together is bounded as well, before it is in memory.
+func TestImpliedNamesOfAllLayersAreBounded(t *testing.T) {
+	s := open(t, t.TempDir())
+	many := slices.Repeat([]name{name(strings.Repeat("d", 4000))}, 2000)
+	var ids []digest.Digest
+	for total := 0; total <= maxImpliedOfAll; total += sizeOf(many) {
+		d := apply(t, s, e{name: fmt.Sprint(len(ids))})
+		r := *s.get(d)
+		r.Implied = many
+		check(t, record.Write(filepath.Join(s.layerDir(d), recordName), r, false))
+		s.noteLocked(&r, true)
+		ids = append(ids, d)
+	}
+	rw := t.TempDir()
+	if err := s.Mount(t.Context(), ids, rw, t.TempDir(), nil, ""); !errors.Is(err, ErrBadLayer) {
+		t.Errorf("Mount of %d layers: %v", len(ids), err)
+	}
+	if err := s.Restore(t.Context(), ids, rw); !errors.Is(err, ErrBadLayer) {
+		t.Errorf("Restore of %d layers: %v", len(ids), err)
+	}
+}
+
+// endsAfter is a context that ends when it was asked so many times whether it has.
+type endsAfter struct {
+	context.Context
+	left int
+}
+
+func (c *endsAfter) Err() error {
+	if c.left--; c.left < 0 {
+		return context.DeadlineExceeded
+	}
+	return nil
+}
+
+// Directories of 1000 levels without entries are looked up once in each layer, and no longer than
+// somebody waits for the mount.
+func TestDeepImpliedNames(t *testing.T) {
+	s := open(t, t.TempDir())
+	const depth, layers = 1000, 2
+	var ids []digest.Digest
+	for i := range layers {
+		ids = append(ids, apply(t, s, e{name: strings.Repeat("d/", depth) + fmt.Sprint(i)}))
+	}
+	endless := &endsAfter{t.Context(), 1 << 30}
+	was := endless.left
+	check(t, s.prepareUpper(endless, t.TempDir(), ids, nil))
+	if looks, most := was-endless.left, 2*depth*(layers+1); looks < depth*layers || looks > most {
+		t.Errorf("%d looks for %d names in %d layers, at most %d do", looks, depth, layers, most)
+	}
+	for _, left := range []int{0, 1, 2, 1000} {
+		ctx := &endsAfter{t.Context(), left}
+		rw, target := t.TempDir(), t.TempDir()
+		if err := s.Mount(ctx, ids, rw, target, nil, ""); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Mount that ends after %d looks: %v", left, err)
+			Unmount(target)
+		}
+		if err := s.Restore(ctx, ids, t.TempDir()); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Restore that ends after %d looks: %v", left, err)
+		}
+	}
 }
 
 // A hole of 400 GiB does not keep a pull from being called off.

@@ -1,8 +1,10 @@
 package rootfs
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
@@ -84,50 +86,138 @@ func (l layered) implies(dir string) bool {
 	return found
 }
 
-// lookUp finds the attributes of a directory in a stack of layers, the highest
-// first: those of the highest layer with an entry for it. Overlayfs shows others
-// if a layer above that one has the directory without an entry: covered.
-func lookUp(layers []layered, name string) (a attributes, covered bool, err error) {
-	for _, l := range layers {
-		fd, err := beneath.DirAt(l.fd, name)
-		switch {
-		case errors.Is(err, unix.ENOENT):
-			if hidden(l.fd, name) {
-				return madeUp, covered, nil
-			}
-			continue
-		case errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ELOOP):
-			return madeUp, covered, nil // something else, with nothing of it below
-		case err != nil:
-			return madeUp, covered, fmt.Errorf("cannot look up %q in a layer: %w", name, err)
-		}
-		implied := l.implies(name)
-		if !implied {
-			a, err = attributesOf(fd)
-		}
-		unix.Close(fd)
-		if !implied {
-			return a, covered, err
-		}
-		covered = true
-		// It may be opaque itself: that hides what is in it.
-		if name != "." && hidden(l.fd, path.Dir(name)) {
-			break
-		}
-	}
-	return madeUp, covered, nil
+// stack finds directories in layers, the highest first. For each name it looks into those
+// layers alone that have the directory above, so names are asked for in sorted order: what
+// was found of the directories above is kept for the last name only.
+type stack struct {
+	ctx    context.Context
+	layers []layered
+	way    []*place // from the root to the last name
 }
 
-// hidden says whether a layer hides a name of the layers below: it, or a
-// directory above it, is opaque. (A whiteout shows up as not a directory.)
-func hidden(root int, name string) bool {
-	for ; ; name = path.Dir(name) {
-		if opaque(fmt.Sprintf("/proc/self/fd/%d/%s", root, name)) {
-			return true
+// place is what the layers have of one directory.
+type place struct {
+	name  string
+	above *place    // nil: it is the root
+	in    []showing // the highest first; as many as were asked for
+	next  int       // the next one of above.in to look into
+	end   bool      // there are no more
+}
+
+// showing is a layer that shows something of a directory.
+type showing struct {
+	layer  int
+	opaque bool // what the layers below have in the directory is hidden
+}
+
+func (s *stack) close() {
+	for _, l := range s.layers {
+		unix.Close(l.fd)
+	}
+}
+
+// names are the directories that any of the layers implies, and the root, sorted.
+func (s *stack) names() []name {
+	names := []name{"."}
+	for _, l := range s.layers {
+		names = append(names, l.implied...)
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// place gives the place of a directory, and makes it the last one.
+func (s *stack) place(name string) *place {
+	for n := len(s.way) - 1; n >= 0; n-- {
+		last := s.way[n].name
+		if last == name {
+			return s.way[n]
 		}
-		if name == "." {
-			return false
+		if below, ok := strings.CutPrefix(name, last); last == "." || ok && below[0] == '/' {
+			break
 		}
+		s.way = s.way[:n]
+	}
+	p := &place{name: name}
+	if name != "." {
+		p.above = s.place(path.Dir(name))
+	}
+	s.way = append(s.way, p)
+	return p
+}
+
+// nth gives the n-th layer, from the highest, that shows something of a directory; false:
+// there are fewer.
+func (s *stack) nth(p *place, n int) (showing, bool, error) {
+	for len(p.in) <= n {
+		if p.end {
+			return showing{}, false, nil
+		}
+		if err := s.lookFurther(p); err != nil {
+			return showing{}, false, err
+		}
+	}
+	return p.in[n], true, nil
+}
+
+// lookFurther looks for a directory in one layer more.
+func (s *stack) lookFurther(p *place) error {
+	if err := s.ctx.Err(); err != nil {
+		return err
+	}
+	from, more := showing{layer: p.next}, p.next < len(s.layers)
+	if p.above != nil {
+		if p.next > 0 && p.above.in[p.next-1].opaque {
+			p.end = true
+			return nil
+		}
+		var err error
+		if from, more, err = s.nth(p.above, p.next); err != nil {
+			return err
+		}
+	}
+	if p.end = !more; p.end {
+		return nil
+	}
+	p.next++
+	fd, err := beneath.DirAt(s.layers[from.layer].fd, p.name)
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return nil
+	case errors.Is(err, unix.ENOTDIR), errors.Is(err, unix.ELOOP):
+		p.end = true // something else, such as a whiteout, with nothing of it below
+		return nil
+	case err != nil:
+		return fmt.Errorf("cannot look up %.200q in a layer: %w", p.name, err)
+	}
+	p.in = append(p.in, showing{from.layer, opaque(fmt.Sprintf("/proc/self/fd/%d/.", fd))})
+	unix.Close(fd)
+	return nil
+}
+
+// lookUp finds the attributes of a directory: those of the highest layer with an entry for
+// it. Overlayfs shows others if a layer above that one has the directory without an entry:
+// covered. That layer may be opaque there, which hides what is in the directory, not itself.
+func (s *stack) lookUp(name string) (a attributes, covered bool, err error) {
+	p := s.place(name)
+	for n := 0; ; n++ {
+		l, more, err := s.nth(p, n)
+		if err != nil || !more {
+			return madeUp, covered, err
+		}
+		if s.layers[l.layer].implies(name) {
+			covered = true
+			continue
+		}
+		fd, err := beneath.DirAt(s.layers[l.layer].fd, name)
+		if err == nil {
+			a, err = attributesOf(fd)
+			unix.Close(fd)
+		}
+		if err != nil {
+			err = fmt.Errorf("cannot look up %.200q in a layer: %w", name, err)
+		}
+		return a, covered, err
 	}
 }
 
@@ -137,39 +227,54 @@ func opaque(dir string) bool {
 	return err == nil && n == 1 && b[0] == 'y'
 }
 
-// prepareUpper gives the root of the writable layer, and the directories that
-// layers made up, the attributes they have in the layers below.
-func (s *Store) prepareUpper(upper string, diffIDs []digest.Digest, m *IDMap) error {
-	var layers []layered // the highest first
+// openStack opens layers, the lowest of which comes first. The caller closes the result.
+func (s *Store) openStack(ctx context.Context, diffIDs []digest.Digest) (_ *stack, err error) {
+	st := &stack{ctx: ctx}
 	defer func() {
-		for _, l := range layers {
-			unix.Close(l.fd)
+		if err != nil {
+			st.close()
 		}
 	}()
-	names := []name{"."}
+	size := 0
 	for _, d := range slices.Backward(diffIDs) {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
 		r := s.get(d)
 		if r == nil {
-			return fmt.Errorf("%w: %s", ErrNoLayer, d)
+			return nil, fmt.Errorf("%w: %s", ErrNoLayer, d)
 		}
 		all := *r
 		if r.long {
 			if err := record.Read(filepath.Join(s.layerDir(d), recordName), &all); err != nil {
-				return err
+				return nil, err
 			}
+		}
+		if size += sizeOf(all.Implied); size > maxImpliedOfAll {
+			return nil, fmt.Errorf("%w: all layers of the image have too many directories without entries, or with "+
+				"names too long", ErrBadLayer)
 		}
 		fd, err := unix.Open(filepath.Join(s.layerDir(d), diffName), unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 		if err != nil {
-			return fmt.Errorf("cannot open layer %s: %w", d, err)
+			return nil, fmt.Errorf("cannot open layer %s: %w", d, err)
 		}
-		layers = append(layers, layered{fd, all.Implied})
-		names = append(names, all.Implied...)
+		st.layers = append(st.layers, layered{fd, all.Implied})
 	}
-	slices.Sort(names)
+	return st, nil
+}
+
+// prepareUpper gives the root of the writable layer, and the directories that
+// layers made up, the attributes they have in the layers below.
+func (s *Store) prepareUpper(ctx context.Context, upper string, diffIDs []digest.Digest, m *IDMap) error {
+	layers, err := s.openStack(ctx, diffIDs)
+	if err != nil {
+		return err
+	}
+	defer layers.close()
 	made := map[string]bool{".": true}
-	for _, n := range slices.Compact(names) {
+	for _, n := range layers.names() {
 		name := string(n)
-		a, covered, err := lookUp(layers, name)
+		a, covered, err := layers.lookUp(name)
 		if err == nil && covered && a.shows() {
 			err = makeUpper(upper, name, made)
 		}
@@ -179,8 +284,8 @@ func (s *Store) prepareUpper(upper string, diffIDs []digest.Digest, m *IDMap) er
 	}
 	// What is made in a directory changes its time, and inherits from its ACL. The
 	// attributes of all of them together may be gigabytes.
-	for name := range made {
-		a, _, err := lookUp(layers, name)
+	for _, name := range slices.Sorted(maps.Keys(made)) {
+		a, _, err := layers.lookUp(name)
 		if err != nil {
 			return err
 		}

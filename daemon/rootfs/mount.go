@@ -40,7 +40,7 @@ var ErrBusy = errors.New("something is mounted there already")
 func (s *Store) Mount(ctx context.Context, diffIDs []digest.Digest, rw, target string, m *IDMap, label string) error {
 	err := ctx.Err()
 	if err == nil {
-		err = s.mount(diffIDs, rw, target, m, label)
+		err = s.mount(ctx, diffIDs, rw, target, m, label)
 	}
 	if err != nil {
 		return fmt.Errorf("cannot mount a root file system on %s: %w", target, err)
@@ -48,7 +48,8 @@ func (s *Store) Mount(ctx context.Context, diffIDs []digest.Digest, rw, target s
 	return nil
 }
 
-func (s *Store) mount(diffIDs []digest.Digest, rw, target string, m *IDMap, label string) (err error) {
+func (s *Store) mount(ctx context.Context, diffIDs []digest.Digest, rw, target string, m *IDMap,
+	label string) (err error) {
 	if mounted, err := mounts.Mounted(target); mounted || err != nil {
 		return cmp.Or(err, ErrBusy)
 	}
@@ -59,7 +60,7 @@ func (s *Store) mount(diffIDs []digest.Digest, rw, target string, m *IDMap, labe
 	if err := os.RemoveAll(work); err != nil {
 		return err
 	}
-	if err := errors.Join(os.MkdirAll(work, 0o700), s.makeUpperDir(upper, diffIDs, m)); err != nil {
+	if err := errors.Join(os.MkdirAll(work, 0o700), s.makeUpperDir(ctx, upper, diffIDs, m)); err != nil {
 		return err
 	}
 	layers := s.dir
@@ -113,7 +114,7 @@ func distinct(diffIDs []digest.Digest) (l []digest.Digest) {
 }
 
 // makeUpperDir makes the writable layer if there is none. It appears complete.
-func (s *Store) makeUpperDir(upper string, diffIDs []digest.Digest, m *IDMap) error {
+func (s *Store) makeUpperDir(ctx context.Context, upper string, diffIDs []digest.Digest, m *IDMap) error {
 	if _, err := os.Lstat(upper); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
@@ -124,7 +125,7 @@ func (s *Store) makeUpperDir(upper string, diffIDs []digest.Digest, m *IDMap) er
 	if err := os.Mkdir(fresh, 0o700); err != nil {
 		return err
 	}
-	if err := s.prepareUpper(fresh, diffIDs, m); err != nil {
+	if err := s.prepareUpper(ctx, fresh, diffIDs, m); err != nil {
 		return err
 	}
 	return os.Rename(fresh, upper)

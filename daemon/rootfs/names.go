@@ -13,6 +13,10 @@ import (
 // may take six, and a reader takes no more than 64 MiB.
 const maxImplied = 8 << 20
 
+// maxImpliedOfAll bounds them in all layers of a root together: all are in memory while it
+// is being mounted.
+const maxImpliedOfAll = 64 << 20
+
 // maxKept is what stays in memory of those of each layer, in bytes.
 const maxKept = 64 << 10
 
