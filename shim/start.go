@@ -16,10 +16,10 @@ import (
 const startTimeout = time.Minute
 
 // Start lets init run the container's program, once: a repeated call gets the result
-// of the first one.
+// of the first one. While it waits for the disk of the log, the container can be ended.
 func (t *task) Start() (rundir.Process, time.Time, error) {
-	t.starting.Lock()
-	defer t.starting.Unlock()
+	t.opening.Lock()
+	defer t.opening.Unlock()
 	t.mu.Lock()
 	c, s := t.container, t.status
 	t.mu.Unlock()
@@ -29,13 +29,17 @@ func (t *task) Start() (rundir.Process, time.Time, error) {
 	if s.Phase != rundir.PhaseCreated {
 		return s.Init, s.StartedAt, kind.Errorf(kind.State, "cannot start: the container is %s", s.Phase)
 	}
+	var logErr error
+	if c.log != nil && !c.init.Ended() { // there is none of a container that was never started
+		_, logErr = c.log.Reopen()
+	}
+	t.starting.Lock()
+	defer t.starting.Unlock()
 	if t.over {
 		return s.Init, s.StartedAt, kind.Errorf(kind.State, "cannot start: %w", runc.ErrNotStartable)
 	}
-	if c.log != nil { // there is none of a container that was never started
-		if _, err := c.log.Reopen(); err != nil {
-			return s.Init, s.StartedAt, logError(err)
-		}
+	if logErr != nil {
+		return s.Init, s.StartedAt, logError(logErr)
 	}
 	// A caller that goes away does not stop a start half way.
 	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)

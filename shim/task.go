@@ -35,9 +35,12 @@ type task struct {
 	exited  chan struct{} // closed with the exited event
 	ended   chan struct{} // closed when nothing is left to do: the process may end
 
-	// starting serialises Start with itself, with a new exec and with the end of
-	// init, so that the started event always comes before the exited one. It is
-	// taken before mu.
+	// opening serialises Start with itself. It is held while the log is opened, which takes
+	// as long as its disk wants, so nothing else takes it. It is taken before starting.
+	opening sync.Mutex
+
+	// starting serialises Start with a new exec and with the end of init, so that the
+	// started event always comes before the exited one. It is taken before mu.
 	starting sync.Mutex
 	over     bool // guarded by starting: init has ended, or the container was handed over
 
