@@ -330,14 +330,19 @@ func copyIn(pod net.Conn, to io.Writer, from io.Reader) {
 // buffers are those of connections to ports, of copySize bytes.
 var buffers = sync.Pool{New: func() any { return new([copySize]byte) }}
 
-// copyOut copies what a pod sends.
+// copyOut copies what a pod sends. A client that resets its stream wants no more of it, which
+// is no failure: kubectl ends all its connections when it is told of one.
 func copyOut(client io.Writer, pod net.Conn) error {
 	b := buffers.Get().(*[copySize]byte)
 	defer buffers.Put(b)
 	for {
 		n, err := pod.Read(b[:])
 		if n > 0 {
-			if _, werr := client.Write(b[:n]); werr != nil {
+			_, werr := client.Write(b[:n])
+			if errors.Is(werr, errReset) {
+				return nil
+			}
+			if werr != nil {
 				return fmt.Errorf("cannot write to the client: %w", werr)
 			}
 		}

@@ -2,6 +2,7 @@ package streaming
 
 import (
 	"bytes"
+	"crypto/rand"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -173,6 +174,37 @@ func TestPodClosesItsSide(t *testing.T) {
 		if b, err := io.ReadAll(errs); err != nil || len(b) > 0 {
 			t.Errorf("%s: error %q, %v", way, b, err)
 		}
+	}
+}
+
+// A client that wants no more of one connection, as when a download is cut short, keeps the
+// others: any word on the stream of errors would have it end them all.
+func TestClientResetsConnection(t *testing.T) {
+	for _, way := range ways {
+		t.Run(way, func(t *testing.T) {
+			f := newFake(t, nil)
+			nothingLeft(t)
+			endless := serve(t, func(c *net.TCPConn) {
+				io.Copy(c, rand.Reader)
+				c.Close()
+			})
+			conn := f.forwarding(t, way)
+			data, errs := open(t, conn, 1, endless)
+			if _, err := io.ReadFull(data, make([]byte, 1024)); err != nil {
+				t.Fatal(err)
+			}
+			must.Succeed(t, data.Reset())
+			if b, err := io.ReadAll(errs); err != nil || len(b) > 0 {
+				t.Errorf("error %q, %v", b, err)
+			}
+			data, _ = open(t, conn, 2, serve(t, echo))
+			io.WriteString(data, "hello")
+			data.Close()
+			if b, err := io.ReadAll(data); err != nil || string(b) != "hello" {
+				t.Errorf("another connection gave %q, %v", b, err)
+			}
+			eventually(t, "nothing is forwarded", func() bool { return f.forwards.count() == 0 })
+		})
 	}
 }
 
