@@ -176,7 +176,14 @@ func TestCheckLabels(t *testing.T) {
 	check(t, os.WriteFile(appArmorProfiles, []byte("docker-default (enforce)\nmy (own) one (complain)\n"), 0o600))
 	in := input()
 	in.AppArmorEnabled = true
-	for name, want := range map[string]bool{"docker-default": true, "my (own) one": true, "docker": false, "": false} {
+	for name, want := range map[string]bool{
+		"docker-default":           true,
+		"localhost/docker-default": true,
+		"my (own) one":             true,
+		"docker":                   false,
+		"localhost/docker":         false,
+		"":                         false,
+	} {
 		in.security().Apparmor = &runtimeapi.SecurityProfile{ProfileType: profileLocalhost, LocalhostRef: name}
 		if err := CheckLabels(in); !want {
 			wantField(t, err, kind.Invalid, fieldApparmor+".localhost_ref")

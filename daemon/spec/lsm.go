@@ -26,11 +26,17 @@ func (b *builder) lsm() error {
 const SELinuxIgnored = fieldContext + "selinux_options are ignored, as this kernel does not enforce SELinux: " +
 	"nothing confines the container that they would confine elsewhere"
 
+// apparmorProfile gives what is asked for, nil for nothing. Some clients write the name of a
+// profile as in the deprecated field, which other runtimes take as well.
 func apparmorProfile(sc *runtimeapi.LinuxContainerSecurityContext) *runtimeapi.SecurityProfile {
-	if p := sc.GetApparmor(); p != nil {
-		return p
+	p := sc.GetApparmor()
+	if p == nil {
+		return namedProfile(sc.GetApparmorProfile()) //nolint:staticcheck // clients still send it
 	}
-	return namedProfile(sc.GetApparmorProfile()) //nolint:staticcheck // clients still send it
+	if name, ok := strings.CutPrefix(p.GetLocalhostRef(), "localhost/"); ok {
+		return &runtimeapi.SecurityProfile{ProfileType: p.GetProfileType(), LocalhostRef: name}
+	}
+	return p
 }
 
 // apparmor: a profile that was asked for by name is applied or is an error; the

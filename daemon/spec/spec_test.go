@@ -833,6 +833,7 @@ func TestSeccompDefault(t *testing.T) {
 func TestAppArmor(t *testing.T) {
 	type profile = runtimeapi.SecurityProfile
 	local := &profile{ProfileType: profileLocalhost, LocalhostRef: "mine"}
+	prefixed := &profile{ProfileType: profileLocalhost, LocalhostRef: "localhost/mine"}
 	for _, tt := range []struct {
 		name          string
 		profile       *profile
@@ -847,6 +848,7 @@ func TestAppArmor(t *testing.T) {
 		{name: "default where there is none", profile: &profile{}, enabled: true, kind: kind.Unsupported},
 		{name: "default, disabled", profile: &profile{}},
 		{name: "localhost", profile: local, enabled: true, want: "mine"},
+		{name: "localhost with a prefix", profile: prefixed, enabled: true, want: "mine"},
 		{name: "localhost, disabled", profile: local, kind: kind.Unsupported},
 		{name: "old localhost", old: "localhost/mine", enabled: true, want: "mine"},
 		{name: "unconfined", profile: &profile{ProfileType: profileUnconfined}, enabled: true, deflt: "d"},
