@@ -263,8 +263,8 @@ func (s *service) ResizePty(_ context.Context, req *pb.ResizePtyRequest) (*pb.Re
 	return &pb.ResizePtyResponse{}, s.task.Resize(req.ExecId, uint16(req.Width), uint16(req.Height))
 }
 
-func (s *service) ReopenLog(_ context.Context, req *pb.ReopenLogRequest) (*pb.ReopenLogResponse, error) {
-	inode, err := s.task.ReopenLog()
+func (s *service) ReopenLog(ctx context.Context, _ *pb.ReopenLogRequest) (*pb.ReopenLogResponse, error) {
+	inode, err := s.task.ReopenLog(ctx)
 	if err != nil {
 		return nil, err
 	}

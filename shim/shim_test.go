@@ -902,12 +902,24 @@ func TestSignalsIgnored(t *testing.T) {
 	}
 }
 
+// hurried is the context of a call whose time is up when it arrives.
+type hurried struct{ context.Context }
+
+func (hurried) Deadline() (time.Time, bool) { return time.Now().Add(-time.Second), true }
+
 func TestReopenLog(t *testing.T) {
 	b := newBox(t)
 	b.run("echo one; while [ ! -e /tmp/go ]; do sleep 0.01; done; echo two; exec sleep 1000")
 	b.says("one")
 	old := filepath.Join(b.logs, "0.log.old")
 	must.Succeed(t, os.Rename(filepath.Join(b.logs, "0.log"), old))
+	given := hurried{b.ctx()}
+	if _, err := b.client.ReopenLog(given, &pb.ReopenLogRequest{Id: b.id}); code(err) != codes.DeadlineExceeded {
+		t.Errorf("too late: %v", err)
+	}
+	if _, err := os.Lstat(filepath.Join(b.logs, "0.log")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a log that nobody waits for: %v", err)
+	}
 	if _, err := b.client.ReopenLog(b.ctx(), &pb.ReopenLogRequest{Id: b.id}); err != nil {
 		t.Fatal(err)
 	}

@@ -326,15 +326,15 @@ func (t *task) inputClosed() {
 	t.update(noEvent, func(s *rundir.Status) { s.InputClosed = true })
 }
 
-// ReopenLog opens the log anew.
-func (t *task) ReopenLog() (uint64, error) {
+// ReopenLog opens the log anew, unless ctx is over first.
+func (t *task) ReopenLog(ctx context.Context) (uint64, error) {
 	t.mu.Lock()
 	c := t.container
 	t.mu.Unlock()
 	if c == nil || c.log == nil {
 		return 0, kind.Errorf(kind.State, "the container has no log")
 	}
-	inode, err := c.log.Reopen()
+	inode, err := c.log.ReopenContext(ctx)
 	if err == nil {
 		err = step.Reach(step.ShimReopened)
 	}

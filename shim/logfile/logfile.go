@@ -17,6 +17,7 @@ package logfile
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -125,14 +126,21 @@ func (f *File) Dup() (int, error) {
 	return fd, nil
 }
 
-// Reopen opens the path anew, creating the file (mode 0640) if it is missing, and
+// Reopen is ReopenContext for a caller that waits as long as it takes.
+func (f *File) Reopen() (inode uint64, err error) { return f.ReopenContext(context.Background()) }
+
+// ReopenContext opens the path anew, creating the file (mode 0640) if it is missing, and
 // gives the new file's inode. Records go there from the next one on: a line that is in
-// the old file as a P ends in the new one. On an error the old file stays in use, and
-// no new one is left.
-func (f *File) Reopen() (inode uint64, err error) {
+// the old file as a P ends in the new one. On an error the old file stays in use.
+//
+// A disk can be silent for long. Whoever has given up meanwhile may have renamed the old
+// file back, as the kubelet does. So the new file does not come into use once ctx is over,
+// or when it has lost its name. No error leaves a new file, but that of a ctx that ended
+// while the file was made: the name may be the old file's again, so it is not removed.
+func (f *File) ReopenContext(ctx context.Context) (inode uint64, err error) {
 	f.reopening.Lock()
 	defer f.reopening.Unlock()
-	inode, err = f.reopen()
+	inode, err = f.reopen(ctx)
 	f.countersMu.Lock()
 	f.reopenErr = err
 	f.countersMu.Unlock()
@@ -141,18 +149,38 @@ func (f *File) Reopen() (inode uint64, err error) {
 
 // reopen does the work of Reopen. The caller holds reopening, so that Close does
 // not come between.
-func (f *File) reopen() (inode uint64, err error) {
+func (f *File) reopen(ctx context.Context) (inode uint64, err error) {
 	f.mu.Lock()
 	closed := f.closed
 	f.mu.Unlock()
 	if closed {
 		return 0, os.ErrClosed
 	}
+	if err := ctx.Err(); err != nil {
+		return 0, f.notReopened(err)
+	}
 	o, err := open(f.directory, f.path)
 	if err != nil {
 		return 0, err
 	}
+	if err := f.use(ctx, o); err != nil {
+		return 0, f.notReopened(err)
+	}
+	return o.inode, nil
+}
+
+func (f *File) notReopened(err error) error {
+	return fmt.Errorf("cannot open the log %s below %s again: %w", f.path, f.directory, err)
+}
+
+// use has records go to o from the next one on. It owns o.
+func (f *File) use(ctx context.Context, o opened) error {
 	f.mu.Lock()
+	if err := o.check(ctx); err != nil {
+		f.mu.Unlock()
+		unix.Close(o.fd)
+		return err
+	}
 	f.completeLocked()
 	f.state.loss.torn.n = 0 // of the old file, which is out of reach now
 	old := f.fd
@@ -161,7 +189,7 @@ func (f *File) reopen() (inode uint64, err error) {
 	if old >= 0 {
 		unix.Close(old)
 	}
-	return o.inode, nil
+	return nil
 }
 
 // Counters doesn't wait for a write that hangs.

@@ -2,6 +2,7 @@ package logfile
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -328,6 +329,70 @@ func TestReopenFails(t *testing.T) {
 	}
 	if c := f.Counters(); c.Err != "" {
 		t.Errorf("still there: %s", c.Err)
+	}
+}
+
+// Whoever asks for a new file and gives up renames the old one back. Meanwhile a silent disk
+// may have had the new one made. Records go to the file that has the name in the end.
+func TestReopenGivenUp(t *testing.T) {
+	over, giveUp := context.WithCancel(t.Context())
+	giveUp()
+	for name, c := range map[string]struct {
+		ctx    context.Context
+		before bool // the old file has its name again before the new one would come into use
+		want   error
+	}{
+		"replaced":           {t.Context(), true, errReplaced},
+		"given up":           {over, false, context.Canceled},
+		"given up, replaced": {over, true, context.Canceled},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f, path := newFile(t)
+			old := path + ".1"
+			check(t, os.Rename(path, old))
+			o, err := open(f.directory, f.path)
+			check(t, err)
+			if c.before {
+				check(t, os.Rename(old, path))
+			}
+			if err := f.use(c.ctx, o); !errors.Is(err, c.want) {
+				t.Errorf("got %v, want %v", err, c.want)
+			}
+			if _, err := unix.FcntlInt(uintptr(o.fd), unix.F_GETFD, 0); err != unix.EBADF {
+				t.Errorf("the new file is not closed: %v", err)
+			}
+			if !c.before {
+				check(t, os.Rename(old, path))
+			}
+			f.Append(Stdout, time.Now(), []byte("goes on\n"), false)
+			if got := output(parse(t, read(t, path)), Stdout); got != "goes on\n" {
+				t.Errorf("the file has %q", got)
+			}
+		})
+	}
+}
+
+// A write that takes longer than the caller waits leaves no new file.
+func TestReopenWaitsForWrite(t *testing.T) {
+	f, path := newFile(t)
+	check(t, os.Rename(path, path+".1"))
+	ctx, giveUp := context.WithCancel(t.Context())
+	reopened := make(chan error, 1)
+	f.mu.Lock()
+	go func() {
+		_, err := f.ReopenContext(ctx)
+		reopened <- err
+	}()
+	giveUp()
+	f.mu.Unlock()
+	if err := <-reopened; !errors.Is(err, context.Canceled) || f.Counters().Err == "" {
+		t.Errorf("got %v, and counters %+v", err, f.Counters())
+	}
+	if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a new file: %v", err)
+	}
+	if _, err := f.ReopenContext(t.Context()); err != nil || f.Counters().Err != "" {
+		t.Errorf("once more: %v, %+v", err, f.Counters())
 	}
 }
 

@@ -1,6 +1,7 @@
 package logfile
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -14,6 +15,8 @@ var (
 	ErrPath = errors.New("not a path below the log directory")
 	// ErrNotRegular says that something else than a file has the log's name.
 	ErrNotRegular = errors.New("not a regular file")
+
+	errReplaced = errors.New("the new file was removed or replaced meanwhile; try once more")
 )
 
 const beneath = unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS
@@ -22,6 +25,22 @@ const beneath = unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_N
 type opened struct {
 	fd    int
 	inode uint64
+}
+
+// check says why nothing may be written to the file, if so: whoever has asked for it has given
+// up, or has put another file in its place.
+func (o opened) check(ctx context.Context) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(o.fd, &st); err != nil {
+		return err
+	}
+	if st.Nlink == 0 {
+		return errReplaced
+	}
+	return nil
 }
 
 // open opens directory/path for appending, and creates it if it is missing. If it
