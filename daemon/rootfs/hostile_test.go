@@ -136,6 +136,42 @@ func TestDeepImpliedNames(t *testing.T) {
 	}
 }
 
+// Deep layers that are deleted at the same time need the descriptors of one.
+func TestDeletionsTakeFewDescriptors(t *testing.T) { // not parallel: it counts
+	s := open(t, t.TempDir())
+	const trees, depth = 8, 700
+	for i := range trees {
+		tree := filepath.Join(s.dir, tmpName, fmt.Sprint(i))
+		check(t, os.MkdirAll(filepath.Join(tree, strings.Repeat("d/", depth)), 0o700))
+	}
+	used := func() int { // at least: the kernel gives the lowest number that is free
+		f, err := os.Open("/")
+		check(t, err)
+		defer f.Close()
+		return int(f.Fd())
+	}
+	before, most := used(), 0
+	for i := range trees {
+		s.deleteLater(filepath.Join(s.dir, tmpName, fmt.Sprint(i)))
+	}
+	done := make(chan struct{})
+	go func() {
+		s.background.Wait()
+		close(done)
+	}()
+	for over := false; !over; most = max(most, used()) {
+		select {
+		case <-done:
+			over = true
+		default:
+		}
+	}
+	if most-before > depth+100 {
+		t.Errorf("%d descriptors for trees of %d levels", most-before, depth)
+	}
+	empty(t, filepath.Join(s.dir, tmpName))
+}
+
 // A hole of 400 GiB does not keep a pull from being called off.
 func TestHolesAreCalledOff(t *testing.T) {
 	var b bytes.Buffer

@@ -96,6 +96,7 @@ type Store struct {
 	close      context.CancelFunc
 	disk       *os.File // dir, open for syncs; closed by Close
 	discarded  atomic.Uint64
+	deleting   sync.Mutex // held by the one deletion that goes on: each has an fd for each level of its tree
 
 	mu       sync.Mutex
 	syncing  bool // sync runs
@@ -519,7 +520,9 @@ func (s *Store) deleteLater(path string) {
 	s.background.Go(func() {
 		const first, longest = 100 * time.Millisecond, 10 * time.Minute
 		for wait := first; ; wait = min(2*wait, longest) {
+			s.deleting.Lock()
 			err := os.RemoveAll(path)
+			s.deleting.Unlock()
 			if err == nil {
 				return
 			}
