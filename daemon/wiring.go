@@ -76,9 +76,9 @@ func (r roots) Disarm(target string) error { return rootfs.Disarm(target) }
 
 func (r roots) Bind(root, name, at string) error { return rootfs.Bind(root, name, at) }
 
-func (r roots) Volumes(root string, names []string, owner records.Owner, at string,
+func (r roots) Volumes(ctx context.Context, root string, names []string, owner records.Owner, at string,
 	use func(dst string) (wanted, mounted bool)) (map[string]string, error) {
-	return rootfs.Volumes(root, names, owner.UID, owner.GID, at, use)
+	return rootfs.Volumes(ctx, root, names, owner.UID, owner.GID, at, use)
 }
 
 func (r roots) Diff(ctx context.Context, dir string, w io.Writer) error {

@@ -305,10 +305,11 @@ func (b *builder) devices(context.Context) (err error) {
 
 // imageVolumes makes the directories that the image declares as volumes, and
 // mounts those that have to be.
-func (b *builder) imageVolumes(context.Context) (err error) {
+func (b *builder) imageVolumes(ctx context.Context) (err error) {
 	names := slices.Collect(maps.Keys(b.in.Image.Volumes))
 	at := b.m.dir(b.rec.ID).Path(volumesName)
-	b.in.ImageVolumes, err = b.m.Roots.Volumes(b.in.Rootfs, names, b.pod.Root(), at, spec.ImageVolumes(b.in.Container))
+	use := spec.ImageVolumes(b.in.Container)
+	b.in.ImageVolumes, err = b.m.Roots.Volumes(ctx, b.in.Rootfs, names, b.pod.Root(), at, use)
 	if err != nil {
 		return kind.As(kind.Unavailable, fmt.Errorf("config.image: %w", err)) // unless it is kind.Invalid
 	}

@@ -83,7 +83,7 @@ type Roots interface {
 	// Volumes makes the directories that an image declares as volumes in a mounted
 	// root, and mounts those that have to be below the directory at. It gives the
 	// host's path by the path in the container. use says what is wanted.
-	Volumes(root string, names []string, owner records.Owner, at string,
+	Volumes(ctx context.Context, root string, names []string, owner records.Owner, at string,
 		use func(dst string) (wanted, mounted bool)) (map[string]string, error)
 	// Bind mounts what name means inside a mounted root on at.
 	Bind(root, name, at string) error

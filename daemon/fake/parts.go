@@ -152,7 +152,8 @@ func (r *Roots) OpenLayer(digest.Digest) (*os.File, error) { return nil, fs.ErrN
 func (r *Roots) Bind(_, _, _ string) error { return r.Mounting.try() }
 
 // Volumes makes none.
-func (r *Roots) Volumes(string, []string, records.Owner, string, func(string) (bool, bool)) (map[string]string, error) {
+func (r *Roots) Volumes(context.Context, string, []string, records.Owner, string, func(string) (bool, bool)) (
+	map[string]string, error) {
 	return nil, r.Mounting.try()
 }
 

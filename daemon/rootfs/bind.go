@@ -1,6 +1,7 @@
 package rootfs
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -25,6 +26,10 @@ import (
 
 // maxVolumes is how many volumes an image may declare.
 const maxVolumes = 1000
+
+// maxVolumeDirs bounds the directories on the ways to all volumes that are missing in the
+// image, made or found. A name, or a link that it leads to, has up to 2000.
+const maxVolumeDirs = 10_000
 
 // Bind mounts the file or directory name of the directory root, in which all
 // links are resolved, on the path at, which is made. Unmount(at) ends it. If name
@@ -65,18 +70,19 @@ func bind(f *os.File, at string) error {
 // use says of a path in the container whether its directory is wanted and whether
 // it has to be mounted. It is asked for what the image says, and for the result.
 // A volume that is impossible is an error of the kind kind.Invalid.
-func Volumes(root string, names []string, uid, gid int, at string,
+func Volumes(ctx context.Context, root string, names []string, uid, gid int, at string,
 	use func(dst string) (wanted, mounted bool)) (map[string]string, error) {
 	if len(names) > maxVolumes {
 		return nil, kind.Errorf(kind.Invalid, "the image declares %d volumes, and %d are possible", len(names),
 			maxVolumes)
 	}
 	sources := map[string]string{}
+	dirs := volumeDirs{ctx: ctx, uid: uid, gid: gid, left: maxVolumeDirs}
 	for i, name := range slices.Sorted(slices.Values(names)) {
 		if wanted, _ := use(path.Join("/", name)); !wanted {
 			continue
 		}
-		f, err := openVolume(root, name, uid, gid)
+		f, err := dirs.open(root, name)
 		if err != nil {
 			return nil, fmt.Errorf("cannot make volume %.200q of the image: %w", name, err)
 		}
@@ -106,8 +112,18 @@ func mountVolume(root string, volume *os.File, source string, sources map[string
 	return bind(volume, source)
 }
 
-// openVolume opens a volume, after making its directory if it is missing.
-func openVolume(root, name string, uid, gid int) (*os.File, error) {
+// volumeDirs makes the directories of volumes.
+type volumeDirs struct {
+	ctx      context.Context
+	uid, gid int
+	left     int // so many more may be on the ways
+}
+
+// open opens a volume, after making its directory if it is missing.
+func (d *volumeDirs) open(root, name string) (*os.File, error) {
+	if err := d.ctx.Err(); err != nil {
+		return nil, err
+	}
 	f, err := beneath.Open(root, name, beneath.FileOrDirectory, 0)
 	if !errors.Is(err, fs.ErrNotExist) {
 		return f, kind.As(kind.Invalid, err)
@@ -118,7 +134,13 @@ func openVolume(root, name string, uid, gid int) (*os.File, error) {
 	}
 	defer unix.Close(dir)
 	err = beneath.MkdirAll(dir, name, func(parent int, base, _ string) error {
-		return mkdirOwned(parent, base, uid, gid)
+		if err := d.ctx.Err(); err != nil {
+			return err
+		}
+		if d.left--; d.left < 0 {
+			return fmt.Errorf("the volumes that are missing have more than %d directories", maxVolumeDirs)
+		}
+		return mkdirOwned(parent, base, d.uid, d.gid)
 	})
 	if err == nil {
 		f, err = beneath.Open(root, name, beneath.FileOrDirectory, 0)

@@ -2,12 +2,14 @@ package rootfs
 
 import (
 	"archive/tar"
+	"context"
 	"errors"
 	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -34,7 +36,7 @@ func all(string) (wanted, mounted bool) { return true, true }
 
 func volumesOf(t *testing.T, root, at string, names ...string) map[string]string {
 	t.Helper()
-	m, err := Volumes(root, names, 0, 0, at, all)
+	m, err := Volumes(t.Context(), root, names, 0, 0, at, all)
 	check(t, err)
 	return m
 }
@@ -82,7 +84,7 @@ func TestVolumesWithoutMounts(t *testing.T) {
 	places(t)
 	use := func(dst string) (wanted, mounted bool) { return dst != "/covered", false }
 	at := filepath.Join(t.TempDir(), "volumes")
-	volumes, err := Volumes(root, []string{"/a/b", "/covered"}, 5, 6, at, use)
+	volumes, err := Volumes(t.Context(), root, []string{"/a/b", "/covered"}, 5, 6, at, use)
 	if err != nil || len(volumes) != 0 {
 		t.Fatalf("%v, %v", volumes, err)
 	}
@@ -107,7 +109,7 @@ func TestVolumesByLink(t *testing.T) {
 		ok := dst != "/proc" && dst != "/"
 		return ok, ok
 	}
-	volumes, err := Volumes(root, []string{"/link", "/all", "/proc"}, 0, 0, places(t), use)
+	volumes, err := Volumes(t.Context(), root, []string{"/link", "/all", "/proc"}, 0, 0, places(t), use)
 	if err != nil || len(volumes) != 0 {
 		t.Errorf("%v, %v", volumes, err)
 	}
@@ -115,22 +117,44 @@ func TestVolumesByLink(t *testing.T) {
 
 func TestImpossibleVolumes(t *testing.T) {
 	s := open(t, t.TempDir())
-	root := mount(t, s, apply(t, s,
-		e{name: "fifo", typ: tar.TypeFifo},
-		e{name: "disk", typ: tar.TypeBlock, dev: [2]int64{7, 0}},
-		e{name: "file", body: "x"},
-		e{name: "loop", typ: tar.TypeSymlink, link: "loop"},
-	))
+	entries := []e{
+		{name: "fifo", typ: tar.TypeFifo},
+		{name: "disk", typ: tar.TypeBlock, dev: [2]int64{7, 0}},
+		{name: "file", body: "x"},
+		{name: "loop", typ: tar.TypeSymlink, link: "loop"},
+	}
+	var deep []string // none of these, by its name or a link, has too many directories of its own
+	for i := range maxVolumeDirs/1000 + 1 {
+		name := fmt.Sprint(i, strings.Repeat("/d", 999))
+		if i%2 == 0 {
+			entries = append(entries, e{name: fmt.Sprint("link", i), typ: tar.TypeSymlink, link: name})
+			name = fmt.Sprint("link", i)
+		}
+		deep = append(deep, name)
+	}
+	root := mount(t, s, apply(t, s, entries...))
 	at := places(t)
 	var many []string
 	for i := range maxVolumes + 1 {
 		many = append(many, fmt.Sprint(i))
 	}
-	for _, names := range [][]string{{"fifo"}, {"disk"}, {"file/below"}, {"loop"}, {"loop/below"}, many} {
-		if v, err := Volumes(root, names, 0, 0, at, all); !errors.Is(err, kind.Invalid) {
+	for _, names := range [][]string{{"fifo"}, {"disk"}, {"file/below"}, {"loop"}, {"loop/below"}, many, deep} {
+		if v, err := Volumes(t.Context(), root, names, 0, 0, at, all); !errors.Is(err, kind.Invalid) {
 			t.Errorf("%v: %v, %v", names[0], v, err)
 		}
 	}
+}
+
+// Nobody makes directories for a creation that is over.
+func TestVolumesAreCalledOff(t *testing.T) {
+	s := open(t, t.TempDir())
+	root := mount(t, s)
+	ctx := &endsAfter{t.Context(), 2}
+	if _, err := Volumes(ctx, root, []string{"a/b/c"}, 0, 0, places(t), all); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("%v", err)
+	}
+	lstat(t, root, "a")
+	gone(t, root, "a/b")
 }
 
 func TestVolumesOfMappedRoot(t *testing.T) {
@@ -140,7 +164,7 @@ func TestVolumesOfMappedRoot(t *testing.T) {
 	at := filepath.Join(filepath.Dir(root), "volumes")
 	check(t, os.Mkdir(at, 0o711))
 	t.Cleanup(func() { UnmountBelow(at) })
-	volumes, err := Volumes(root, []string{"data", "new/one"}, hostUID, hostUID, at, all)
+	volumes, err := Volumes(t.Context(), root, []string{"data", "new/one"}, hostUID, hostUID, at, all)
 	check(t, err)
 	for inside, owner := range map[string]string{"/data": "3", "/new/one": "0"} {
 		got, err := as(t, m, 0, volumes[inside], "stat -c %u . && touch x && stat -c %u x")
