@@ -440,14 +440,23 @@ func (f *forwarder) joinChannels(web *webSocket, text bool, number byte, port in
 	leave, err := f.enter(port)
 	if err == nil {
 		defer leave()
-		err = f.connect(port, struct {
-			io.Writer
-			io.Closer
-		}{data, io.NopCloser(nil)}, in)
+		err = f.connect(port, bothWays{data, in}, in)
 	}
 	if err != nil {
 		fmt.Fprintf(errs, "error forwarding port %d to pod %s: %v", port, f.request.ID, err)
 	}
+}
+
+// bothWays is a client that cannot be told that the pod has closed its side: these protocols
+// have no end of one direction. So both end: the pod gets what has come of the client.
+type bothWays struct {
+	channel
+	in *queue
+}
+
+func (b bothWays) Close() error {
+	b.in.end(io.EOF)
+	return nil
 }
 
 // readChannels takes messages until the connection ends.

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/gorilla/websocket"
 	"k8s.io/streaming/pkg/httpstream"
@@ -242,19 +243,25 @@ func TestPortsThatWereAskedFor(t *testing.T) {
 	}
 }
 
-// The older protocols have a pair of channels for each port, which begin with its number.
-func TestForwardChannels(t *testing.T) {
-	f := newFake(t, nil)
-	port := serve(t, echo)
+// channels opens a session with one port over an older protocol, which has a pair of channels
+// for each port, and they begin with its number.
+func (f *fake) channels(t *testing.T, port int32) *websocket.Conn {
+	t.Helper()
 	ws, err := f.webDial(f.put(stream.Request{Kind: stream.PortForward, Ports: []int32{port}}), "v4.channel.k8s.io")
 	must.Succeed(t, err)
-	defer ws.Close()
+	t.Cleanup(func() { ws.Close() })
 	want := binary.LittleEndian.AppendUint16(nil, uint16(port))
 	for channel := range 2 {
 		if _, b, err := ws.ReadMessage(); err != nil || !bytes.Equal(b, append([]byte{byte(channel)}, want...)) {
 			t.Fatalf("channel %d begins with %v, %v", channel, b, err)
 		}
 	}
+	return ws
+}
+
+func TestForwardChannels(t *testing.T) {
+	f := newFake(t, nil)
+	ws := f.channels(t, serve(t, echo))
 	for _, kind := range []int{websocket.BinaryMessage, websocket.TextMessage} {
 		must.Succeed(t, ws.WriteMessage(kind, []byte("\x00hello")))
 		if _, b, err := ws.ReadMessage(); err != nil || string(b) != "\x00hello" {
@@ -263,6 +270,42 @@ func TestForwardChannels(t *testing.T) {
 	}
 	ws.Close()
 	eventually(t, "nothing is forwarded", func() bool { return f.forwards.count() == 0 })
+}
+
+// With the older protocols the end of the connection is all that tells of the pod's end, so it
+// comes at once, and the pod has what was sent before.
+func TestPodClosesItsChannel(t *testing.T) {
+	for _, half := range []bool{false, true} {
+		t.Run(fmt.Sprintf("half %v", half), func(t *testing.T) {
+			f := newFake(t, nil)
+			nothingLeft(t)
+			got := make(chan string, 1)
+			ws := f.channels(t, serve(t, func(c *net.TCPConn) {
+				defer c.Close()
+				b := make([]byte, 4)
+				io.ReadFull(c, b)
+				io.WriteString(c, "hello")
+				if half {
+					c.CloseWrite()
+					rest, _ := io.ReadAll(c)
+					b = append(b, rest...)
+				}
+				got <- string(b)
+			}))
+			must.Succeed(t, ws.WriteMessage(websocket.BinaryMessage, []byte("\x00name")))
+			if _, b, err := ws.ReadMessage(); err != nil || string(b) != "\x00hello" {
+				t.Errorf("the client got %q, %v", b, err)
+			}
+			ws.SetReadDeadline(time.Now().Add(quietLimit / 2))
+			if _, b, err := ws.ReadMessage(); !websocket.IsCloseError(err, websocket.CloseNormalClosure) {
+				t.Errorf("the connection goes on with %q, %v", b, err)
+			}
+			if s := <-got; s != "name" {
+				t.Errorf("the pod got %q", s)
+			}
+			eventually(t, "nothing is forwarded", func() bool { return f.forwards.count() == 0 })
+		})
+	}
 }
 
 func (f *forwards) count() int {
