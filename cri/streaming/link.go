@@ -11,13 +11,12 @@ import (
 	"time"
 )
 
-// upgrade is a response that a library turns into a connection of its own. wrap, if
-// set, is what the library gets to see of the link. It must not have an Unwrap.
+// upgrade is a response that a library turns into a connection of its own, by Hijack. It must
+// not have an Unwrap, which would lead past the link.
 type upgrade struct {
 	http.ResponseWriter
 	conn *conn
 	link *link // after Hijack
-	wrap func(*link) net.Conn
 }
 
 // Hijack gives the connection away. The upgrade's owner closes it with finish.
@@ -32,11 +31,7 @@ func (u *upgrade) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		conn: u.conn,
 		r:    io.MultiReader(bytes.NewReader(bytes.Clone(early)), nc),
 	}
-	var seen net.Conn = u.link
-	if u.wrap != nil {
-		seen = u.wrap(u.link)
-	}
-	return seen, bufio.NewReadWriter(bufio.NewReaderSize(seen, 4096), bufio.NewWriterSize(seen, 1024)), nil
+	return u.link, bufio.NewReadWriter(bufio.NewReaderSize(u.link, 4096), bufio.NewWriterSize(u.link, 1024)), nil
 }
 
 // finish ends the connection if it was given away. Else the HTTP server has it.

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"strconv"
 
@@ -59,7 +58,6 @@ func upgradeTo(u *upgrade, req *http.Request, names []string) (*webSocket, error
 		// A token is proof enough: nobody has one because of a cookie.
 		CheckOrigin: func(*http.Request) bool { return true },
 	}
-	u.wrap = func(l *link) net.Conn { return l }
 	ws, err := upgrader.Upgrade(u, req, nil)
 	if err != nil {
 		return nil, err
