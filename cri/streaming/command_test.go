@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
@@ -76,7 +75,8 @@ func (f *fake) dialSPDY(t *testing.T, name string, r stream.Request) *caller {
 	if r.TTY && name > "v3" {
 		s := create("resize")
 		c.resize = func(w, h int) error {
-			return json.NewEncoder(s).Encode(client.Size{Width: uint16(w), Height: uint16(h)})
+			_, err := fmt.Fprintf(s, "{\"Width\":%d,\"Height\":%d}\n", w, h) // as kubectl says it
+			return err
 		}
 	}
 	go func() {

@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/opencontainers/runtime-spec/specs-go"
-	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
 	utilexec "k8s.io/utils/exec"
 
 	"github.com/holdfast-cri/holdfast/proto/client"
@@ -51,24 +50,21 @@ func Open(ctx context.Context, r stream.Request, size client.Size) (Session, err
 	return opened, nil
 }
 
-// terminalSizes are what a client says of its terminal's size.
-type terminalSizes = <-chan remotecommand.TerminalSize
-
-// run serves a session until its end. The error is the client's: a CodeExitError, if
-// the command has ended with an exit code that is not 0.
-func (s *Server) run(ctx context.Context, r stream.Request, st client.Streams, resize terminalSizes) error {
+// run serves a session until its end. resize are the sizes of the client's terminal; nil: it
+// says none. The error is the client's: a CodeExitError, if the command has ended with an exit
+// code that is not 0.
+func (s *Server) run(ctx context.Context, r stream.Request, st client.Streams, resize <-chan client.Size) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var size client.Size
 	if r.TTY && resize != nil {
 		select {
-		case first := <-resize:
-			size = client.Size(first)
+		case size = <-resize:
 		case <-time.After(sizeWait):
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
-		st.Resize = sizes(ctx, resize)
+		st.Resize = resize
 	}
 	opened, err := s.Open(ctx, r, size)
 	if err != nil {
@@ -92,20 +88,4 @@ func (s *Server) run(ctx context.Context, r stream.Request, st client.Streams, r
 		}
 	}
 	return nil
-}
-
-// sizes passes sizes on, until ctx or the channel ends.
-func sizes(ctx context.Context, from terminalSizes) <-chan client.Size {
-	to := make(chan client.Size)
-	go func() {
-		defer close(to)
-		for size := range from {
-			select {
-			case to <- client.Size(size):
-			case <-ctx.Done():
-				return
-			}
-		}
-	}()
-	return to
 }

@@ -106,18 +106,18 @@ func (s *Server) spdyCommand(u *upgrade, req *http.Request, r stream.Request) {
 }
 
 // sizes reads those of the client's terminal, until its stream ends.
-func (c *commandStreams) sizes() terminalSizes {
+func (c *commandStreams) sizes() <-chan client.Size {
 	if c.resize == nil {
 		return nil
 	}
-	sizes := make(chan remotecommand.TerminalSize, 1)
+	sizes := make(chan client.Size, 1)
 	go func() {
 		defer close(sizes)
 		defer c.resize.abandon() // what follows is no size
 		limited := &io.LimitedReader{R: c.resize}
 		for decoder := json.NewDecoder(limited); ; {
 			limited.N = maxSize
-			var size remotecommand.TerminalSize
+			var size client.Size
 			if decoder.Decode(&size) != nil {
 				return
 			}

@@ -99,7 +99,7 @@ type commandSocket struct {
 	*webSocket
 	channels
 	stdin  *queue // nil: not wanted
-	resize chan remotecommand.TerminalSize
+	resize chan client.Size
 }
 
 // webCommand serves exec and attach over WebSocket.
@@ -114,7 +114,7 @@ func (s *Server) webCommand(u *upgrade, req *http.Request, r stream.Request) {
 		return
 	}
 	w := &commandSocket{webSocket: web, channels: protocols[0]}
-	w.resize = make(chan remotecommand.TerminalSize, 1)
+	w.resize = make(chan client.Size, 1)
 	for _, p := range protocols {
 		if p.name == web.Subprotocol() {
 			w.channels = p
@@ -170,7 +170,7 @@ func (w *commandSocket) take(message io.Reader) error {
 		_, err := w.stdin.ReadFrom(payload)
 		return err
 	case number == remotecommand.StreamResize:
-		var size remotecommand.TerminalSize
+		var size client.Size
 		if err := json.NewDecoder(io.LimitReader(payload, maxSize)).Decode(&size); err == nil {
 			newest(w.resize, size)
 		}
@@ -198,7 +198,7 @@ func parse(message io.Reader, text bool) (number byte, payload io.Reader, err er
 }
 
 // newest has the process see the size, and none that is older.
-func newest(sizes chan remotecommand.TerminalSize, size remotecommand.TerminalSize) {
+func newest(sizes chan client.Size, size client.Size) {
 	for {
 		select {
 		case sizes <- size:
