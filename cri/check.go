@@ -24,8 +24,6 @@ const (
 // of configs are for daemon/spec to check.
 func check(req any) error {
 	switch r := req.(type) {
-	case *runtimeapi.ListContainersRequest, *runtimeapi.ListPodSandboxRequest:
-		return nil
 	case *runtimeapi.CreateContainerRequest:
 		if err := require("pod_sandbox_id", r.GetPodSandboxId()); err != nil {
 			return err
@@ -66,11 +64,7 @@ func check(req any) error {
 		return require("checkpoint_path", r.GetCheckpointPath())
 	case *runtimeapi.PortForwardRequest:
 		return cmp.Or(require("pod_sandbox_id", r.GetPodSandboxId()), checkPorts(r.GetPort()))
-	case *runtimeapi.PullImageRequest:
-		return checkRef("image.image", r.GetImage())
-	case *runtimeapi.ImageStatusRequest:
-		return checkRef("image.image", r.GetImage())
-	case *runtimeapi.RemoveImageRequest:
+	case interface{ GetImage() *runtimeapi.ImageSpec }:
 		return checkRef("image.image", r.GetImage())
 	}
 	if r, ok := req.(interface{ GetContainerId() string }); ok {
