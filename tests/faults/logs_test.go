@@ -2,6 +2,7 @@ package faults
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"testing"
 	"time"
@@ -83,8 +84,9 @@ func TestLogDirectoryVanishes(t *testing.T) {
 }
 
 // The disk of the logs does not answer. Its containers stand still when their pipes are
-// full, and can be looked at, be entered, and be killed at their deadline. Nobody else
-// notices. What was not killed goes on when the disk does, and no line is missing.
+// full, and can be looked at, be entered, and be killed at their deadline, one whose start
+// waits for the disk too. Nobody else notices. What was not killed goes on when the disk
+// does, and no line is missing.
 func TestFrozenLogs(t *testing.T) {
 	t.Parallel()
 	d := harness.Drill(t, "frozen logs")
@@ -110,6 +112,12 @@ func TestFrozenLogs(t *testing.T) {
 		_, err := n.Runtime.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: late.ID})
 		started <- err
 	}()
+	shim := late.ShimPID()
+	harness.Eventually(t, patience, "the start waits for the disk", func() bool {
+		return waitsIn(shim, fmt.Sprintf("%d ", unix.SYS_OPENAT2))
+	})
+	late.Stop(0)
+	wantExit(t, d, late, 137)
 	harness.Eventually(t, patience, "the containers stand still", func() bool {
 		return waitsForPipe(pid) && waitsForPipe(endsPID)
 	})
@@ -127,6 +135,7 @@ func TestFrozenLogs(t *testing.T) {
 	n.Restart()
 	wantRunning(t, d, goesOn, pid)
 	wantExit(t, d, ends, 137)
+	wantExit(t, d, late, 137)
 	if out := fine.Output("echo", "fine"); out != "fine\n" {
 		t.Errorf("a command of another container says %q", out)
 	}

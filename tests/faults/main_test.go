@@ -107,11 +107,15 @@ func numberOf(l harness.Line) (n int) {
 }
 
 // waitsForPipe says whether a process waits for somebody to read what it writes.
-func waitsForPipe(pid int) bool {
+func waitsForPipe(pid int) bool { return waitsIn(pid, fmt.Sprintf("%d 0x1 ", unix.SYS_WRITE)) }
+
+// waitsIn says whether a thread of a process is in a system call, whose number and arguments
+// begin like this.
+func waitsIn(pid int, call string) bool {
 	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/syscall", pid))
 	for _, path := range tasks {
 		b, _ := os.ReadFile(path)
-		if strings.HasPrefix(string(b), fmt.Sprintf("%d 0x1 ", unix.SYS_WRITE)) {
+		if strings.HasPrefix(string(b), call) {
 			return true
 		}
 	}
