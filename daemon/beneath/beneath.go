@@ -123,6 +123,12 @@ func openHeld(held int, name string, kind Kind, max int64) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Else it would be polled. A file system in user space is asked for that, and while it does
+	// not answer nothing else in this process is polled.
+	if err := unix.SetNonblock(fd, false); err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
 	return os.NewFile(uintptr(fd), name), nil
 }
 

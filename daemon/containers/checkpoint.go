@@ -96,10 +96,25 @@ func (s *Snapshot) make(ctx context.Context, out *checkpoint.Output) error {
 	}, out)
 }
 
-// AwaitFiles calls f, which writes files where somebody wants them, and waits for its end; when
-// ctx has ended, no longer than f takes to see that. Where their directory does not answer f is
-// left alone. It cannot give names to the files any more, which are closed.
+// AwaitFiles calls f, which writes files where somebody wants them, and waits for its end as
+// await does. If f is left alone it cannot give names to the files any more, which are closed.
 func AwaitFiles(ctx context.Context, f func() error, files ...*checkpoint.Output) error {
+	err := await(ctx, f)
+	if errors.Is(err, errNoAnswer) {
+		for _, file := range files {
+			go file.Close() // may have to write what is in memory
+		}
+	}
+	return err
+}
+
+// errNoAnswer says that a call was left alone which waits for a file system.
+var errNoAnswer = errors.New("the directory of the checkpoint does not answer")
+
+// await calls f, which uses files that somebody named, and waits for its end; when ctx has
+// ended, no longer than f takes to see that. Where their directory does not answer f is left
+// alone, with all that it uses, and the error is errNoAnswer, of the kind kind.Unavailable.
+func await(ctx context.Context, f func() error) error {
 	done := make(chan error, 1)
 	go func() { done <- f() }()
 	select {
@@ -111,11 +126,8 @@ func AwaitFiles(ctx context.Context, f func() error, files ...*checkpoint.Output
 	case err := <-done:
 		return err
 	case <-time.After(dropTimeout):
+		return kind.Errorf(kind.Unavailable, "%w: %w", errNoAnswer, context.Cause(ctx))
 	}
-	for _, file := range files {
-		go file.Close() // may have to write what is in memory
-	}
-	return kind.Errorf(kind.Unavailable, "the directory of the checkpoint does not answer: %w", context.Cause(ctx))
 }
 
 // Checkpointable says why no checkpoint can be made of the container; nil if one can.

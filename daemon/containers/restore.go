@@ -39,7 +39,10 @@ func (o *origin) close() {
 	if o == nil {
 		return
 	}
-	o.source.Close()
+	// Its file system may have stopped to answer, and a creation has to end.
+	over, cancel := context.WithCancel(context.Background())
+	cancel()
+	await(over, o.source.Close)
 	if o.held != nil {
 		o.held()
 	}
@@ -58,7 +61,7 @@ func (m *Manager) holdImage(ctx context.Context, cfg *runtimeapi.ContainerConfig
 		from = &origin{name: archive.String(), source: archive}
 	case filepath.IsAbs(ref):
 		from = &origin{name: ref}
-		if from.source, err = checkpoint.OpenArchive(ref); err != nil {
+		if from.source, err = openArchive(ctx, ref); err != nil {
 			return img, nil, nil, fmt.Errorf("%s: %w", field, err)
 		}
 	default:
@@ -73,7 +76,7 @@ func (m *Manager) holdImage(ctx context.Context, cfg *runtimeapi.ContainerConfig
 		}
 	}
 	if err = m.mayRestore(ctx, pod, cfg); err == nil {
-		from.info, err = from.source.Info()
+		from.info, err = from.read(ctx)
 	}
 	if err == nil {
 		img, release, err = m.holdBase(ctx, field, from.info.Config)
@@ -83,6 +86,36 @@ func (m *Manager) holdImage(ctx context.Context, cfg *runtimeapi.ContainerConfig
 		return img, nil, nil, err
 	}
 	return img, release, from, nil
+}
+
+// openArchive opens the archive of a checkpoint, for as long as ctx.
+func openArchive(ctx context.Context, name string) (source *checkpoint.Source, err error) {
+	var opened *checkpoint.Source
+	err = await(ctx, func() (err error) {
+		opened, err = checkpoint.OpenArchive(name)
+		if err == nil && ctx.Err() != nil { // nobody may wait for it any more
+			opened.Close()
+			err = ctx.Err()
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err // opened may be written yet
+	}
+	return opened, nil
+}
+
+// read reads what has to be known of the checkpoint, for as long as ctx.
+func (o *origin) read(ctx context.Context) (*checkpoint.Info, error) {
+	var info *checkpoint.Info
+	err := await(ctx, func() (err error) {
+		info, err = o.source.Info()
+		return err
+	})
+	if err != nil {
+		return nil, err // info may be written yet
+	}
+	return info, nil
 }
 
 // mayRestore says why no container of a pod can be made from a checkpoint.
@@ -146,8 +179,12 @@ func (b *builder) unpack(ctx context.Context) error {
 		return kind.As(kind.Unavailable, err)
 	}
 	hostname := cmp.Or(b.pod.Config.M.GetHostname(), b.m.Host.NodeName)
-	whiteouts, err := b.from.source.Unpack(ctx, to, hostname)
-	if err != nil {
+	var whiteouts []byte
+	err := await(ctx, func() (err error) {
+		whiteouts, err = b.from.source.Unpack(ctx, to, hostname)
+		return err
+	})
+	if err != nil { // whiteouts may be written yet, and files until the directory is removed
 		return kind.As(kind.Unavailable, fmt.Errorf("config.image.image: %w", err)) // unless it is kind.Invalid
 	}
 	streams := []io.Reader{bytes.NewReader(whiteouts)}
