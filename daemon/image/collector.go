@@ -61,7 +61,7 @@ func (s *Store) collect() error {
 	errs := []error{s.dropKeptLocked(), s.dropStalePending(), s.forgetRemovalLocked(), s.refreshIndexLocked()}
 	named := s.namedLocked()
 	s.mu.Unlock()
-	removed := 0
+	removed, left := 0, int64(0) // left: bytes for interrupted pulls
 	errs = append(errs, s.collectRecords(), s.eachBlob(func(path string, d digest.Digest) error {
 		if named[d] {
 			return nil // a blob that has lost its name meanwhile is for the next run
@@ -74,10 +74,11 @@ func (s *Store) collect() error {
 		}
 		// Decided while nobody can hold it, so that no pull takes it for present.
 		return s.holds.ifNone(d, func() error {
+			size := s.sizes[d]
 			if s.resumable(d) { // a pull lets go after it was interrupted
+				left += size
 				return nil
 			}
-			size := s.sizes[d]
 			if err := s.removeBlobLocked(path, d); err != nil {
 				return err
 			}
@@ -90,15 +91,17 @@ func (s *Store) collect() error {
 	if removed > 0 {
 		s.o.Log.Info("unused blobs removed", "blobs", removed)
 	}
-	return errors.Join(append(errs, s.collectIngest())...)
+	parts, err := s.collectIngest()
+	return errors.Join(append(errs, err, s.leaveRoom(left+parts))...)
 }
 
-// collectIngest removes partial downloads that no pull goes on with.
-func (s *Store) collectIngest() error {
+// collectIngest removes partial downloads that no pull goes on with. It gives the bytes of those
+// that wait for one.
+func (s *Store) collectIngest() (left int64, err error) {
 	dir := filepath.Join(s.o.Root, ingestName)
 	files, err := os.ReadDir(dir)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	var errs []error
 	for _, e := range files {
@@ -107,10 +110,14 @@ func (s *Store) collectIngest() error {
 		}
 		s.mu.Lock()
 		d := blobOfPart(e.Name())
-		if s.downloads[e.Name()] == nil && !s.holds.has(d) && !s.resumable(d) {
-			errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
+		if s.downloads[e.Name()] == nil && !s.holds.has(d) {
+			if st, err := e.Info(); err == nil && s.resumable(d) {
+				left += st.Size()
+			} else {
+				errs = append(errs, os.RemoveAll(filepath.Join(dir, e.Name())))
+			}
 		}
 		s.mu.Unlock()
 	}
-	return errors.Join(errs...)
+	return left, errors.Join(errs...)
 }

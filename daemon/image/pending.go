@@ -120,3 +120,28 @@ func (s *Store) dropStalePending() error {
 		return os.Remove(path)
 	})
 }
+
+// leaveRoom forgets the interrupted pull that began first, if what all of them have left takes
+// more than is free: no image shows it, so nobody else can remove it. The collector looks again
+// after that. What pulls that run need is held.
+func (s *Store) leaveRoom(left int64) error {
+	var st syscall.Statfs_t
+	err := syscall.Statfs(filepath.Join(s.o.Root, ingestName), &st)
+	if err != nil || uint64(left) <= st.Bavail*uint64(st.Bsize) {
+		return err
+	}
+	oldest, since := "", time.Time{}
+	err = s.eachPending(func(path string, p pending, err error) error {
+		idle := slices.ContainsFunc(p.Blobs, func(d digest.Digest) bool { return !s.holds.has(d) })
+		if err == nil && idle && (oldest == "" || p.Since.Before(since)) {
+			oldest, since = path, p.Since
+		}
+		return nil
+	})
+	if oldest == "" {
+		return err
+	}
+	s.o.Log.Info("interrupted pulls have left more than is free, the oldest is forgotten", "record", oldest)
+	s.kick()
+	return errors.Join(err, os.Remove(oldest))
+}

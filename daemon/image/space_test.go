@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/holdfast-cri/holdfast/daemon/records"
@@ -197,10 +198,13 @@ func TestFullDisk(t *testing.T) {
 	}
 	// There is not even room for a manifest, but what a pull left would do.
 	interrupt()
+	left := []digest.Digest{descOf(f.layers[0]).Digest}
+	s.hold(left) // the collector does not make room before the pull asks for it
 	fillUp()
 	if _, err := s.Pull(t.Context(), k.request(fits)); !errors.Is(err, syscall.ENOSPC) {
 		t.Errorf("got %v", err)
 	}
+	s.release(left)
 	eventually(t, "nothing is left", empty)
 	mustPull(t, s, k.request(fits))
 	verify(t, s)
@@ -232,6 +236,46 @@ func TestFullDisk(t *testing.T) {
 	check(t, errors.Join(fill.Close(), os.Remove(fill.Name())))
 	mustPull(t, s, k.request(fits))
 	verify(t, s)
+}
+
+// What interrupted pulls leave takes no more than is free, parts and whole blobs together: the
+// oldest goes first, without another pull.
+func TestInterruptedPullsLeaveRoom(t *testing.T) {
+	t.Parallel()
+	f := newFaulty(t, 1<<20, 1<<20)
+	g := newFaulty(t, 1<<20+1, 1<<20+1)
+	root := small(t, "16m")
+	s := openAt(t, root)
+	var k sink
+	var parts []string
+	for _, f := range []*faulty{f, g} {
+		f.set(func(w http.ResponseWriter, r *http.Request) bool {
+			if f.isLayer(r, 0) && r.Header.Get("Range") == "" {
+				f.sentSome(w, f.layers[0].packed, 512<<10)
+			}
+			if !f.isLayer(r, 0) {
+				return true
+			}
+			eventually(t, "the other layer is here", func() bool { return s.hasBlob(descOf(f.layers[1])) })
+			w.WriteHeader(http.StatusServiceUnavailable)
+			return false
+		})
+		if _, err := s.Pull(t.Context(), k.request(f.ref)); !errors.Is(err, ErrUnavailable) {
+			t.Fatal(err)
+		}
+		parts = append(parts, filepath.Join(root, ingestName, partName(f.host, descOf(f.layers[0]))))
+	}
+	there := func(path string) bool { _, err := os.Lstat(path); return err == nil }
+	for i, free := range []string{"4m", "2m"} {
+		check(t, s.collect())
+		if !there(parts[i]) || len(pendings(s)) != 2-i {
+			t.Errorf("with room for it, %d: %v", i, pendings(s))
+		}
+		check(t, unix.Mount("", root, "tmpfs", unix.MS_REMOUNT, "size="+free))
+		s.kick()
+		eventually(t, "the oldest is gone", func() bool { return !there(parts[i]) && len(pendings(s)) == 1-i })
+	}
+	eventually(t, "nothing is left", func() bool { return s.Usage() == Usage{} })
 }
 
 // Whoever looks sees how far a pull is.
