@@ -87,7 +87,8 @@ func (d *Daemon) recover() (*recovery, error) {
 	d.background(func(context.Context) { r.completeJournal() })
 	d.background(func(ctx context.Context) {
 		for _, f := range r.later {
-			// What cannot be killed, or does not answer, is owed, and holds up nothing else.
+			// What cannot be killed, or does not answer, holds up nothing else. It is owed, or stays
+			// listed as one whose removal is asked for again.
 			limited, cancel := context.WithTimeout(ctx, d.laterLimit)
 			f(limited)
 			cancel()

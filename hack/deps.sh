@@ -12,7 +12,7 @@ PATH=$PWD/.cache/go/bin:$PATH:/usr/local/go/bin:/usr/sbin:/sbin
 # PACKAGE|CHECK: the package is missing where the check fails.
 build='
 make|command -v make
-ca-certificates|test -e /etc/ssl/certs/ca-certificates.crt
+ca-certificates|test -e /etc/ssl/certs/ca-certificates.crt || test -e /etc/pki/tls/certs/ca-bundle.crt
 iproute2|command -v ip
 golang-go|command -v go
 gcc|command -v gcc

@@ -162,12 +162,13 @@ func (w *oomWatch) verdict(end reaper.Status, at time.Time, ours, asked bool) ve
 	if n == 0 {
 		return verdict{}
 	}
-	if w.rise.IsZero() {
+	unseen := w.rise.IsZero()
+	if unseen && (ours || end.Signal != unix.SIGKILL) {
 		return verdict{false, fmt.Sprintf("the OOM killer killed processes of the container (%d in all), "+
 			"and nobody saw when", n)}
 	}
 	before := max(0, at.Sub(w.rise)).Round(time.Millisecond)
-	fresh := !ours && before < oomFresh
+	fresh := !ours && (unseen || before < oomFresh)
 	switch {
 	case fresh && end.Signal == unix.SIGKILL:
 		return verdict{true, "the OOM killer killed the first process of the container: it, or a group that the " +

@@ -37,6 +37,8 @@ const (
 	drainLimit = 10 * time.Second
 	// quietLimit is how long a client may be silent whose pod has closed its side.
 	quietLimit = 10 * time.Second
+	// waitLimit is the same of a client that waits for the end of both to know of that.
+	waitLimit = time.Second
 	// copySize is how much is read of a port at a time.
 	copySize = 64 << 10
 )
@@ -196,7 +198,7 @@ func (f *forwarder) begin(p *pair) {
 		p.data.accept()
 		err := p.refused
 		if err == nil {
-			err = f.connect(p.port, p.data, in)
+			err = f.connect(p.port, p.data, in, quietLimit)
 		}
 		if err != nil {
 			p.data.Reset()
@@ -243,8 +245,8 @@ func (f *forwards) leave(pod string) {
 	}
 }
 
-// connect joins a client with a port, until both directions have ended.
-func (f *forwarder) connect(port int32, client io.WriteCloser, from io.Reader) error {
+// connect joins a client with a port, until both directions have ended. quiet: see join.
+func (f *forwarder) connect(port int32, client io.WriteCloser, from io.Reader, quiet time.Duration) error {
 	// A client that has sent something and gone is no reason not to deliver it.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(f.ctx), dialLimit)
 	defer cancel()
@@ -253,14 +255,15 @@ func (f *forwarder) connect(port int32, client io.WriteCloser, from io.Reader) e
 		return err
 	}
 	defer pod.Close()
-	return join(f.ctx, pod, client, from)
+	return join(f.ctx, pod, client, from, quiet)
 }
 
 // join copies both ways. The end of one direction is passed on, and the other one goes
 // on: after that of the client for as long as it takes, after that of the pod while the
 // client sends. Some clients send nothing more and wait for this to end. ctx is the
-// client's presence: without it the pod gets what came, and no more.
-func join(ctx context.Context, pod net.Conn, client io.WriteCloser, from io.Reader) error {
+// client's presence: without it the pod gets what came, and no more. A client that was
+// silent for the time limit sends nothing more.
+func join(ctx context.Context, pod net.Conn, client io.WriteCloser, from io.Reader, limit time.Duration) error {
 	in, out := make(chan struct{}), make(chan error, 1)
 	to := &countingWriter{w: pod}
 	go func() {
@@ -280,7 +283,7 @@ func join(ctx context.Context, pod net.Conn, client io.WriteCloser, from io.Read
 			case <-in:
 				return nil
 			case <-ctx.Done():
-			case <-time.After(quietLimit):
+			case <-time.After(limit):
 				n := to.n.Load()
 				last, quiet = n, n == last
 			}
@@ -440,7 +443,7 @@ func (f *forwarder) joinChannels(web *webSocket, text bool, number byte, port in
 	leave, err := f.enter(port)
 	if err == nil {
 		defer leave()
-		err = f.connect(port, bothWays{data, in}, in)
+		err = f.connect(port, bothWays{data}, in, waitLimit)
 	}
 	if err != nil {
 		fmt.Fprintf(errs, "error forwarding port %d to pod %s: %v", port, f.request.ID, err)
@@ -448,16 +451,10 @@ func (f *forwarder) joinChannels(web *webSocket, text bool, number byte, port in
 }
 
 // bothWays is a client that cannot be told that the pod has closed its side: these protocols
-// have no end of one direction. So both end: the pod gets what has come of the client.
-type bothWays struct {
-	channel
-	in *queue
-}
+// have no end of one direction. So both end, as soon as the client is silent.
+type bothWays struct{ channel }
 
-func (b bothWays) Close() error {
-	b.in.end(io.EOF)
-	return nil
-}
+func (bothWays) Close() error { return nil }
 
 // readChannels takes messages until the connection ends.
 func readChannels(web *webSocket, text bool, in []*queue) error {

@@ -296,11 +296,16 @@ func TestPodClosesItsChannel(t *testing.T) {
 			if _, b, err := ws.ReadMessage(); err != nil || string(b) != "\x00hello" {
 				t.Errorf("the client got %q, %v", b, err)
 			}
+			want := "name"
+			if half { // what the client goes on to send still comes
+				want = "name, more"
+				must.Succeed(t, ws.WriteMessage(websocket.BinaryMessage, []byte("\x00, more")))
+			}
 			ws.SetReadDeadline(time.Now().Add(quietLimit / 2))
 			if _, b, err := ws.ReadMessage(); !websocket.IsCloseError(err, websocket.CloseNormalClosure) {
 				t.Errorf("the connection goes on with %q, %v", b, err)
 			}
-			if s := <-got; s != "name" {
+			if s := <-got; s != want {
 				t.Errorf("the pod got %q", s)
 			}
 			eventually(t, "nothing is forwarded", func() bool { return f.forwards.count() == 0 })

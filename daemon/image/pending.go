@@ -122,12 +122,13 @@ func (s *Store) dropStalePending() error {
 }
 
 // leaveRoom forgets the interrupted pull that began first, if what all of them have left takes
-// more than is free: no image shows it, so nobody else can remove it. The collector looks again
-// after that. What pulls that run need is held.
+// more than is free, and less than a quarter of the disk is: no image shows it, so a kubelet under
+// disk pressure, which begins at 15 %, cannot remove it. The collector looks again after that. What
+// pulls that run need is held.
 func (s *Store) leaveRoom(left int64) error {
 	var st syscall.Statfs_t
 	err := syscall.Statfs(filepath.Join(s.o.Root, ingestName), &st)
-	if err != nil || uint64(left) <= st.Bavail*uint64(st.Bsize) {
+	if err != nil || st.Bavail > st.Blocks/4 || uint64(left) <= st.Bavail*uint64(st.Bsize) {
 		return err
 	}
 	oldest, since := "", time.Time{}

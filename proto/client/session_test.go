@@ -48,7 +48,7 @@ func TestCopyOutOfATerminal(t *testing.T) {
 		},
 		"a child closes it": func(ended chan<- struct{}, tty *os.File) {
 			close(ended)
-			time.Sleep(quietTimeout / 2)
+			time.Sleep(quietTimeout / 20)
 			tty.WriteString("rest")
 			tty.Close()
 		},
