@@ -19,7 +19,7 @@ mkdir -p "$logs"
 
 # The limits end what hangs, and show where. They allow for a machine that is
 # several times slower than others; a drill takes hours there.
-limit=30m
+limit=15m
 [ -z "${HOLDFAST_DRILL:-}" ] || limit=360m
 # The step vet has vetted what is tested.
 gotest() { go test -v -count=1 -vet=off -timeout="${TIMEOUT:-$limit}" "$@"; }
@@ -45,14 +45,14 @@ count() {
 		END { printf "%d passed, %d failed, %d skipped\n", p, f, s }' "$@"
 }
 
-# failures shows the tests that failed and what they say, without the logs of
+# failures shows the tests that failed, or did not end, and what they say, without the logs of
 # daemons in between, so that the end of a long output tells what is wrong.
 failures() {
 	awk '
 		/^=== / { test = $3 }
 		/^ *[a-z0-9_]+\.go:[0-9]+: / && !/DRILL\|/ { said[test] = said[test] $0 "\n" }
 		/^ *--- FAIL/ { printf "%s\n%s", $0, said[$3] }
-		/^panic: |DATA RACE|^FAIL\s/' "$1" | cut -c1-300 | head -n 60
+		/^panic: |^\trunning tests:|^\t\tTest|DATA RACE|^FAIL\s/' "$1" | cut -c1-300 | head -n 60
 }
 
 # drills makes a table of the rows that drills have logged (tests/harness/drill.go).

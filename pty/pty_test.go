@@ -92,11 +92,12 @@ func TestReader(t *testing.T) {
 	go func() {
 		for b := make([]byte, 16); ; {
 			n, err := r.Read(b)
+			// Before the result is told: what is set after that stays.
+			second.SetReadDeadline(time.Time{})
 			results <- result{string(b[:n]), err}
 			if err == io.EOF {
 				return
 			}
-			second.SetReadDeadline(time.Time{})
 		}
 	}()
 	for range 20 {

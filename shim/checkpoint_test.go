@@ -59,7 +59,8 @@ func TestThawDuringFreeze(t *testing.T) {
 // goes on, whether that can be saved or not.
 func TestFreezeStopped(t *testing.T) {
 	b := newBox(t)
-	b.run("sleep 1000 & kill -STOP $!; echo ready; wait")
+	// kill(1) does not wait until the process has stopped.
+	b.run(`sleep 1000 & kill -STOP $!; until grep -q '^State:.T' /proc/$!/status; do :; done; echo ready; wait`)
 	b.says("ready")
 	want := codes.OK
 	if updateV1 {
