@@ -60,11 +60,13 @@ func TestRecoverEvents(t *testing.T) {
 		}
 	}
 	check(t, b.Containers.Remove(t.Context(), second))
-	go b.stop(later)
+	ended := make(chan struct{})
+	go func() { defer close(ended); b.stop(later) }()
 	want = append(want[1:], second+" CONTAINER_DELETED_EVENT -1 SANDBOX_READY", later+stopped+"143 SANDBOX_READY")
 	if got := b.told(4); !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}
+	<-ended // before its directory goes
 	check(t, b.Pods.Remove(t.Context(), other))
 	b.removeAll(pod)
 }

@@ -60,7 +60,7 @@ func TestThawDuringFreeze(t *testing.T) {
 func TestFreezeStopped(t *testing.T) {
 	b := newBox(t)
 	// kill(1) does not wait until the process has stopped.
-	b.run(`sleep 1000 & kill -STOP $!; until grep -q '^State:.T' /proc/$!/status; do :; done; echo ready; wait`)
+	b.run(`sleep 1000 & kill -STOP $!; until busybox grep -q '^State:.T' /proc/$!/status; do :; done; echo ready; wait`)
 	b.says("ready")
 	want := codes.OK
 	if updateV1 {

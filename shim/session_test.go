@@ -264,7 +264,7 @@ func TestClientGoes(t *testing.T) {
 			name := c.name + " " + kind
 			t.Run(name, func(t *testing.T) {
 				o := options(fmt.Sprintf(script, name))
-				o.Lease = 500 * time.Millisecond // in which the client comes, also on a busy machine
+				o.Lease = 2 * time.Second // in which the client comes, also on a busy machine
 				s := b.session(o)
 				defer s.Close()
 				read(t, s.Stdout, "ready")
@@ -475,7 +475,11 @@ func TestSessionErrors(t *testing.T) {
 			t.Errorf("%s: no error", name)
 		}
 	}
-	s := b.session(late)
+	s, err := c.OpenSession(b.ctx(), late)
+	for ; err != nil && late.Timeout < limit; s, err = c.OpenSession(b.ctx(), late) {
+		late.Timeout *= 2 // it was too short for the start
+	}
+	must.Succeed(t, err)
 	if exit, err := s.Wait(b.ctx()); err != nil || exit.Reason != session.TimedOut || exit.Code != 137 {
 		t.Errorf("at its timeout: %+v, %v", exit, err)
 	}

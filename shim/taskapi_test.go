@@ -300,7 +300,7 @@ func TestTaskAPIExec(t *testing.T) {
 		t.Errorf("the same once more: %v", err)
 	}
 	code5 := make(chan *taskv3.WaitResponse, 1)
-	go func() { code5 <- x.wait() }()
+	go func() { defer close(code5); code5 <- x.wait() }() // a wait that fails ends its goroutine
 	pid := x.start()
 	if s := x.status(); s != tasktypes.Status_RUNNING || !alive(int(pid)) {
 		t.Errorf("%s after the start", s)
@@ -316,18 +316,19 @@ func TestTaskAPIExec(t *testing.T) {
 		w.Close()
 	}()
 	stdout, stderr := x.read(1), x.read(2)
-	if r := <-code5; r.ExitStatus != 5 {
+	if r := <-code5; r.GetExitStatus() != 5 {
 		t.Errorf("exit: %v", r)
-	}
-	r, err := x.delete()
-	if err != nil || r.ExitStatus != 5 || r.Pid != pid {
-		t.Errorf("delete: %v, %v", r, err)
 	}
 	if s := <-stdout; s != "got hello\n"+more {
 		t.Errorf("%d bytes of stdout, want %d", len(s), len("got hello\n"+more))
 	}
 	if s := <-stderr; s != "oops\n" {
 		t.Errorf("stderr %q", s)
+	}
+	// A reader that comes after this one would wait for ever.
+	r, err := x.delete()
+	if err != nil || r.ExitStatus != 5 || r.Pid != pid {
+		t.Errorf("delete: %v, %v", r, err)
 	}
 	if _, err := x.c.State(b.ctx(), &taskv3.StateRequest{ID: b.id, ExecID: x.id}); code(err) != codes.NotFound {
 		t.Errorf("state of one that is deleted: %v", err)
@@ -564,17 +565,19 @@ func TestTaskAPIExecEnds(t *testing.T) {
 	}
 	x := b.fifoExec("last", sh("exec sleep 1236"))
 	x.start()
-	stdout := x.read(1)
+	stdout, err := os.Open(x.paths[1])
+	must.Succeed(t, err)
+	defer stdout.Close()
 	ended := make(chan *taskv3.WaitResponse, 1)
-	go func() { ended <- x.wait() }()
+	go func() { defer close(ended); ended <- x.wait() }() // a wait that fails ends its goroutine
 	if _, err := x.c.Kill(b.ctx(), &taskv3.KillRequest{ID: b.id, Signal: 9}); err != nil {
 		t.Error(err)
 	}
-	if r := <-ended; r.ExitStatus != 137 {
+	if r := <-ended; r.GetExitStatus() != 137 {
 		t.Errorf("exit: %v", r)
 	}
-	if s := <-stdout; s != "" {
-		t.Errorf("output %q", s)
+	if s, err := io.ReadAll(stdout); err != nil || len(s) > 0 {
+		t.Errorf("output %q, %v", s, err)
 	}
 	b.gone()
 }

@@ -200,10 +200,11 @@ func TestRealShim(t *testing.T) {
 	if r := n.ctl(t, "pids", id); !strings.Contains(r.stdout, "trap") {
 		t.Errorf("pids: %+v", r)
 	}
-	if r := n.ctl(t, "state", id); !strings.Contains(r.stdout, "source:") || !strings.Contains(r.stdout, "cgroup ") ||
-		!strings.Contains(r.stdout, "log written:") {
-		t.Errorf("state: %+v", r)
-	}
+	eventually(t, "the state, by the shim itself", func() bool {
+		r := n.ctl(t, "state", id)
+		return strings.Contains(r.stdout, "source:") && strings.Contains(r.stdout, "cgroup ") &&
+			strings.Contains(r.stdout, "log written:")
+	})
 	if r := n.ctl(t, "exec", "-e", "X=y", "-w", "/tmp", "-u", "1000:100", id, "sh", "-c",
 		"echo $X $LANG $PWD; id -u; id -g; echo no >&2; exit 5"); r.code != 5 || r.stdout != "y C /tmp\n1000\n100\n" ||
 		r.stderr != "no\n" {

@@ -246,16 +246,12 @@ func TestChurn(t *testing.T) {
 		close(stop)
 		<-done
 	}()
-	var r Report
-	for range 20 { // a name that has come and gone between two looks is in neither
-		var err error
-		r, err = Look(t.Context(), o)
+	// A name that has come and gone between two looks is in neither.
+	must.Come(t, "something without an owner", func() bool {
+		r, err := Look(t.Context(), o)
 		check(t, err)
-		if len(r.Ownerless())+len(r.Doubtful()) > 0 {
-			return
-		}
-	}
-	t.Errorf("%+v", r.Things)
+		return len(r.Ownerless())+len(r.Doubtful()) > 0
+	})
 }
 
 // A shim that lives by its lock and is not seen, as from another PID namespace, means that nothing is taken away.

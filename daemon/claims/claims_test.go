@@ -46,6 +46,7 @@ func TestOnce(t *testing.T) {
 	}
 	go ask()
 	<-begun
+	awaited(t, table, "x")
 	go ask()
 
 	// A caller that gives up leaves the attempt going, and learns what it is at.
@@ -83,6 +84,17 @@ func TestOnce(t *testing.T) {
 	if _, err := table.Once(ctx, Name{Name: "y"}, succeed); !errors.Is(err, kind.Unavailable) {
 		t.Errorf("a closed table: %v", err)
 	}
+}
+
+// awaited returns when a caller waits for the object of a name.
+func awaited(t *testing.T, table *Table, name string) {
+	t.Helper()
+	must.Come(t, "somebody waits for "+name, func() bool {
+		table.mu.Lock()
+		defer table.mu.Unlock()
+		c := table.claims[name]
+		return c != nil && c.waiting.Load() > 0
+	})
 }
 
 // abandon has a creation finished whose only caller has given up.
@@ -144,6 +156,7 @@ func TestRemovedWhenNobodyAsksAgain(t *testing.T) {
 				Remove: func(context.Context) error { close(removing); <-proceed; return failure },
 			})
 			<-removing
+			table.unclaimed = time.Hour // the next one is kept until its caller has it
 			runs := 0
 			id := make(chan string)
 			go func() {
@@ -178,6 +191,7 @@ func TestReplacesWhatNobodyHas(t *testing.T) {
 		first <- err
 	}()
 	<-making
+	awaited(t, table, "x")
 	if _, err := table.Once(t.Context(), other, succeed); !errors.Is(err, kind.Exists) {
 		t.Errorf("somebody waits for the first one, and another config gets %v", err)
 	}

@@ -194,19 +194,19 @@ func TestSourceThatDoesNotAnswer(t *testing.T) {
 	config, err := records.Encoded(&runtimeapi.ContainerConfig{
 		Metadata: &runtimeapi.ContainerMetadata{Name: "c"},
 		Mounts: []*runtimeapi.Mount{
+			{HostPath: dir, ContainerPath: "/dead"}, // first: what answers could be too late for this limit, too
 			{HostPath: "/", ContainerPath: "/root"},
-			{HostPath: dir, ContainerPath: "/dead"},
 		},
 	})
 	must.Succeed(t, err)
 	rec := &records.Container{PodID: "p", Config: config}
 	for range 3 {
 		err := (&builder{m: m, rec: rec}).checkSources(t.Context())
-		if !errors.Is(err, kind.Unavailable) || !strings.HasPrefix(err.Error(), "config.mounts[1].host_path: ") {
+		if !errors.Is(err, kind.Unavailable) || !strings.HasPrefix(err.Error(), "config.mounts[0].host_path: ") {
 			t.Errorf("got %v", err)
 		}
 	}
-	key := NameOf(rec).Name + "config.mounts[1]." + dir + "false"
+	key := NameOf(rec).Name + "config.mounts[0]." + dir + "false"
 	answer := m.sources.DoChan(key, func() (any, error) { return nil, errors.New("there are two looks") })
 	end()
 	if r := <-answer; !errors.Is(r.Err, kind.Invalid) || !strings.Contains(r.Err.Error(), unix.ENOTCONN.Error()) {

@@ -201,7 +201,11 @@ func TestDropped(t *testing.T) {
 	for _, call := range []string{"RunPodSandbox", "CreateContainer", "StartContainer", "StopContainer"} {
 		for _, dies := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s dies=%v", call, dies), func(t *testing.T) {
-				n := open(t, func(o *Options) { o.RequestTimeout = 200 * time.Millisecond }, nil)
+				limit := 2 * time.Second // of the calls that are answered, too
+				if dies {
+					limit = time.Minute // nobody waits for one that goes
+				}
+				n := open(t, func(o *Options) { o.RequestTimeout = limit }, nil)
 				p := &plugin{}
 				release := make(chan struct{})
 				p.call = func(got string) error {
@@ -241,7 +245,7 @@ func TestDropped(t *testing.T) {
 
 // One that does not take in what there is, is never served. Nobody else waits longer.
 func TestHangsAtFirst(t *testing.T) {
-	n := open(t, func(o *Options) { o.RegistrationTimeout = 200 * time.Millisecond }, nil)
+	n := open(t, func(o *Options) { o.RegistrationTimeout = 2 * time.Second }, nil) // of the next one, too
 	release := make(chan struct{})
 	reached := make(chan struct{})
 	p := &plugin{sync: func() []*api.ContainerUpdate {

@@ -252,7 +252,7 @@ func TestStoppedShim(t *testing.T) {
 	shim, c, ends := launch(t, dir)
 	check(t, syscall.Kill(shim.PID, syscall.SIGSTOP))
 	until(t, "the stop", shim.Stopped)
-	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second) // it has to be connected to by then
 	defer cancel()
 	if err := Reach(ctx, dir, c); !errors.Is(err, client.ErrUnreachable) ||
 		!strings.Contains(err.Error(), "kill -CONT") {

@@ -277,7 +277,7 @@ func TestFailures(t *testing.T) {
 			s := b.daemon()
 			ctx, cancel := context.WithCancel(t.Context())
 			if mode == hangs {
-				ctx, cancel = context.WithTimeout(ctx, 300*time.Millisecond)
+				ctx, cancel = context.WithTimeout(ctx, 3*time.Second) // it has to have started by then
 			}
 			defer cancel()
 			_, err := s.URL(ctx, stream.Request{Kind: stream.Exec})

@@ -40,7 +40,6 @@ func withCRIU(t *testing.T, script string) {
 // TestStopDuringCheckpoint ends containers while they are saved: they end as if they were
 // not, and nothing of the checkpoint is left.
 func TestStopDuringCheckpoint(t *testing.T) {
-	t.Parallel()
 	needCRIU(t)
 	g := gatedCRIU(t)
 	n := harness.New(t)

@@ -167,8 +167,9 @@ func TestMetricsOfPulls(t *testing.T) {
 	}
 
 	removeImage(t, n, ref)
-	harness.Eventually(t, patience, "its blobs are gone",
-		func() bool { return grown("holdfast_image_blob_bytes") == 0 })
+	harness.Eventually(t, patience, "its blobs are gone, and counted", func() bool {
+		return grown("holdfast_image_blob_bytes") == 0 && grown("holdfast_image_blobs_collected_total") >= 4
+	})
 	blobs, bytes := grown("holdfast_image_blobs_collected_total"), grown("holdfast_image_collected_bytes_total")
 	if blobs != 4 || bytes <= total {
 		t.Errorf("%v blobs with %v bytes were collected", blobs, bytes)

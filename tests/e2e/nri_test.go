@@ -121,11 +121,14 @@ func sharesOf(id string, shares uint64) []*nri.ContainerUpdate {
 	return []*nri.ContainerUpdate{u}
 }
 
+// patientNRI has a node wait for a plugin that is slow, which shares a process with all tests.
+var patientNRI = harness.Options{Config: "plugin_request_timeout = \"1m\"\n"} // in the table [nri]
+
 // What a plugin wants of a container is so, in it and in its status, also after a
 // restart. It can have other limits later, unasked.
 func TestNRIAdjusts(t *testing.T) {
 	t.Parallel()
-	n := harness.New(t)
+	n := harness.New(t, patientNRI)
 	check(t, os.WriteFile(n.Path("given"), []byte("by a plugin"), 0o644))
 	p := (&plugin{adjust: func(a *nri.ContainerAdjustment) {
 		a.AddEnv("NEW", "value")
@@ -162,7 +165,7 @@ func TestNRIAdjusts(t *testing.T) {
 // becomes of it.
 func TestNRIAfterRestart(t *testing.T) {
 	t.Parallel()
-	n := harness.New(t)
+	n := harness.New(t, patientNRI)
 	p := (&plugin{}).connect(t, n)
 	pod := n.RunPod("pod")
 	lives := pod.Run("lives", []string{"sleep", "1000"})
@@ -226,7 +229,7 @@ func TestNRIPluginFails(t *testing.T) {
 // What a plugin refuses fails, leaves nothing, and can be had when it does not any more.
 func TestNRIRefuses(t *testing.T) {
 	t.Parallel()
-	n := harness.New(t)
+	n := harness.New(t, patientNRI)
 	var refused sync.Map
 	(&plugin{call: func(call string) error {
 		if _, ok := refused.Load(call); ok {

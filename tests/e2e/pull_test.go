@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"net/http"
 	"os"
 	"os/exec"
@@ -30,7 +31,10 @@ func TestPullCommand(t *testing.T) {
 		defer cancel()
 		cmd := exec.CommandContext(ctx, filepath.Join(n.Bin, "holdfastctl"), "--state", n.State, "pull", "--address",
 			n.Socket, ref)
-		out, err := cmd.CombinedOutput()
+		out, err := cmd.Output() // on stderr it says how far it is, if the pull takes a while
+		if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+			out = exit.Stderr
+		}
 		return strings.TrimSpace(string(out)), err
 	}
 	out, err := pull(ref)

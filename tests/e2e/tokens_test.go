@@ -261,7 +261,8 @@ func TestStreamEndsWhenIdle(t *testing.T) {
 // and what was given out before is valid there.
 func TestStreamIsKilled(t *testing.T) {
 	t.Parallel()
-	n := harness.New(t)
+	// A loopback address of its own: another node could take the port meanwhile.
+	n := harness.New(t, harness.Options{Config: "[streaming]\naddress = \"127.9.1.1:0\"\n"})
 	c := n.RunPod("killed").Run("c", []string{"sleep", "1000"})
 	n.Mark()
 	early, err := execURL(c, "echo", "early")
@@ -327,7 +328,8 @@ func TestSessionsAcrossRestarts(t *testing.T) {
 // Other settings hold from the next session on; the sessions there are go on.
 func TestStreamIsReplaced(t *testing.T) {
 	t.Parallel()
-	n := harness.New(t)
+	// A loopback address of its own: another node could take the port meanwhile.
+	n := harness.New(t, harness.Options{Config: "[streaming]\naddress = \"127.9.1.2:0\"\n"})
 	c := n.RunPod("replaced").Run("c", []string{"sleep", "1000"})
 	n.Mark()
 	c.Output("mkfifo", "/go")
@@ -338,7 +340,7 @@ func TestStreamIsReplaced(t *testing.T) {
 	pid := n.StreamPID()
 	config, err := os.OpenFile(n.Path("config.toml"), os.O_WRONLY|os.O_APPEND, 0)
 	check(t, err)
-	_, err = config.WriteString("[streaming]\nidle_timeout = \"3h\"\n")
+	_, err = config.WriteString("idle_timeout = \"3h\"\n")
 	check(t, errors.Join(err, config.Close()))
 	n.Restart()
 	next, err := execURL(c, "echo", "next")

@@ -163,7 +163,7 @@ func TestUpdateUnified(t *testing.T) {
 func TestMoreThanThePodHas(t *testing.T) {
 	t.Parallel()
 	n := harness.New(t)
-	parent := "/hf-more-" + filepath.Base(n.Root)
+	parent := "/hf-more-" + filepath.Base(n.Dir)
 	for file, value := range map[string]string{
 		"cpu/cpu.cfs_quota_us": "10000",
 		"cpuset/cpuset.cpus":   "0",

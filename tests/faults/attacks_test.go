@@ -52,7 +52,7 @@ var attacks = map[string]attack{
 	"many mounts":   {command: shell(manyMounts), edit: privileged, full: isUp},
 	"many cgroups":  {command: shell(manyCgroups), edit: privileged, full: isUp},
 	"many execs":    {command: shell("exec sleep 1000"), full: manyExecs},
-	"mute clients":  {command: []string{"testbox", "flood", "-rate", "500000"}, full: muteClients},
+	"mute clients":  {command: []string{"testbox", "flood", "-rate", "50000", "-line", "100"}, full: muteClients},
 	"closed output": {command: shell("exec >&- 2>&-; exec sleep 1000"), full: func(*testing.T, *harness.Container) {}},
 }
 

@@ -165,14 +165,15 @@ func TestPluginsAtDEL(t *testing.T) {
 				_, err := n.Runtime.StopPodSandbox(ctx, &cri.StopPodSandboxRequest{PodSandboxId: pod.ID})
 				return err
 			}
-			err = stop(3 * time.Second)
+			// A slow machine may need another try until the container is killed.
+			harness.Eventually(t, patience, "the container is killed", func() bool {
+				err = stop(3 * time.Second)
+				return err == nil || !harness.IsProcess(pid)
+			})
 			if err == nil {
 				t.Error("the pod was stopped, and its plugin has given nothing back")
 			}
 			wantShort(t, err)
-			if harness.IsProcess(pid) {
-				t.Error("the container of a pod that was stopped runs")
-			}
 			n.Restart()
 			if s := pod.Status(); s.State == cri.PodSandboxState_SANDBOX_READY {
 				n.Lost(harness.Statuses, "the pod is ready again")

@@ -74,7 +74,9 @@ var calls = map[string]func(context.Context, *harness.Container) error{
 		return err
 	},
 	"exec": func(ctx context.Context, c *harness.Container) error {
-		_, err := c.N.Runtime.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: c.ID, Cmd: []string{"true"}, Timeout: 1})
+		deadline, _ := ctx.Deadline()
+		limit := max(1, int64(time.Until(deadline)/time.Second)-1)
+		_, err := c.N.Runtime.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: c.ID, Cmd: []string{"true"}, Timeout: limit})
 		return err
 	},
 	"update": func(ctx context.Context, c *harness.Container) error {
@@ -99,7 +101,11 @@ func TestRuntimeAtEachVerb(t *testing.T) {
 				pid := c.Info().PID
 				n.set(t, verb, how)
 				n.Kills(1)
-				ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+				limit := time.Minute
+				if how == "hang" {
+					limit = 3 * time.Second
+				}
+				ctx, cancel := context.WithTimeout(context.Background(), limit)
 				err := call(ctx, c)
 				cancel()
 				want := codes.Unavailable // the kubelet may ask again

@@ -279,7 +279,7 @@ var model = porcupine.Model{
 }
 
 // checkLimit bounds the search for an order. One that is found takes a moment.
-const checkLimit = 30 * time.Second
+const checkLimit = 3 * time.Minute
 
 // check looks for an order of all calls in which the model allows each answer. Without one it leaves the
 // history in files, and says where.

@@ -114,8 +114,8 @@ func TestShell(t *testing.T) {
 	c := n.RunPod("shell").Run("shell", []string{"sleep", "1000"})
 	both(t, func(t *testing.T, protocol string) {
 		term := newTerminal(t, 101, 33)
-		// The size is right at the first byte, and the shell comes when it changes.
-		const script = `stty size
+		// A process does not wait long for a size that comes late. The shell comes when it changes.
+		const script = `while [ "$(stty size)" = "0 0" ]; do sleep 0.1; done; stty size
 			trap 'echo "window changed"; stty size; PS1="$ " exec sh' WINCH
 			while :; do sleep 0.1; done`
 		url := execURL(t, c.With(t), &cri.ExecRequest{
