@@ -221,6 +221,7 @@ func (s *execSession) begin(master *os.File) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.files.passed(master)
+	s.timer.Reset(s.lease) // its client is told of the socket only now
 }
 
 // drain leaves the rest of the output to the client, for whom the lease runs once more.

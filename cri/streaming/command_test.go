@@ -274,6 +274,7 @@ func TestSizes(t *testing.T) {
 	for _, p := range everyProtocol {
 		t.Run(p, func(t *testing.T) {
 			f := newFake(t, nil)
+			f.sizeWait = patient // the first size may come late
 			c := f.dial(t, p, stream.Request{
 				Kind:   stream.Exec,
 				Cmd:    []string{"/bin/sh", "-c", "read x"},

@@ -443,7 +443,7 @@ func (f *forwarder) joinChannels(web *webSocket, text bool, number byte, port in
 	leave, err := f.enter(port)
 	if err == nil {
 		defer leave()
-		err = f.connect(port, bothWays{data}, in, waitLimit)
+		err = f.connect(port, bothWays{data}, in, f.server.waitLimit)
 	}
 	if err != nil {
 		fmt.Fprintf(errs, "error forwarding port %d to pod %s: %v", port, f.request.ID, err)

@@ -279,6 +279,9 @@ func TestPodClosesItsChannel(t *testing.T) {
 		t.Run(fmt.Sprintf("half %v", half), func(t *testing.T) {
 			f := newFake(t, nil)
 			nothingLeft(t)
+			if half {
+				f.waitLimit = 3 * time.Second // the rest may come late
+			}
 			got := make(chan string, 1)
 			ws := f.channels(t, serve(t, func(c *net.TCPConn) {
 				defer c.Close()
@@ -301,7 +304,7 @@ func TestPodClosesItsChannel(t *testing.T) {
 				want = "name, more"
 				must.Succeed(t, ws.WriteMessage(websocket.BinaryMessage, []byte("\x00, more")))
 			}
-			ws.SetReadDeadline(time.Now().Add(quietLimit / 2))
+			ws.SetReadDeadline(time.Now().Add(quietLimit * 9 / 10)) // two such times, and less than the other limit
 			if _, b, err := ws.ReadMessage(); !websocket.IsCloseError(err, websocket.CloseNormalClosure) {
 				t.Errorf("the connection goes on with %q, %v", b, err)
 			}

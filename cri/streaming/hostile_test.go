@@ -354,7 +354,7 @@ func TestIdleTimeout(t *testing.T) {
 		<-ctx.Done()
 		return client.SessionExit{}, context.Cause(ctx)
 	})
-	f.IdleTimeout = 100 * time.Millisecond
+	f.IdleTimeout = 2 * time.Second // more than a client needs to open its streams
 	for _, p := range []string{"spdy v4.channel.k8s.io", "ws v5.channel.k8s.io"} {
 		c := f.dial(t, p, stream.Request{Kind: stream.Exec, Stdout: true})
 		if s := <-c.status; !strings.Contains(s, errIdle.Error()) {

@@ -117,7 +117,9 @@ func (l *link) answer(pong []byte) error {
 // sendPong sends the pong that waits. If another goroutine writes it does nothing: that
 // one calls it afterwards.
 func (l *link) sendPong() error {
-	for l.mu.TryLock() {
+	// Looked at again without the lock: one that came before the unlocking was left to
+	// this goroutine.
+	for l.pongWaits() && l.mu.TryLock() {
 		l.pongs.Lock()
 		pong := l.pong
 		l.pong = nil
@@ -127,9 +129,15 @@ func (l *link) sendPong() error {
 			err = l.writeLocked(pong, nil)
 		}
 		l.mu.Unlock()
-		if pong == nil || err != nil {
+		if err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+func (l *link) pongWaits() bool {
+	l.pongs.Lock()
+	defer l.pongs.Unlock()
+	return l.pong != nil
 }

@@ -46,6 +46,8 @@ type Server struct {
 	Config
 	conns    *conns
 	forwards forwards
+	// The constants of these names; tests have others.
+	sizeWait, waitLimit time.Duration
 }
 
 // New makes a server.
@@ -54,7 +56,13 @@ func New(c Config) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Server{Config: c, conns: cs, forwards: forwards{pods: map[string]int{}}}, nil
+	return &Server{
+		Config:    c,
+		conns:     cs,
+		forwards:  forwards{pods: map[string]int{}},
+		sizeWait:  sizeWait,
+		waitLimit: waitLimit,
+	}, nil
 }
 
 // Idle says for how long there has been no connection. While there is one it is 0.

@@ -60,7 +60,7 @@ func (s *Server) run(ctx context.Context, r stream.Request, st client.Streams, r
 	if r.TTY && resize != nil {
 		select {
 		case size = <-resize:
-		case <-time.After(sizeWait):
+		case <-time.After(s.sizeWait):
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}

@@ -3,6 +3,8 @@ package client
 import (
 	"io"
 	"os"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -97,4 +99,37 @@ func TestCopyOutOfAClosedSession(t *testing.T) {
 	}
 	master.Close()
 	must.Succeed(t, <-done)
+}
+
+// A client that was stopped sees that the time is over before it sees the output.
+func TestCopyOutTakesWhatIsThere(t *testing.T) {
+	ended := make(chan struct{})
+	close(ended)
+	for range 100 {
+		r, w, err := os.Pipe()
+		must.Succeed(t, err)
+		r.SetReadDeadline(time.Unix(1, 0))
+		over := make(chan struct{})
+		var stops sync.WaitGroup
+		stops.Go(func() {
+			for {
+				select {
+				case <-over:
+					return
+				default:
+					r.SetReadDeadline(time.Unix(1, 0))
+				}
+			}
+		})
+		_, err = w.WriteString("rest")
+		must.Succeed(t, err)
+		var out strings.Builder
+		if err := copyOut(&out, r, ended); err != nil || out.String() != "rest" {
+			t.Fatalf("got %q, %v", out.String(), err)
+		}
+		close(over)
+		stops.Wait()
+		r.Close()
+		w.Close() // until now as if a child had it
+	}
 }
