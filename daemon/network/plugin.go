@@ -58,6 +58,7 @@ type run struct {
 	net  *Network
 	path string
 	lock *os.File // closed by end
+	real string   // the path of lock, as /proc has it
 }
 
 // startRun waits for a free place and then for the pod's lock.
@@ -91,21 +92,27 @@ func (r *run) acquire(ctx context.Context) error {
 		return fmt.Errorf("cannot open the CNI lock: %w", err)
 	}
 	r.lock = f
-
-	grace := r.net.grace
-	if d, ok := ctx.Deadline(); ok {
-		grace = min(grace, time.Until(d)/2)
+	if r.real, err = os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd())); err != nil {
+		return fmt.Errorf("cannot find out the path of the CNI lock: %w", err)
 	}
-	err = r.poll(ctx, grace)
+	err = r.poll(ctx, r.grace(ctx))
 	if !errors.Is(err, errLockHeld) {
 		return err
 	}
-	killed, err := killHolders(ctx, r.path)
+	killed, err := killHolders(ctx, r.isHolder)
 	if err != nil {
 		return fmt.Errorf("cannot end CNI plugins left by an earlier daemon: %w", err)
 	}
 	r.net.log.Warn("CNI plugins left by an earlier daemon killed", "pod", filepath.Base(r.path), "pids", killed)
 	return r.poll(ctx, killTimeout)
+}
+
+// grace is how long what an earlier plugin has left may go on.
+func (r *run) grace(ctx context.Context) time.Duration {
+	if d, ok := ctx.Deadline(); ok {
+		return min(r.net.grace, time.Until(d)/2)
+	}
+	return r.net.grace
 }
 
 var errLockHeld = errors.New("held by a plugin of an earlier daemon, see `fuser` for it")
@@ -178,19 +185,49 @@ func (r *run) ExecPlugin(ctx context.Context, path string, stdin []byte, env []s
 		// What left the group is still found by the lock.
 		kill, cancel := context.WithTimeout(context.WithoutCancel(ctx), killTimeout)
 		defer cancel()
-		_, killErr = killHolders(kill, r.path)
+		_, killErr = killHolders(kill, r.isHolder)
 	}
 	name := filepath.Base(path)
 	if ctx.Err() != nil && err != nil {
 		return nil, errors.Join(fmt.Errorf("CNI plugin %s killed: %w", name, context.Cause(ctx)), killErr)
 	}
 	if err != nil && !errors.Is(err, exec.ErrWaitDelay) {
-		return nil, pluginError(name, err, stdout.Bytes(), stderr.Bytes())
+		return nil, errors.Join(pluginError(name, err, stdout.Bytes(), stderr.Bytes()), r.endRest(ctx, c.Process))
 	}
 	if said := stderr.Bytes(); len(said) > 0 {
 		r.net.log.Debug("CNI plugin said", "plugin", name, "stderr", string(said))
 	}
 	return stdout.Bytes(), nil
+}
+
+// endRest waits for what a plugin that failed has left in its process group, and kills
+// what hangs. An IPAM plugin goes on when the bridge that runs it is killed, as for want
+// of memory, and could take an address after the DEL that is to come.
+func (r *run) endRest(ctx context.Context, plugin *os.Process) error {
+	if plugin == nil || r.lock == nil {
+		return nil
+	}
+	left := func(pid int) bool {
+		group, err := unix.Getpgid(pid)
+		return err == nil && group == plugin.Pid && r.isHolder(pid)
+	}
+	wait, cancel := context.WithTimeout(ctx, r.grace(ctx))
+	defer cancel()
+	for wait.Err() == nil {
+		processes, err := find(left)
+		if err != nil || len(processes) == 0 {
+			return err
+		}
+		for _, p := range processes {
+			p.Wait(wait)
+			p.Close()
+		}
+	}
+	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), killTimeout)
+	defer cancel()
+	killed, err := killHolders(ctx, left)
+	r.net.log.Warn("what a failed CNI plugin left running was killed", "pod", filepath.Base(r.path), "pids", killed)
+	return err
 }
 
 // pluginError prefers the error object that the CNI specification has plugins
@@ -223,16 +260,16 @@ func words(said []byte) string {
 	return fmt.Sprintf("%.*s", maxWords, strings.TrimSpace(shown))
 }
 
-// killHolders kills every other process that has the lock file at path open as
-// lockFD, until there is none, and returns their pids. They are looked for in
-// /proc: a cgroup for each run would have to be one of systemd's where that
-// manages them, and on v1 a plugin enters one only after it has begun.
-func killHolders(ctx context.Context, path string) ([]int, error) {
+// killHolders kills every other process that is one of those wanted, until there is none,
+// and returns their pids. They are looked for in /proc: a cgroup for each run would have
+// to be one of systemd's where that manages them, and on v1 a plugin enters one only
+// after it has begun.
+func killHolders(ctx context.Context, wanted func(pid int) bool) ([]int, error) {
 	ctx, cancel := context.WithTimeout(ctx, killTimeout)
 	defer cancel()
 	var killed []int
 	for {
-		holders, err := lockHolders(path)
+		holders, err := find(wanted)
 		if err != nil || len(holders) == 0 {
 			return killed, err
 		}
@@ -247,12 +284,8 @@ func killHolders(ctx context.Context, path string) ([]int, error) {
 	}
 }
 
-// lockHolders gives the processes that killHolders kills; the caller closes them.
-func lockHolders(path string) ([]*pidfd.Process, error) {
-	real, err := filepath.EvalSymlinks(path)
-	if err != nil {
-		return nil, err
-	}
+// find gives the processes that are wanted, but this one; the caller closes them.
+func find(wanted func(pid int) bool) ([]*pidfd.Process, error) {
 	procs, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil, err
@@ -260,10 +293,10 @@ func lockHolders(path string) ([]*pidfd.Process, error) {
 	var holders []*pidfd.Process
 	for _, p := range procs {
 		pid, err := strconv.Atoi(p.Name())
-		if err != nil || pid == os.Getpid() || !holds(pid, real) {
+		if err != nil || pid == os.Getpid() || !wanted(pid) {
 			continue
 		}
-		h, err := pidfd.Open(pid, func() bool { return holds(pid, real) })
+		h, err := pidfd.Open(pid, func() bool { return wanted(pid) })
 		if errors.Is(err, pidfd.ErrEnded) {
 			continue
 		}
@@ -278,7 +311,8 @@ func lockHolders(path string) ([]*pidfd.Process, error) {
 	return holders, nil
 }
 
-func holds(pid int, path string) bool {
+// isHolder says whether a process has the lock's file open as lockFD.
+func (r *run) isHolder(pid int) bool {
 	link, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", pid, lockFD))
-	return err == nil && link == path
+	return err == nil && link == r.real
 }

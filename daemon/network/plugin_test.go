@@ -240,6 +240,40 @@ func TestDelWaitsForALockWithoutAHolder(t *testing.T) {
 	}
 }
 
+// A plugin is killed, as for want of memory, and what it runs goes on: as an IPAM plugin that
+// takes an address. DEL comes after that; what hangs is killed.
+func TestDelWaitsForWhatAKilledPluginLeft(t *testing.T) {
+	needRoot(t)
+	for name, rest := range map[string]struct {
+		script string
+		grace  time.Duration
+		want   string
+	}{
+		"ends":  {"sleep 0.3; echo taken", time.Minute, "taken\nDEL\n"},
+		"hangs": {"sleep 1000; echo taken", 50 * time.Millisecond, "DEL\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t)
+			w.grace = rest.grace
+			notes := filepath.Join(w.dir, "notes")
+			w.script("killed", fmt.Sprintf(`
+[ "$CNI_COMMAND" = DEL ] && { echo DEL >>%[1]q; exit; }
+(%[2]s) >>%[1]q 2>/dev/null &
+kill -9 $$
+`, notes, rest.script))
+			w.write("10.conflist", `{"cniVersion": "1.0.0", "name": "killed", "plugins": [{"type": "killed"}]}`)
+			if _, err := w.Add(t.Context(), w.pod("a")); err == nil || errors.Is(err, ErrNotReleased) {
+				t.Errorf("error %v, want one of the plugin, undone", err)
+			}
+			b, err := os.ReadFile(notes)
+			if string(b) != rest.want || err != nil {
+				t.Errorf("%q, %v, want %q", b, err, rest.want)
+			}
+			w.removeNamespaces("a")
+		})
+	}
+}
+
 // What a plugin leaves running on purpose is nobody's to kill, and does not
 // hold up the pod.
 func TestPluginMayLeaveAProcess(t *testing.T) {

@@ -46,7 +46,8 @@ func look(n *shared) machine {
 	}
 	for _, path := range glob(n.Dir + "/ipam/*/*") {
 		if base := filepath.Base(path); base != "lock" && !strings.HasPrefix(base, "last_reserved_ip") {
-			add("lease", path)
+			owner, _ := os.ReadFile(path)
+			add("lease", fmt.Sprintf("%s of %q", path, owner))
 		}
 	}
 	for _, path := range cgroups() {

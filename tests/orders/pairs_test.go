@@ -84,7 +84,9 @@ func (p pair) run(t *testing.T, n *harness.Node, tally *harness.Tally, name stri
 	if err := g.check(name); err != nil {
 		tally.Lost(harness.Statuses, "%s: %v\n%s", p, err, dump(g.all()))
 	}
-	n.CheckClean()
+	if left := n.AwaitClean(func() {}); left != "" {
+		tally.Lost(harness.Leaks, "%s: %s", p, left)
+	}
 	if t.Failed() {
 		n.RemoveAllPods()
 		n.Mark()

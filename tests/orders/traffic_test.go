@@ -47,7 +47,7 @@ func TestTraffic(t *testing.T) {
 	killing.Wait()
 	must.Succeed(t, w.n.AwaitReady())
 	w.n.RemoveAllPods()
-	w.n.CheckClean()
+	w.tally.CheckClean(w.n)
 	w.n.CheckOwners()
 	if t.Failed() {
 		t.Logf("HOLDFAST_SEED=%d", seed)
