@@ -137,6 +137,7 @@ func (n *Network) del(ctx context.Context, a Attachment) error {
 		if err := n.cni(run).DelNetworkList(ctx, list, rt); err != nil {
 			return err
 		}
+		n.freeNameless(ctx, list)
 		if err := n.forget(list.Name, rt); err != nil {
 			return err
 		}

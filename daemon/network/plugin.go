@@ -115,7 +115,7 @@ func (r *run) grace(ctx context.Context) time.Duration {
 	return r.net.grace
 }
 
-var errLockHeld = errors.New("held by a plugin of an earlier daemon, see `fuser` for it")
+var errLockHeld = errors.New("a plugin holds it, see `fuser` for which")
 
 // poll takes the lock, or gives up after a time with errLockHeld. A process
 // between fork and exec, or half way through its end, has the lock and is not
