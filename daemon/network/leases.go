@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/containernetworking/cni/libcni"
@@ -80,13 +81,21 @@ func freeNamelessIn(ctx context.Context, path string) (freed []string, err error
 	defer lock.Close()
 	r := &run{path: filepath.Join(path, "lock"), lock: lock}
 	if err := r.poll(ctx, leaseLockLimit); err != nil {
+		if !slices.ContainsFunc(names, nameless) {
+			return nil, nil // they were being written
+		}
 		return nil, err
 	}
+	defer unix.Flock(int(lock.Fd()), unix.LOCK_UN) // also on behalf of a child that has yet to exec
 	for _, name := range names {
-		if nameless(name) { // nobody is writing it now
-			err = errors.Join(err, dir.Remove(name))
-			freed = append(freed, name)
+		if !nameless(name) { // nobody is writing it now
+			continue
 		}
+		if rerr := dir.Remove(name); rerr != nil {
+			err = errors.Join(err, rerr)
+			continue
+		}
+		freed = append(freed, name)
 	}
 	return freed, err
 }

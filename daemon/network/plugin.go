@@ -192,7 +192,7 @@ func (r *run) ExecPlugin(ctx context.Context, path string, stdin []byte, env []s
 		return nil, errors.Join(fmt.Errorf("CNI plugin %s killed: %w", name, context.Cause(ctx)), killErr)
 	}
 	if err != nil && !errors.Is(err, exec.ErrWaitDelay) {
-		return nil, errors.Join(pluginError(name, err, stdout.Bytes(), stderr.Bytes()), r.endRest(ctx, c.Process))
+		return nil, errors.Join(pluginError(name, err, stdout.Bytes(), stderr.Bytes()), r.endRest(ctx, c))
 	}
 	if said := stderr.Bytes(); len(said) > 0 {
 		r.net.log.Debug("CNI plugin said", "plugin", name, "stderr", string(said))
@@ -202,14 +202,15 @@ func (r *run) ExecPlugin(ctx context.Context, path string, stdin []byte, env []s
 
 // endRest waits for what a plugin that failed has left in its process group, and kills
 // what hangs. An IPAM plugin goes on when the bridge that runs it is killed, as for want
-// of memory, and could take an address after the DEL that is to come.
-func (r *run) endRest(ctx context.Context, plugin *os.Process) error {
-	if plugin == nil || r.lock == nil {
+// of memory, and could take an address after the DEL that is to come. What a plugin has
+// left that gave up by itself is waited for alone: it may be meant to stay.
+func (r *run) endRest(ctx context.Context, plugin *exec.Cmd) error {
+	if plugin.Process == nil || r.lock == nil {
 		return nil
 	}
 	left := func(pid int) bool {
 		group, err := unix.Getpgid(pid)
-		return err == nil && group == plugin.Pid && r.isHolder(pid)
+		return err == nil && group == plugin.Process.Pid && r.isHolder(pid)
 	}
 	wait, cancel := context.WithTimeout(ctx, r.grace(ctx))
 	defer cancel()
@@ -219,14 +220,22 @@ func (r *run) endRest(ctx context.Context, plugin *os.Process) error {
 			return err
 		}
 		for _, p := range processes {
-			p.Wait(wait)
+			if p.Wait(wait) != nil {
+				cancel() // also where it cannot be waited for
+			}
 			p.Close()
 		}
+	}
+	const signalled = 128 // what a shell adds to the signal that has killed its command
+	if s := plugin.ProcessState; s != nil && s.Exited() && s.ExitCode() < signalled {
+		return nil
 	}
 	ctx, cancel = context.WithTimeout(context.WithoutCancel(ctx), killTimeout)
 	defer cancel()
 	killed, err := killHolders(ctx, left)
-	r.net.log.Warn("what a failed CNI plugin left running was killed", "pod", filepath.Base(r.path), "pids", killed)
+	if len(killed) > 0 {
+		r.net.log.Warn("what a failed CNI plugin left running was killed", "pod", filepath.Base(r.path), "pids", killed)
+	}
 	return err
 }
 
@@ -273,6 +282,9 @@ func killHolders(ctx context.Context, wanted func(pid int) bool) ([]int, error) 
 		if err != nil || len(holders) == 0 {
 			return killed, err
 		}
+		for _, h := range holders { // all before any is waited for: a parent would go on
+			h.Signal(unix.SIGKILL) // Kill tells what fails
+		}
 		for _, h := range holders {
 			killed = append(killed, h.PID)
 			err = errors.Join(err, h.Kill(ctx))
@@ -314,5 +326,5 @@ func find(wanted func(pid int) bool) ([]*pidfd.Process, error) {
 // isHolder says whether a process has the lock's file open as lockFD.
 func (r *run) isHolder(pid int) bool {
 	link, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", pid, lockFD))
-	return err == nil && link == r.real
+	return err == nil && strings.TrimSuffix(link, " (deleted)") == r.real
 }

@@ -274,6 +274,31 @@ kill -9 $$
 	}
 }
 
+// What a plugin has left that gives up by itself may be meant to stay.
+func TestPluginThatFailsMayLeaveAProcess(t *testing.T) {
+	needRoot(t)
+	w := newWorld(t)
+	w.grace = 50 * time.Millisecond
+	pidFile := filepath.Join(w.dir, "pid")
+	w.script("leaver", fmt.Sprintf(`
+[ "$CNI_COMMAND" = ADD ] || exit 0
+sleep 1000 >/dev/null 2>&1 & echo $! >%q
+exit 11
+`, pidFile))
+	w.write("10.conflist", `{"cniVersion": "1.0.0", "name": "leave", "plugins": [{"type": "leaver"}]}`)
+	if _, err := w.Add(t.Context(), w.pod("a")); err == nil || errors.Is(err, ErrNotReleased) {
+		t.Errorf("error %v, want one of the plugin, undone", err)
+	}
+	b, err := os.ReadFile(pidFile)
+	check(t, err)
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	check(t, err)
+	if err := unix.Kill(pid, unix.SIGKILL); err != nil {
+		t.Errorf("process %d was ended: %v", pid, err)
+	}
+	w.removeNamespaces("a")
+}
+
 // What a plugin leaves running on purpose is nobody's to kill, and does not
 // hold up the pod.
 func TestPluginMayLeaveAProcess(t *testing.T) {
