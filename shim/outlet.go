@@ -153,13 +153,9 @@ func (o *outlet) giveUp() {
 }
 
 // rest reads what is in a pipe whose deadline has passed, as far as left goes, and then
-// gives that error: a shim that was stopped sees the deadline before the output.
+// gives that error.
 func rest(r *os.File, b []byte, left *int) (n int, err error) {
-	descriptor.Lend(r, func(fd int) error {
-		n, _ = unix.Read(fd, b[:min(len(b), *left)])
-		return nil
-	})
-	if n <= 0 {
+	if n = descriptor.ReadNow(r, b[:min(len(b), *left)]); n == 0 {
 		return 0, os.ErrDeadlineExceeded
 	}
 	*left -= n

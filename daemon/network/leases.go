@@ -46,7 +46,9 @@ func (n *Network) freeNameless(ctx context.Context, list *libcni.NetworkConfigLi
 			n.log.Warn("addresses that nobody has were not given back", "directory", dir, "error", err)
 		}
 		if len(freed) > 0 {
-			n.log.Warn("addresses given back that nobody had: their plugin was killed", "directory", dir, "addresses", freed)
+			n.log.Warn("addresses given back that nobody had: their plugin was killed",
+				"directory", dir,
+				"addresses", freed)
 		}
 	}
 }
